@@ -1,0 +1,47 @@
+# Everything runs in .venv, which the first target that needs it makes and fills from constraints.txt.
+#   make quickstart | test | integration | lint | clean
+#   PYTHON=python3.12 make test      another interpreter for the virtual environment
+#   PIP_FLAGS="--index-url ..."      extra flags for every installation
+PYTHON ?= python3
+PIP_FLAGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
+
+.PHONY: quickstart test integration lint format clean
+
+quickstart: $(VENV)/.installed-core
+	@$(BIN)/qalora quickstart $(ARGS)
+
+test: $(VENV)/.installed-dev
+	@$(BIN)/pytest tests $(ARGS)
+
+# Each test builds the environment that it needs (integration/envs/build.py) and finds it cached later.
+integration: $(VENV)/.installed-dev
+	@$(BIN)/pytest integration $(ARGS)
+
+lint: $(VENV)/.installed-dev
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: $(VENV)/.installed-dev
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+# A stamp is written last, so an installation that was cut short is done again.
+$(VENV)/.installed-core: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + ": make PYTHON=python3.11 ...")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing qalora-plugin into $(VENV), versions pinned by constraints.txt ..."
+	@$(INSTALL) -e .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed-core
+	@echo "Adding the test and lint tools ..."
+	@$(INSTALL) -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info out .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

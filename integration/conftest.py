@@ -1,0 +1,60 @@
+"""Fixtures that run scripts inside the environments of other systems."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def env_python() -> Callable[[str], Path]:
+    """`env_python("gptqmodel")` -> interpreter of that environment, built on first use."""
+
+    @cache
+    def interpreter(name: str) -> Path:
+        builder = ROOT / "integration" / "envs" / "build.py"
+        done = subprocess.run([sys.executable, builder, name], stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            pytest.fail(f"environment '{name}' could not be built; pip's message is above")
+        return Path(done.stdout.strip())
+
+    return interpreter
+
+
+@pytest.fixture(scope="session")
+def project_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with this project installed as a user gets it (wheel, no dependencies), to be put on
+    the PYTHONPATH of an environment that has the dependencies."""
+    target = tmp_path_factory.mktemp("project")
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
+    subprocess.run([*pip, "--target", target, ROOT], check=True)
+    return target
+
+
+@pytest.fixture(scope="session")
+def run_json() -> Callable[..., Any]:
+    """`run_json(python, script, *args, timeout=600, **env)` -> the last line of stdout, as JSON."""
+
+    def run(python: Path, script: Path, *args: object, timeout: float = 600, **env: object) -> Any:
+        command = [str(python), str(script), *map(str, args)]
+        offline = {"HF_HUB_OFFLINE": "1", "AXOLOTL_DO_NOT_TRACK": "1", "PYTHONPATH": ""}
+        environment = {**os.environ, **offline, **{k: str(v) for k, v in env.items()}}
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=timeout, env=environment
+        )
+        if done.returncode:
+            tail = (done.stdout + done.stderr)[-4000:]
+            pytest.fail(f"{' '.join(command)} exited with {done.returncode}:\n{tail}")
+        return json.loads(done.stdout.strip().splitlines()[-1])
+
+    return run

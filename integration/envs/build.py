@@ -1,0 +1,127 @@
+"""Build, or find in the cache, the virtual environment of one peer system.
+
+    python integration/envs/build.py gptqmodel     -> prints the path of its python
+
+An environment is described by `NAME.txt` and, for packages whose build must see what is already
+installed (`pip install --no-build-isolation`), `NAME.no-isolation.txt`. It lives under
+`${QALORA_ENV_CACHE:-~/.cache/qalora-plugin/envs}/NAME-py<version>-<hash>`; the hash covers both
+files and those that they include. Standard library only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import venv
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+STAMP = "built-in-seconds"
+UNUSED_AFTER = 24 * 3600  # seconds; another checkout may be running in an older environment
+
+
+def names() -> list[str]:
+    """Names of the environments that can be built."""
+    return sorted(p.stem for p in HERE.glob("*.txt") if not p.stem.endswith(".no-isolation"))
+
+
+def cache_dir() -> Path:
+    """Directory that holds the environments."""
+    if own := os.environ.get("QALORA_ENV_CACHE"):
+        return Path(own).expanduser().absolute()
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser().absolute() / "qalora-plugin" / "envs"
+
+
+def requirement_files(name: str) -> list[Path]:
+    """The requirement files of `name`, in the order of installation."""
+    if name not in names():
+        raise SystemExit(f"No environment '{name}': expected one of {', '.join(names())}")
+    files = [HERE / f"{name}.txt", HERE / f"{name}.no-isolation.txt"]
+    return [f for f in files if f.exists()]
+
+
+def contents(path: Path) -> str:
+    """Text of a requirement file with that of the files it includes (`-r`, `-c`)."""
+    text = path.read_text()
+    for included in re.findall(r"^-[rc]\s+(\S+)", text, flags=re.MULTILINE):
+        text += contents((path.parent / included).resolve())
+    return text
+
+
+def environment_dir(name: str) -> Path:
+    """Directory of the environment `name` for this interpreter's version."""
+    digest = hashlib.sha256("".join(contents(f) for f in requirement_files(name)).encode())
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    return cache_dir() / f"{name}-py{version}-{digest.hexdigest()[:12]}"
+
+
+def install(name: str, directory: Path) -> None:
+    """Create the virtual environment in `directory`. Raises CalledProcessError."""
+    venv.create(directory, with_pip=True, symlinks=True)
+    python = directory / "bin" / "python"
+    # Compiling CUDA extensions is what makes these packages slow or impossible to build.
+    environment = {**os.environ, "BUILD_CUDA_EXT": "0", "DS_BUILD_OPS": "0"}
+    for requirements in requirement_files(name):
+        isolation = ["--no-build-isolation"] if "no-isolation" in requirements.name else []
+        command = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        subprocess.run(
+            [*command, *isolation, "-r", requirements],
+            check=True,
+            stdout=sys.stderr,
+            env=environment,
+        )
+
+
+def remove_unused(keep: Path, name: str) -> None:
+    """Remove environments of `name` with other requirements that nothing used for a day."""
+    prefix = keep.name.rpartition("-")[0]
+    for other in keep.parent.glob(f"{prefix}-*"):
+        stamp = other / STAMP
+        used = stamp.stat().st_mtime if stamp.exists() else 0.0
+        if other != keep and other.is_dir() and time.time() - used > UNUSED_AFTER:
+            shutil.rmtree(other)
+
+
+def build(name: str) -> Path:
+    """Return the interpreter of environment `name`, building the environment if it is missing.
+
+    A virtual environment cannot be renamed, so its stamp is written last: without one it is a
+    build that was cut short, and is made again. Only one process builds `name` at a time.
+    """
+    directory = environment_dir(name)
+    stamp, python = directory / STAMP, directory / "bin" / "python"
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with open(directory.parent / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not stamp.exists():
+            shutil.rmtree(directory, ignore_errors=True)
+            print(f"Building the environment '{name}' in {directory} ...", file=sys.stderr)
+            start = time.monotonic()
+            install(name, directory)
+            stamp.write_text(f"{time.monotonic() - start:.0f}\n")
+        stamp.touch()
+        remove_unused(directory, name)
+    return python
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("name", choices=names())
+    try:
+        print(build(parser.parse_args().name))
+    except subprocess.CalledProcessError as error:
+        print(f"pip failed with exit status {error.returncode}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

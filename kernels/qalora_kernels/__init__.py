@@ -1,0 +1,25 @@
+"""INT-n operators of QA-LoRA: packing, dequantizing, the folded linear and its gradients.
+
+No transformers, no peft, no device touched at import. `ops` are the operators, `autograd` the
+differentiable layers, `fold` the merge formula, `packing` the bit order, `reference` the oracle.
+"""
+
+from .autograd import folded_linear, quantized_linear
+from .backends import get_backend
+from .fold import LowRank, fold, total_delta
+from .packing import pack, unpack
+from .spec import SCALES_DTYPE, SUPPORTED_BITS, QuantSpec
+
+__all__ = [
+    "SCALES_DTYPE",
+    "SUPPORTED_BITS",
+    "LowRank",
+    "QuantSpec",
+    "fold",
+    "folded_linear",
+    "get_backend",
+    "pack",
+    "quantized_linear",
+    "total_delta",
+    "unpack",
+]

@@ -1,0 +1,127 @@
+"""The operators as torch.library custom ops, so that torch.compile and meta devices see through.
+
+Each op forwards to the backend of the device (`backends.get_backend`); its fake kernel states
+shapes and dtypes only. Activations are 2-D here: `autograd` flattens.
+"""
+
+import torch
+
+from .backends import get_backend
+from .spec import QuantSpec
+
+
+def _spec(qweight: torch.Tensor, bits: int, group_size: int, in_features: int) -> QuantSpec:
+    return QuantSpec(bits, group_size, in_features, qweight.shape[1])
+
+
+def _sums_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@torch.library.custom_op("qalora::dequantize", mutates_args=())
+def dequantize(
+    qweight: torch.Tensor,
+    scales: torch.Tensor,
+    offsets: torch.Tensor,
+    g_idx: torch.Tensor | None,
+    bits: int,
+    group_size: int,
+    in_features: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """int32 [ceil(K/32)*bits, N], [G, N], [G, N], int32 [K] or None -> W^T [K, N] in `dtype`."""
+    spec = _spec(qweight, bits, group_size, in_features)
+    return get_backend(qweight.device).dequantize(qweight, scales, offsets, g_idx, spec, dtype)
+
+
+@dequantize.register_fake
+def _(qweight, scales, offsets, g_idx, bits, group_size, in_features, dtype):
+    return qweight.new_empty(in_features, qweight.shape[1], dtype=dtype)
+
+
+@torch.library.custom_op("qalora::pool", mutates_args=())
+def pool(x: torch.Tensor, g_idx: torch.Tensor | None, group_size: int) -> torch.Tensor:
+    """Sums over the inputs of each group: [M, K] -> [M, G] (arXiv 2309.14717, Algorithm 1)."""
+    spec = QuantSpec(4, group_size, x.shape[-1], 1)
+    return get_backend(x.device).pool(x, g_idx, spec)
+
+
+@pool.register_fake
+def _(x, g_idx, group_size):
+    return x.new_empty(x.shape[0], -(-x.shape[-1] // group_size))
+
+
+@torch.library.custom_op("qalora::linear", mutates_args=())
+def linear(
+    x: torch.Tensor,
+    qweight: torch.Tensor,
+    scales: torch.Tensor,
+    offsets: torch.Tensor,
+    g_idx: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    bits: int,
+    group_size: int,
+) -> torch.Tensor:
+    """x [M, K] -> x W^T + bias [M, N] in the dtype of x."""
+    spec = _spec(qweight, bits, group_size, x.shape[-1])
+    return get_backend(x.device).linear(x, qweight, scales, offsets, g_idx, bias, spec)
+
+
+@linear.register_fake
+def _(x, qweight, scales, offsets, g_idx, bias, bits, group_size):
+    return x.new_empty(x.shape[0], qweight.shape[1])
+
+
+@torch.library.custom_op("qalora::grad_input", mutates_args=())
+def grad_input(
+    dy: torch.Tensor,
+    qweight: torch.Tensor,
+    scales: torch.Tensor,
+    offsets: torch.Tensor,
+    g_idx: torch.Tensor | None,
+    bits: int,
+    group_size: int,
+    in_features: int,
+) -> torch.Tensor:
+    """dy [M, N] -> dy W [M, K] in the dtype of dy."""
+    spec = _spec(qweight, bits, group_size, in_features)
+    return get_backend(dy.device).grad_input(dy, qweight, scales, offsets, g_idx, spec)
+
+
+@grad_input.register_fake
+def _(dy, qweight, scales, offsets, g_idx, bits, group_size, in_features):
+    return dy.new_empty(dy.shape[0], in_features)
+
+
+@torch.library.custom_op("qalora::pooled_grad", mutates_args=())
+def pooled_grad(dy: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
+    """dy [M, N], pool(x) [M, G] -> the gradient of the offsets [G, N], fp32 (or fp64)."""
+    return get_backend(dy.device).pooled_grad(dy, pooled)
+
+
+@pooled_grad.register_fake
+def _(dy, pooled):
+    return dy.new_empty(pooled.shape[1], dy.shape[1], dtype=_sums_dtype(dy.dtype))
+
+
+@torch.library.custom_op("qalora::weighted_group_grad", mutates_args=())
+def weighted_group_grad(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    qweight: torch.Tensor,
+    scales: torch.Tensor,
+    offsets: torch.Tensor,
+    g_idx: torch.Tensor | None,
+    bits: int,
+    group_size: int,
+) -> torch.Tensor:
+    """Gradient of a relative change of the scales, zero-point kept: sum over k in group g of
+    (x^T dy)[k, n] * W[n, k]. [M, N], [M, K] -> [G, N], fp32 (or fp64)."""
+    spec = _spec(qweight, bits, group_size, x.shape[-1])
+    backend = get_backend(dy.device)
+    return backend.weighted_group_grad(dy, x, qweight, scales, offsets, g_idx, spec)
+
+
+@weighted_group_grad.register_fake
+def _(dy, x, qweight, scales, offsets, g_idx, bits, group_size):
+    return dy.new_empty(scales.shape[0], dy.shape[1], dtype=_sums_dtype(dy.dtype))

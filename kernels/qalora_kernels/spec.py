@@ -1,0 +1,66 @@
+"""What a quantized linear layer is, apart from its numbers."""
+
+from dataclasses import dataclass
+
+import torch
+
+SUPPORTED_BITS = (2, 3, 4, 8)
+SCALES_DTYPE = torch.float16
+"""dtype of `scales` in a checkpoint, the one of the GPTQ layout."""
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """Shape and grid of one quantized linear layer.
+
+    Args:
+        bits: width of the integers, one of 2, 3, 4, 8.
+        group_size: inputs that share one scale and one offset; the last group may be short.
+            -1 means one group for all inputs and is normalised to `in_features`.
+        in_features: K.
+        out_features: N.
+        offsets_dtype: dtype that the checkpoint stores offsets in; folding rounds to it.
+        scales_dtype: likewise for the scales; checkpoints hold fp16, float64 serves exact checks.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+
+    bits: int
+    group_size: int
+    in_features: int
+    out_features: int
+    offsets_dtype: torch.dtype = torch.float16
+    scales_dtype: torch.dtype = SCALES_DTYPE
+
+    def __post_init__(self) -> None:
+        if self.bits not in SUPPORTED_BITS:
+            raise ValueError(f"bits must be one of {SUPPORTED_BITS}, found {self.bits!r}")
+        if self.in_features < 1 or self.out_features < 1:
+            raise ValueError(
+                "in_features and out_features must be positive, "
+                f"found {self.in_features} and {self.out_features}"
+            )
+        if self.group_size == -1:
+            object.__setattr__(self, "group_size", self.in_features)
+        if self.group_size < 1:
+            raise ValueError(f"group_size must be positive or -1, found {self.group_size}")
+        for name in ("offsets_dtype", "scales_dtype"):
+            dtype = getattr(self, name)
+            if not dtype.is_floating_point:
+                raise ValueError(f"{name} must be a float dtype, found {dtype}")
+
+    @property
+    def num_groups(self) -> int:
+        """G = ceil(K / group_size)."""
+        return -(-self.in_features // self.group_size)
+
+    @property
+    def mid(self) -> int:
+        """The code whose weight is the offset itself: 2^(bits-1)."""
+        return 1 << (self.bits - 1)
+
+    @property
+    def packed_rows(self) -> int:
+        """Rows of `qweight`: 32 inputs take `bits` 32-bit words, the last 32 padded."""
+        return -(-self.in_features // 32) * self.bits

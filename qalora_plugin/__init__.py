@@ -1,0 +1,55 @@
+"""QA-LoRA (arXiv 2309.14717): adapters that merge exactly into an INT-n base.
+
+Importing this package registers the transformers quantizer "qalora" and the PEFT method QALORA;
+it reaches for no network and no GPU.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from .errors import QALoRAError
+from .quant.config import QALoRAQuantConfig
+
+if TYPE_CHECKING:
+    from .merge import merge_adapter
+    from .quant.pipeline import quantize_model
+    from .trl import MergeCallback
+    from .tuner import QALoRAConfig, QALoRAModel
+    from .verify import verify_merge
+
+__version__ = "0.1.0"
+
+# TEMPORARY until both modules exist (the lead replaces this)
+for _module in (".checkpoint.quantizer", ".tuner.register"):
+    try:
+        importlib.import_module(_module, __name__).register()
+    except ModuleNotFoundError as _error:
+        if not str(_error.name).startswith("qalora_plugin"):
+            raise
+
+# found on first use: the command line and a plain from_pretrained should not wait for all of it
+_LAZY = {
+    "MergeCallback": ".trl",
+    "QALoRAConfig": ".tuner",
+    "QALoRAModel": ".tuner",
+    "merge_adapter": ".merge",
+    "quantize_model": ".quant.pipeline",
+    "verify_merge": ".verify",
+}
+
+__all__ = [
+    "MergeCallback",
+    "QALoRAConfig",
+    "QALoRAError",
+    "QALoRAModel",
+    "QALoRAQuantConfig",
+    "merge_adapter",
+    "quantize_model",
+    "verify_merge",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,133 @@
+"""Output directories that appear whole or not at all."""
+
+import fcntl
+import os
+import secrets
+import shutil
+from pathlib import Path
+from types import TracebackType
+
+from ..errors import OutputError
+
+
+class AtomicDirectory:
+    """Context manager: write into a hidden sibling of `target`, then rename it into place.
+
+        with AtomicDirectory("out/merged") as partial:
+            ...  # write files below `partial`
+
+    On success every file is synced before the rename, so a crash leaves either nothing or all of
+    it. On an exception the partial directory is removed, unless `resume_tag` was given: then it
+    stays, and the next run with the same tag finds what was written. What a killed process left
+    behind is removed by the next one that writes to the same target.
+    """
+
+    def __init__(self, target: str | Path, resume_tag: str | None = None) -> None:
+        """Check the target; nothing is written yet.
+
+        Args:
+            target: the directory to make. It must not exist, or be empty.
+            resume_tag: names a partial directory that outlives a failure (letters, digits, `-`).
+                Use what identifies the work, such as a hash of its inputs.
+
+        Raises:
+            OutputError: the target is a file, not empty, a mount point, or not writable.
+        """
+        # a link to a directory is followed: it is its target that is replaced
+        self.target = Path(target).expanduser().resolve()
+        self._resumable = resume_tag is not None
+        suffix = f"resume-{resume_tag}" if resume_tag else f"tmp-{secrets.token_hex(4)}"
+        self.partial = self.target.parent / f".{self.target.name}.partial-{suffix}"
+        self._lock: int | None = None
+        self._check_target()
+
+    @property
+    def resuming(self) -> bool:
+        """Whether an earlier run left a partial directory under the same tag."""
+        return self._resumable and self.partial.is_dir()
+
+    def _check_target(self) -> None:
+        target = self.target
+        if target.exists() and not target.is_dir():
+            raise OutputError(f"{target}: is a file. Name a new directory.")
+        if target.is_dir() and any(target.iterdir()):
+            raise OutputError(
+                f"{target}: is not empty. Name a new directory; nothing is ever overwritten."
+            )
+        if os.path.ismount(target):
+            raise OutputError(
+                f"{target}: is a mount point, which cannot be renamed into place. "
+                f"Name a directory inside it, such as {target / 'model'}."
+            )
+        parent = next(p for p in target.parents if p.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+            raise OutputError(f"{target}: cannot be made, {parent} is not a writable directory.")
+
+    def __enter__(self) -> Path:
+        """Make the partial directory (or find it, when resuming) and return it."""
+        self.target.parent.mkdir(parents=True, exist_ok=True)
+        self._remove_abandoned()
+        self.partial.mkdir(exist_ok=self._resumable)
+        self._lock = _try_lock(self.partial)
+        if self._lock is None:
+            raise OutputError(
+                f"{self.partial}: another process is writing there. Wait for it, or stop it."
+            )
+        return self.partial
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            if kind is None:
+                self._check_target()
+                sync_tree(self.partial)
+                os.rename(self.partial, self.target)
+                _sync_directory(self.target.parent)
+        except BaseException:
+            kind = OutputError
+            raise
+        finally:
+            if kind is not None and not self._resumable:
+                shutil.rmtree(self.partial, ignore_errors=True)
+            if self._lock is not None:
+                os.close(self._lock)
+
+    def _remove_abandoned(self) -> None:
+        """Remove temporary siblings whose process is gone (its lock went with it)."""
+        for path in self.target.parent.glob(f".{self.target.name}.partial-tmp-*"):
+            lock = _try_lock(path)
+            if lock is not None:
+                shutil.rmtree(path, ignore_errors=True)
+                os.close(lock)
+
+
+def _try_lock(directory: Path) -> int | None:
+    """Lock a directory for as long as the returned descriptor is open; None if it is taken."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(directory: Path) -> None:
+    """fsync every file and directory below, and the directory itself."""
+    for root, _, files in os.walk(directory):
+        for name in files:
+            with open(os.path.join(root, name), "rb") as file:
+                os.fsync(file.fileno())
+        _sync_directory(Path(root))

@@ -1,0 +1,104 @@
+"""What a quantized linear layer is in a checkpoint: tensor names, dtypes, shapes, and the guard.
+
+K inputs, N outputs, G groups. Per layer `<name>`:
+
+    <name>.qweight  int32 [ceil(K/32)*bits, N]   GPTQ's bit order, see qalora_kernels.packing
+    <name>.scales   fp16  [G, N]
+    <name>.offsets  fp16  [G, N]                 fp32 with offsets_dtype "float32"
+    <name>.g_idx    int32 [K]                    only with desc_act
+    <name>.bias     as in the base               only where the base has one
+    <name>.weight   fp32  [1]                    the guard
+
+The guard makes loading without this package fail: transformers only warns of an unknown
+quant_method and would fill the layers with random numbers, but a `weight` of shape [1] is a size
+mismatch that it raises. Its one value is K, which the packed shape gives only up to 32.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from qalora_kernels import QuantSpec, pack, unpack
+
+from ..errors import CheckpointError
+from ..quant.grid import QuantizedWeight
+from .reader import CheckpointReader
+
+GUARD = "weight"
+GUARD_DTYPE = torch.float32
+QUANTIZED_TENSORS = ("qweight", "scales", "offsets", "g_idx", GUARD)
+
+TensorPlan = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+
+
+def layer_plan(name: str, spec: QuantSpec, desc_act: bool) -> TensorPlan:
+    """Full names, dtypes and shapes of a quantized layer's tensors, the bias left out."""
+    grid = (spec.num_groups, spec.out_features)
+    plan: TensorPlan = {
+        f"{name}.qweight": (torch.int32, (spec.packed_rows, spec.out_features)),
+        f"{name}.scales": (spec.scales_dtype, grid),
+        f"{name}.offsets": (spec.offsets_dtype, grid),
+        f"{name}.{GUARD}": (GUARD_DTYPE, (1,)),
+    }
+    if desc_act:
+        plan[f"{name}.g_idx"] = (torch.int32, (spec.in_features,))
+    return plan
+
+
+def guard_tensor(in_features: int) -> torch.Tensor:
+    """The guard: shape [1], holding K."""
+    return torch.tensor([in_features], dtype=GUARD_DTYPE)
+
+
+def pack_layer(name: str, weight: QuantizedWeight, spec: QuantSpec) -> dict[str, torch.Tensor]:
+    """A quantized weight as the tensors that `layer_plan` names."""
+    tensors = {
+        f"{name}.qweight": pack(weight.codes.t(), spec.bits),
+        f"{name}.scales": weight.scales.to(spec.scales_dtype),
+        f"{name}.offsets": weight.offsets.to(spec.offsets_dtype),
+        f"{name}.{GUARD}": guard_tensor(spec.in_features),
+    }
+    if weight.g_idx is not None:
+        tensors[f"{name}.g_idx"] = weight.g_idx.to(torch.int32)
+    return tensors
+
+
+def read_layer(reader: CheckpointReader, name: str, spec: QuantSpec) -> QuantizedWeight:
+    """The inverse of `pack_layer`, from a checkpoint. Codes uint8 [N, K], the rest fp32."""
+    g_idx = f"{name}.g_idx"
+    return QuantizedWeight(
+        codes=unpack(reader.get(f"{name}.qweight"), spec.bits, spec.in_features).t(),
+        scales=reader.get(f"{name}.scales").float(),
+        offsets=reader.get(f"{name}.offsets").float(),
+        g_idx=reader.get(g_idx) if g_idx in reader else None,
+        bits=spec.bits,
+        group_size=spec.group_size,
+    )
+
+
+def quantized_layers(names: Iterable[str]) -> list[str]:
+    """Layers that have a `qweight` among these tensor names, in their order."""
+    return [name.removesuffix(".qweight") for name in names if name.endswith(".qweight")]
+
+
+def read_in_features(reader: CheckpointReader, name: str) -> int:
+    """K of a quantized layer, as its guard says.
+
+    Raises:
+        CheckpointError: the layer has no guard, or not a positive whole number in it.
+    """
+    guard = f"{name}.{GUARD}"
+    if guard not in reader:
+        raise CheckpointError(
+            f"{reader.directory}: {name} has a qweight but no guard tensor {guard}. "
+            "Write the checkpoint again with qalora or save_pretrained."
+        )
+    info = reader.info(guard)
+    if info.shape != (1,) or info.dtype != GUARD_DTYPE:
+        raise CheckpointError(
+            f"{info.file}: {guard}: expected the guard, {GUARD_DTYPE} of shape (1,), found "
+            f"{info.dtype} of shape {info.shape}. The layer is stored twice: remove the dense one."
+        )
+    value = reader.get(guard).item()
+    if not value.is_integer() or value < 1:
+        raise CheckpointError(f"{info.file}: {guard}: expected in_features, found {value}.")
+    return int(value)

@@ -1,0 +1,170 @@
+"""The header of one safetensors file, read and checked without touching its data.
+
+Format: 8 bytes, little-endian header length; a JSON object {name: {dtype, shape, data_offsets}};
+then the data, without holes (https://github.com/huggingface/safetensors#format).
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from ..errors import CheckpointError
+
+LENGTH_BYTES = 8
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
+
+DTYPES: dict[str, torch.dtype] = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "U16": torch.uint16,
+    "I16": torch.int16,
+    "U32": torch.uint32,
+    "I32": torch.int32,
+    "U64": torch.uint64,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "C64": torch.complex64,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor lies: `nbytes` bytes from byte `start` of `file`."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+    nbytes: int
+
+
+def tensor_nbytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+    """Size of a dense tensor in bytes."""
+    return math.prod(shape) * dtype.itemsize
+
+
+def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """Read one file's header and check it against the file's size.
+
+    Args:
+        path: a .safetensors file, or a link to one.
+
+    Returns:
+        The tensors by name, in the order of their data, and the file's `__metadata__`.
+
+    Raises:
+        CheckpointError: the file cannot be read, its header is damaged, or its data are cut short,
+            overlap, or leave holes.
+    """
+    try:
+        with path.open("rb") as file:
+            file.seek(0, 2)
+            size = file.tell()
+            raw = _read_header_bytes(file, path, size)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: cannot be read ({error.strerror}). Download or copy the file again."
+        ) from error
+    entries = _parse(raw, path)
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict):
+        raise _damaged(path, f"__metadata__ must be an object, found {type(metadata).__name__}")
+    data_start = LENGTH_BYTES + len(raw)
+    tensors = [_tensor_info(name, entry, path, data_start) for name, entry in entries.items()]
+    tensors.sort(key=lambda info: (info.start, info.nbytes))
+    _check_layout(tensors, path, data_start, size)
+    return {info.name: info for info in tensors}, metadata
+
+
+def _damaged(path: Path, what: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: not a valid safetensors file: {what}. Download or copy the file again."
+    )
+
+
+def _read_header_bytes(file: BinaryIO, path: Path, size: int) -> bytes:
+    if size < LENGTH_BYTES:
+        raise _damaged(path, f"expected at least {LENGTH_BYTES} bytes, found {size}")
+    file.seek(0)
+    length = int.from_bytes(file.read(LENGTH_BYTES), "little")
+    if length > MAX_HEADER_BYTES:
+        raise _damaged(
+            path, f"expected a header of at most {MAX_HEADER_BYTES} bytes, found length {length}"
+        )
+    if LENGTH_BYTES + length > size:
+        raise _damaged(
+            path, f"its header says {length} bytes, but the file has {size} bytes (truncated?)"
+        )
+    return file.read(length)
+
+
+def _parse(raw: bytes, path: Path) -> dict[str, Any]:
+    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        if len(set(names)) != len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise _damaged(path, f"key {twice!r} appears twice in the header")
+        return dict(pairs)
+
+    try:
+        header = json.loads(raw, object_pairs_hook=no_duplicates)
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise _damaged(path, f"the header is not JSON ({error})") from error
+    if not isinstance(header, dict):
+        raise _damaged(path, f"the header must be an object, found {type(header).__name__}")
+    return header
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _tensor_info(name: str, entry: Any, path: Path, data_start: int) -> TensorInfo:
+    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
+        raise _damaged(path, f"tensor {name}: dtype, shape or data_offsets is missing")
+    shape, offsets = entry["shape"], entry["data_offsets"]
+    if not isinstance(shape, list) or not all(map(_is_count, shape)):
+        raise _damaged(path, f"tensor {name}: shape {shape!r} is not a list of sizes")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
+        raise _damaged(path, f"tensor {name}: data_offsets {offsets!r} is not [begin, end]")
+    dtype = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
+    if dtype is None:
+        raise CheckpointError(
+            f"{path}: tensor {name} has dtype {entry['dtype']!r}; supported: {', '.join(DTYPES)}."
+        )
+    nbytes = tensor_nbytes(dtype, tuple(shape))
+    if offsets[1] - offsets[0] != nbytes:
+        raise _damaged(
+            path,
+            f"tensor {name}: {entry['dtype']} of shape {shape} takes {nbytes} bytes, "
+            f"its data_offsets {offsets} span {offsets[1] - offsets[0]}",
+        )
+    return TensorInfo(name, dtype, tuple(shape), path, data_start + offsets[0], nbytes)
+
+
+def _check_layout(tensors: list[TensorInfo], path: Path, data_start: int, size: int) -> None:
+    end = data_start
+    for info in tensors:
+        if info.start != end:
+            what = "overlaps the tensor before it" if info.start < end else "follows a hole"
+            raise _damaged(path, f"tensor {info.name} {what} (byte {info.start}, expected {end})")
+        end += info.nbytes
+    if size < end:
+        raise CheckpointError(
+            f"{path}: truncated: expected {end} bytes, found {size}. "
+            "Download or copy the file again."
+        )
+    if size > end:
+        raise _damaged(path, f"expected {end} bytes, found {size}: data that no tensor owns")

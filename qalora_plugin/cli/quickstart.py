@@ -1,0 +1,66 @@
+"""`qalora quickstart`: the whole way on the embedded model, or on one's own."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the subcommand."""
+    parser = subparsers.add_parser(
+        "quickstart",
+        help="quantize, train, merge and verify on an embedded model: see it work",
+        description="Quantize a small embedded Llama with GPTQ, train a QA-LoRA adapter on it "
+        "with TRL's SFTTrainer, merge, verify, and print what each stage measured. No network, "
+        "no GPU. Or do the same with a model and data of one's own.",
+    )
+    parser.add_argument("--bits", type=int, default=4, help="2, 3, 4 or 8 (default: %(default)s)")
+    parser.add_argument("--group-size", type=int, default=32, help="default: %(default)s")
+    parser.add_argument("--model", help="name or directory of a 16-bit causal LM")
+    parser.add_argument(
+        "--dataset",
+        type=Path,
+        help=".jsonl (prompt + completion, question + answer, instruction + output, or text) "
+        "or .txt; default: docstring -> function pairs from the standard library",
+    )
+    parser.add_argument("--rank", type=int, default=16, help="default: %(default)s")
+    parser.add_argument("--learning-rate", type=float, default=2e-3, help="default: %(default)s")
+    parser.add_argument("--steps", type=int, default=200, help="default: %(default)s")
+    parser.add_argument("--batch-size", type=int, default=16, help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument(
+        "--out", type=Path, help="directory to write to (default: the next free out/quickstart…)"
+    )
+    parser.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
+    parser.set_defaults(func=main)
+
+
+def _next_free(path: Path) -> Path:
+    candidate, number = path, 2
+    while candidate.exists():
+        candidate = path.with_name(f"{path.name}-{number}")
+        number += 1
+    return candidate
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run it; progress goes to stderr, the result to stdout."""
+    from ..quickstart import report
+    from ..quickstart.run import Settings, run
+
+    settings = Settings(
+        out=args.out or _next_free(Path("out") / f"quickstart-int{args.bits}"),
+        model=args.model,
+        dataset=args.dataset,
+        bits=args.bits,
+        group_size=args.group_size,
+        rank=args.rank,
+        learning_rate=args.learning_rate,
+        steps=args.steps,
+        batch_size=args.batch_size,
+        seed=args.seed,
+    )
+    result = run(settings, say=lambda line: print(line, file=sys.stderr, flush=True))
+    print(report.as_json(result) if args.json else report.as_text(result))
+    return 0

@@ -1,0 +1,317 @@
+"""GPTQ (arXiv 2210.17323) onto a grid with real-valued offsets.
+
+The rounding error of a layer on its calibration inputs X [T, K] is sum_n e_n H e_n^T with
+H = X^T X and e = W - Q. Factor the damped H = M D M^T, M unit upper triangular; then rounding input
+after input to
+
+    Q[:, k] = round(W[:, k] + sum_{j<k} e[:, j] M[j, k])
+
+costs sum_k D[k] * (rounding error of input k)^2. This is GPTQ's update in the form of QuIP's LDLQ
+(arXiv 2307.13304, theorem 6: the two give the same integers), and needs one Cholesky factor instead
+of GPTQ's two and an inverse. Beyond the paper:
+
+- a group's scale and offset are fitted to what rounding will really see (the updated weights), each
+  input weighted by its D[k];
+- afterwards, with the integers fixed, the error is a quadratic in all scales and offsets: groups are
+  refitted in turn by closed-form least squares, keeping a step only where it lowers the error.
+
+Matrices are transposed here, [K, N]: an input's weights to all outputs are contiguous.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from ..errors import ConfigError, QuantizationError
+from .grid import (
+    Grid,
+    QuantizedWeight,
+    check_weight,
+    fit_groups,
+    round_codes,
+    round_offsets,
+    round_scales,
+)
+
+Ordering = Literal["none", "groups", "act"]
+ORDERINGS = ("none", "groups", "act")
+_BLOCK = 128  # inputs whose updates are applied one by one before the next matrix product
+_DAMP_GROWTH = 10.0
+_DAMP_RETRIES = 5
+
+
+@dataclass(frozen=True)
+class GPTQSettings:
+    """How one layer is solved.
+
+    Args:
+        ordering: in which order inputs are rounded. "none" as they come; "groups" the groups with
+            the largest inputs first, and so within each group: groups stay contiguous; "act"
+            (act-order, `desc_act`) all inputs by size: groups are scattered, g_idx says how.
+        damp: added to the diagonal of H, as a fraction of its mean.
+        mse: search clipped ranges for each group instead of taking least to greatest weight.
+        refit: least-squares sweeps over the groups' scales and offsets after rounding.
+    """
+
+    ordering: Ordering = "groups"
+    damp: float = 0.01
+    mse: bool = True
+    refit: int = 2
+
+    def __post_init__(self) -> None:
+        if self.ordering not in ORDERINGS:
+            raise ConfigError(f"ordering must be one of {ORDERINGS}, found {self.ordering!r}")
+        if not 0 < self.damp < 1:
+            raise ConfigError(f"damp must lie between 0 and 1, found {self.damp}")
+        if self.refit < 0:
+            raise ConfigError(f"refit must be 0 or more sweeps, found {self.refit}")
+
+
+class Hessian:
+    """Mean of x x^T over calibration tokens, fp32 [K, K].
+
+    Args:
+        in_features: K.
+    """
+
+    def __init__(self, in_features: int, device: torch.device | str = "cpu"):
+        self.sum = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+        self.tokens = 0
+
+    def add(self, x: torch.Tensor) -> None:
+        """Add activations [..., K] of any float dtype."""
+        x = x.detach().reshape(-1, x.shape[-1]).float()
+        self.sum.addmm_(x.t(), x)
+        self.tokens += x.shape[0]
+
+    def mean(self, name: str) -> torch.Tensor | None:
+        """H [K, K], or None where no token, or nothing but zeros, reached the layer.
+
+        Raises:
+            QuantizationError: an activation was NaN or infinite.
+        """
+        diagonal = self.sum.diagonal()
+        if not diagonal.isfinite().all():
+            raise QuantizationError(
+                f"{name}: its calibration inputs are NaN or infinite. Quantize with "
+                "dtype float32; if that does not help, the model itself is damaged"
+            )
+        if self.tokens == 0 or diagonal.max() == 0:
+            return None
+        return self.sum / self.tokens
+
+
+def gptq(
+    weight: torch.Tensor,
+    hessian: torch.Tensor,
+    *,
+    bits: int,
+    group_size: int,
+    integer_zeros: bool = False,
+    settings: GPTQSettings | None = None,
+    name: str = "weight",
+) -> QuantizedWeight:
+    """Quantize one layer with the least error on its calibration inputs.
+
+    Args:
+        weight: [N, K], any float dtype.
+        hessian: mean of x x^T over the calibration inputs, fp32 [K, K].
+        bits: 2, 3, 4 or 8.
+        group_size: inputs a group, at least 1; the last group may be short.
+        integer_zeros: restrict zero-points to integers (see `grid`).
+        settings: ordering, damping, clipping, refit.
+        name: of the layer, for error messages.
+
+    Raises:
+        QuantizationError: the weight is damaged, or H cannot be factored.
+    """
+    check_weight(weight, name)
+    settings = settings or GPTQSettings()
+    grid = Grid(bits, integer_zeros)
+    n, k = weight.shape
+    group_size = min(group_size, k)
+    order, bounds = _order(hessian.diagonal(), group_size, settings.ordering)
+    h = hessian[order][:, order] if order is not None else hessian.clone()
+    w = weight.detach().float().t()
+    w = w[order] if order is not None else w.contiguous()
+    factor, importance = _factor(h, settings.damp, name)
+    codes, error, scales, offsets = _round(w, factor, importance, bounds, grid, settings.mse)
+    del factor
+    for _ in range(settings.refit):
+        _refit(h, codes, error, scales, offsets, bounds, grid)
+
+    # back to the order of the inputs
+    groups = torch.empty(k, dtype=torch.int32, device=w.device)
+    if order is None:
+        codes_out = codes
+    else:
+        codes_out = torch.empty_like(codes)
+        codes_out[order] = codes
+    for group, (start, stop) in enumerate(bounds):
+        groups[start:stop] = group
+    g_idx = None
+    if settings.ordering == "act":
+        g_idx = torch.empty_like(groups)
+        g_idx[order] = groups
+    elif order is not None:
+        # row i of scales belongs to the i-th group rounded: put it where that group lies
+        place = torch.tensor([int(order[start]) // group_size for start, _ in bounds])
+        inverse = torch.argsort(place)
+        scales, offsets = scales[inverse], offsets[inverse]
+    return QuantizedWeight(
+        codes=(codes_out + grid.mid).to(torch.uint8).t(),
+        scales=scales,
+        offsets=offsets,
+        g_idx=g_idx,
+        bits=bits,
+        group_size=group_size,
+    )
+
+
+def calibrated_error(
+    weight: torch.Tensor, quantized: QuantizedWeight, hessian: torch.Tensor
+) -> float:
+    """tr(e H e^T) / tr(W H W^T) with e = W - Q: the relative error on the calibration inputs."""
+    w = weight.float()
+    e = w - quantized.dequantize()
+    return (((e @ hessian) * e).sum() / ((w @ hessian) * w).sum()).item()
+
+
+def _order(
+    diagonal: torch.Tensor, group_size: int, ordering: Ordering
+) -> tuple[torch.Tensor | None, list[tuple[int, int]]]:
+    """The order in which inputs are rounded (None: as they come), and each group's place in it."""
+    k = diagonal.numel()
+    starts = range(0, k, group_size)
+    bounds = [(start, min(start + group_size, k)) for start in starts]
+    if ordering == "none":
+        return None, bounds
+    if ordering == "act":
+        return torch.argsort(diagonal, descending=True, stable=True), bounds
+    means = torch.stack([diagonal[start:stop].mean() for start, stop in bounds])
+    parts, new_bounds, done = [], [], 0
+    for group in torch.argsort(means, descending=True, stable=True).tolist():
+        start, stop = bounds[group]
+        parts.append(start + torch.argsort(diagonal[start:stop], descending=True, stable=True))
+        new_bounds.append((done, done + stop - start))
+        done += stop - start
+    return torch.cat(parts), new_bounds
+
+
+def _factor(h: torch.Tensor, damp: float, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Damp `h` in place; its unit upper triangular factor M [K, K] and D [K] of H = M D M^T."""
+    mean = h.diagonal().mean()
+    added = 0.0
+    for _ in range(_DAMP_RETRIES):
+        h.diagonal().add_(mean * (damp - added))
+        added = damp
+        # the lower factor of the reversed matrix, reversed again, is the upper factor
+        lower, info = torch.linalg.cholesky_ex(h.flip(0, 1))
+        if info == 0 and lower.diagonal().isfinite().all():
+            upper = lower.flip(0, 1)
+            del lower
+            root = upper.diagonal().clone()
+            return upper.div_(root), root.square()
+        damp *= _DAMP_GROWTH
+    raise QuantizationError(
+        f"{name}: the second moment of its calibration inputs cannot be factored, even with "
+        f"{added:g} of its mean diagonal added. Calibrate on more, or more varied, text"
+    )
+
+
+def _round(
+    w: torch.Tensor,
+    factor: torch.Tensor,
+    importance: torch.Tensor,
+    bounds: list[tuple[int, int]],
+    grid: Grid,
+    mse: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Round input after input. Centred codes [K, N], error W - Q [K, N], scales, offsets [G, N]."""
+    k, n = w.shape
+    codes, error = torch.empty_like(w), torch.zeros_like(w)
+    scales, offsets = w.new_empty(len(bounds), n), w.new_empty(len(bounds), n)
+    for first, last in _spans(bounds):
+        start, stop = bounds[first][0], bounds[last - 1][1]
+        target = w[start:stop] + factor[:start, start:stop].t() @ error[:start]
+        group = first - 1
+        for block in range(start, stop, _BLOCK):
+            end = min(block + _BLOCK, stop)
+            if block > start:  # only inside a group that is longer than a block
+                within = factor[start:block, block:end].t() @ error[start:block]
+                target[block - start : end - start] += within
+            for i in range(block, end):
+                if group + 1 < last and i == bounds[group + 1][0]:
+                    group += 1
+                    here = slice(i - start, bounds[group][1] - start)
+                    weights = importance[i : bounds[group][1], None]
+                    fitted = fit_groups(target[here], grid, weights, mse)
+                    scales[group], offsets[group] = fitted
+                s, o = scales[group], offsets[group]
+                codes[i] = round_codes(target[i - start], s, o, grid)
+                error[i] = w[i] - torch.addcmul(o, codes[i], s)
+                target[i - start + 1 : end - start].addr_(factor[i, i + 1 : end], error[i])
+    return codes, error, scales, offsets
+
+
+def _spans(bounds: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Cut the groups into runs [first, last) of about `_BLOCK` inputs, at least one group each."""
+    spans, first = [], 0
+    for last in range(1, len(bounds) + 1):
+        full = last == len(bounds) or bounds[last][1] - bounds[first][0] > _BLOCK
+        if full:
+            spans.append((first, last))
+            first = last
+    return spans
+
+
+def _refit(
+    h: torch.Tensor,
+    codes: torch.Tensor,
+    error: torch.Tensor,
+    scales: torch.Tensor,
+    offsets: torch.Tensor,
+    bounds: list[tuple[int, int]],
+    grid: Grid,
+) -> None:
+    """One sweep: each group's (scale, offset) by least squares in the metric H, codes fixed.
+
+    With the group's basis B = [c, 1] (codes c [g], ones) the best step (ds, do) solves
+    (B^T H_gg B) (ds, do) = B^T (H e)_g. It is rounded to what a checkpoint stores, and taken only
+    where it still lowers the error. Updates `error`, `scales`, `offsets` in place.
+    """
+    for group, (start, stop) in enumerate(bounds):
+        c = codes[start:stop]
+        h_gg = h[start:stop, start:stop]
+        pull = h[start:stop] @ error  # (H e)_g: [g, N]
+        s, o = scales[group], offsets[group]
+        if grid.integer_zeros:
+            c = c + o / s  # q - z, and no offset of its own
+            hc = h_gg @ c
+            b, a = (c * pull).sum(0), (c * hc).sum(0)
+            new_s = round_scales(torch.where(a > 0, s + b / a, s))
+            step = new_s - s
+            gain = step * (2 * b - step * a)
+            keep = gain > 0
+            new_o = round_offsets(o / s * new_s, new_s, grid)
+            moved = torch.addcmul(new_o - o, codes[start:stop], step)
+        else:
+            hc = h_gg @ c
+            h_row = h_gg.sum(1)
+            a_cc, a_co, a_oo = (c * hc).sum(0), h_row @ c, h_row.sum()
+            b_c, b_o = (c * pull).sum(0), pull.sum(0)
+            det = a_cc * a_oo - a_co * a_co
+            ds = (a_oo * b_c - a_co * b_o) / det
+            new_s = round_scales(torch.where(det > 0, s + ds, s))
+            step = new_s - s
+            # the best offset beside the scale as rounded
+            new_o = round_offsets(o + (b_o - a_co * step) / a_oo, new_s, grid)
+            shift = new_o - o
+            gain = 2 * (step * b_c + shift * b_o)
+            gain -= step * step * a_cc + 2 * step * shift * a_co + shift * shift * a_oo
+            keep = gain > 0
+            moved = torch.addcmul(shift, c, step)
+        scales[group] = torch.where(keep, new_s, s)
+        offsets[group] = torch.where(keep, new_o, o)
+        error[start:stop] -= torch.where(keep, moved, torch.zeros_like(moved))

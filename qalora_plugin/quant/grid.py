@@ -1,0 +1,219 @@
+"""The n-bit grid with real-valued offsets: what a group of weights is rounded to, and how to fit it.
+
+    w ~ scales * (q - 2^(bits-1)) + offsets        q in [0, 2^bits)
+
+`offsets` is the weight at the middle code, so the zero-point in other formats' terms is
+z = 2^(bits-1) - offsets / scales, a real number. With `integer_zeros` z is an integer in
+[1, 2^bits - 1]: the values that both stock GPTQ formats hold (v1 stores z - 1, v2 stores z, each in
+`bits` unsigned bits); `offsets` is then scales * (2^(bits-1) - z), exact in fp32.
+
+Weights are handled transposed, [..., g, N]: the g inputs of a group, all outputs side by side.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from qalora_kernels.groups import expand
+
+from ..errors import QuantizationError
+
+MIN_SCALE = 2.0**-24  # the smallest positive fp16
+MAX_FP16 = 65504.0
+_SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.45)
+_REFINEMENTS = 6
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Width of the codes, and whether zero-points are integers."""
+
+    bits: int
+    integer_zeros: bool = False
+
+    @property
+    def mid(self) -> int:
+        """The code whose weight is the offset itself."""
+        return 1 << (self.bits - 1)
+
+    @property
+    def top(self) -> int:
+        """The largest code."""
+        return (1 << self.bits) - 1
+
+
+@dataclass
+class QuantizedWeight:
+    """One quantized weight matrix.
+
+    Args:
+        codes: uint8 [N, K].
+        scales: fp32 [G, N], positive, each representable in fp16.
+        offsets: fp32 [G, N], each representable in fp16 (any fp32 with integer zero-points).
+        g_idx: int32 [K], the group of each input, or None where that is k // group_size.
+        bits: 2, 3, 4 or 8.
+        group_size: inputs a group; never -1.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    offsets: torch.Tensor
+    g_idx: torch.Tensor | None
+    bits: int
+    group_size: int
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Dense weight [N, K], computed in fp32 and rounded once to `dtype`."""
+        k = self.codes.shape[1]
+        weight = self.codes.t().to(torch.float32) - (1 << (self.bits - 1))
+        weight *= expand(self.scales, self.g_idx, self.group_size, k)
+        weight += expand(self.offsets, self.g_idx, self.group_size, k)
+        return weight.t().to(dtype)
+
+
+def check_weight(weight: torch.Tensor, name: str) -> None:
+    """Refuse what no grid with fp16 scales can hold.
+
+    Raises:
+        QuantizationError: `weight` is not a matrix, is not finite, or is beyond fp16's range.
+    """
+    if weight.dim() != 2 or weight.numel() == 0:
+        raise QuantizationError(
+            f"{name}: expected a weight matrix [out_features, in_features], "
+            f"found shape {tuple(weight.shape)}"
+        )
+    largest = weight.abs().amax().item()
+    if not largest < float("inf"):  # NaN fails this comparison too
+        bad = int((~weight.isfinite()).sum())
+        raise QuantizationError(
+            f"{name}: {bad} of {weight.numel()} weights are NaN or infinite; "
+            "the model is damaged, download or save it again"
+        )
+    if largest > MAX_FP16:
+        raise QuantizationError(
+            f"{name}: the largest weight is {largest:g}, beyond the {MAX_FP16:g} that fp16 scales "
+            "and offsets hold; list this layer in modules_to_not_convert"
+        )
+
+
+def round_scales(scales: torch.Tensor) -> torch.Tensor:
+    """fp32 values that fp16 holds exactly, never zero and never infinite."""
+    return scales.clamp(MIN_SCALE, MAX_FP16).half().float()
+
+
+def round_offsets(offsets: torch.Tensor, scales: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """The nearest offsets that the grid allows beside (already rounded) `scales`, fp32."""
+    if grid.integer_zeros:
+        zeros = (grid.mid - offsets / scales).round_().clamp_(1, grid.top)
+        return scales * (grid.mid - zeros)
+    return offsets.clamp(-MAX_FP16, MAX_FP16).half().float()
+
+
+def round_codes(
+    w: torch.Tensor, scales: torch.Tensor, offsets: torch.Tensor, grid: Grid
+) -> torch.Tensor:
+    """Nearest centred codes q - mid for `w`, in its dtype; scales and offsets broadcast."""
+    return ((w - offsets) / scales).round_().clamp_(-grid.mid, grid.top - grid.mid)
+
+
+def fit_range(w: torch.Tensor, grid: Grid, shrink: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales and offsets that spread the codes from the least to the greatest weight.
+
+    Args:
+        w: fp32 [..., g, N].
+        shrink: both ends are first multiplied by this, so that what lies outside is clipped.
+
+    Returns:
+        scales, offsets: fp32 [..., N], rounded to what a checkpoint stores.
+    """
+    low, high = (end * shrink for end in torch.aminmax(w, dim=-2))
+    if grid.integer_zeros:
+        low, high = low.clamp(max=0), high.clamp(min=0)
+    raw = (high - low) / grid.top
+    # A constant group would get a scale of nothing: give it one of the size of its weights, so
+    # that a later relative change of the scale still moves them, and no offset.
+    constant = raw < MIN_SCALE
+    scales = round_scales(torch.where(constant, high.abs(), raw))
+    middle = (low + high + scales) / 2  # codes reach one step further down than up
+    offsets = torch.where(constant, torch.zeros_like(middle), middle)
+    return scales, round_offsets(offsets, scales, grid)
+
+
+def fit_groups(
+    w: torch.Tensor, grid: Grid, importance: torch.Tensor, search: bool = True
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales and offsets with the least weighted squared rounding error.
+
+    Tries several clipped ranges, then alternates rounding and weighted least squares for (scale,
+    offset) from the best one; a step is kept only for the groups where it helps.
+
+    Args:
+        w: fp32 [..., g, N].
+        importance: weight of each input's squared error, broadcastable to [..., g, 1].
+        search: False returns the plain range fit.
+
+    Returns:
+        scales, offsets: fp32 [..., N], rounded to what a checkpoint stores.
+    """
+    scales, offsets = fit_range(w, grid)
+    if not search:
+        return scales, offsets
+    best, codes = _error(w, scales, offsets, grid, importance)
+    for shrink in _SHRINKS[1:]:
+        candidate = fit_range(w, grid, shrink)
+        error, new_codes = _error(w, *candidate, grid, importance)
+        better = error < best
+        scales = torch.where(better, candidate[0], scales)
+        offsets = torch.where(better, candidate[1], offsets)
+        codes = torch.where(better.unsqueeze(-2), new_codes, codes)
+        best = torch.minimum(best, error)
+    for _ in range(_REFINEMENTS):
+        candidate = _least_squares(w, codes, scales, offsets, grid, importance)
+        error, new_codes = _error(w, *candidate, grid, importance)
+        better = error < best
+        if not better.any():
+            break
+        scales = torch.where(better, candidate[0], scales)
+        offsets = torch.where(better, candidate[1], offsets)
+        codes = torch.where(better.unsqueeze(-2), new_codes, codes)
+        best = torch.minimum(best, error)
+    return scales, offsets
+
+
+def _error(
+    w: torch.Tensor,
+    scales: torch.Tensor,
+    offsets: torch.Tensor,
+    grid: Grid,
+    importance: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weighted squared error [..., N] of rounding `w`, and the centred codes [..., g, N]."""
+    s, o = scales.unsqueeze(-2), offsets.unsqueeze(-2)
+    codes = round_codes(w, s, o, grid)
+    miss = torch.addcmul(o, codes, s).sub_(w)
+    return miss.square_().mul_(importance).sum(-2), codes
+
+
+def _least_squares(
+    w: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    offsets: torch.Tensor,
+    grid: Grid,
+    importance: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weighted least squares for (scale, offset) with the codes fixed, closed form.
+
+    The old pair stays where the codes do not determine a positive scale.
+    """
+    if grid.integer_zeros:
+        codes = codes + (offsets / scales).unsqueeze(-2)  # q - z: the line goes through zero
+        slope = (importance * w * codes).sum(-2) / (importance * codes * codes).sum(-2)
+        new_scales = round_scales(torch.where(slope > 0, slope, scales))
+        return new_scales, round_offsets(offsets / scales * new_scales, new_scales, grid)
+    total = (importance * torch.ones_like(w)).sum(-2)
+    mean_c, mean_w = (importance * codes).sum(-2) / total, (importance * w).sum(-2) / total
+    centred = codes - mean_c.unsqueeze(-2)
+    slope = (importance * centred * w).sum(-2) / (importance * centred * centred).sum(-2)
+    new_scales = round_scales(torch.where(slope > 0, slope, scales))  # 0/0 compares false
+    new_offsets = torch.where(slope > 0, mean_w - new_scales * mean_c, offsets)
+    return new_scales, round_offsets(new_offsets, new_scales, grid)

@@ -1,0 +1,151 @@
+"""`QuantLinear`: a frozen linear layer of packed integers, scales and real-valued offsets."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from qalora_kernels import LowRank, QuantSpec, folded_linear, quantized_linear
+from qalora_kernels import ops as kernel_ops
+from qalora_kernels.groups import sum_groups
+from qalora_kernels.packing import pack
+
+
+def _as_stored(values: torch.Tensor, stored: torch.dtype) -> torch.Tensor:
+    """Round to the stored dtype, hold in at least fp32."""
+    return values.to(stored).to(torch.promote_types(stored, torch.float32))
+
+
+class QuantLinear(nn.Module):
+    """y = x W^T + bias with W[n, k] = scales[g, n] * (q[n, k] - 2^(bits-1)) + offsets[g, n].
+
+    `qweight` is an int32 Parameter without gradient: ZeRO-3 shards it, DDP leaves it alone.
+    `scales` and `offsets` are fp32 buffers whose values the checkpoint's dtypes hold exactly; no
+    `.to(dtype)`, `.half()` or `.bfloat16()` touches them.
+
+    Args:
+        spec: shape and grid.
+        bias: whether the layer has a bias.
+        desc_act: whether the groups follow `g_idx` instead of k // group_size.
+        device: where the (uninitialised) tensors are made, e.g. "meta".
+        dtype: of the bias.
+    """
+
+    g_idx: torch.Tensor | None
+    scales: torch.Tensor
+    offsets: torch.Tensor
+
+    def __init__(
+        self,
+        spec: QuantSpec,
+        *,
+        bias: bool = False,
+        desc_act: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self.spec = spec
+        self.in_features = spec.in_features
+        self.out_features = spec.out_features
+        grid = (spec.num_groups, spec.out_features)
+        self.qweight = nn.Parameter(
+            torch.empty(spec.packed_rows, spec.out_features, dtype=torch.int32, device=device),
+            requires_grad=False,
+        )
+        self.register_buffer("scales", torch.empty(grid, dtype=torch.float32, device=device))
+        self.register_buffer("offsets", torch.empty(grid, dtype=torch.float32, device=device))
+        g_idx = torch.empty(spec.in_features, dtype=torch.int32, device=device)
+        self.register_buffer("g_idx", g_idx if desc_act else None)
+        self.bias = (
+            nn.Parameter(torch.empty(spec.out_features, device=device, dtype=dtype))
+            if bias
+            else None
+        )
+
+    @classmethod
+    def from_codes(
+        cls,
+        spec: QuantSpec,
+        codes: torch.Tensor,
+        scales: torch.Tensor,
+        offsets: torch.Tensor,
+        g_idx: torch.Tensor | None = None,
+        bias: torch.Tensor | None = None,
+    ) -> "QuantLinear":
+        """Build a layer from integers [N, K] in [0, 2^bits), scales and offsets [G, N]."""
+        layer = cls(spec, bias=bias is not None, desc_act=g_idx is not None, device="meta")
+        layer.qweight = nn.Parameter(pack(codes.t(), spec.bits), requires_grad=False)
+        layer.scales = _as_stored(scales, spec.scales_dtype)
+        layer.offsets = _as_stored(offsets, spec.offsets_dtype)
+        layer.g_idx = None if g_idx is None else g_idx.to(torch.int32)
+        layer.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+        return layer
+
+    @property
+    def weight_t(self) -> torch.Tensor:
+        """Dense W^T [K, N], fp32."""
+        return self.dequantize_t(torch.float32)
+
+    def dequantize_t(self, dtype: torch.dtype) -> torch.Tensor:
+        """Dense W^T [K, N] in `dtype`."""
+        spec = self.spec
+        return kernel_ops.dequantize(
+            self.qweight,
+            self.scales,
+            self.offsets,
+            self.g_idx,
+            spec.bits,
+            spec.group_size,
+            spec.in_features,
+            dtype,
+        )
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        zeros: LowRank | None = None,
+        scale: LowRank | None = None,
+    ) -> torch.Tensor:
+        """x [..., K] -> [..., N] in the dtype of x (of autocast where it is on).
+
+        With `zeros` or `scale` the adapter is folded into the offsets and scales first.
+        """
+        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        tensors = (x, self.qweight, self.scales, self.offsets, self.g_idx, self.bias)
+        if zeros is None and scale is None:
+            return quantized_linear(*tensors, spec=self.spec)
+        return folded_linear(*tensors, spec=self.spec, zeros=zeros, scale=scale)
+
+    def pool(self, x: torch.Tensor) -> torch.Tensor:
+        """Group sums of x [..., K] -> [..., G] in the dtype of x, differentiable."""
+        return sum_groups(x, self.g_idx, self.spec.group_size, self.spec.num_groups)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        # a cast of scales or offsets would change the weights that were trained or merged:
+        # keep the numbers, follow only the device
+        kept = {"scales": self.scales, "offsets": self.offsets}
+        super()._apply(fn, recurse)
+        for name, before in kept.items():
+            after = getattr(self, name)
+            if after.dtype != before.dtype:
+                moved = before if after.device == before.device else before.to(after.device)
+                setattr(self, name, moved)
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if prefix + "scales" in destination:
+            destination[prefix + "scales"] = self.scales.to(self.spec.scales_dtype)
+            destination[prefix + "offsets"] = self.offsets.to(self.spec.offsets_dtype)
+
+    def extra_repr(self) -> str:
+        """As nn.Linear prints itself, with the grid."""
+        spec = self.spec
+        return (
+            f"in_features={spec.in_features}, out_features={spec.out_features}, "
+            f"bias={self.bias is not None}, bits={spec.bits}, group_size={spec.group_size}, "
+            f"desc_act={self.g_idx is not None}"
+        )

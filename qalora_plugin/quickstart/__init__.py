@@ -1,0 +1,1 @@
+"""The embedded quickstart: a small base model and its instruction pairs."""

@@ -1,0 +1,259 @@
+"""The whole way on one machine: 16-bit base -> INT-n -> QA-LoRA -> merged INT-n, measured."""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import ConfigError, VerificationError
+from . import data
+from .evaluate import held_out_loss
+from .user_data import load_rows
+
+MAX_LENGTH = 512
+_CALIBRATION_SAMPLES = 128
+_EVALUATION_ROWS = 400
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What `qalora quickstart` takes.
+
+    Args:
+        out: directory that everything is written to; must not exist.
+        model: name or directory of a 16-bit causal LM; None for the embedded one.
+        dataset: .jsonl or .txt file; None for pairs cut from the standard library.
+        bits: 2, 3, 4 or 8.
+        group_size: inputs that share a scale and an offset.
+        rank: of the adapter.
+        learning_rate: peak, AdamW with a cosine schedule.
+        steps: optimizer steps.
+        batch_size: rows a step.
+        seed: of calibration, adapter and data order.
+    """
+
+    out: Path
+    model: str | None = None
+    dataset: Path | None = None
+    bits: int = 4
+    group_size: int = 32
+    rank: int = 16
+    learning_rate: float = 2e-3
+    steps: int = 200
+    batch_size: int = 16
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of the result table; sizes in bytes, loss in nats a token."""
+
+    name: str
+    loss: float
+    size: int
+    bits_per_weight: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a quickstart run measured, and where things lie."""
+
+    rows: list[Row]
+    merged_equals_unmerged: bool
+    verified_layers: int
+    prompt: str
+    before: str
+    after: str
+    paths: dict[str, str]
+    seconds: dict[str, float]
+
+
+def run(settings: Settings, say: Callable[[str], None] = print) -> Result:
+    """Quantize, train, merge, verify, and measure each stage on held-out rows.
+
+    Args:
+        settings: see `Settings`.
+        say: takes one line of progress at a time.
+
+    Raises:
+        ConfigError: bad settings or data, before anything is written.
+        VerificationError: the merged model is not what was trained.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from ..checkpoint.reader import resolve_model_dir
+    from ..quant.pipeline import quantize_model
+    from ..verify import verify_merge
+
+    if settings.out.exists():
+        raise ConfigError(f"{settings.out}: exists already; give another directory with --out")
+    if settings.dataset is None:
+        training, held_out = data.load_pairs("train"), data.load_pairs("eval")
+    else:
+        training, held_out = load_rows(settings.dataset)
+    held_out = held_out[:_EVALUATION_ROWS]
+    source = data.base_model_path() if settings.model is None else resolve_model_dir(settings.model)
+    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    paths = {name: settings.out / name for name in ("base-int", "training", "adapter", "merged")}
+    paths["base-int"] = settings.out / f"base-int{settings.bits}"
+    seconds: dict[str, float] = {}
+    tokenizer = AutoTokenizer.from_pretrained(source)
+
+    def load(path: Path) -> Any:
+        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
+
+    def measure(model: Any) -> float:
+        return held_out_loss(model, tokenizer, held_out, max_length=MAX_LENGTH)
+
+    say(f"base: {source} ({len(training)} training rows, {len(held_out)} held out)")
+    base = load(source)
+    base_row = Row("16-bit base", measure(base), _weights_size(source), 16.0)
+    del base
+
+    say(f"quantizing to INT{settings.bits}, groups of {settings.group_size}, GPTQ ...")
+    started = time.monotonic()
+    quantize_model(
+        source,
+        paths["base-int"],
+        bits=settings.bits,
+        group_size=settings.group_size,
+        method="gptq",
+        calibration=[_as_text(row) for row in training],
+        samples=_CALIBRATION_SAMPLES,
+        seq_len=MAX_LENGTH,
+        seed=settings.seed,
+    )
+    seconds["quantize"] = time.monotonic() - started
+    model = load(paths["base-int"])
+    bits_per_weight = quantized_bits_per_weight(model)
+    prompt = held_out[0].get("prompt") or held_out[0]["text"][:200]
+    before = _generate(model, tokenizer, prompt)
+    quantized_row = Row(
+        f"INT{settings.bits} base",
+        measure(model),
+        _weights_size(paths["base-int"]),
+        bits_per_weight,
+    )
+
+    say(f"training a QA-LoRA adapter of rank {settings.rank}, {settings.steps} steps ...")
+    started = time.monotonic()
+    trainer = _train(model, tokenizer, training, settings, paths)
+    seconds["train"] = time.monotonic() - started
+    trained = trainer.model.eval()
+    trainer.save_model(str(paths["adapter"]))
+    adapter_size = _weights_size(paths["adapter"])
+    adapter_row = Row(
+        f"INT{settings.bits} + adapter",
+        measure(trained),
+        quantized_row.size + adapter_size,
+        bits_per_weight,
+    )
+
+    say("verifying the merged checkpoint ...")
+    report = verify_merge(paths["merged"], paths["adapter"], paths["base-int"])
+    merged = load(paths["merged"])
+    merged_row = Row(
+        "merged", measure(merged), _weights_size(paths["merged"]), quantized_bits_per_weight(merged)
+    )
+    ids = tokenizer(_as_text(held_out[0]), return_tensors="pt")["input_ids"][:, :MAX_LENGTH]
+    with torch.no_grad():
+        ids = ids.to(device)
+        equal = torch.equal(merged(input_ids=ids).logits, trained(input_ids=ids).logits)
+    if not equal:
+        raise VerificationError(f"{paths['merged']}: logits differ from the trained model's")
+    return Result(
+        rows=[base_row, quantized_row, adapter_row, merged_row],
+        merged_equals_unmerged=equal,
+        verified_layers=report.layers,
+        prompt=prompt,
+        before=before,
+        after=_generate(merged, tokenizer, prompt),
+        paths={name: str(path) for name, path in paths.items()},
+        seconds=seconds,
+    )
+
+
+def _train(
+    model: Any,
+    tokenizer: Any,
+    training: list[dict[str, str]],
+    settings: Settings,
+    paths: dict[str, Path],
+) -> Any:
+    """SFTTrainer as a user writes it; the callback writes the merged checkpoint at the end."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    from ..trl import MergeCallback
+    from ..tuner import QALoRAConfig
+
+    trainer = SFTTrainer(
+        model,
+        args=SFTConfig(
+            output_dir=str(paths["training"]),
+            max_steps=settings.steps,
+            per_device_train_batch_size=settings.batch_size,
+            learning_rate=settings.learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=max(1, settings.steps // 20),
+            max_length=MAX_LENGTH,
+            bf16=torch.cuda.is_available(),
+            use_cpu=not torch.cuda.is_available(),
+            gradient_checkpointing=False,
+            logging_steps=max(1, settings.steps // 10),
+            save_strategy="no",
+            report_to="none",
+            seed=settings.seed,
+        ),
+        train_dataset=Dataset.from_list(training),
+        processing_class=tokenizer,
+        peft_config=QALoRAConfig(
+            r=settings.rank, lora_alpha=settings.rank, seed=settings.seed, task_type="CAUSAL_LM"
+        ),
+        callbacks=[MergeCallback(paths["merged"])],
+    )
+    trainer.train()
+    return trainer
+
+
+def quantized_bits_per_weight(model: torch.nn.Module) -> float:
+    """Stored bits (integers, scales, offsets, g_idx) a weight of the quantized layers."""
+    from ..quant.linear import QuantLinear
+
+    stored = weights = 0
+    for layer in model.modules():
+        if isinstance(layer, QuantLinear):
+            spec = layer.spec
+            weights += spec.in_features * spec.out_features
+            stored += layer.qweight.numel() * 32
+            stored += layer.scales.numel() * spec.scales_dtype.itemsize * 8
+            stored += layer.offsets.numel() * spec.offsets_dtype.itemsize * 8
+            stored += 0 if layer.g_idx is None else layer.g_idx.numel() * 32
+    return stored / weights
+
+
+def _weights_size(directory: Path) -> int:
+    return sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+
+
+def _as_text(row: dict[str, str]) -> str:
+    return row.get("text") or row["prompt"] + row["completion"]
+
+
+@torch.no_grad()
+def _generate(model: Any, tokenizer: Any, prompt: str, new_tokens: int = 96) -> str:
+    """Greedy continuation of the prompt."""
+    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
+    ids = {"input_ids": ids["input_ids"][:, -MAX_LENGTH + new_tokens :].to(model.device)}
+    ids["attention_mask"] = torch.ones_like(ids["input_ids"])
+    out = model.generate(
+        **ids,
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
+    )
+    return tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
