@@ -1,4 +1,4 @@
-"""Write the stock GPTQ checkpoints of `tests/fixtures/` with GPTQModel, and its own reference outputs.
+"""Write the stock GPTQ checkpoints of `tests/fixtures/` and GPTQModel's own outputs for them.
 
     PYTHON integration/peers/make_stock_fixture.py OUT_DIR [NAME ...]
 
@@ -12,10 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+
+os.environ["TORCH_COMPILE_DISABLE"] = "1"  # compiling takes minutes here, running milliseconds
 
 import torch
 from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
@@ -41,7 +44,7 @@ class Fixture:
 
 FIXTURES = {
     "gptq_4bit_g128_actorder_asym": Fixture(
-        4, 128, False, desc_act=True, large=True, reference_layers=("self_attn.k_proj",)
+        4, 128, False, desc_act=True, large=True, reference_layers=("layers.0.self_attn.k_proj",)
     ),
     "gptq_4bit_g32_sym": Fixture(4, 32, True),
     "gptq_4bit_g32_sym_actorder": Fixture(4, 32, True, desc_act=True),
@@ -63,7 +66,7 @@ FIXTURES = {
 def base_model(fixture: Fixture) -> LlamaForCausalLM:
     """A Llama with random weights whose channels differ in size, so that act-order permutes."""
     torch.manual_seed(0)
-    hidden, intermediate, vocab = (128, 256, 256) if fixture.large else (64, 96, 32)
+    hidden, intermediate, vocab = (256, 256, 128) if fixture.large else (64, 96, 32)
     config = LlamaConfig(
         hidden_size=hidden,
         intermediate_size=intermediate,
@@ -114,15 +117,20 @@ def quantize(fixture: Fixture, source: Path, out: Path) -> None:
         format=fixture.format,
         device="cpu",
         offload_to_disk=False,
+        pack_impl="original",  # the default compiles a C++ extension first
     )
-    model = GPTQModel.load(str(source), config)
+    model = GPTQModel.load(str(source), config, dtype=torch.float16)
     model.quantize(calibration, batch_size=8, backend=BACKEND.TORCH)
     model.save(str(out))
 
 
 def write_reference(fixture: Fixture, directory: Path) -> None:
     """Write reference.safetensors from GPTQModel's own forward in float32."""
-    model = GPTQModel.load(str(directory), backend=BACKEND.TORCH, device="cpu").model.float().eval()
+    # Left to itself it rounds the scales to bfloat16 on a CPU.
+    loaded = GPTQModel.load(
+        str(directory), backend=BACKEND.TORCH, device="cpu", dtype=torch.float16
+    )
+    model = loaded.model.float().eval()
     generator = torch.Generator().manual_seed(2)
     shape = (2, 24) if fixture.large else (1, 16)
     input_ids = torch.randint(2, model.config.vocab_size, shape, generator=generator)
@@ -157,8 +165,11 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(FIXTURES)}")
     arguments = parser.parse_args()
-    for name in arguments.names or FIXTURES:
-        make(name, arguments.out)
+    out = arguments.out.resolve()
+    with tempfile.TemporaryDirectory() as scratch:
+        os.chdir(scratch)  # GPTQModel writes its logs into the working directory
+        for name in arguments.names or FIXTURES:
+            make(name, out)
 
 
 if __name__ == "__main__":

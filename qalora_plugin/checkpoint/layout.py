@@ -17,6 +17,7 @@ mismatch that it raises. Its one value is K, which the packed shape gives only u
 from collections.abc import Iterable
 
 import torch
+
 from qalora_kernels import QuantSpec, pack, unpack
 
 from ..errors import CheckpointError

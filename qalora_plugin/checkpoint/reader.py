@@ -163,7 +163,7 @@ class CheckpointReader:
             CheckpointError: there is no such tensor, or its file changed since it was opened.
         """
         info = self.info(name)
-        data = torch.empty(info.nbytes, dtype=torch.uint8)
+        data = torch.empty(info.nbytes, dtype=torch.uint8, device="cpu")
         view = memoryview(data.numpy())
         with info.file.open("rb", buffering=0) as file:
             file.seek(info.start)

@@ -1,7 +1,8 @@
 """The quickstart's data: text and instruction pairs cut from the Python standard library.
 
-The base model in `base_model/` was pretrained on `pretraining_files()`; the modules in `HELD_OUT_MODULES`
-were kept out, and the pairs (docstring and signature -> function) come from those alone.
+The base model in `base_model/` was pretrained on `pretraining_files()`; the modules in
+`HELD_OUT_MODULES` were kept out, and the pairs (docstring and signature -> function) come from
+those alone.
 """
 
 import ast
@@ -11,8 +12,9 @@ from pathlib import Path
 
 from qalora_plugin.errors import QALoRAError
 
-# Top-level names, so that a module which becomes a package later (pathlib in 3.13) stays held out. A name
-# that the running Python does not have is skipped (tkinter where it is packaged apart, _pydatetime before 3.12).
+# Top-level names, so that a module which becomes a package later (pathlib in 3.13) stays held out.
+# A name that the running Python does not have is skipped: tkinter where it is packaged apart,
+# _pydatetime (datetime's code since 3.12).
 HELD_OUT_MODULES = frozenset(
     {
         "_pydatetime",
@@ -70,14 +72,14 @@ def base_model_path() -> Path:
     ]
     if missing:
         raise QALoRAError(
-            f"{path}: the embedded base model lacks {', '.join(missing)}; expected them to be installed "
-            "with the package. Reinstall it, or pass a model of your own with --model."
+            f"{path}: the embedded base model lacks {', '.join(missing)}; expected them to be "
+            "installed with the package. Reinstall it, or pass a model of your own with --model."
         )
     return path
 
 
 def pretraining_files(stdlib: Path | None = None) -> list[Path]:
-    """Return the standard library's source files that the base model may be trained on, sorted by name.
+    """Return the standard library's sources that the base model may be trained on, sorted by name.
 
     Args:
         stdlib: directory of the standard library; by default that of the running Python.
@@ -89,7 +91,10 @@ def pretraining_files(stdlib: Path | None = None) -> list[Path]:
 
 
 def held_out_files(stdlib: Path | None = None) -> list[Path]:
-    """Return the source files of `HELD_OUT_MODULES`, sorted by name. Arguments and errors as `pretraining_files`."""
+    """Return the sources of `HELD_OUT_MODULES`, sorted by name.
+
+    Arguments and errors as `pretraining_files`.
+    """
     return _source_files(stdlib, held_out=True)
 
 
@@ -98,9 +103,9 @@ def load_pairs(
 ) -> list[dict[str, str]]:
     """Cut instruction pairs from the held-out modules of the standard library.
 
-    A pair's prompt holds the first paragraph of a function's docstring and its signature; the completion
-    is the function without its docstring, dedented. The split depends on the function's name alone
-    (SHA-256), so neither the order of the files nor the other functions move a pair.
+    A pair's prompt holds the first paragraph of a function's docstring and its signature; the
+    completion is the function without its docstring, dedented. The split depends on the function's
+    name alone (SHA-256), so neither the order of the files nor the other functions move a pair.
 
     Args:
         split: "train" or "eval".
@@ -109,7 +114,7 @@ def load_pairs(
         stdlib: directory of the standard library; by default that of the running Python.
 
     Returns:
-        Dicts `{"prompt": str, "completion": str}`, TRL's prompt-completion format, in a fixed order.
+        Dicts `{"prompt": str, "completion": str}` (TRL's prompt-completion format), in order.
 
     Raises:
         QALoRAError: unknown split, or no source was found to cut from.
@@ -122,7 +127,7 @@ def load_pairs(
     for path in held_out_files(root):
         module = ".".join(path.relative_to(root).with_suffix("").parts)
         for name, pair in _pairs_in(path):
-            # Repeated functions (len, iter, ... in several classes) would leak from train into eval.
+            # Functions repeated in several classes would leak from train into eval.
             if seen.isdisjoint(pair.values()) and max(map(len, pair.values())) <= max_chars:
                 seen.update(pair.values())
                 digest = hashlib.sha256(f"{module}:{name}".encode()).digest()
@@ -131,14 +136,14 @@ def load_pairs(
                     pairs.append(pair)
     if not pairs:
         raise QALoRAError(
-            f"{root}: expected functions with docstrings in {', '.join(sorted(HELD_OUT_MODULES))}, found "
-            "none. Use a Python installation with its sources, or pass --dataset."
+            f"{root}: expected functions with docstrings in {', '.join(sorted(HELD_OUT_MODULES))}, "
+            "found none. Use a Python installation with its sources, or pass --dataset."
         )
     return pairs
 
 
 def calibration_texts(stdlib: Path | None = None) -> list[str]:
-    """Return the training pairs as plain texts (prompt and completion joined), to calibrate GPTQ on.
+    """Return the training pairs as plain texts (prompt + completion), to calibrate GPTQ on.
 
     Arguments and errors as `load_pairs`; the evaluation split is never among them.
     """
@@ -163,14 +168,14 @@ def _source_files(stdlib: Path | None, *, held_out: bool) -> list[Path]:
             files.append(path)
     if not files:
         raise QALoRAError(
-            f"{root}: expected the Python sources of the standard library, found none. Use a Python "
-            "installation with its sources, or pass --dataset."
+            f"{root}: expected the Python sources of the standard library, found none. "
+            "Use a Python installation with its sources, or pass --dataset."
         )
     return files
 
 
 def _pairs_in(path: Path) -> list[tuple[str, dict[str, str]]]:
-    """Return (qualified name, pair) of every function of the file that has a docstring and a body."""
+    """Return (qualified name, pair) of every function that has a docstring and a body."""
     source = path.read_text(encoding="utf-8")
     found: list[tuple[str, dict[str, str]]] = []
 

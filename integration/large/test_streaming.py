@@ -1,0 +1,81 @@
+"""A 1.1B-parameter model is quantized and merged in a bounded resident memory."""
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from make_llama import make_llama, shape_1b
+from safetensors.torch import save_file
+
+QUANTIZE_LIMIT = 2.5e9
+MERGE_LIMIT = 1.0e9
+RANK = 16
+FREE_DISK = 8e9
+
+
+def run_measured(*args: object) -> tuple[float, float]:
+    """Run `qalora ARGS`; (peak resident bytes, seconds)."""
+    started = time.monotonic()
+    process = subprocess.Popen([sys.executable, "-m", "qalora_plugin.cli", *map(str, args)])
+    _, status, usage = os.wait4(process.pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    kilobyte = 1 if sys.platform == "darwin" else 1024
+    return usage.ru_maxrss * kilobyte, time.monotonic() - started
+
+
+def write_adapter(base: Path, out: Path) -> None:
+    """An adapter of random numbers for every quantized layer, as PEFT lays it out."""
+    from qalora_plugin import QALoRAConfig
+    from qalora_plugin.checkpoint.reader import CheckpointReader
+
+    reader = CheckpointReader(base)
+    config = reader.config["quantization_config"]
+    tensors = {}
+    for name in (n.removesuffix(".qweight") for n in reader.tensors if n.endswith(".qweight")):
+        groups, outputs = reader.info(f"{name}.scales").shape
+        key = f"base_model.model.{name}"
+        tensors[f"{key}.qalora_A.weight"] = torch.randn(RANK, groups) * 1e-2
+        tensors[f"{key}.qalora_B.weight"] = torch.randn(outputs, RANK) * 1e-2
+    out.mkdir()
+    save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
+    QALoRAConfig(
+        r=RANK,
+        lora_alpha=RANK,
+        base_model_name_or_path=str(base),
+        bits=config["bits"],
+        group_size=config["group_size"],
+        fingerprint=config["base"]["fingerprint"],
+    ).save_pretrained(out)
+
+
+@pytest.mark.slow
+def test_1b_is_quantized_and_merged_in_bounded_memory(tmp_path: Path) -> None:
+    assert hasattr(resource, "RUSAGE_CHILDREN")
+    if shutil.disk_usage(tmp_path).free < FREE_DISK:
+        pytest.fail(f"needs {FREE_DISK / 1e9:.0f} GB of free disk in {tmp_path}")
+    base, quantized = tmp_path / "base", tmp_path / "int4"
+    assert make_llama(base, shape_1b()) > 1.09e9
+    calibration = tmp_path / "calibration.safetensors"
+    save_file({"input_ids": torch.randint(0, 32000, (4, 256))}, calibration)
+    quantize_peak, quantize_seconds = run_measured(
+        "quantize", base, "--out", quantized, "--bits", 4, "--group-size", 32,
+        "--calibration", calibration, "--samples", 4, "--seq-len", 256,
+    )  # fmt: skip
+    write_adapter(quantized, tmp_path / "adapter")
+    merge_peak, merge_seconds = run_measured(
+        "merge", tmp_path / "adapter", "--base", quantized, "--out", tmp_path / "merged"
+    )
+    figures = {
+        "quantize": {"peak_gb": quantize_peak / 1e9, "seconds": quantize_seconds},
+        "merge": {"peak_gb": merge_peak / 1e9, "seconds": merge_seconds},
+    }
+    print(json.dumps(figures, indent=2))
+    assert quantize_peak <= QUANTIZE_LIMIT
+    assert merge_peak <= MERGE_LIMIT

@@ -1,0 +1,84 @@
+"""Train adapters with PEFT's `use_qalora` on a stock GPTQ base, and write PEFT's reference outputs.
+
+    PYTHON integration/peers/make_use_qalora_fixture.py BASE_DIR OUT_DIR --qalora-group-size 32
+
+PYTHON is the one that `integration/envs/build.py gptqmodel` prints. OUT_DIR gets PEFT's adapter and
+`reference.safetensors`: `input_ids` int64 [B, T], `logits` and `base_logits` fp32 [B, T, vocab],
+with and without the adapter, from GPTQModel's torch kernel in float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+from pathlib import Path
+
+os.environ["TORCH_COMPILE_DISABLE"] = "1"  # compiling takes minutes here, running milliseconds
+
+import torch
+from gptqmodel import BACKEND, GPTQModel
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import save_file
+
+STEPS = 20
+
+
+def load_base(directory: Path) -> torch.nn.Module:
+    """The quantized model in float32; left to itself GPTQModel rounds scales to bfloat16."""
+    model = GPTQModel.load(
+        str(directory), backend=BACKEND.TORCH, device="cpu", dtype=torch.float16
+    ).model
+    return model.float()
+
+
+def train(base: torch.nn.Module, group_size: int) -> PeftModel:
+    """A few Adam steps on random tokens, enough for lora_B to be far from zero."""
+    config = LoraConfig(
+        r=4,
+        lora_alpha=8,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+        use_qalora=True,
+        qalora_group_size=group_size,
+    )
+    torch.manual_seed(3)
+    model = get_peft_model(base, config)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(STEPS):
+        input_ids = torch.randint(2, base.config.vocab_size, (4, 32))
+        loss = model(input_ids=input_ids, labels=input_ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("base", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--qalora-group-size", type=int, required=True)
+    arguments = parser.parse_args()
+
+    base_dir, out = arguments.base.resolve(), arguments.out.resolve()
+    with tempfile.TemporaryDirectory() as scratch:
+        os.chdir(scratch)  # GPTQModel writes its logs into the working directory
+        model = train(load_base(base_dir), arguments.qalora_group_size)
+    input_ids = torch.randint(2, model.config.vocab_size, (1, 16))
+    with torch.no_grad():
+        tensors = {"input_ids": input_ids, "logits": model(input_ids=input_ids).logits}
+        with model.disable_adapter():
+            tensors["base_logits"] = model(input_ids=input_ids).logits
+    config = model.peft_config["default"]
+    config.base_model_name_or_path = base_dir.name  # a sibling directory, not this machine's path
+    model.save_pretrained(out)
+    (out / "README.md").unlink(missing_ok=True)
+    save_file({k: v.contiguous() for k, v in tensors.items()}, out / "reference.safetensors")
+    change = (tensors["logits"] - tensors["base_logits"]).abs().max().item()
+    print(json.dumps({"out": str(out), "change_of_logits": change}))
+
+
+if __name__ == "__main__":
+    main()

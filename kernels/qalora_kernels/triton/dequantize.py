@@ -1,0 +1,189 @@
+"""Dequantize on Triton: W^T [K, N] from packed words, each word read once.
+
+    code[k, n] = bits [k*bits, (k+1)*bits) of column n of qweight read as one bit stream
+    W^T[k, n]  = scales[g, n] * (code[k, n] - mid) + offsets[g, n],   g = g_idx[k] or k // group_size
+
+qweight(ceil(K/32)*bits, N), scales(G, N), offsets(G, N), g_idx(K): row-major. A *unit* is what
+holds a whole number of values: one word of 16, 8 or 4 values for 2, 4 or 8 bits, three words of 32
+values for 3 bits. Plane j of a tile of units holds inputs unit * values + j, so that every shift
+is a constant and no tile is ever reshaped.
+
+scales * (code - mid) is exact in fp32 for scales that fp16 holds, so the addition and the final
+conversion are the only roundings, and torch and Triton agree to the bit.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ..spec import QuantSpec
+from .launch import launch
+
+
+@triton.jit
+def to_weight(code, scale, offset, BITS: tl.constexpr):
+    """code uint32 -> scale * (code - mid) + offset in fp32.
+
+    0x4B000000 | code is the float 2^23 + code: one logical operation and one exact subtraction
+    instead of a conversion, which runs at half their rate or less.
+    """
+    centred = (code | 0x4B000000).to(tl.float32, bitcast=True) - (8388608.0 + (1 << (BITS - 1)))
+    return centred * scale + offset
+
+
+@triton.jit
+def load_unit(qweight, unit, n, mask, N, BITS: tl.constexpr):
+    """Words of each unit as uint32: one word, or three for 3 bits."""
+    if BITS == 3:
+        at = qweight + unit.to(tl.int64) * 3 * N + n
+        w0 = tl.load(at, mask, other=0, eviction_policy="evict_first")
+        w1 = tl.load(at + N, mask, other=0, eviction_policy="evict_first")
+        w2 = tl.load(at + 2 * N, mask, other=0, eviction_policy="evict_first")
+        w1 = w1.to(tl.uint32, bitcast=True)
+        w2 = w2.to(tl.uint32, bitcast=True)
+    else:
+        at = qweight + unit.to(tl.int64) * N + n
+        w0 = tl.load(at, mask, other=0, eviction_policy="evict_first")
+        w1 = 0
+        w2 = 0
+    return w0.to(tl.uint32, bitcast=True), w1, w2
+
+
+@triton.jit
+def plane(w0, w1, w2, j: tl.constexpr, BITS: tl.constexpr):
+    """Codes of value j of each unit."""
+    shift: tl.constexpr = j * BITS % 32
+    if j * BITS < 32:
+        code = w0 >> shift
+        if shift + BITS > 32:
+            code |= w1 << (32 - shift)
+    elif j * BITS < 64:
+        code = w1 >> shift
+        if shift + BITS > 32:
+            code |= w2 << (32 - shift)
+    else:
+        code = w2 >> shift
+    return code & ((1 << BITS) - 1)
+
+
+@triton.jit
+def load_grid(
+    scales, offsets, g_idx, k, n, N, K, GROUP_SIZE: tl.constexpr, ACT_ORDER: tl.constexpr
+):
+    """Scale and offset of each (k, n) in fp32; 0 outside [K, N]."""
+    if ACT_ORDER:
+        group = tl.load(g_idx + k, k < K, other=0)
+    else:
+        group = k // GROUP_SIZE
+    mask = (k < K) & (n < N)
+    at = group.to(tl.int64) * N + n
+    scale = tl.load(scales + at, mask, other=0).to(tl.float32)
+    offset = tl.load(offsets + at, mask, other=0).to(tl.float32)
+    return scale, offset
+
+
+@triton.jit
+def weight_tile(
+    qweight,
+    scales,
+    offsets,
+    g_idx,
+    k,
+    n,
+    N,
+    K,
+    BITS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    ACT_ORDER: tl.constexpr,
+):
+    """W at any k and n that broadcast against each other, fp32, 0 outside [K, N]. Words are read
+    once a value (from the L1 cache, mostly): for tiles whose order the caller needs."""
+    mask = (k < K) & (n < N)
+    shift = k * BITS % 32
+    at = qweight + (k * BITS // 32).to(tl.int64) * N + n
+    code = tl.load(at, mask, other=0).to(tl.uint32, bitcast=True) >> shift.to(tl.uint32)
+    if BITS == 3:
+        after = tl.load(at + N, mask & (shift > 29), other=0).to(tl.uint32, bitcast=True)
+        code |= after << ((32 - shift) % 32).to(tl.uint32)
+    scale, offset = load_grid(scales, offsets, g_idx, k, n, N, K, GROUP_SIZE, ACT_ORDER)
+    weight = to_weight(code & ((1 << BITS) - 1), scale, offset, BITS)
+    return tl.where(mask, weight, 0.0)
+
+
+@triton.jit
+def _dequantize_kernel(
+    qweight,
+    scales,
+    offsets,
+    g_idx,
+    out,
+    N,
+    K,
+    BITS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    ACT_ORDER: tl.constexpr,
+    VALUES: tl.constexpr,
+    ONE_GROUP: tl.constexpr,
+    BLOCK_U: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    unit = (tl.program_id(1) * BLOCK_U + tl.arange(0, BLOCK_U))[:, None]
+    n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+    first = unit * VALUES
+    mask = (first < K) & (n < N)
+    w0, w1, w2 = load_unit(qweight, unit, n, mask, N, BITS)
+    if ONE_GROUP:
+        scale, offset = load_grid(scales, offsets, g_idx, first, n, N, K, GROUP_SIZE, ACT_ORDER)
+    for j in tl.static_range(VALUES):
+        k = first + j
+        inside = (k < K) & (n < N)
+        if not ONE_GROUP:
+            scale, offset = load_grid(scales, offsets, g_idx, k, n, N, K, GROUP_SIZE, ACT_ORDER)
+        weight = to_weight(plane(w0, w1, w2, j, BITS), scale, offset, BITS)
+        tl.store(out + k.to(tl.int64) * N + n, weight.to(out.dtype.element_ty), inside)
+
+
+def values_per_unit(bits: int) -> int:
+    """Values in the smallest whole number of words that holds a whole number of them."""
+    return 32 if bits == 3 else 32 // bits
+
+
+def layer_constants(spec: QuantSpec, g_idx: torch.Tensor | None) -> dict[str, int | bool]:
+    """Compile-time constants of every kernel that reads weights."""
+    return {"BITS": spec.bits, "GROUP_SIZE": spec.group_size, "ACT_ORDER": g_idx is not None}
+
+
+def unit_constants(spec: QuantSpec, g_idx: torch.Tensor | None) -> dict[str, int | bool]:
+    """`layer_constants`, and those of the kernels that read whole units."""
+    values = values_per_unit(spec.bits)
+    one_group = g_idx is None and spec.group_size % values == 0
+    return {**layer_constants(spec, g_idx), "VALUES": values, "ONE_GROUP": one_group}
+
+
+def dequantize(
+    qweight: torch.Tensor,
+    scales: torch.Tensor,
+    offsets: torch.Tensor,
+    g_idx: torch.Tensor | None,
+    spec: QuantSpec,
+    out: torch.Tensor,
+) -> torch.Tensor:
+    """Write W^T into `out` [K, N] (contiguous, fp16, bf16 or fp32) and return it."""
+    k, n = spec.in_features, spec.out_features
+    block_u, block_n = 4, 256
+    units = triton.cdiv(k, values_per_unit(spec.bits))
+    launch(
+        _dequantize_kernel,
+        (triton.cdiv(n, block_n), triton.cdiv(units, block_u)),
+        qweight.contiguous(),
+        scales.contiguous(),
+        offsets.contiguous(),
+        g_idx,
+        out,
+        n,
+        k,
+        **unit_constants(spec, g_idx),
+        BLOCK_U=block_u,
+        BLOCK_N=block_n,
+    )
+    return out

@@ -1,0 +1,283 @@
+"""Matrix products with packed weights on Triton.
+
+    y[m, n]  = sum_k x[m, k] W[n, k] + bias[n]       x(M, K) -> y(M, N)
+    dx[m, k] = sum_n dy[m, n] W[n, k]                dy(M, N) -> dx(M, K)
+
+Many rows: dequantize W^T into a workspace, then cuBLAS. Few rows: fused, W is never written;
+`tuning` says which, and with which blocks. Both round W to the dtype of the activations, multiply
+with fp32 accumulation and round once, so they differ by the order of summation alone.
+
+The fused kernels compute y^T = W x^T: on Hopper only the left operand of a matrix instruction
+comes from registers, where dequantizing leaves it. The reduction is cut into `splits` pieces whose
+fp32 partial results, partial(splits, M, N), a second kernel adds in order: no atomics.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ..spec import QuantSpec
+from . import tuning
+from .dequantize import (
+    dequantize,
+    layer_constants,
+    load_grid,
+    load_unit,
+    plane,
+    to_weight,
+    unit_constants,
+    values_per_unit,
+    weight_tile,
+)
+from .launch import launch, workspace
+
+
+@triton.jit
+def _store_transposed(acc, out, bias, m, n, M, N, split, SPLITS: tl.constexpr):
+    """acc [n, m] -> out[split, m, n]; the bias here only where no second pass adds it."""
+    if SPLITS == 1 and bias is not None:
+        acc += tl.load(bias + n, n < N, other=0).to(tl.float32)[:, None]
+    at = (split.to(tl.int64) * M + m[None, :]) * N + n[:, None]
+    tl.store(out + at, acc.to(out.dtype.element_ty), (m < M)[None, :] & (n < N)[:, None])
+
+
+@triton.jit
+def _linear_kernel(
+    x,
+    qweight,
+    scales,
+    offsets,
+    g_idx,
+    bias,
+    out,
+    M,
+    N,
+    K,
+    STEPS,
+    BITS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    ACT_ORDER: tl.constexpr,
+    VALUES: tl.constexpr,
+    ONE_GROUP: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+):
+    """BLOCK_OUT outputs n times BLOCK_M rows; each step takes BLOCK_IN units, plane by plane."""
+    n = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    split = tl.program_id(2)
+    column = n[:, None]
+    if BLOCK_M == 1:
+        acc = tl.zeros([BLOCK_OUT, BLOCK_IN], tl.float32)
+    else:
+        acc = tl.zeros([BLOCK_OUT, BLOCK_M], tl.float32)
+    for step in range(split * STEPS, split * STEPS + STEPS):
+        unit = step * BLOCK_IN + tl.arange(0, BLOCK_IN)
+        first = (unit * VALUES)[None, :]
+        w0, w1, w2 = load_unit(
+            qweight, unit[None, :], column, (first < K) & (column < N), N, BITS
+        )
+        if ONE_GROUP:
+            scale, offset = load_grid(
+                scales, offsets, g_idx, first, column, N, K, GROUP_SIZE, ACT_ORDER
+            )
+        for j in tl.static_range(VALUES):
+            k = unit * VALUES + j
+            if not ONE_GROUP:
+                scale, offset = load_grid(
+                    scales, offsets, g_idx, k[None, :], column, N, K, GROUP_SIZE, ACT_ORDER
+                )
+            weight = to_weight(plane(w0, w1, w2, j, BITS), scale, offset, BITS)
+            weight = weight.to(x.dtype.element_ty)
+            if BLOCK_M == 1:
+                row = tl.load(x + k, k < K, other=0, eviction_policy="evict_last")
+                acc += weight.to(tl.float32) * row.to(tl.float32)[None, :]
+            else:
+                rows = tl.load(
+                    x + m.to(tl.int64)[None, :] * K + k[:, None],
+                    (k < K)[:, None] & (m < M)[None, :],
+                    other=0,
+                    eviction_policy="evict_last",
+                )
+                acc = tl.dot(weight, rows, acc, input_precision="ieee")
+    if BLOCK_M == 1:
+        acc = tl.sum(acc, axis=1)[:, None]
+    _store_transposed(acc, out, bias, m, n, M, N, split, SPLITS)
+
+
+@triton.jit
+def _grad_input_kernel(
+    dy,
+    qweight,
+    scales,
+    offsets,
+    g_idx,
+    out,
+    M,
+    N,
+    K,
+    STEPS,
+    BITS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    ACT_ORDER: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+):
+    """BLOCK_OUT inputs k times BLOCK_M rows; each step takes BLOCK_IN columns n."""
+    k = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    split = tl.program_id(2)
+    acc = tl.zeros([BLOCK_OUT, BLOCK_M], tl.float32)
+    for step in range(split * STEPS, split * STEPS + STEPS):
+        n = step * BLOCK_IN + tl.arange(0, BLOCK_IN)
+        weight = weight_tile(
+            qweight,
+            scales,
+            offsets,
+            g_idx,
+            k[:, None],
+            n[None, :],
+            N,
+            K,
+            BITS,
+            GROUP_SIZE,
+            ACT_ORDER,
+        )
+        rows = tl.load(
+            dy + m.to(tl.int64)[None, :] * N + n[:, None],
+            (n < N)[:, None] & (m < M)[None, :],
+            other=0,
+            eviction_policy="evict_last",
+        )
+        acc = tl.dot(weight.to(dy.dtype.element_ty), rows, acc, input_precision="ieee")
+    _store_transposed(acc, out, None, m, k, M, K, split, SPLITS)
+
+
+@triton.jit
+def _sum_splits_kernel(
+    partial, bias, out, total, N, SPLITS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """partial(SPLITS, M*N) -> out(M*N) + bias, added in order."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < total
+    acc = tl.zeros([BLOCK], tl.float32)
+    for split in range(SPLITS):
+        acc += tl.load(partial + split * total + at, mask, other=0)
+    if bias is not None:
+        acc += tl.load(bias + at % N, mask, other=0).to(tl.float32)
+    tl.store(out + at, acc.to(out.dtype.element_ty), mask)
+
+
+def _fused(
+    kernel: object,
+    inputs: tuple[torch.Tensor | None, ...],
+    rows: torch.Tensor,
+    outputs: int,
+    reduction: int,
+    bias: torch.Tensor | None,
+    sizes: tuple[int, int],
+    constants: dict[str, int | bool],
+    plan: tuning.Plan,
+) -> torch.Tensor:
+    """Run a fused kernel over `reduction` elements in `plan.splits` pieces, then add them up."""
+    m = rows.shape[0]
+    out = rows.new_empty(m, outputs)
+    blocks = triton.cdiv(reduction, plan.block_in)
+    steps = triton.cdiv(blocks, plan.splits)
+    splits = triton.cdiv(blocks, steps)
+
+    def run(target: torch.Tensor) -> None:
+        launch(
+            kernel,
+            (triton.cdiv(outputs, plan.block_out), triton.cdiv(m, plan.block_m), splits),
+            *inputs,
+            target,
+            m,
+            *sizes,
+            steps,
+            **constants,
+            SPLITS=splits,
+            BLOCK_M=plan.block_m,
+            BLOCK_OUT=plan.block_out,
+            BLOCK_IN=plan.block_in,
+            num_warps=plan.num_warps,
+            num_stages=plan.num_stages,
+        )
+
+    if splits == 1:
+        run(out)
+        return out
+    with workspace((splits, m, outputs), torch.float32, rows.device) as partial:
+        run(partial)
+        launch(
+            _sum_splits_kernel,
+            (triton.cdiv(m * outputs, 1024),),
+            partial,
+            bias,
+            out,
+            m * outputs,
+            outputs,
+            SPLITS=splits,
+            BLOCK=1024,
+        )
+    return out
+
+
+def linear(
+    x: torch.Tensor,
+    qweight: torch.Tensor,
+    scales: torch.Tensor,
+    offsets: torch.Tensor,
+    g_idx: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    spec: QuantSpec,
+) -> torch.Tensor:
+    """x [M, K] -> x W^T + bias [M, N] in the dtype of x."""
+    x = x.contiguous()
+    weights = (qweight.contiguous(), scales.contiguous(), offsets.contiguous(), g_idx)
+    bias = None if bias is None else bias.contiguous()
+    k, n = spec.in_features, spec.out_features
+
+    def run(plan: tuning.Plan) -> torch.Tensor:
+        if plan.fused:
+            units = triton.cdiv(k, values_per_unit(spec.bits))
+            constants = unit_constants(spec, g_idx)
+            inputs = (x, *weights, bias)
+            return _fused(
+                _linear_kernel, inputs, x, n, units, bias, (n, k), constants, plan
+            )
+        with workspace((k, n), x.dtype, x.device) as weight:
+            dequantize(*weights, spec, weight)
+            return torch.mm(x, weight) if bias is None else torch.addmm(bias.to(x.dtype), x, weight)
+
+    return run(tuning.plan("linear", x, spec, g_idx is not None, run))
+
+
+def grad_input(
+    dy: torch.Tensor,
+    qweight: torch.Tensor,
+    scales: torch.Tensor,
+    offsets: torch.Tensor,
+    g_idx: torch.Tensor | None,
+    spec: QuantSpec,
+) -> torch.Tensor:
+    """dy [M, N] -> dy W [M, K] in the dtype of dy."""
+    dy = dy.contiguous()
+    weights = (qweight.contiguous(), scales.contiguous(), offsets.contiguous(), g_idx)
+    k, n = spec.in_features, spec.out_features
+
+    def run(plan: tuning.Plan) -> torch.Tensor:
+        if plan.fused:
+            constants = layer_constants(spec, g_idx)
+            return _fused(
+                _grad_input_kernel, (dy, *weights), dy, k, n, None, (n, k), constants, plan
+            )
+        with workspace((k, n), dy.dtype, dy.device) as weight:
+            dequantize(*weights, spec, weight)
+            return torch.mm(dy, weight.t())
+
+    return run(tuning.plan("grad_input", dy, spec, g_idx is not None, run))

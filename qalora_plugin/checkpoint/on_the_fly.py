@@ -1,0 +1,99 @@
+"""Quantize a 16-bit model while transformers loads it, one layer at a time."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.core_model_loading import ConversionOps
+
+from qalora_kernels import QuantSpec
+
+from ..errors import QALoRAError
+from ..quant.config import QALoRAQuantConfig
+from ..quant.linear import QuantLinear
+from ..quant.rtn import rtn
+from .selection import linears_to_quantize
+
+
+class LayerQuantizer:
+    """The layers to quantize while a model loads, and what became of them.
+
+    Attributes:
+        specs: the grid of every layer to quantize, by name.
+        error: the first error, kept because transformers would only log it.
+    """
+
+    def __init__(self, model: nn.Module, config: QALoRAQuantConfig) -> None:
+        """Choose the layers, and let their weights arrive in fp32.
+
+        Args:
+            model: on the meta device, without weights.
+            config: of the quantization.
+
+        Raises:
+            ConfigError: the model has no layer to quantize.
+        """
+        self.specs: dict[str, QuantSpec] = {}
+        self.error: QALoRAError | None = None
+        for name, linear in linears_to_quantize(model, config).items():
+            self.specs[name] = config.spec_for(name, linear.in_features, linear.out_features)
+            # a checkpoint's tensor is cast to this dtype before it is quantized: not to bf16
+            empty = torch.empty(linear.weight.shape, dtype=torch.float32, device="meta")
+            linear.weight = nn.Parameter(empty, requires_grad=False)
+
+    def quantize(self, model: nn.Module, name: str, weight: torch.Tensor) -> None:
+        """Replace the layer `name` of the model by its quantized form."""
+        linear = model.get_submodule(name)
+        spec = self.specs[name]
+        fit = rtn(weight, bits=spec.bits, group_size=spec.group_size, name=name)
+        layer = QuantLinear.from_codes(spec, fit.codes, fit.scales, fit.offsets)
+        layer.bias = linear.bias  # loaded already, or about to be
+        for tensor in (layer.qweight, layer.scales, layer.offsets):
+            tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+        layer._is_hf_initialized = True  # type: ignore[assignment]
+        model.set_submodule(name, layer)
+
+    def finish(self, model: nn.Module, dtype: torch.dtype) -> None:
+        """Give layers that no tensor came for (new heads) the model's dtype again.
+
+        Raises:
+            QALoRAError: a layer could not be quantized.
+        """
+        if self.error is not None:
+            raise self.error
+        for name in self.specs:
+            module = model.get_submodule(name)
+            if isinstance(module, nn.Linear):
+                module.weight = nn.Parameter(module.weight.to(dtype))
+
+
+class QuantizeOnLoad(ConversionOps):
+    """transformers' loading step for one weight: quantize it, keep nothing else of it."""
+
+    def __init__(self, layers: LayerQuantizer) -> None:
+        self._layers = layers
+
+    @torch.no_grad()
+    def convert(  # type: ignore[override]
+        self,
+        input_dict: dict[str, Any],
+        model: nn.Module,
+        missing_keys: set[str] | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Quantize the weights among `input_dict` {name: tensor or [tensor]}; pass the rest on."""
+        rest = {}
+        for key, value in input_dict.items():
+            name = key.removesuffix(".weight")
+            if name not in self._layers.specs:
+                rest[key] = value
+                continue
+            weight = value[0] if isinstance(value, list) else value
+            if missing_keys is not None:
+                missing_keys.discard(key)
+            if self._layers.error is None:
+                try:
+                    self._layers.quantize(model, name, weight)
+                except QALoRAError as error:
+                    self._layers.error = error
+        return rest

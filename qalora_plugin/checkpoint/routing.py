@@ -1,0 +1,93 @@
+"""Let `from_pretrained` hand stock GPTQ directories to our quantizer.
+
+transformers gives a directory to the quantizer that its config.json names: for "gptq" that is
+GPTQModel's, which is refused where GPTQModel is not installed, and a `quantization_config` of
+another class is refused before any quantizer is asked. Its one decision point is replaced by one
+that asks us first.
+"""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+from transformers.quantizers.auto import AutoHfQuantizer
+from transformers.utils import is_gptqmodel_available, is_optimum_available
+
+from ..errors import ConfigError
+from ..quant.config import QUANT_METHOD, QALoRAQuantConfig
+from .reader import CONFIG_FILE
+from .stock_gptq import is_stock_gptq, parse_stock_config
+
+_INSTALLED = "_qalora_original"
+
+
+def check_request(
+    requested: QALoRAQuantConfig, stored: QALoRAQuantConfig, where: str = CONFIG_FILE
+) -> None:
+    """Refuse to load a quantized directory as something that it is not.
+
+    Args:
+        requested: what the caller, or the model's config object, says.
+        stored: what the directory says.
+        where: the directory, for the message.
+
+    Raises:
+        ConfigError: bits or group_size differ.
+    """
+    for key in ("bits", "group_size"):
+        wanted, found = getattr(requested, key), getattr(stored, key)
+        if wanted != found:
+            raise ConfigError(
+                f"{where}: is quantized with {key}={found}, but quantization_config asks for "
+                f"{key}={wanted}. Leave quantization_config out, or quantize the 16-bit model."
+            )
+
+
+def _as_dict(config: Any) -> Any:
+    return config if isinstance(config, dict) else config.to_dict()
+
+
+def merge_configs(stored: Any, requested: Any) -> QALoRAQuantConfig | None:
+    """The config to load a directory with, or None to leave the decision to transformers.
+
+    Args:
+        stored: `quantization_config` of config.json, as a dict or an object.
+        requested: `quantization_config` given to from_pretrained, or None.
+
+    Raises:
+        ConfigError: the two contradict each other.
+        CheckpointError: a stock GPTQ config that is not supported.
+    """
+    stored = _as_dict(stored)
+    ours = isinstance(requested, QALoRAQuantConfig)
+    if is_stock_gptq(stored) and (ours or (requested is None and not _gptqmodel_can_load())):
+        stock = parse_stock_config(stored, Path(CONFIG_FILE))
+        config = QALoRAQuantConfig(
+            stock.bits, stock.group_size, stock.desc_act, offsets_dtype="float32", method="gptq"
+        )
+    elif ours and isinstance(stored, dict) and stored.get("quant_method") == QUANT_METHOD:
+        config = QALoRAQuantConfig(**stored)
+    else:
+        return None
+    if ours:
+        check_request(requested, config)
+    return config
+
+
+def _gptqmodel_can_load() -> bool:
+    return is_gptqmodel_available() and is_optimum_available()
+
+
+def install() -> None:
+    """Wrap `AutoHfQuantizer.merge_quantization_configs`; a second call does nothing."""
+    original = AutoHfQuantizer.merge_quantization_configs
+    if hasattr(original, _INSTALLED):
+        return
+
+    @functools.wraps(original)
+    def merge_quantization_configs(stored: Any, requested: Any) -> Any:
+        config = merge_configs(stored, requested)
+        return original(stored, requested) if config is None else config
+
+    setattr(merge_quantization_configs, _INSTALLED, original)
+    AutoHfQuantizer.merge_quantization_configs = staticmethod(merge_quantization_configs)

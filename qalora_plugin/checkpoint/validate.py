@@ -1,0 +1,166 @@
+"""Does a checkpoint's config.json describe the tensors that are there?
+
+Shapes and dtypes come from the file headers alone; values are checked when a layer is read.
+"""
+
+import torch
+
+from qalora_kernels import SUPPORTED_BITS, QuantSpec
+
+from ..errors import CheckpointError
+from ..quant.config import QALoRAQuantConfig
+from .layout import GUARD, layer_plan, quantized_layers, read_in_features
+from .reader import CONFIG_FILE, CheckpointReader
+
+_LAYER_TENSORS = {"qweight", "scales", "offsets", "g_idx", "bias", GUARD}
+
+
+def check_layers(reader: CheckpointReader, config: QALoRAQuantConfig) -> dict[str, QuantSpec]:
+    """Check every quantized layer's tensors against the config, from the headers.
+
+    Args:
+        reader: of a directory in our own format.
+        config: its `quantization_config`.
+
+    Returns:
+        The grid of every quantized layer by name.
+
+    Raises:
+        CheckpointError: no layer, or one with a tensor that is missing, surplus, or of another
+            dtype or shape than the config says.
+    """
+    names = quantized_layers(reader.tensors)
+    if not names:
+        raise CheckpointError(
+            f"{reader.directory}: {CONFIG_FILE} says quant_method {config.quant_method!r}, but no "
+            "tensor is a qweight. The weights belong to another checkpoint."
+        )
+    parts = _tensors_by_layer(reader)
+    specs = {}
+    for name in names:
+        if not config.is_converted(name):
+            raise CheckpointError(
+                f"{reader.info(f'{name}.qweight').file}: {name} is quantized, but {CONFIG_FILE} "
+                "lists it in modules_to_not_convert. Remove it there."
+            )
+        specs[name] = _check_layer(reader, config, name, parts[name])
+    _check_orphans(reader, parts, specs)
+    return specs
+
+
+def _tensors_by_layer(reader: CheckpointReader) -> dict[str, set[str]]:
+    parts: dict[str, set[str]] = {}
+    for tensor in reader.tensors:
+        layer, _, part = tensor.rpartition(".")
+        parts.setdefault(layer, set()).add(part)
+    return parts
+
+
+def _check_orphans(
+    reader: CheckpointReader, parts: dict[str, set[str]], specs: dict[str, QuantSpec]
+) -> None:
+    for layer, found in parts.items():
+        if layer not in specs and {"scales", "offsets"} <= found:
+            raise CheckpointError(
+                f"{reader.directory}: {layer} has scales and offsets but no qweight. "
+                "The checkpoint is incomplete: write or copy it again."
+            )
+
+
+def _check_layer(
+    reader: CheckpointReader, config: QALoRAQuantConfig, name: str, found: set[str]
+) -> QuantSpec:
+    qweight = reader.info(f"{name}.qweight")
+    if len(qweight.shape) != 2:
+        raise CheckpointError(
+            f"{qweight.file}: {qweight.name}: expected [rows, out_features], "
+            f"found shape {qweight.shape}."
+        )
+    if "qzeros" in found:
+        raise CheckpointError(
+            f"{qweight.file}: {name} has packed qzeros: a stock GPTQ layer, but {CONFIG_FILE} "
+            f"says quant_method {config.quant_method!r}. Restore the original {CONFIG_FILE}."
+        )
+    surplus = sorted(found - _LAYER_TENSORS)
+    if "g_idx" in found and not config.desc_act:
+        surplus.append("g_idx (desc_act is false)")
+    if surplus:
+        raise CheckpointError(
+            f"{qweight.file}: {name} has tensors that its format does not: {', '.join(surplus)}."
+        )
+    in_features = read_in_features(reader, name)
+    spec = config.spec_for(name, in_features, qweight.shape[1])
+    _check_bits(reader, name, spec)
+    for tensor, (dtype, shape) in layer_plan(name, spec, config.desc_act).items():
+        if tensor not in reader:
+            raise CheckpointError(
+                f"{reader.directory}: {tensor} is missing. "
+                "The checkpoint is incomplete: write or copy it again."
+            )
+        info = reader.info(tensor)
+        if (info.dtype, info.shape) != (dtype, shape):
+            raise CheckpointError(
+                f"{info.file}: {tensor}: expected {_describe(dtype, shape)} for bits={spec.bits}, "
+                f"group_size={spec.group_size}, in_features={in_features} ({CONFIG_FILE}), found "
+                f"{_describe(info.dtype, info.shape)}. {CONFIG_FILE} contradicts the tensors."
+            )
+    return spec
+
+
+def _check_bits(reader: CheckpointReader, name: str, spec: QuantSpec) -> None:
+    info = reader.info(f"{name}.qweight")
+    if info.shape[0] == spec.packed_rows:
+        return
+    bits, rest = divmod(info.shape[0], -(-spec.in_features // 32))
+    fits = f" {info.shape[0]} rows fit bits={bits}." if not rest and bits in SUPPORTED_BITS else ""
+    raise CheckpointError(
+        f"{info.file}: {info.name}: expected {spec.packed_rows} rows for bits={spec.bits} "
+        f"({CONFIG_FILE}) and in_features={spec.in_features}, found {info.shape[0]}.{fits} "
+        f"{CONFIG_FILE} contradicts the tensors: correct its bits, or write the checkpoint again."
+    )
+
+
+def _describe(dtype: torch.dtype, shape: tuple[int, ...]) -> str:
+    return f"{str(dtype).removeprefix('torch.')} {list(shape)}"
+
+
+def check_values(
+    where: str,
+    spec: QuantSpec,
+    scales: torch.Tensor,
+    offsets: torch.Tensor,
+    g_idx: torch.Tensor | None,
+) -> None:
+    """Check a layer's numbers: a damaged file or a kernel's out-of-bounds read shows here.
+
+    Args:
+        where: file and layer, for the message.
+        spec: the layer's grid.
+        scales: [G, N].
+        offsets: [G, N].
+        g_idx: [K] or None.
+
+    Raises:
+        CheckpointError: a scale that is not finite and positive, an offset that is not finite, or
+            a group index outside [0, G).
+    """
+    bad_scales = int((~(scales.isfinite() & (scales > 0))).sum())
+    if bad_scales:
+        raise CheckpointError(
+            f"{where}.scales: expected positive finite numbers, found {bad_scales} of "
+            f"{scales.numel()} that are not. The file is damaged, or was quantized wrongly."
+        )
+    bad_offsets = int((~offsets.isfinite()).sum())
+    if bad_offsets:
+        raise CheckpointError(
+            f"{where}.offsets: expected finite numbers, found {bad_offsets} of "
+            f"{offsets.numel()} that are not. The file is damaged, or was quantized wrongly."
+        )
+    if g_idx is None:
+        return
+    low, high = (int(v) for v in torch.aminmax(g_idx))
+    if low < 0 or high >= spec.num_groups:
+        raise CheckpointError(
+            f"{where}.g_idx: expected group numbers from 0 to {spec.num_groups - 1}, "
+            f"found {low} to {high}. The file is damaged."
+        )

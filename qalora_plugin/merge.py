@@ -1,0 +1,271 @@
+"""Merge an adapter into its quantized base: integers stay, offsets (and scales) change.
+
+Works on files alone: no model is built, one layer is in memory at a time. What is folded in is
+what the training forward computed, since both call `qalora_kernels.fold`.
+"""
+
+import copy
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .adapter import Adapter, open_adapter
+from .checkpoint.atomic import AtomicDirectory
+from .checkpoint.base import LayerTensors, QuantizedCheckpoint, open_quantized
+from .checkpoint.layout import TensorPlan, layer_plan
+from .checkpoint.reader import CONFIG_FILE, INDEX_FILE
+from .checkpoint.writer import CheckpointWriter, split_plan
+from .errors import AdapterError
+from .pairing import LayerMerge, pair
+from .quant.config import QALoRAQuantConfig
+
+_SIDE_FILES = ("*.json", "*.jinja", "*.model", "*.py", "*.tiktoken", "*.txt", "LICENSE*", "NOTICE*")
+_TOKENIZER_FILES = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer*",
+    "vocab.*",
+)
+_NOT_COPIED = {CONFIG_FILE, INDEX_FILE, "quantize_config.json", "qalora_manifest.json"}
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """What `merge_adapter` wrote.
+
+    Args:
+        out: the merged directory.
+        layers: number of adapted layers.
+        convention: how the adapter pooled: "sum", "mean" or "peft".
+        replaced: whole tensors that came from the adapter (modules_to_save).
+    """
+
+    out: Path
+    layers: int
+    convention: str
+    replaced: list[str]
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """A merge that has passed every check; nothing is written yet. See `plan_merge`.
+
+    Args:
+        adapter: the adapter.
+        base: the base.
+        convention: "sum", "mean" or "peft".
+        layers: the adapted layers.
+        tensors: name, dtype and shape of every tensor of the result.
+        config: config.json of the result.
+    """
+
+    adapter: Adapter
+    base: QuantizedCheckpoint
+    convention: str
+    layers: dict[str, LayerMerge]
+    tensors: TensorPlan
+    config: dict[str, Any]
+
+    def merged_layer(self, name: str) -> LayerTensors:
+        """One quantized layer of the result; an unadapted one is the base's."""
+        tensors = self.base.layer(name)
+        if name not in self.layers:
+            return tensors
+        merged = self.layers[name].fold(self.adapter, tensors)
+        for what in ("scales", "offsets"):
+            values = getattr(merged, what)
+            if not values.isfinite().all() or (what == "scales" and bool((values <= 0).any())):
+                raise AdapterError(
+                    f"{self.adapter.weights}: {name}: folded in, it takes {what} out of the range "
+                    "of their stored dtype. Training diverged: use an earlier checkpoint."
+                )
+        return merged
+
+    def stored(self, name: str) -> dict[str, torch.Tensor]:
+        """The tensors of one quantized layer as the result stores them."""
+        return dict(self.base.stored(name, self.merged_layer(name)))
+
+
+def plan_merge(
+    adapter: str | Path, base: str | Path | None = None, convention: str = "auto"
+) -> MergePlan:
+    """Read and check everything that a merge needs; see `merge_adapter` for arguments and errors."""
+    opened = open_adapter(adapter)
+    chosen = opened.convention(convention)
+    checkpoint = open_quantized(_base_of(opened, base))
+    layers = pair(opened, checkpoint, chosen)
+    tensors = checkpoint.plan()
+    for name, merge in layers.items():
+        tensors.update(layer_plan(name, merge.merged_spec, checkpoint.config.desc_act))
+    config = copy.deepcopy(checkpoint.reader.config)
+    _plan_saved(opened, checkpoint, tensors, config)
+    config["quantization_config"] = _merged_config(opened, checkpoint, layers, chosen).to_dict()
+    return MergePlan(opened, checkpoint, chosen, layers, tensors, config)
+
+
+def merge_adapter(
+    adapter: str | Path,
+    out: str | Path,
+    base: str | Path | None = None,
+    *,
+    convention: str = "auto",
+    progress: Callable[[int, int], None] | None = None,
+    finish: Callable[[Path], None] | None = None,
+) -> MergeResult:
+    """Merge an adapter into its base and write the merged checkpoint.
+
+    Args:
+        adapter: directory with adapter_config.json and adapter_model.safetensors, or a Hub id.
+        out: directory to make; it must not exist, or be empty.
+        base: the quantized base, ours or stock GPTQ; by default what the adapter's config names.
+        convention: how the adapter pooled. "auto" takes it from the adapter's config; for one
+            that does not say: "mean" (the QA-LoRA authors' code), "peft" (PEFT's use_qalora) or
+            "sum" (the paper, arXiv 2309.14717, Algorithm 1).
+        progress: called with (tensors written, tensors in all).
+        finish: called with the directory, when all is written but it does not have its name yet.
+
+    Raises:
+        OutputError: the target is not empty, or cannot be written.
+        AdapterError: the adapter is damaged, incomplete, of another base, or cannot be merged.
+        CheckpointError: the base is damaged or not quantized.
+    """
+    target = AtomicDirectory(out)  # checks it before the long reading
+    plan = plan_merge(adapter, base, convention)
+    with target as partial:
+        _write_weights(partial, plan, progress)
+        _copy_side_files(plan, partial)
+        text = json.dumps(plan.config, indent=2, sort_keys=True) + "\n"
+        (partial / CONFIG_FILE).write_text(text, encoding="utf-8")
+        if finish is not None:
+            finish(partial)
+    return MergeResult(target.target, len(plan.layers), plan.convention, sorted(plan.adapter.saved))
+
+
+def _base_of(adapter: Adapter, base: str | Path | None) -> str | Path:
+    found = base or adapter.config.get("base_model_name_or_path")
+    if not found:
+        raise AdapterError(
+            f"{adapter.directory / 'adapter_config.json'}: base_model_name_or_path is empty. "
+            "Name the quantized base with --base."
+        )
+    return found
+
+
+def _plan_saved(
+    adapter: Adapter, base: QuantizedCheckpoint, tensors: TensorPlan, config: dict[str, Any]
+) -> None:
+    """Put modules_to_save into the plan, in the adapter's dtype."""
+    for name, key in adapter.saved.items():
+        info = adapter.infos[key]
+        if name.rpartition(".")[0] in base.layers:
+            raise AdapterError(
+                f"{adapter.weights}: {key}: modules_to_save names a layer that the base holds as "
+                "integers; a checkpoint cannot hold its 16-bit copy. Adapt it instead, or keep it "
+                "out of the quantization (modules_to_not_convert)."
+            )
+        if name in base.reader and base.reader.info(name).shape != info.shape:
+            raise AdapterError(
+                f"{adapter.weights}: {key}: shape {list(info.shape)}, the base's has "
+                f"{list(base.reader.info(name).shape)}. Resize the vocabulary before quantizing."
+            )
+        if _is_tied(name, base, config):
+            _untie(adapter, name, base, config)
+        tensors[name] = (info.dtype, info.shape)
+
+
+def _is_tied(name: str, base: QuantizedCheckpoint, config: dict[str, Any]) -> bool:
+    """Whether a replaced tensor is one of a tied pair in the base."""
+    text = config.get("text_config", {})
+    if not config.get("tie_word_embeddings", text.get("tie_word_embeddings", True)):
+        return False
+    return "lm_head.weight" not in base.reader and (
+        name == "lm_head.weight" or name.endswith(("embed_tokens.weight", "wte.weight"))
+    )
+
+
+def _untie(
+    adapter: Adapter, name: str, base: QuantizedCheckpoint, config: dict[str, Any]
+) -> None:
+    """PEFT trains a copy, so the pair is no longer tied, unless it was told to keep it so."""
+    if adapter.config.get("ensure_weight_tying"):
+        return
+    if name != "lm_head.weight" and "lm_head.weight" not in adapter.saved:
+        raise AdapterError(
+            f"{adapter.weights}: {name}: the base ties its output to this embedding, "
+            "the adapter trained a copy of the embedding only. Train with modules_to_save="
+            "['embed_tokens', 'lm_head'], or with ensure_weight_tying=True."
+        )
+    config["tie_word_embeddings"] = False
+    if "tie_word_embeddings" in config.get("text_config", {}):
+        config["text_config"]["tie_word_embeddings"] = False
+
+
+def _merged_config(
+    adapter: Adapter, base: QuantizedCheckpoint, layers: dict[str, LayerMerge], convention: str
+) -> QALoRAQuantConfig:
+    """The base's quantization config with what was merged, and the group sizes after splitting."""
+    config = base.config.to_dict()
+    split = {m.merged_spec.group_size for m in layers.values() if m.merged_spec != m.spec}
+    if split:
+        config["group_size"] = min(split)
+        config["dynamic"] = {}
+        for name, spec in base.layers.items():
+            spec = layers[name].merged_spec if name in layers else spec
+            if (spec.bits, spec.group_size) != (config["bits"], config["group_size"]):
+                config["dynamic"][name] = {"bits": spec.bits, "group_size": spec.group_size}
+    config["merged"] = {
+        "adapter": str(adapter.directory),
+        "adapter_sha256": adapter.sha256(),
+        "peft_type": adapter.peft_type,
+        "convention": convention,
+        "adapt": adapter.adapt,
+        "r": adapter.config["r"],
+        "lora_alpha": adapter.config["lora_alpha"],
+        "layers": len(layers),
+        "modules_to_save": sorted(adapter.saved),
+    }
+    return QALoRAQuantConfig(**config)
+
+
+def _write_weights(
+    partial: Path, plan: MergePlan, progress: Callable[[int, int], None] | None
+) -> None:
+    writer = CheckpointWriter(partial, split_plan(plan.tensors))
+    layer: str | None = None
+    parts: dict[str, torch.Tensor] = {}
+    done = 0
+    for index, names in enumerate(writer.plans):
+        with writer.shard(index) as shard:
+            for name in names:
+                owner = name.rpartition(".")[0]
+                if name in plan.adapter.saved:
+                    shard.write(name, plan.adapter.get(plan.adapter.saved[name]))
+                elif name in parts or (owner in plan.base.layers and not name.endswith(".bias")):
+                    if owner != layer:  # a layer's tensors follow each other in the plan
+                        layer, parts = owner, plan.stored(owner)
+                    shard.write(name, parts[name])
+                else:
+                    shard.write_raw(name, plan.base.reader.chunks(name))
+                done += 1
+                if progress is not None:
+                    progress(done, len(plan.tensors))
+    writer.finish()
+
+
+def _copy_side_files(plan: MergePlan, partial: Path) -> None:
+    """Tokenizer, generation config, chat template, licence; the tokenizer trained with wins."""
+    sources = [(plan.base.directory, _SIDE_FILES)]
+    if (plan.adapter.directory / "tokenizer_config.json").exists():
+        sources.append((plan.adapter.directory, _TOKENIZER_FILES))
+    for directory, patterns in sources:
+        for pattern in patterns:
+            for path in sorted(directory.glob(pattern)):
+                if path.is_file() and path.name not in _NOT_COPIED:
+                    shutil.copyfile(path, partial / path.name)

@@ -1,0 +1,153 @@
+"""Fit an adapter to a quantized base: every reason not to merge is found here, from headers."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from qalora_kernels import LowRank, QuantSpec, fold
+
+from .adapter import CONFIG_FILE, QALORA, Adapter, AdapterLayer
+from .checkpoint.base import LayerTensors, QuantizedCheckpoint
+from .errors import AdapterError
+from .quant.fingerprint import fingerprint
+from .tuner.foreign import Regrouping, convention_factor, pool_size_of, regroup
+
+
+@dataclass(frozen=True)
+class LayerMerge:
+    """How one adapted layer is merged.
+
+    Args:
+        layer: the adapter's part.
+        spec: the base's grid.
+        merged_spec: the grid after merging: a smaller group_size where groups are split.
+        regrouping: from the base's groups and A's columns to the merged groups.
+        pool_size: inputs that the adapter pools into one feature.
+        factor: LoRA's scaling times the convention's factor.
+    """
+
+    layer: AdapterLayer
+    spec: QuantSpec
+    merged_spec: QuantSpec
+    regrouping: Regrouping
+    pool_size: int
+    factor: float
+
+    def change(self, adapter: Adapter, part: str) -> torch.Tensor | None:
+        """factor * (B A)^T of "zeros" or "scales", float64 [G', N]."""
+        pair = adapter.matrices(self.layer, part)
+        if pair is None:
+            return None
+        return LowRank(self.regrouping.spread(pair[0]), pair[1], self.factor).delta()
+
+    def fold(self, adapter: Adapter, tensors: LayerTensors) -> LayerTensors:
+        """The merged layer: the integers and g_idx as they are, scales and offsets folded."""
+        scales, offsets = fold(
+            self.regrouping.split(tensors.scales),
+            self.regrouping.split(tensors.offsets),
+            zeros=self.change(adapter, "zeros"),
+            scale=self.change(adapter, "scales"),
+            offsets_dtype=self.merged_spec.offsets_dtype,
+            scales_dtype=self.merged_spec.scales_dtype,
+        )
+        return LayerTensors(tensors.qweight, scales, offsets, tensors.g_idx)
+
+
+def pair(adapter: Adapter, base: QuantizedCheckpoint, convention: str) -> dict[str, LayerMerge]:
+    """Fit every layer of the adapter to the base.
+
+    Args:
+        adapter: the adapter.
+        base: the base it was trained on.
+        convention: one of `tuner.foreign.CONVENTIONS`.
+
+    Returns:
+        One entry for every adapted layer, by name.
+
+    Raises:
+        AdapterError: the adapter belongs to another base, lacks a layer, has one that the base
+            has not, or pools over inputs that no offset is common to.
+    """
+    check_base(adapter, base)
+    for name in adapter.layers:
+        if name not in base.layers:
+            raise AdapterError(
+                f"{adapter.weights}: adapts {name}, which is not a quantized layer of "
+                f"{base.directory}. It was trained on another base."
+            )
+    for name in base.layers:
+        if name not in adapter.layers and adapter.targets(name):
+            raise AdapterError(
+                f"{adapter.weights}: missing keys: none for {name}, which target_modules in "
+                f"{CONFIG_FILE} selects. The file is incomplete, or of another base."
+            )
+    return {
+        name: _pair_layer(adapter, layer, base, convention)
+        for name, layer in adapter.layers.items()
+    }
+
+
+def check_base(adapter: Adapter, base: QuantizedCheckpoint) -> None:
+    """Check that the adapter was trained on this base.
+
+    Raises:
+        AdapterError: the base has something merged in already, or other bits, group size or
+            integers than the adapter's base.
+    """
+    where = adapter.directory / CONFIG_FILE
+    if base.config.merged is not None:
+        raise AdapterError(
+            f"{base.directory}: already merged (with {base.config.merged.get('adapter')}). "
+            "Merge into the base itself; --base names its directory."
+        )
+    if adapter.peft_type != QALORA:
+        return
+    for key in ("bits", "group_size"):
+        stated, found = adapter.config.get(key), getattr(base.config, key)
+        if stated is not None and stated != found:
+            raise AdapterError(
+                f"{where}: {key} is {stated}, that of {base.directory} is {found}: the adapter "
+                "was trained on another base. Name the right one with --base."
+            )
+    stated = adapter.config.get("fingerprint")
+    if stated is None:
+        return
+    found = base.config.base.get("fingerprint") or fingerprint(
+        (name, base.reader.get(f"{name}.qweight")) for name in base.layers
+    )
+    if stated != found:
+        raise AdapterError(
+            f"{where}: was trained on integers with the fingerprint {stated}, those of "
+            f"{base.directory} have {found}. It is another base, or it was quantized again with "
+            "other settings: name the directory that the adapter was trained on with --base."
+        )
+
+
+def _pair_layer(
+    adapter: Adapter, layer: AdapterLayer, base: QuantizedCheckpoint, convention: str
+) -> LayerMerge:
+    name, spec = layer.name, base.layers[layer.name]
+    if layer.out_features != spec.out_features:
+        raise AdapterError(
+            f"{adapter.weights}: {name}: B has {layer.out_features} rows, the base's layer "
+            f"{spec.out_features} outputs. It was trained on another base."
+        )
+    if adapter.peft_type == QALORA:
+        if layer.columns != spec.num_groups:
+            raise AdapterError(
+                f"{adapter.weights}: {name}: A has {layer.columns} columns, the base's layer "
+                f"{spec.num_groups} groups. It was trained on another base or group size."
+            )
+        return LayerMerge(layer, spec, spec, Regrouping(spec.group_size), spec.group_size,
+                          layer.scaling)  # fmt: skip
+    stated = adapter.config.get("qalora_group_size") if adapter.config.get("use_qalora") else None
+    pool_size = pool_size_of(name, layer.columns, spec, stated)
+    g_idx = base.reader.get(f"{name}.g_idx") if base.config.desc_act else None
+    regrouping = regroup(name, spec, g_idx, pool_size)
+    return LayerMerge(
+        layer,
+        spec,
+        replace(spec, group_size=regrouping.group_size),
+        regrouping,
+        pool_size,
+        layer.scaling * convention_factor(convention, pool_size, spec.in_features),
+    )

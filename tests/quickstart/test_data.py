@@ -1,0 +1,180 @@
+"""The embedded base model and the pairs cut from the standard library."""
+
+import ast
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from qalora_plugin.errors import QALoRAError
+from qalora_plugin.quickstart import data
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(data.base_model_path())
+
+
+@pytest.fixture(scope="module")
+def model():
+    return AutoModelForCausalLM.from_pretrained(data.base_model_path(), dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def train_pairs():
+    return data.load_pairs("train")
+
+
+@pytest.fixture(scope="module")
+def eval_pairs():
+    return data.load_pairs("eval")
+
+
+@pytest.fixture
+def small_stdlib(tmp_path):
+    """A directory laid out as a standard library: one held-out module, one not, one excluded."""
+    functions = "\n".join(
+        f'def f{i}(a, b=2):\n    """Return number {i}.\n\n    More.\n    """\n    return a + {i}\n'
+        for i in range(60)
+    )
+    (tmp_path / "calendar.py").write_text(functions)
+    (tmp_path / "string.py").write_text(functions.replace("def f", "def g"))
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "test_calendar.py").write_text(functions)
+    return tmp_path
+
+
+def test_there_are_enough_pairs_and_they_fit_the_context(train_pairs, eval_pairs, tokenizer):
+    # 500 even where tkinter is packaged apart.
+    assert len(train_pairs) >= 500
+    assert len(eval_pairs) >= 60
+    for pair in train_pairs + eval_pairs:
+        assert set(pair) == {"prompt", "completion"}
+        assert len(tokenizer(pair["prompt"] + pair["completion"])["input_ids"]) < 512
+        ast.parse(pair["completion"])
+
+
+def test_splits_do_not_overlap(train_pairs, eval_pairs):
+    for key in ("prompt", "completion"):
+        values = [pair[key] for pair in train_pairs + eval_pairs]
+        assert len(set(values)) == len(values)
+
+
+def test_calibration_texts_are_the_training_split(train_pairs, eval_pairs):
+    texts = data.calibration_texts()
+    assert texts == [pair["prompt"] + pair["completion"] for pair in train_pairs]
+    assert not any(pair["prompt"] + pair["completion"] in texts for pair in eval_pairs)
+
+
+def test_held_out_modules_are_not_pretrained_on():
+    pretraining = data.pretraining_files()
+    held_out = data.held_out_files()
+    assert {"calendar.py", "logging", "mailbox.py"} <= {
+        path.name if path.name != "__init__.py" else path.parent.name for path in held_out
+    }
+    assert not set(pretraining) & set(held_out)
+    # Names checked apart from the module's own filter.
+    for path in pretraining:
+        for part in path.with_suffix("").parts[-3:]:
+            assert part not in {"calendar", "ftplib", "imaplib", "ipaddress", "mailbox", "tkinter"}
+            assert part not in {"test", "tests", "site-packages", "lib2to3", "idlelib"}
+
+
+def test_pair_of_a_known_function(small_stdlib):
+    pairs = data.load_pairs("train", stdlib=small_stdlib) + data.load_pairs(
+        "eval", stdlib=small_stdlib
+    )
+    assert len(pairs) == 60  # those of calendar.py alone
+    assert {
+        "prompt": "### Task\nReturn number 7.\nName: f7\nArguments: a, b=2\n### Answer\n",
+        "completion": "def f7(a, b=2):\n    return a + 7\n",
+    } in pairs
+
+
+def test_split_does_not_depend_on_the_other_functions(small_stdlib):
+    before = data.load_pairs("eval", stdlib=small_stdlib)
+    source = small_stdlib / "calendar.py"
+    functions = source.read_text().split("\n\ndef ")
+    source.write_text("\n\n".join(reversed([functions[0], *("def " + f for f in functions[1:])])))
+    after = data.load_pairs("eval", stdlib=small_stdlib)
+    assert before and after != before
+    assert sorted(map(str, after)) == sorted(map(str, before))
+
+
+def test_long_functions_are_left_out():
+    pairs = data.load_pairs("train", max_chars=200)
+    assert pairs
+    assert max(len(text) for pair in pairs for text in pair.values()) <= 200
+
+
+def test_missing_source_is_one_clear_error(tmp_path):
+    with pytest.raises(QALoRAError, match=r"expected the Python sources.*--dataset"):
+        data.load_pairs(stdlib=tmp_path)
+    (tmp_path / "calendar.py").write_text("x = 1\n")
+    with pytest.raises(QALoRAError, match="expected functions with docstrings"):
+        data.load_pairs(stdlib=tmp_path)
+
+
+def test_unknown_split_is_refused():
+    with pytest.raises(QALoRAError, match="found 'test'"):
+        data.load_pairs("test")
+
+
+def test_incomplete_installation_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "__file__", str(tmp_path / "data.py"))
+    with pytest.raises(QALoRAError, match=r"lacks config\.json, model\.safetensors"):
+        data.base_model_path()
+
+
+def test_base_model_size(model):
+    assert sum(p.numel() for p in model.parameters()) == 3_672_320
+    files = [path for path in data.base_model_path().rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 8.0e6
+
+
+def test_base_model_card_has_the_measured_loss():
+    card = (data.base_model_path() / "README.md").read_text()
+    assert "held-out loss" in card and "tokens seen" in card
+
+
+def test_tokenizer_round_trips(tokenizer):
+    text = "def f(x):\n\tif x > 1:\n        return 'ü€😀'  # déjà vu\n\n\n"
+    ids = tokenizer(text)["input_ids"]
+    assert tokenizer.decode(ids) == text
+    assert len(ids) < len(text.encode())
+    assert len(tokenizer) == 2048
+    special = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
+    assert len(set(special)) == 3 and None not in special
+
+
+def test_chat_template_writes_the_pairs_format(tokenizer, train_pairs):
+    pair = train_pairs[0]
+    instruction = pair["prompt"].removeprefix("### Task\n").removesuffix("\n### Answer\n")
+    messages = [{"role": "user", "content": instruction}]
+    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert prompt == pair["prompt"]
+    messages.append({"role": "assistant", "content": pair["completion"]})
+    whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert whole == pair["prompt"] + pair["completion"] + tokenizer.eos_token
+
+
+def test_base_model_has_learned_python(model, tokenizer):
+    text = next(p for p in data.held_out_files() if p.name == "mailbox.py").read_text()
+    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"][:2048]).view(4, 512)
+    with torch.no_grad():
+        loss = model(input_ids=ids, labels=ids).loss.item()
+    assert loss < 0.6 * math.log(2048)
+
+
+def test_training_script_explains_itself():
+    script = ROOT / "recipes" / "quickstart" / "train_base.py"
+    result = subprocess.run(
+        [sys.executable, script, "--help"], capture_output=True, text=True, check=True
+    )
+    assert "--minutes" in result.stdout and "--seed" in result.stdout
