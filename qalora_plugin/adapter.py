@@ -11,7 +11,6 @@ pooling elsewhere (peft_type LORA, see `tuner.foreign`). Tensor names, as PEFT s
 """
 
 import hashlib
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,12 +18,12 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import check_target_module_exists
-from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 
 from .checkpoint.reader import read_json, resolve_model_dir
 from .checkpoint.safetensors_header import TensorInfo, read_header
-from .errors import AdapterError
+from .errors import AdapterError, ConfigError
+from .tuner.config import ADAPT_PARTS, QALoRAConfig
 from .tuner.foreign import CONVENTIONS
 
 CONFIG_FILE = "adapter_config.json"
@@ -37,11 +36,13 @@ _TENSORS = {
     QALORA: {"zeros": ("qalora_A", "qalora_B"), "scales": ("qalora_scale_A", "qalora_scale_B")},
     LORA: {"zeros": ("lora_A", "lora_B")},
 }
-_PARTS = {"zeros": ("zeros",), "scales": ("scales",), "both": ("zeros", "scales")}
+# LoRA's fields that say how large the change of a layer is
+_SCALING = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
 # options of PEFT's LoRA that change what the adapter computes, or add tensors of their own
 _UNSUPPORTED = (
     "alora_invocation_tokens",
     "arrow_config",
+    "ensure_weight_tying",
     "fan_in_fan_out",
     "layer_replication",
     "lora_bias",
@@ -93,8 +94,13 @@ class Adapter:
 
     @property
     def peft_type(self) -> str:
-        """"QALORA" or "LORA"."""
+        """ "QALORA" or "LORA"."""
         return str(self.config.get("peft_type"))
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it was trained with QALoRAConfig: pools over the base's own groups."""
+        return self.peft_type == QALORA
 
     @property
     def adapt(self) -> str:
@@ -111,12 +117,9 @@ class Adapter:
         with safe_open(self.weights, framework="pt") as file:
             return file.get_tensor(key)
 
-    def matrices(self, layer: AdapterLayer, part: str) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """A [r, columns] and B [N, r] of "zeros" or "scales"; None where the layer has no such."""
-        if part not in layer.keys:
-            return None
-        a, b = layer.keys[part]
-        return self.get(a), self.get(b)
+    def get_pair(self, keys: tuple[str, str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """A [r, columns] and B [N, r] of one part of a layer."""
+        return self.get(keys[0]), self.get(keys[1])
 
     def sha256(self) -> str:
         """SHA-256 of the file of tensors."""
@@ -125,7 +128,7 @@ class Adapter:
 
     def stated_convention(self) -> str | None:
         """The pooling convention that the adapter's own config states, None where it is silent."""
-        if self.peft_type == QALORA:
+        if self.is_ours:
             return "sum"
         return "peft" if self.config.get("use_qalora") else None
 
@@ -139,9 +142,7 @@ class Adapter:
             AdapterError: the adapter's config contradicts it, or neither states one.
         """
         if wanted not in ("auto", *CONVENTIONS):
-            raise AdapterError(
-                f"convention must be auto or one of {CONVENTIONS}, found {wanted!r}"
-            )
+            raise AdapterError(f"convention must be auto or one of {CONVENTIONS}, found {wanted!r}")
         stated = self.stated_convention()
         if wanted == "auto" and stated is None:
             raise AdapterError(
@@ -210,9 +211,9 @@ def _read_config(directory: Path) -> dict[str, Any]:
             f"{path}: trained with {', '.join(used)}, which a merge into offsets and scales "
             "cannot hold. Train without."
         )
-    if config.get("adapt", "zeros") not in _PARTS:
+    if config.get("adapt", "zeros") not in ADAPT_PARTS:
         raise AdapterError(
-            f"{path}: adapt must be one of {sorted(_PARTS)}, found {config['adapt']!r}"
+            f"{path}: adapt must be one of {sorted(ADAPT_PARTS)}, found {config['adapt']!r}"
         )
     return config
 
@@ -253,8 +254,9 @@ def _sort_keys(adapter: Adapter) -> None:
         raise AdapterError(
             f"{adapter.weights}: no {' or '.join(matrix_names)} in it: nothing to merge."
         )
+    scaling = _scaling_config(adapter)
     for layer in found:
-        adapter.layers[layer] = _layer(adapter, layer, found[layer])
+        adapter.layers[layer] = _layer(adapter, layer, found[layer], scaling)
 
 
 def _is_saved(adapter: Adapter, module: str) -> bool:
@@ -264,9 +266,19 @@ def _is_saved(adapter: Adapter, module: str) -> bool:
     )
 
 
-def _layer(adapter: Adapter, name: str, found: set[str]) -> AdapterLayer:
-    parts = _PARTS[adapter.adapt]
-    names = {part: _TENSORS[adapter.peft_type][part] for part in parts}
+def _scaling_config(adapter: Adapter) -> QALoRAConfig:
+    """The fields that ours and LoRA's config have in common, checked."""
+    config = adapter.config
+    try:
+        return QALoRAConfig(**{key: config[key] for key in _SCALING if config.get(key)})
+    except ConfigError as error:
+        raise AdapterError(f"{adapter.directory / CONFIG_FILE}: {error}") from error
+
+
+def _layer(
+    adapter: Adapter, name: str, found: set[str], scaling_config: QALoRAConfig
+) -> AdapterLayer:
+    names = {part: _TENSORS[adapter.peft_type][part] for part in ADAPT_PARTS[adapter.adapt]}
     expected = {matrix for pair in names.values() for matrix in pair}
     for what, lost in (("missing", expected - found), ("extra", found - expected)):
         if lost:
@@ -279,7 +291,7 @@ def _layer(adapter: Adapter, name: str, found: set[str]) -> AdapterLayer:
         part: (f"{PREFIX}{name}.{a}.weight", f"{PREFIX}{name}.{b}.weight")
         for part, (a, b) in names.items()
     }
-    rank = _rank(adapter, name)
+    rank, scaling = scaling_config.rank_and_scaling(name)
     shapes = {key: adapter.infos[key].shape for pair in keys.values() for key in pair}
     columns = out_features = 0
     for a, b in keys.values():
@@ -296,28 +308,7 @@ def _layer(adapter: Adapter, name: str, found: set[str]) -> AdapterLayer:
         if columns and (columns, out_features) != (shapes[a][1], shapes[b][0]):
             raise AdapterError(f"{adapter.weights}: {a}: its parts differ in shape: {shapes}.")
         columns, out_features = shapes[a][1], shapes[b][0]
-    return AdapterLayer(name, keys, rank, columns, out_features, _scaling(adapter, name, rank))
-
-
-def _number(adapter: Adapter, key: str) -> Any:
-    value = adapter.config.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-        raise AdapterError(
-            f"{adapter.directory / CONFIG_FILE}: {key} must be a positive number, found {value!r}"
-        )
-    return value
-
-
-def _rank(adapter: Adapter, name: str) -> int:
-    pattern = adapter.config.get("rank_pattern") or {}
-    return int(pattern.get(get_pattern_key(pattern.keys(), name), _number(adapter, "r")))
-
-
-def _scaling(adapter: Adapter, name: str, rank: int) -> float:
-    """As PEFT's LoraLayer.update_layer computes it."""
-    pattern = adapter.config.get("alpha_pattern") or {}
-    alpha = pattern.get(get_pattern_key(pattern.keys(), name), _number(adapter, "lora_alpha"))
-    return alpha / math.sqrt(rank) if adapter.config.get("use_rslora") else alpha / rank
+    return AdapterLayer(name, keys, rank, columns, out_features, scaling)
 
 
 def _check_finite(adapter: Adapter) -> None:

@@ -96,7 +96,7 @@ class MergePlan:
 def plan_merge(
     adapter: str | Path, base: str | Path | None = None, convention: str = "auto"
 ) -> MergePlan:
-    """Read and check everything that a merge needs; see `merge_adapter` for arguments and errors."""
+    """Read and check all that a merge needs; see `merge_adapter` for arguments and errors."""
     opened = open_adapter(adapter)
     chosen = opened.convention(convention)
     checkpoint = open_quantized(_base_of(opened, base))
@@ -176,7 +176,7 @@ def _plan_saved(
                 f"{list(base.reader.info(name).shape)}. Resize the vocabulary before quantizing."
             )
         if _is_tied(name, base, config):
-            _untie(adapter, name, base, config)
+            _untie(adapter, name, config)
         tensors[name] = (info.dtype, info.shape)
 
 
@@ -190,17 +190,13 @@ def _is_tied(name: str, base: QuantizedCheckpoint, config: dict[str, Any]) -> bo
     )
 
 
-def _untie(
-    adapter: Adapter, name: str, base: QuantizedCheckpoint, config: dict[str, Any]
-) -> None:
-    """PEFT trains a copy, so the pair is no longer tied, unless it was told to keep it so."""
-    if adapter.config.get("ensure_weight_tying"):
-        return
-    if name != "lm_head.weight" and "lm_head.weight" not in adapter.saved:
+def _untie(adapter: Adapter, name: str, config: dict[str, Any]) -> None:
+    """PEFT trains a copy, so input and output embeddings are no longer tied."""
+    if "lm_head.weight" not in adapter.saved:
         raise AdapterError(
-            f"{adapter.weights}: {name}: the base ties its output to this embedding, "
-            "the adapter trained a copy of the embedding only. Train with modules_to_save="
-            "['embed_tokens', 'lm_head'], or with ensure_weight_tying=True."
+            f"{adapter.weights}: {name}: the base ties its output to this embedding, and the "
+            "adapter holds a trained copy of the embedding only. Train with "
+            "modules_to_save=['embed_tokens', 'lm_head']."
         )
     config["tie_word_embeddings"] = False
     if "tie_word_embeddings" in config.get("text_config", {}):
@@ -230,6 +226,7 @@ def _merged_config(
         "lora_alpha": adapter.config["lora_alpha"],
         "layers": len(layers),
         "modules_to_save": sorted(adapter.saved),
+        "base_merged": base.config.merged,
     }
     return QALoRAQuantConfig(**config)
 

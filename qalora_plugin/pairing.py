@@ -3,9 +3,10 @@
 from dataclasses import dataclass, replace
 
 import torch
+
 from qalora_kernels import LowRank, QuantSpec, fold
 
-from .adapter import CONFIG_FILE, QALORA, Adapter, AdapterLayer
+from .adapter import CONFIG_FILE, Adapter, AdapterLayer
 from .checkpoint.base import LayerTensors, QuantizedCheckpoint
 from .errors import AdapterError
 from .quant.fingerprint import fingerprint
@@ -34,10 +35,10 @@ class LayerMerge:
 
     def change(self, adapter: Adapter, part: str) -> torch.Tensor | None:
         """factor * (B A)^T of "zeros" or "scales", float64 [G', N]."""
-        pair = adapter.matrices(self.layer, part)
-        if pair is None:
+        if part not in self.layer.keys:
             return None
-        return LowRank(self.regrouping.spread(pair[0]), pair[1], self.factor).delta()
+        a, b = adapter.get_pair(self.layer.keys[part])
+        return LowRank(self.regrouping.spread(a), b, self.factor).delta()
 
     def fold(self, adapter: Adapter, tensors: LayerTensors) -> LayerTensors:
         """The merged layer: the integers and g_idx as they are, scales and offsets folded."""
@@ -94,12 +95,17 @@ def check_base(adapter: Adapter, base: QuantizedCheckpoint) -> None:
             integers than the adapter's base.
     """
     where = adapter.directory / CONFIG_FILE
-    if base.config.merged is not None:
+    if base.config.merged != adapter.config.get("base_merged"):
+        merged = base.config.merged or {}
         raise AdapterError(
-            f"{base.directory}: already merged (with {base.config.merged.get('adapter')}). "
-            "Merge into the base itself; --base names its directory."
+            f"{base.directory}: already merged (with {merged.get('adapter')}), and the adapter was "
+            "not trained on that. Merge into the base it was trained on: --base names it."
+            if merged
+            else f"{base.directory}: the adapter was trained on a base with something merged into "
+            f"it ({adapter.config['base_merged'].get('adapter')}), this one has nothing. "
+            "Name that base with --base."
         )
-    if adapter.peft_type != QALORA:
+    if not adapter.is_ours:
         return
     for key in ("bits", "group_size"):
         stated, found = adapter.config.get(key), getattr(base.config, key)
@@ -131,7 +137,7 @@ def _pair_layer(
             f"{adapter.weights}: {name}: B has {layer.out_features} rows, the base's layer "
             f"{spec.out_features} outputs. It was trained on another base."
         )
-    if adapter.peft_type == QALORA:
+    if adapter.is_ours:
         if layer.columns != spec.num_groups:
             raise AdapterError(
                 f"{adapter.weights}: {name}: A has {layer.columns} columns, the base's layer "

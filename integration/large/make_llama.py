@@ -33,7 +33,9 @@ def make_llama(out: Path, config: LlamaConfig, seed: int = 0) -> int:
     config.save_pretrained(out)
     generator = torch.Generator().manual_seed(seed)
     with torch.device("meta"):
-        shapes = {name: tensor.shape for name, tensor in LlamaForCausalLM(config).state_dict().items()}
+        shapes = {
+            name: tensor.shape for name, tensor in LlamaForCausalLM(config).state_dict().items()
+        }
     shards: dict[str, list[str]] = {}
     for name in shapes:
         parts = name.split(".")

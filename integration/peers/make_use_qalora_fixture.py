@@ -23,6 +23,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 
 STEPS = 20
+# PEFT's "all-linear" does not see GPTQModel's layers.
+TARGET_MODULES = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
 
 
 def load_base(directory: Path) -> torch.nn.Module:
@@ -38,7 +40,7 @@ def train(base: torch.nn.Module, group_size: int) -> PeftModel:
     config = LoraConfig(
         r=4,
         lora_alpha=8,
-        target_modules="all-linear",
+        target_modules=TARGET_MODULES,
         task_type="CAUSAL_LM",
         use_qalora=True,
         qalora_group_size=group_size,

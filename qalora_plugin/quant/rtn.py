@@ -5,8 +5,18 @@ from torch.nn.functional import pad
 
 from .grid import Grid, QuantizedWeight, check_weight, fit_groups, round_codes
 
+_CHUNK = 1 << 23  # weights fitted at a time: bounds the memory of the temporaries
 
-def rtn(weight: torch.Tensor, *, bits: int, group_size: int, name: str) -> QuantizedWeight:
+
+def rtn(
+    weight: torch.Tensor,
+    *,
+    bits: int,
+    group_size: int,
+    name: str,
+    integer_zeros: bool = False,
+    search: bool = True,
+) -> QuantizedWeight:
     """Quantize one weight matrix without calibration data.
 
     Args:
@@ -14,21 +24,29 @@ def rtn(weight: torch.Tensor, *, bits: int, group_size: int, name: str) -> Quant
         bits: 2, 3, 4 or 8.
         group_size: inputs a group; the last group may be short.
         name: the layer, for messages.
+        integer_zeros: restrict zero-points to integers (see `grid`).
+        search: False spreads the codes from the least to the greatest weight.
 
     Raises:
         QuantizationError: the weight is not a finite matrix within fp16's range.
     """
     check_weight(weight, name)
     n, k = weight.shape
-    grid = Grid(bits)
-    w = weight.float().t()
+    grid = Grid(bits, integer_zeros)
     groups = -(-k // group_size)
+    scales = torch.empty(groups, n, device=weight.device)
+    offsets = torch.empty_like(scales)
+    codes = torch.empty(n, k, dtype=torch.uint8, device=weight.device)
     full = groups * group_size
-    counts = (torch.arange(full, device=w.device) < k).view(groups, group_size, 1).float()
-    # a short last group repeats its last input, which weighs nothing
-    w = pad(w.t(), (0, full - k), mode="replicate").t() if full > k else w
-    w = w.reshape(groups, group_size, n)
-    scales, offsets = fit_groups(w, grid, counts)
-    codes = round_codes(w, scales.unsqueeze(1), offsets.unsqueeze(1), grid) + grid.mid
-    codes = codes.reshape(full, n)[:k].t().to(torch.uint8).contiguous()
+    counts = (torch.arange(full, device=weight.device) < k).view(groups, group_size, 1).float()
+    rows = max(1, _CHUNK // full)
+    for start in range(0, n, rows):
+        part = slice(start, start + rows)
+        # a short last group repeats its last input, which weighs nothing
+        padded = pad(weight[part].float(), (0, full - k), mode="replicate")
+        w = padded.t().reshape(groups, group_size, -1)
+        s, o = fit_groups(w, grid, counts, search)
+        fitted = round_codes(w, s.unsqueeze(1), o.unsqueeze(1), grid) + grid.mid
+        codes[part] = fitted.reshape(full, -1)[:k].t().to(torch.uint8)
+        scales[:, part], offsets[:, part] = s, o
     return QuantizedWeight(codes, scales, offsets, None, bits, group_size)

@@ -6,6 +6,7 @@ those alone.
 """
 
 import ast
+import copy
 import hashlib
 import sysconfig
 from pathlib import Path
@@ -197,9 +198,8 @@ def _pair(function: ast.FunctionDef | ast.AsyncFunctionDef, docstring: str) -> d
     # unparse gives one style, without comments, and the same text whatever the indentation was.
     arguments = ast.unparse(function.args)
     instruction = f"{summary}\nName: {function.name}\nArguments: {arguments}"
-    without_docstring = ast.parse(ast.unparse(function)).body[0]
-    assert isinstance(without_docstring, ast.FunctionDef | ast.AsyncFunctionDef)
-    without_docstring.body = without_docstring.body[1:]
+    without_docstring = copy.copy(function)
+    without_docstring.body = function.body[1:]
     without_docstring.decorator_list = []
     return {
         "prompt": PROMPT_TEMPLATE.format(instruction=instruction),

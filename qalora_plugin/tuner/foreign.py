@@ -16,6 +16,7 @@ theirs over neighbouring inputs whatever the base's g_idx says.
 from dataclasses import dataclass
 
 import torch
+
 from qalora_kernels import QuantSpec
 
 from ..errors import AdapterError
@@ -107,9 +108,7 @@ def pool_size_of(name: str, columns: int, spec: QuantSpec, stated: int | None) -
     )
 
 
-def regroup(
-    name: str, spec: QuantSpec, g_idx: torch.Tensor | None, pool_size: int
-) -> Regrouping:
+def regroup(name: str, spec: QuantSpec, g_idx: torch.Tensor | None, pool_size: int) -> Regrouping:
     """Fit pooling over `pool_size` neighbouring inputs to the groups of a base layer.
 
     Args:
@@ -129,7 +128,7 @@ def regroup(
         return _regroup_act_order(name, spec, g_idx, pool, pool_size)
     if pool_size == g and pools == groups:
         return Regrouping(g)
-    if pool_size % g == 0 or pools == 1 and pool_size == k:
+    if pool_size % g == 0 or (pools == 1 and pool_size == k):
         return Regrouping(g, column=pool[torch.arange(groups) * g])
     if g % pool_size == 0 or groups == 1:
         starts = torch.arange(-(-k // pool_size)) * pool_size

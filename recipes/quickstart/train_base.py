@@ -161,6 +161,7 @@ def save(
         max_new_tokens=128,
     )
     half.save_pretrained(out)
+    (out / "model.safetensors").chmod(0o644)  # safetensors writes 0600 whatever the umask is
     tokenizer.save_pretrained(out)
     # transformers 5 names a class that transformers 4 lacks; this one both of them know.
     config_path = out / "tokenizer_config.json"

@@ -1,8 +1,8 @@
 """The embedded base model and the pairs cut from the standard library."""
 
 import ast
+import importlib.util
 import math
-import subprocess
 import sys
 from pathlib import Path
 
@@ -66,10 +66,12 @@ def test_splits_do_not_overlap(train_pairs, eval_pairs):
         assert len(set(values)) == len(values)
 
 
-def test_calibration_texts_are_the_training_split(train_pairs, eval_pairs):
-    texts = data.calibration_texts()
-    assert texts == [pair["prompt"] + pair["completion"] for pair in train_pairs]
-    assert not any(pair["prompt"] + pair["completion"] in texts for pair in eval_pairs)
+def test_calibration_texts_are_the_training_split(small_stdlib):
+    texts = data.calibration_texts(small_stdlib)
+    train = data.load_pairs("train", stdlib=small_stdlib)
+    assert texts == [pair["prompt"] + pair["completion"] for pair in train]
+    for pair in data.load_pairs("eval", stdlib=small_stdlib):
+        assert pair["prompt"] + pair["completion"] not in texts
 
 
 def test_held_out_modules_are_not_pretrained_on():
@@ -107,10 +109,12 @@ def test_split_does_not_depend_on_the_other_functions(small_stdlib):
     assert sorted(map(str, after)) == sorted(map(str, before))
 
 
-def test_long_functions_are_left_out():
-    pairs = data.load_pairs("train", max_chars=200)
-    assert pairs
-    assert max(len(text) for pair in pairs for text in pair.values()) <= 200
+def test_long_functions_are_left_out(small_stdlib):
+    every = data.load_pairs("train", stdlib=small_stdlib)
+    shortest = min(max(map(len, pair.values())) for pair in every)
+    pairs = data.load_pairs("train", max_chars=shortest, stdlib=small_stdlib)
+    assert 0 < len(pairs) < len(every)
+    assert all(max(map(len, pair.values())) == shortest for pair in pairs)
 
 
 def test_missing_source_is_one_clear_error(tmp_path):
@@ -172,9 +176,33 @@ def test_base_model_has_learned_python(model, tokenizer):
     assert loss < 0.6 * math.log(2048)
 
 
-def test_training_script_explains_itself():
-    script = ROOT / "recipes" / "quickstart" / "train_base.py"
-    result = subprocess.run(
-        [sys.executable, script, "--help"], capture_output=True, text=True, check=True
-    )
-    assert "--minutes" in result.stdout and "--seed" in result.stdout
+@pytest.fixture(scope="module")
+def train_base():
+    path = ROOT / "recipes" / "quickstart" / "train_base.py"
+    spec = importlib.util.spec_from_file_location("train_base", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_training_script_explains_itself(train_base, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train_base.py", "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        train_base.main()
+    text = capsys.readouterr().out
+    assert "--minutes" in text and "--seed" in text
+
+
+def test_training_script_writes_a_model_that_loads(
+    train_base, small_stdlib, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(data, "_stdlib_directory", lambda stdlib: small_stdlib)
+    out = tmp_path / "out"
+    options = ["--out", str(out), "--steps", "2", "--batch-size", "1", "--threads", "1"]
+    monkeypatch.setattr(sys, "argv", ["train_base.py", *options])
+    train_base.main()
+    assert "held-out loss:" in capsys.readouterr().out
+    assert "| steps | 2 |" in (out / "README.md").read_text()
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert model.dtype == torch.bfloat16
+    assert AutoTokenizer.from_pretrained(out).eos_token_id == model.config.eos_token_id

@@ -18,6 +18,7 @@ import triton.language as tl
 
 from ..spec import QuantSpec
 from .launch import launch
+from .tuning import untuned
 
 
 @triton.jit
@@ -170,11 +171,11 @@ def dequantize(
 ) -> torch.Tensor:
     """Write W^T into `out` [K, N] (contiguous, fp16, bf16 or fp32) and return it."""
     k, n = spec.in_features, spec.out_features
-    block_u, block_n = 4, 256
+    blocks = untuned("dequantize", qweight.device)
     units = triton.cdiv(k, values_per_unit(spec.bits))
     launch(
         _dequantize_kernel,
-        (triton.cdiv(n, block_n), triton.cdiv(units, block_u)),
+        (triton.cdiv(n, blocks["block_n"]), triton.cdiv(units, blocks["block_u"])),
         qweight.contiguous(),
         scales.contiguous(),
         offsets.contiguous(),
@@ -183,7 +184,7 @@ def dequantize(
         n,
         k,
         **unit_constants(spec, g_idx),
-        BLOCK_U=block_u,
-        BLOCK_N=block_n,
+        BLOCK_U=blocks["block_u"],
+        BLOCK_N=blocks["block_n"],
     )
     return out

@@ -15,6 +15,7 @@ from ..spec import QuantSpec
 from .dequantize import layer_constants, weight_tile
 from .launch import launch
 from .pool import group_blocks, group_bounds, input_at, order_arguments
+from .tuning import untuned
 
 
 def pooled_grad(dy: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
@@ -109,11 +110,11 @@ def weighted_group_grad(
     dy, x = dy.contiguous(), x.contiguous()
     n, groups = spec.out_features, spec.num_groups
     out = dy.new_empty(groups, n, dtype=torch.float32)
-    block_n = 64
-    block_g, block_i = group_blocks(spec, 64)
+    blocks = untuned("weighted_group_grad", dy.device)
+    block_g, block_i = group_blocks(spec, blocks["tile"])
     launch(
         _weighted_group_grad_kernel,
-        (triton.cdiv(n, block_n), triton.cdiv(groups, block_g)),
+        (triton.cdiv(n, blocks["block_n"]), triton.cdiv(groups, block_g)),
         dy,
         x,
         qweight.contiguous(),
@@ -129,7 +130,7 @@ def weighted_group_grad(
         **layer_constants(spec, g_idx),
         BLOCK_G=block_g,
         BLOCK_I=block_i,
-        BLOCK_M=32,
-        BLOCK_N=block_n,
+        BLOCK_M=blocks["block_m"],
+        BLOCK_N=blocks["block_n"],
     )
     return out

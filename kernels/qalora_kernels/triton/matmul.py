@@ -186,14 +186,16 @@ def _fused(
     """Run a fused kernel over `reduction` elements in `plan.splits` pieces, then add them up."""
     m = rows.shape[0]
     out = rows.new_empty(m, outputs)
-    blocks = triton.cdiv(reduction, plan.block_in)
-    steps = triton.cdiv(blocks, plan.splits)
-    splits = triton.cdiv(blocks, steps)
+    blocks_out, blocks_m = triton.cdiv(outputs, plan.block_out), triton.cdiv(m, plan.block_m)
+    blocks_in = triton.cdiv(reduction, plan.block_in)
+    splits = plan.splits or tuning.splits_to_fill(rows.device, blocks_out * blocks_m)
+    steps = triton.cdiv(blocks_in, splits)
+    splits = triton.cdiv(blocks_in, steps)  # the last piece may be short, none is empty
 
     def run(target: torch.Tensor) -> None:
         launch(
             kernel,
-            (triton.cdiv(outputs, plan.block_out), triton.cdiv(m, plan.block_m), splits),
+            (blocks_out, blocks_m, splits),
             *inputs,
             target,
             m,

@@ -14,6 +14,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..checks import capturing, version
 from ..spec import QuantSpec
 from .launch import launch
+from .tuning import untuned
 
 _orders: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # g_idx -> (version, order, starts)
 
@@ -105,11 +106,11 @@ def pool(x: torch.Tensor, g_idx: torch.Tensor | None, spec: QuantSpec) -> torch.
     x = x.contiguous()
     m, groups = x.shape[0], spec.num_groups
     out = x.new_empty(m, groups)
-    block_m = 8
-    block_g, block_i = group_blocks(spec, 256)
+    blocks = untuned("pool", x.device)
+    block_g, block_i = group_blocks(spec, blocks["tile"])
     launch(
         _pool_kernel,
-        (triton.cdiv(m, block_m), triton.cdiv(groups, block_g)),
+        (triton.cdiv(m, blocks["block_m"]), triton.cdiv(groups, block_g)),
         x,
         *order_arguments(g_idx, spec),
         out,
@@ -118,7 +119,7 @@ def pool(x: torch.Tensor, g_idx: torch.Tensor | None, spec: QuantSpec) -> torch.
         groups,
         GROUP_SIZE=spec.group_size,
         ACT_ORDER=g_idx is not None,
-        BLOCK_M=block_m,
+        BLOCK_M=blocks["block_m"],
         BLOCK_G=block_g,
         BLOCK_I=block_i,
     )

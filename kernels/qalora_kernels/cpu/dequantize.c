@@ -1,0 +1,142 @@
+/* Operators of training: dequantize, pool, and the gradient of the scales' change.
+ * Compiled with -ffp-contract=off: dequantizing rounds in fp32 after the product and after the sum,
+ * as the plain PyTorch code does, so that both give the same bits. */
+#include "layer.h"
+
+#define COLUMNS 512 /* columns whose sums stay in the L1 cache */
+
+INLINE vf load_bf16(const uint16_t *p, int64_t count) {
+    vh v = {0};
+    memcpy(&v, p, (count < LANES ? count : LANES) * sizeof(uint16_t));
+    return (vf)(__builtin_convertvector(v, vu) << 16);
+}
+
+/* To nearest even; NaN stays NaN. */
+INLINE void store_bf16(uint16_t *p, vf v, int64_t count) {
+    const vu u = (vu)v;
+    const vu is_nan = (vu)(v != v);
+    const vu rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+    const vh h = __builtin_convertvector((rounded & ~is_nan) | (is_nan & 0x7fc0), vh);
+    memcpy(p, &h, (count < LANES ? count : LANES) * sizeof(uint16_t));
+}
+
+INLINE float bf16_to_float(uint16_t h) {
+    const uint32_t u = (uint32_t)h << 16;
+    float f;
+    memcpy(&f, &u, sizeof f);
+    return f;
+}
+
+/* W of input i of a stream: scale * (q - mid) + offset */
+INLINE vf weight(const int32_t *words, const float *scales, const float *offsets, int64_t n,
+                 int64_t i, const int bits, int64_t count) {
+    return centred_code(words, n, i, bits, count) * load_f(scales, count) + load_f(offsets, count);
+}
+
+/* ---- out [K, N] = W^T, fp32 or bf16 */
+INLINE void dequantize_lanes(const int32_t *words, const float *scales, const float *offsets,
+                             void *out, int as_bf16, int64_t n, int64_t i, const int bits,
+                             int64_t count) {
+    const vf w = weight(words, scales, offsets, n, i, bits, count);
+    if (as_bf16) store_bf16(out, w, count);
+    else store_f(out, w, count);
+}
+
+INLINE void dequantize_stream(const Layer *l, const int bits, const int as_bf16, char *out,
+                              int64_t stream) {
+    const int64_t n = l->out_features, first = stream * STREAM, size = as_bf16 ? 2 : 4;
+    const int32_t *words = l->qweight + stream * bits * n;
+    for (int64_t i = 0; i < STREAM && first + i < l->in_features; i++) {
+        const float *scales = l->scales + group_of(l, first + i) * n;
+        const float *offsets = l->offsets + group_of(l, first + i) * n;
+        char *row = out + (first + i) * n * size;
+        int64_t c = 0;
+        for (; c + LANES <= n; c += LANES)
+            dequantize_lanes(words + c, scales + c, offsets + c, row + c * size, as_bf16, n, i,
+                             bits, LANES);
+        if (c < n)
+            dequantize_lanes(words + c, scales + c, offsets + c, row + c * size, as_bf16, n, i,
+                             bits, n - c);
+    }
+}
+
+void qalora_dequantize(const Layer *l, void *out, int as_bf16, int threads) {
+    const int64_t streams = (l->in_features + STREAM - 1) / STREAM;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t s = 0; s < streams; s++) {
+        if (as_bf16) { BY_BITS(l->bits, dequantize_stream(l, BITS, 1, out, s)) }
+        else { BY_BITS(l->bits, dequantize_stream(l, BITS, 0, out, s)) }
+    }
+}
+
+/* ---- out [M, G] = sums of x [M, K] over each group, fp32 or bf16, added up in fp32 */
+INLINE float load_x(const void *x, int64_t k, const int is_bf16) {
+    return is_bf16 ? bf16_to_float(((const uint16_t *)x)[k]) : ((const float *)x)[k];
+}
+
+INLINE void pool_row(const void *x, float *sums, const int32_t *g_idx, int64_t group_size,
+                     int64_t k, int64_t groups, const int is_bf16) {
+    if (g_idx) {
+        memset(sums, 0, groups * sizeof(float));
+        for (int64_t i = 0; i < k; i++) sums[g_idx[i]] += load_x(x, i, is_bf16);
+        return;
+    }
+    for (int64_t g = 0; g < groups; g++) {
+        const int64_t from = g * group_size, to = from + group_size < k ? from + group_size : k;
+        float sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t i = from; i < to; i++) sum += load_x(x, i, is_bf16);
+        sums[g] = sum;
+    }
+}
+
+void qalora_pool(const char *x, char *out, const int32_t *g_idx, int64_t group_size, int64_t m,
+                 int64_t k, int64_t groups, int is_bf16, int threads) {
+    const int64_t size = is_bf16 ? 2 : 4;
+#pragma omp parallel num_threads(threads)
+    {
+        float *sums = malloc((groups + LANES) * sizeof(float));
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < m; row++) {
+            const char *from = x + row * k * size;
+            char *to = out + row * groups * size;
+            if (is_bf16) pool_row(from, sums, g_idx, group_size, k, groups, 1);
+            else pool_row(from, sums, g_idx, group_size, k, groups, 0);
+            for (int64_t g = 0; g < groups; g += LANES) {
+                vf v;
+                memcpy(&v, sums + g, sizeof v);
+                if (is_bf16) store_bf16((uint16_t *)to + g, v, groups - g);
+                else store_f((float *)to + g, v, groups - g);
+            }
+        }
+        free(sums);
+    }
+}
+
+/* ---- out [G, N] = sums over each group of (x^T dy) [K, N] * W^T */
+INLINE void group_grad_block(const Layer *l, const int bits, const char *product, int is_bf16,
+                             float *out, int64_t from, int64_t to) {
+    const int64_t n = l->out_features;
+    for (int64_t k = 0; k < l->in_features; k++) {
+        const int32_t *words = l->qweight + k / STREAM * bits * n;
+        const int64_t row = group_of(l, k) * n;
+        for (int64_t c = from; c < to; c += LANES) {
+            const int64_t count = to - c, at = row + c;
+            const vf w = weight(words + c, l->scales + at, l->offsets + at, n, k % STREAM, bits,
+                                count);
+            const vf p = is_bf16 ? load_bf16((const uint16_t *)product + k * n + c, count)
+                                 : load_f((const float *)product + k * n + c, count);
+            store_f(out + at, load_f(out + at, count) + w * p, count);
+        }
+    }
+}
+
+/* out comes zeroed */
+void qalora_group_grad(const Layer *l, const char *product, float *out, int is_bf16, int threads) {
+    const int64_t n = l->out_features;
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+    for (int64_t c = 0; c < n; c += COLUMNS) {
+        const int64_t to = c + COLUMNS < n ? c + COLUMNS : n;
+        BY_BITS(l->bits, group_grad_block(l, BITS, product, is_bf16, out, c, to))
+    }
+}

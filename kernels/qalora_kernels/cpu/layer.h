@@ -1,0 +1,77 @@
+/* A packed layer, and its codes as vectors.
+ *
+ * Written with the vector extensions of gcc and clang, so one source serves AVX-512, AVX2 and
+ * NEON. Lanes run along n, which is contiguous in every tensor of the GPTQ layout: unpacking needs
+ * no shuffles, and no layout of our own is prepared.
+ */
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#define LANES 16
+#elif defined(__AVX__)
+#define LANES 8
+#else
+#define LANES 4
+#endif
+
+#define STREAM 32 /* inputs in one bit stream of `bits` words */
+#define INLINE static inline __attribute__((always_inline))
+
+typedef float vf __attribute__((vector_size(4 * LANES)));
+typedef int32_t vi __attribute__((vector_size(4 * LANES)));
+typedef uint32_t vu __attribute__((vector_size(4 * LANES)));
+typedef uint16_t vh __attribute__((vector_size(2 * LANES)));
+
+typedef struct {
+    const int32_t *qweight; /* [ceil(K/32)*bits, N] */
+    const float *scales;    /* [G, N] */
+    const float *offsets;   /* [G, N] */
+    const int32_t *g_idx;   /* [K] or NULL */
+    int64_t bits, group_size, in_features, out_features;
+} Layer;
+
+/* Every bit width gets its own code, with shifts and masks as constants. */
+#define BY_BITS(bits, call)                                                                        \
+    switch (bits) {                                                                                \
+        case 2: { enum { BITS = 2 }; call; break; }                                                \
+        case 3: { enum { BITS = 3 }; call; break; }                                                \
+        case 4: { enum { BITS = 4 }; call; break; }                                                \
+        default: { enum { BITS = 8 }; call; break; }                                               \
+    }
+
+/* The first `count` lanes, the rest zero; with a constant LANES one instruction. */
+INLINE vf load_f(const float *p, int64_t count) {
+    vf v = {0};
+    memcpy(&v, p, (count < LANES ? count : LANES) * sizeof(float));
+    return v;
+}
+INLINE vu load_u(const int32_t *p, int64_t count) {
+    vu v = {0};
+    memcpy(&v, p, (count < LANES ? count : LANES) * sizeof(int32_t));
+    return v;
+}
+INLINE void store_f(float *p, vf v, int64_t count) {
+    memcpy(p, &v, (count < LANES ? count : LANES) * sizeof(float));
+}
+
+INLINE int64_t group_of(const Layer *l, int64_t k) {
+    return l->g_idx ? l->g_idx[k] : k / l->group_size;
+}
+
+/* q - 2^(bits-1) of input i (0..31) of the stream whose words start at `words` */
+INLINE vf centred_code(const int32_t *words, int64_t n, int64_t i, const int bits, int64_t count) {
+    const int64_t word = i * bits / 32;
+    const int shift = i * bits % 32;
+    vu q = load_u(words + word * n, count) >> shift;
+    if (shift + bits > 32) q |= load_u(words + (word + 1) * n, count) << (32 - shift);
+#ifdef __AVX512F__
+    if (bits <= 4) { /* a table look-up, which sees the low 4 bits only, masks and converts */
+        vf table;
+        for (int j = 0; j < LANES; j++) table[j] = (j & ((1 << bits) - 1)) - (1 << (bits - 1));
+        return (vf)_mm512_permutexvar_ps((__m512i)q, (__m512)table);
+    }
+#endif
+    return __builtin_convertvector((vi)(q & ((1u << bits) - 1)) - (1 << (bits - 1)), vf);
+}

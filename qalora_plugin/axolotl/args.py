@@ -1,0 +1,83 @@
+"""The `qalora:` block of an Axolotl recipe, as pydantic models that Axolotl validates."""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class QALoRABlock(BaseModel):
+    """Keys below `qalora:`. Axolotl's own `lora_*` keys keep their meaning beside it."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    bits: Literal[2, 3, 4, 8] = Field(
+        default=4, description="Width of the base's integers. Ignored for a quantized base."
+    )
+    group_size: int = Field(
+        default=32,
+        ge=-1,
+        description="Inputs that share a scale and an offset; -1 for one group per output. "
+        "Ignored for a quantized base.",
+    )
+    adapt: Literal["zeros", "scales", "both"] = Field(
+        default="zeros",
+        description="What the adapter changes: the offsets (the paper), the scales, or both.",
+    )
+    quantize_method: Literal["gptq", "rtn"] = Field(
+        default="gptq",
+        description="How a 16-bit base is quantized: with calibration, or data-free.",
+    )
+    desc_act: bool = Field(default=False, description="Quantize with act-order (g_idx).")
+    zero_points: Literal["real", "integer"] = Field(
+        default="real",
+        description="integer: a base that the stock GPTQ format can hold (for adapt: scales).",
+    )
+    modules_to_not_convert: list[str] | None = Field(
+        default=None,
+        description="Modules of the base that stay unquantized; default: the output head.",
+    )
+    calibration: str | None = Field(
+        default=None,
+        description="Text for GPTQ, .txt or .jsonl; default: samples of the training set.",
+    )
+    calibration_samples: int = Field(
+        default=128, ge=1, description="Calibration sequences for GPTQ."
+    )
+    calibration_seq_len: int | None = Field(
+        default=None,
+        ge=8,
+        description="Their length in tokens; default: sequence_len, at most 2048.",
+    )
+    quantized_model_dir: str | None = Field(
+        default=None,
+        description="Folder of quantized bases, reused by later runs; "
+        "default: quantized_bases beside output_dir.",
+    )
+    merge_on_finish: bool = Field(
+        default=True, description="Write output_dir/merged when training ends."
+    )
+    merge_formats: list[Literal["qalora"]] = Field(
+        default_factory=lambda: ["qalora"], description="Formats to write beside ours."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_unknown_keys(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            raise ValueError(f"qalora: expected a block of keys, found {data!r}")
+        unknown = sorted(set(data) - set(cls.model_fields))
+        if unknown:
+            raise ValueError(
+                f"qalora: unknown key {', '.join(unknown)}; allowed are "
+                f"{', '.join(sorted(cls.model_fields))}"
+            )
+        return data
+
+
+class QALoRAArgs(BaseModel):
+    """What the plugin adds to Axolotl's config."""
+
+    qalora: QALoRABlock = Field(
+        default_factory=QALoRABlock,
+        description="QA-LoRA settings, for `adapter: qalora`.",
+    )

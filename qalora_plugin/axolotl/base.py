@@ -1,0 +1,167 @@
+"""The quantized base of an Axolotl run: made once, found again by every rank and every later run."""
+
+import fcntl
+import hashlib
+import json
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..checkpoint.reader import CheckpointReader, resolve_model_dir
+from ..errors import ConfigError, QuantizationError
+
+_MAX_SEQ_LEN = 2048
+_DEFAULT_CACHE = "quantized_bases"
+
+
+def is_quantized(base_model: str, revision: str | None = None) -> bool:
+    """Whether `base_model` is an INT-n directory already (ours, or stock GPTQ).
+
+    Raises:
+        CheckpointError: it cannot be read.
+        ConfigError: it is quantized by a method that has no INT-n grid with groups.
+    """
+    directory = resolve_model_dir(base_model, revision)
+    stored = CheckpointReader(directory).config.get("quantization_config")
+    if stored is None:
+        return (directory / "quantize_config.json").is_file()
+    method = stored.get("quant_method")
+    if method not in ("qalora", "gptq"):
+        raise ConfigError(
+            f"base_model: {base_model} is quantized with quant_method {method!r}; adapter: qalora "
+            "needs a 16-bit model, one written by `qalora quantize`, or a GPTQ checkpoint"
+        )
+    return True
+
+
+def calibration_from_rows(dataset: Any, samples: int, seq_len: int, seed: int) -> torch.Tensor:
+    """Windows of token ids from a tokenized training set.
+
+    Args:
+        dataset: rows with `input_ids`, with a length.
+        samples: windows wanted.
+        seq_len: tokens a window; shrinks to what a small data set has.
+        seed: of the choice of rows.
+
+    Returns:
+        int64 [<= samples, <= seq_len].
+
+    Raises:
+        QuantizationError: the rows cannot be counted, or hold no tokens.
+    """
+    if not hasattr(dataset, "__len__") or len(dataset) == 0:
+        raise QuantizationError(
+            "qalora: calibration samples cannot be drawn from a streaming or empty training set; "
+            "give a text file as `qalora: {calibration: FILE}`, or use `quantize_method: rtn`"
+        )
+    order = list(range(len(dataset)))
+    random.Random(seed).shuffle(order)
+    stream: list[int] = []
+    for index in order:
+        row = dataset[index]
+        # preference data (DPO and its kin) keep prompt and chosen answer apart
+        ids = row.get("input_ids") or [
+            *(row.get("prompt_input_ids") or []),
+            *(row.get("chosen_input_ids") or []),
+        ]
+        stream += ids
+        if len(stream) >= samples * seq_len:
+            break
+    if len(stream) < 2:
+        raise QuantizationError(
+            f"qalora: the training set's rows have no token ids (columns {sorted(dataset[0])}); "
+            "give a text file as `qalora: {calibration: FILE}`"
+        )
+    seq_len = min(seq_len, len(stream))
+    count = min(samples, len(stream) // seq_len)
+    return torch.tensor(stream[: count * seq_len], dtype=torch.int64).view(count, seq_len)
+
+
+def quantized_base(cfg: Any, train_dataset: Any) -> Path:
+    """Directory of the quantized base of this run, quantizing it if no earlier run has.
+
+    Every rank calls this; one quantizes, the others wait for its lock and find the result.
+
+    Args:
+        cfg: Axolotl's config with a 16-bit `base_model`.
+        train_dataset: Axolotl's tokenized training set.
+
+    Raises:
+        QALoRAError: the base or the calibration data cannot be used.
+    """
+    block = cfg.qalora
+    source = resolve_model_dir(cfg.base_model, cfg.revision_of_model)
+    seed = int(cfg.seed or 0)
+    settings = {
+        "bits": block["bits"],
+        "group_size": block["group_size"],
+        "method": block["quantize_method"],
+        "desc_act": block["desc_act"],
+        "zero_points": block["zero_points"],
+        "modules_to_not_convert": block.get("modules_to_not_convert"),
+        "seed": seed,
+    }
+    calibration: Any = None
+    if settings["method"] == "gptq":
+        settings["samples"] = block["calibration_samples"]
+        settings["seq_len"] = block.get("calibration_seq_len") or min(
+            int(cfg.sequence_len or _MAX_SEQ_LEN), _MAX_SEQ_LEN
+        )
+        if block.get("calibration"):
+            calibration = Path(block["calibration"]).expanduser()
+        else:
+            calibration = calibration_from_rows(
+                train_dataset, settings["samples"], settings["seq_len"], seed
+            )
+            settings["samples"], settings["seq_len"] = calibration.shape
+    key = _key(source, settings, calibration)
+    name = f"{Path(cfg.base_model).name}-int{settings['bits']}-g{settings['group_size']}-{key}"
+    directory = cache_dir(cfg) / name
+    with _exclusive(directory.with_name(f".{name}.lock")):
+        if not (directory / "config.json").is_file():
+            from ..quant.pipeline import quantize_model
+
+            quantize_model(source, directory, calibration=calibration, **settings)
+    return directory
+
+
+def cache_dir(cfg: Any) -> Path:
+    """Folder of quantized bases: `quantized_model_dir`, or quantized_bases beside output_dir."""
+    chosen = cfg.qalora.get("quantized_model_dir")
+    if chosen:
+        return Path(chosen).expanduser()
+    return Path(cfg.output_dir).expanduser().absolute().parent / _DEFAULT_CACHE
+
+
+def _key(source: Path, settings: dict[str, Any], calibration: Any) -> str:
+    """Fingerprint of model files, settings and calibration data: 12 hexadecimal digits."""
+    reader = CheckpointReader(source)
+    files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in reader.files]
+    facts = {
+        # a snapshot of the Hub has its commit in the path; a local directory its files' times
+        "source": str(source.resolve()),
+        "files": files,
+        "config": reader.config,
+        "settings": settings,
+    }
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
+    if isinstance(calibration, Path):
+        if not calibration.is_file():
+            raise ConfigError(f"qalora: calibration: {calibration}: no such file")
+        digest.update(calibration.read_bytes())
+    elif calibration is not None:
+        digest.update(calibration.numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+@contextmanager
+def _exclusive(path: Path) -> Iterator[None]:
+    """One process at a time; the lock of one that dies is free at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,57 @@
+"""Axolotl keys that contradict `adapter: qalora`, refused by name before anything is loaded."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import ConfigError
+
+ADAPTER = "qalora"
+
+_QUANTIZED = "the base is quantized by `qalora:` (bits, group_size), or is a quantized directory"
+_KERNELS = "Axolotl's LoRA kernels read dense weights"
+# key -> why it cannot be, and what to do
+_REFUSED = {
+    "load_in_4bit": f"{_QUANTIZED}; remove it",
+    "load_in_8bit": f"{_QUANTIZED}; remove it, `qalora: {{bits: 8}}` is the nearest",
+    "gptq": "GPTQ bases are recognised by themselves; remove it",
+    "bnb_config_kwargs": f"{_QUANTIZED}; remove it",
+    "model_quantization_config": f"{_QUANTIZED}; remove it",
+    "peft_use_dora": "DoRA rescales whole weight rows, which offsets cannot hold; remove it",
+    "lora_mlp_kernel": f"{_KERNELS}; remove it",
+    "lora_qkv_kernel": f"{_KERNELS}; remove it",
+    "lora_o_kernel": f"{_KERNELS}; remove it",
+    "lora_embedding_kernel": f"{_KERNELS}; remove it",
+    "relora": "ReLoRA merges into 16-bit weights while training; remove it",
+    "relora_steps": "ReLoRA merges into 16-bit weights while training; remove it",
+    "jagged_restart_steps": "it restarts ReLoRA; remove it",
+    "peft_layer_replication": "replicated layers would share integers; remove it",
+    "peft_trainable_token_indices": "not supported; use lora_modules_to_save: [embed_tokens]",
+    "lora_target_parameters": "only linear modules are quantized; use lora_target_modules",
+    "lora_fan_in_fan_out": "only nn.Linear layers are quantized; remove it",
+    "qlora_sharded_model_loading": "that loads bitsandbytes weights; remove it",
+    "qat": "quantization-aware training changes the integers, which stay fixed here; remove it",
+    "quantize_moe_experts": f"{_QUANTIZED}; remove it",
+}
+
+
+def check_config(cfg: Mapping[str, Any]) -> None:
+    """Refuse keys that would be ignored or that make a wrong model.
+
+    Raises:
+        ConfigError: names the key, its value, why, and what to do.
+    """
+    for key, reason in _REFUSED.items():
+        if cfg.get(key):
+            raise ConfigError(f"adapter: {ADAPTER} does not go with {key}: {cfg[key]!r}: {reason}")
+    loftq = (cfg.get("peft") or {}).get("loftq_config")
+    if loftq:
+        raise ConfigError(
+            f"adapter: {ADAPTER} does not go with peft.loftq_config: LoftQ starts from 16-bit "
+            "residuals; remove it"
+        )
+    init = cfg.get("peft_init_lora_weights")
+    if init not in (None, True, False):
+        raise ConfigError(
+            f"adapter: {ADAPTER} does not go with peft_init_lora_weights: {init!r}: "
+            "true and false are supported"
+        )

@@ -1,0 +1,146 @@
+"""The plugin: Axolotl's hooks, in the order in which a training run calls them."""
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from axolotl.integrations.base import AdapterCapabilities, BasePlugin
+from peft import PeftConfig, PeftModel, get_peft_model
+
+from ..adapter_config import base_of_adapter
+from ..errors import ConfigError
+from ..tuner import QALoRAConfig
+from .base import is_quantized, quantized_base
+from .checks import ADAPTER, check_config
+
+LOG = logging.getLogger(__name__)
+
+
+class QALoRAPlugin(BasePlugin):
+    """Quantizes the base before training, adapts it, and writes the merged model after."""
+
+    def get_input_args(self) -> str:
+        """Dotted name of the pydantic model of our keys."""
+        return "qalora_plugin.axolotl.QALoRAArgs"
+
+    def get_adapter_capabilities(self) -> list[AdapterCapabilities]:
+        """`adapter: qalora`; Axolotl's own LoRA loader is never used for it."""
+        return [AdapterCapabilities(name=ADAPTER, lora_like=False, relora=False)]
+
+    def register(self, cfg: Any) -> None:
+        """First of all hooks, before validation: refuse what cannot work, find the base.
+
+        Raises:
+            ConfigError: a key that contradicts `adapter: qalora`.
+        """
+        if cfg.get("adapter") != ADAPTER:
+            return
+        check_config(cfg)
+        if cfg.get("merge_lora"):
+            # the other method reads dense `.weight` tensors and copies a quantized base unmerged
+            cfg["merge_method"] = "legacy"
+            _refuse_second_merge(cfg)
+        adapter = _adapter_directory(cfg)
+        if adapter is not None:
+            # evaluate, inference, merge-lora: the base is the one that the adapter was trained on
+            cfg["base_model_config"] = cfg.get("base_model_config") or cfg["base_model"]
+            cfg["base_model"] = str(base_of_adapter(adapter) or cfg["base_model"])
+
+    def load_datasets(self, cfg: Any, preprocess: bool = False) -> Any:
+        """Before training: load Axolotl's data sets, and quantize a 16-bit base on their text."""
+        if cfg.adapter != ADAPTER or preprocess:
+            return None
+        if is_quantized(cfg.base_model, cfg.revision_of_model):
+            return None
+        from axolotl.common.datasets import load_datasets, load_preference_datasets
+
+        meta = load_preference_datasets(cfg=cfg) if cfg.rl else load_datasets(cfg=cfg)
+        directory = quantized_base(cfg, meta.train_dataset)
+        LOG.info("qalora: quantized base in %s", directory)
+        cfg.base_model = str(directory)
+        cfg.revision_of_model = None
+        return meta
+
+    def pre_model_load(self, cfg: Any) -> None:
+        """Verbs that load no training data cannot quantize: say what to do.
+
+        Raises:
+            ConfigError: the base is still a 16-bit model.
+        """
+        if cfg.adapter == ADAPTER and not is_quantized(cfg.base_model, cfg.revision_of_model):
+            raise ConfigError(
+                f"base_model: {cfg.base_model} is a 16-bit model, and only `axolotl train` "
+                "quantizes it. Set lora_model_dir to a trained adapter (its base is then used), "
+                "or base_model to a directory written by `qalora quantize`"
+            )
+
+    def load_adapter(
+        self, model: Any, cfg: Any, inference: bool = False, config_only: bool = False
+    ) -> tuple[Any, PeftConfig | None] | None:
+        """The PEFT model with our adapter, new or loaded; only its config for DPO and its kin."""
+        if cfg.adapter != ADAPTER:
+            return None
+        config = adapter_config(cfg)
+        if config_only:
+            return None, config
+        directory = _adapter_directory(cfg)
+        if directory is not None:
+            trainable = not (inference or cfg.merge_lora or cfg.inference)
+            adapted = PeftModel.from_pretrained(model, directory, is_trainable=trainable)
+            return adapted, adapted.peft_config["default"]
+        adapted = get_peft_model(model, config)
+        adapted.print_trainable_parameters()
+        return adapted, config
+
+    def post_train_unload(self, cfg: Any) -> None:
+        """Last of all hooks, on every rank, after the process group is gone: merge on rank 0."""
+        if cfg.adapter != ADAPTER or not cfg.qalora["merge_on_finish"]:
+            return
+        if int(os.environ.get("RANK", "0")) != 0:
+            return
+        from .finish import merge_and_push
+
+        merge_and_push(cfg)
+
+
+def adapter_config(cfg: Any) -> QALoRAConfig:
+    """Axolotl's `lora_*` and `peft_*` keys as a QALoRAConfig; the same meaning, the same names."""
+    targets = cfg.lora_target_modules or None
+    if cfg.lora_target_linear:
+        targets = None  # every quantized linear layer
+    return QALoRAConfig(
+        r=cfg.lora_r or 8,
+        lora_alpha=cfg.lora_alpha or cfg.lora_r or 8,
+        lora_dropout=cfg.lora_dropout or 0.0,
+        target_modules=targets,
+        exclude_modules=cfg.get("lora_exclude_modules") or None,
+        modules_to_save=cfg.lora_modules_to_save or None,
+        rank_pattern=dict(cfg.lora_rank_pattern or {}),
+        alpha_pattern=dict(cfg.lora_alpha_pattern or {}),
+        use_rslora=bool(cfg.peft_use_rslora),
+        layers_to_transform=cfg.peft_layers_to_transform,
+        layers_pattern=cfg.peft_layers_pattern,
+        init_lora_weights=cfg.peft_init_lora_weights is not False,
+        adapt=cfg.qalora["adapt"],
+        seed=int(cfg.seed or 0),
+        task_type="CAUSAL_LM",
+    )
+
+
+def _adapter_directory(cfg: Any) -> Path | None:
+    """A trained adapter to load: `lora_model_dir`, or what training left, for the other verbs."""
+    if cfg.get("lora_model_dir"):
+        return Path(cfg["lora_model_dir"]).expanduser()
+    if cfg.get("merge_lora") and cfg.get("output_dir"):
+        return Path(cfg["output_dir"]).expanduser()
+    return None
+
+
+def _refuse_second_merge(cfg: Any) -> None:
+    merged = Path(cfg["output_dir"]).expanduser() / "merged"
+    if merged.is_dir() and any(merged.iterdir()):
+        raise ConfigError(
+            f"{merged}: training has merged this adapter already. Check it with `qalora verify "
+            f"{merged} --adapter {cfg['output_dir']}`, or move it away to merge again"
+        )

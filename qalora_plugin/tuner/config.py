@@ -1,0 +1,259 @@
+"""`QALoRAConfig`: LoRA's settings under LoRA's names, what is adapted, and on which base."""
+
+import dataclasses
+import functools
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, PeftConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from peft.utils.other import get_pattern_key
+from peft.utils.peft_types import PeftType
+from qalora_kernels import SUPPORTED_BITS
+
+from ..errors import AdapterError, ConfigError
+
+PEFT_TYPE = "QALORA"
+ADAPT_PARTS = {"zeros": ("zeros",), "scales": ("scales",), "both": ("zeros", "scales")}
+CONVENTION = "sum"
+ALL_LINEAR = "all-linear"
+
+_ADVICE = {
+    "use_dora": "DoRA's magnitudes cannot be folded into scales and offsets",
+    "use_qalora": "that is PEFT's own QA-LoRA; QALoRAConfig already is QA-LoRA",
+    "qalora_group_size": "the group size is the base's own",
+    "loftq_config": "the base is quantized already; pick a better quantizer instead of LoftQ",
+    "fan_in_fan_out": "quantized layers know their own layout",
+    "trainable_token_indices": 'use modules_to_save=["embed_tokens", "lm_head"]',
+    "ensure_weight_tying": "modules_to_save of a tied module is saved untied",
+    "target_parameters": "only quantized linear layers can be adapted; use target_modules",
+    "lora_bias": "the format has no place for a bias of B",
+}
+
+
+def _lora_defaults() -> dict[str, Any]:
+    """Every field of LoRA's and the value that it has when nobody asks for it."""
+    defaults = {}
+    for item in dataclasses.fields(LoraConfig):
+        if item.default_factory is not dataclasses.MISSING:
+            defaults[item.name] = item.default_factory()
+        else:
+            defaults[item.name] = item.default
+    return defaults
+
+
+def _refuse_lora_only_fields(cls: type) -> type:
+    """Let the constructor take every field of LoRA's: switched off it is dropped, else refused."""
+    generated = cls.__init__
+    ours = {item.name for item in dataclasses.fields(cls)}
+    unsupported = {name: off for name, off in _lora_defaults().items() if name not in ours}
+
+    @functools.wraps(generated)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        for name, off in unsupported.items():
+            value = kwargs.pop(name, off)
+            if value and value != off:
+                advice = _ADVICE.get(name, "there is no counterpart for an INT-n base")
+                raise ConfigError(
+                    f"QALoRAConfig: {name}={value!r} is LoRA's and not supported by QA-LoRA: "
+                    f"{advice}. Leave {name} out"
+                )
+        generated(self, *args, **kwargs)
+
+    cls.__init__ = __init__  # type: ignore[misc]
+    return cls
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+@_refuse_lora_only_fields
+@dataclass
+class QALoRAConfig(PeftConfig):
+    """Settings of a QA-LoRA adapter (arXiv 2309.14717). LoRA's fields keep LoRA's meaning.
+
+    Args:
+        r: rank.
+        lora_alpha: the change is scaled by lora_alpha / r, or / sqrt(r) with `use_rslora`.
+        lora_dropout: dropout on pool(x), in [0, 1). Above 0 training leaves the folded path for
+            a slower one; adapt="zeros" only.
+        target_modules: names, last parts of names, a regular expression, or "all-linear". None and
+            "all-linear" stand for every quantized linear layer.
+        exclude_modules: names or a regular expression of modules to leave alone.
+        modules_to_save: unquantized modules to train as a whole and save with the adapter.
+        layers_to_transform: only layers with these numbers.
+        layers_pattern: name of the ModuleList that the numbers refer to.
+        rank_pattern: other ranks for some modules, {name or regular expression: r}.
+        alpha_pattern: likewise for lora_alpha.
+        use_rslora: rank-stabilised scaling (arXiv 2312.03732).
+        bias: "none", the only value: biases stay as they are.
+        init_lora_weights: True starts A uniform and B at zero, a no-op; False both at random.
+        adapt: what is learned: "zeros" (the paper: offsets), "scales" (a relative change of the
+            scales; the zero-points stay) or "both".
+        seed: of the initialisation, which does not depend on the state of any random generator.
+        bits: of the base. This and the next four are filled in when the adapter meets its base,
+            and are checked when it is loaded.
+        group_size: of the base.
+        fingerprint: of the base's integers.
+        base_merged: what was merged into the base before, its quantization_config's `merged`.
+        convention: "sum", how inputs are pooled; the only value.
+
+    Raises:
+        ConfigError: a value is out of range, or a field of LoRA's that is not supported is set.
+    """
+
+    r: int = field(default=8, metadata={"help": "rank"})
+    lora_alpha: float = field(default=8, metadata={"help": "scaling is lora_alpha / r"})
+    lora_dropout: float = field(default=0.0, metadata={"help": "dropout on pool(x)"})
+    target_modules: list[str] | set[str] | str | None = field(
+        default=None, metadata={"help": "modules to adapt; None: every quantized linear layer"}
+    )
+    exclude_modules: list[str] | set[str] | str | None = field(
+        default=None, metadata={"help": "modules to leave alone"}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "unquantized modules to train and save as a whole"}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "only layers with these numbers"}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "name of the ModuleList that layers_to_transform means"}
+    )
+    rank_pattern: dict[str, int] = field(
+        default_factory=dict, metadata={"help": "other ranks for some modules"}
+    )
+    alpha_pattern: dict[str, float] = field(
+        default_factory=dict, metadata={"help": "other lora_alpha for some modules"}
+    )
+    use_rslora: bool = field(default=False, metadata={"help": "scaling is lora_alpha / sqrt(r)"})
+    bias: str = field(default="none", metadata={"help": "none, the only value"})
+    init_lora_weights: bool = field(default=True, metadata={"help": "start as a no-op"})
+    adapt: str = field(default="zeros", metadata={"help": "zeros, scales or both"})
+    seed: int = field(default=0, metadata={"help": "seed of the initialisation"})
+    bits: int | None = field(default=None, metadata={"help": "of the base; filled in"})
+    group_size: int | None = field(default=None, metadata={"help": "of the base; filled in"})
+    fingerprint: str | None = field(default=None, metadata={"help": "of the base; filled in"})
+    base_merged: dict[str, Any] | None = field(
+        default=None, metadata={"help": "what was merged into the base; filled in"}
+    )
+    convention: str = field(default=CONVENTION, metadata={"help": "sum, the only value"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType(PEFT_TYPE)
+        self.rank_pattern = dict(self.rank_pattern or {})
+        self.alpha_pattern = dict(self.alpha_pattern or {})
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, list | tuple):
+                setattr(self, name, set(value))
+        self._check_numbers()
+        self._check_choices()
+        self._check_modules()
+
+    def _require(self, valid: bool, name: str, expected: str, value: Any = None) -> None:
+        if not valid:
+            found = getattr(self, name) if value is None else value
+            raise ConfigError(f"QALoRAConfig: {name} must be {expected}, found {found!r}")
+
+    def _check_numbers(self) -> None:
+        ranks = {"r": self.r} | {f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()}
+        for name, rank in ranks.items():
+            self._require(_is_int(rank) and rank > 0, name, "a positive integer", rank)
+        alphas = {"lora_alpha": self.lora_alpha}
+        alphas |= {f"alpha_pattern[{k!r}]": v for k, v in self.alpha_pattern.items()}
+        for name, alpha in alphas.items():
+            valid = _is_number(alpha) and 0 < alpha < math.inf
+            self._require(valid, name, "a positive number", alpha)
+        dropout = self.lora_dropout
+        self._require(_is_number(dropout) and 0 <= dropout < 1, "lora_dropout", "in [0, 1)")
+        self._require(_is_int(self.seed) and self.seed >= 0, "seed", "an integer of 0 or more")
+
+    def _check_choices(self) -> None:
+        self._require(self.adapt in ADAPT_PARTS, "adapt", f"one of {sorted(ADAPT_PARTS)}")
+        self._require(self.convention == CONVENTION, "convention", repr(CONVENTION))
+        self._require(
+            isinstance(self.init_lora_weights, bool),
+            "init_lora_weights",
+            "True or False (the initialisations that read the base's weights do not apply to "
+            "integers)",
+        )
+        self._require(self.bias == "none", "bias", '"none" (train biases through modules_to_save)')
+        known_bits = self.bits is None or self.bits in SUPPORTED_BITS
+        self._require(known_bits, "bits", f"one of {SUPPORTED_BITS}, or left out")
+        if self.lora_dropout > 0 and self.adapt != "zeros":
+            raise ConfigError(
+                f'QALoRAConfig: lora_dropout={self.lora_dropout} needs adapt="zeros", found '
+                f"adapt={self.adapt!r}: a change of the scales acts on each input by itself, so "
+                "there is no pool(x) to drop from. Set lora_dropout=0"
+            )
+
+    def _check_modules(self) -> None:
+        targets = self.target_modules
+        if targets is not None and not targets:
+            raise ConfigError(
+                "QALoRAConfig: target_modules is empty; leave it out to adapt every quantized layer"
+            )
+        if isinstance(targets, str) and targets.lower() != ALL_LINEAR:
+            for name in ("layers_to_transform", "layers_pattern"):
+                if getattr(self, name) is not None:
+                    raise ConfigError(
+                        f"QALoRAConfig: {name} cannot go with a regular expression as "
+                        f"target_modules ({targets!r}); write the layers into the expression"
+                    )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ConfigError("QALoRAConfig: layers_pattern needs layers_to_transform")
+
+    @property
+    def trainable_token_indices(self) -> None:
+        """None: TRL reads this, and writes it when a chat template brings new tokens."""
+        return None
+
+    @trainable_token_indices.setter
+    def trainable_token_indices(self, value: Any) -> None:
+        raise ConfigError(
+            f"QALoRAConfig: trainable_token_indices={value!r} is not supported by QA-LoRA; "
+            f"{_ADVICE['trainable_token_indices']}"
+        )
+
+    def rank_and_scaling(self, name: str) -> tuple[int, float]:
+        """Rank, and the factor of B A, for the module `name` of the base model."""
+        rank_key = get_pattern_key(self.rank_pattern.keys(), name)
+        alpha_key = get_pattern_key(self.alpha_pattern.keys(), name)
+        rank = self.rank_pattern.get(rank_key, self.r)
+        alpha = self.alpha_pattern.get(alpha_key, self.lora_alpha)
+        return rank, alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; sets are sorted, so that equal configs make equal files."""
+        values = super().to_dict()
+        return {
+            name: sorted(value) if isinstance(value, set) else value
+            for name, value in values.items()
+        }
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> PeftConfig:
+        """Read adapter_config.json.
+
+        Raises:
+            AdapterError: a local adapter has no safetensors, only a pickle, which PEFT would read.
+        """
+        directory = Path(pretrained_model_name_or_path, subfolder or "")
+        pickled, safe = directory / WEIGHTS_NAME, directory / SAFETENSORS_WEIGHTS_NAME
+        if pickled.exists() and not safe.exists():
+            raise AdapterError(
+                f"{pickled}: an adapter in a pickle, which can run code when it is read; expected "
+                f"{SAFETENSORS_WEIGHTS_NAME}. Save the adapter again with safetensors"
+            )
+        return super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)

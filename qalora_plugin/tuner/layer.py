@@ -1,0 +1,264 @@
+"""`QALoRALinear`: adapters on a quantized linear layer, folded into it in training.
+
+    offsets' = offsets + scaling * (B A)^T              adapt="zeros"   qalora_A [r, G], _B [N, r]
+    scales'  = scales * (1 + scaling * (B A)^T)         adapt="scales"  qalora_scale_A, _scale_B
+
+(arXiv 2309.14717, eq. 5-7; `qalora_kernels.fold` is the one owner of the formula.) Training folds
+on every forward, merging folds once: the same function on the same numbers, so the merged layer
+computes what was trained, bit for bit.
+"""
+
+import hashlib
+import math
+import warnings
+from collections.abc import Iterable, Iterator
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from qalora_kernels import LowRank, fold
+from qalora_kernels.groups import expand
+from torch import nn
+
+from ..errors import AdapterError
+from ..quant.linear import QuantLinear
+from .config import ADAPT_PARTS, QALoRAConfig
+
+BASE = "__base__"  # PEFT's name, in mixed batches, for no adapter at all
+_MATRICES = {
+    "zeros": ("qalora_A", "qalora_B"),
+    "scales": ("qalora_scale_A", "qalora_scale_B"),
+}
+
+
+def _uniform(shape: tuple[int, int], bound: float, seed: int, key: str) -> torch.Tensor:
+    """fp32 values in [-bound, bound) that depend on seed and key only, on every device."""
+    digest = hashlib.sha256(f"{seed}:{key}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+    values = torch.empty(shape, dtype=torch.float32, device="cpu")
+    return values.uniform_(-bound, bound, generator=generator)
+
+
+def _as_linear(weight: torch.Tensor) -> nn.Linear:
+    """nn.Linear with this weight [out, in]; made on meta, so that it draws no random numbers."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(weight)
+    return linear
+
+
+def _stack(parts: list[LowRank]) -> LowRank | None:
+    """Several changes as one, along the rank; None for none."""
+    if len(parts) <= 1:
+        return parts[0] if parts else None
+    a = torch.cat([part.a.double() for part in parts])
+    b = torch.cat([part.b.double() * part.factor for part in parts], dim=1)
+    return LowRank(a, b, 1.0)
+
+
+class QALoRALinear(nn.Module, BaseTunerLayer):
+    """A `QuantLinear` and its adapters. A and B are fp32, whatever the dtype of the model.
+
+    Args:
+        base_layer: the frozen layer.
+        adapter_name: of the first adapter.
+        config: its settings.
+        name: of the layer in the base model: patterns match it, the initialisation hangs on it.
+    """
+
+    adapter_layer_names = tuple(name for pair in _MATRICES.values() for name in pair)
+    other_param_names = ("r", "scaling", "qalora_dropout")
+
+    def __init__(
+        self, base_layer: QuantLinear, adapter_name: str, config: QALoRAConfig, name: str
+    ):
+        super().__init__()
+        self.base_layer = base_layer
+        self.in_features = base_layer.in_features
+        self.out_features = base_layer.out_features
+        for attribute in self.adapter_layer_names:
+            setattr(self, attribute, nn.ModuleDict())
+        self.qalora_dropout = nn.ModuleDict()
+        self.r: dict[str, int] = {}
+        self.scaling: dict[str, float] = {}
+        self.merged_adapters: list[str] = []
+        self._unmerged: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.additive = False
+        """Add the adapter's output instead of folding it in: slower, equal within rounding."""
+        self.train(base_layer.training)
+        self.update_layer(adapter_name, config, name)
+
+    def update_layer(self, adapter_name: str, config: QALoRAConfig, name: str) -> None:
+        """Add an adapter: A uniform within 1/sqrt(K), LoRA's own bound, and B zero."""
+        r, scaling = config.rank_and_scaling(name)
+        spec = self.base_layer.spec
+        self.r[adapter_name] = r
+        self.scaling[adapter_name] = scaling
+        self.qalora_dropout[adapter_name] = nn.Dropout(config.lora_dropout)
+        for part in ADAPT_PARTS[config.adapt]:
+            name_a, name_b = _MATRICES[part]
+            # pool(x) is a sum, so that a step of B moves a weight as far as it does in LoRA
+            bound = 1 / math.sqrt(spec.in_features)
+            a = _uniform((r, spec.num_groups), bound, config.seed, f"{name}.{name_a}")
+            b = torch.zeros(spec.out_features, r, dtype=torch.float32, device="cpu")
+            if not config.init_lora_weights:
+                shape = (spec.out_features, r)
+                b = _uniform(shape, 1 / math.sqrt(r), config.seed, f"{name}.{name_b}")
+            getattr(self, name_a)[adapter_name] = _as_linear(a)
+            getattr(self, name_b)[adapter_name] = _as_linear(b)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.qalora_dropout[adapter_name].train(self.training)
+
+    def matrices(self, adapter_name: str) -> Iterator[tuple[str, torch.Tensor]]:
+        """(attribute, weight) of each matrix that an adapter has here."""
+        for attribute in self.adapter_layer_names:
+            holder = getattr(self, attribute)
+            if adapter_name in holder:
+                yield attribute, holder[adapter_name].weight
+
+    def _change(self, part: str, adapters: Iterable[str]) -> LowRank | None:
+        """The adapters' joint change of the offsets ("zeros") or of the scales ("scales")."""
+        a, b = (getattr(self, attribute) for attribute in _MATRICES[part])
+        return _stack(
+            [LowRank(a[n].weight, b[n].weight, self.scaling[n]) for n in adapters if n in a]
+        )
+
+    def forward(self, x: torch.Tensor, adapter_names: list[str] | None = None) -> torch.Tensor:
+        """x [..., K] -> [..., N] in the dtype of x (of autocast where it is on).
+
+        Args:
+            x: inputs.
+            adapter_names: one adapter, or "__base__", for each x[i]: a mixed batch.
+
+        Raises:
+            ValueError: a mixed batch on a merged layer, or names and rows differ in number.
+        """
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x)
+        if adapter_names is not None:
+            return self._mixed(x, adapter_names)
+        if self.merged:
+            return self.base_layer(x)
+        return self._adapted(x, self.active_adapters)
+
+    def _adapted(self, x: torch.Tensor, adapters: list[str]) -> torch.Tensor:
+        if self.additive or any(self._drops(name) for name in adapters):
+            return self._added(x, adapters)
+        zeros, scale = self._change("zeros", adapters), self._change("scales", adapters)
+        return self.base_layer(x, zeros=zeros, scale=scale)
+
+    def _drops(self, adapter_name: str) -> bool:
+        if adapter_name not in self.qalora_dropout:
+            return False
+        dropout = self.qalora_dropout[adapter_name]
+        return dropout.training and dropout.p > 0
+
+    def _added(self, x: torch.Tensor, adapters: list[str]) -> torch.Tensor:
+        """base(x) + scaling * dropout(pool(x)) A^T B^T + x (W * scaling * (B A)^T)^T."""
+        base = self.base_layer
+        y = base(x)
+        dtype = torch.promote_types(y.dtype, torch.float32)
+        with torch.autocast(x.device.type, enabled=False):
+            x, total = x.to(y.dtype).to(dtype), y.to(dtype)
+            for name in adapters:
+                weights = {key: weight.to(dtype) for key, weight in self.matrices(name)}
+                if "qalora_A" in weights:
+                    pooled = self.qalora_dropout[name](base.pool(x))
+                    low = pooled @ weights["qalora_A"].t() @ weights["qalora_B"].t()
+                    total = total + self.scaling[name] * low
+                if "qalora_scale_A" in weights:
+                    change = weights["qalora_scale_A"].t() @ weights["qalora_scale_B"].t()
+                    spread = expand(change, base.g_idx, base.spec.group_size, base.in_features)
+                    total = total + self.scaling[name] * (x @ (base.dequantize_t(dtype) * spread))
+        return total.to(y.dtype)
+
+    def _mixed(self, x: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
+        if self.merged:
+            raise ValueError(
+                "adapter_names cannot be used while adapters are merged; call unmerge_adapter first"
+            )
+        if len(x) != len(adapter_names):
+            raise ValueError(
+                f"adapter_names must name an adapter for each row of the batch: expected {len(x)} "
+                f"names, found {len(adapter_names)}"
+            )
+        order: list[int] = []
+        outputs = []
+        for name in dict.fromkeys(adapter_names):
+            rows = [i for i, wanted in enumerate(adapter_names) if wanted == name]
+            order += rows
+            outputs.append(self._adapted(x[rows], [] if name == BASE else [name]))
+        return torch.cat(outputs)[torch.tensor(order, device=x.device).argsort()]
+
+    def check_mergeable(self, adapter_name: str, name: str = "") -> None:
+        """Refuse to merge what is not there, or is not finite.
+
+        Args:
+            adapter_name: the adapter.
+            name: of this layer, for the message.
+
+        Raises:
+            AdapterError: A or B is not a whole matrix (ZeRO-3 leaves shape (0,)), or holds NaN or
+                infinity.
+        """
+        for attribute, weight in self.matrices(adapter_name):
+            where = f"{name}.{attribute}.{adapter_name}.weight".removeprefix(".")
+            if weight.dim() != 2 or weight.numel() == 0 or weight.is_meta:
+                raise AdapterError(
+                    f"{where}: expected a matrix, found shape {tuple(weight.shape)} on "
+                    f"{weight.device}: it is partitioned (ZeRO-3, FSDP) or not loaded. Save the "
+                    "adapter and merge the saved one with `qalora merge`"
+                )
+            if not weight.isfinite().all():
+                raise AdapterError(
+                    f"{where}: holds NaN or infinity: training diverged. Go back to an earlier "
+                    "checkpoint, or lower the learning rate"
+                )
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Fold adapters into the base layer's scales and offsets; `unmerge` undoes it exactly.
+
+        Args:
+            safe_merge: PEFT's switch for a check that is always made here: scales and offsets
+                that overflow are refused.
+            adapter_names: which; None for the active ones.
+
+        Raises:
+            AdapterError: see `check_mergeable`; or the merged numbers overflow their stored dtype.
+        """
+        names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.scaling]
+        if not names:
+            return
+        for name in names:
+            self.check_mergeable(name)
+        base = self.base_layer
+        merged = self.merged_adapters + names
+        kept = self._unmerged or (base.scales, base.offsets)
+        with torch.no_grad():
+            zeros, scale = self._change("zeros", merged), self._change("scales", merged)
+            scales, offsets = fold(
+                *kept,
+                zeros=None if zeros is None else zeros.delta(),
+                scale=None if scale is None else scale.delta(),
+                offsets_dtype=base.spec.offsets_dtype,
+                scales_dtype=base.spec.scales_dtype,
+            )
+        if not (scales.isfinite().all() and offsets.isfinite().all()):
+            raise AdapterError(
+                f"merging {merged}: scales or offsets overflow {base.spec.offsets_dtype}: training "
+                "diverged. Go back to an earlier checkpoint, or lower the learning rate"
+            )
+        self._unmerged = kept
+        base.scales, base.offsets = scales, offsets
+        self.merged_adapters = merged
+
+    def unmerge(self) -> None:
+        """Put the base layer's own scales and offsets back, bit for bit."""
+        if self._unmerged is None:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        base = self.base_layer
+        # the model may have moved to another device in between
+        base.scales, base.offsets = (kept.to(base.qweight.device) for kept in self._unmerged)
+        self._unmerged = None
+        self.merged_adapters = []

@@ -1,0 +1,243 @@
+"""`QALoRAModel`: puts adapters on the quantized layers of a model, as PEFT's tuners do."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from ..errors import AdapterError, ConfigError
+from ..quant.linear import QuantLinear
+from .config import PEFT_TYPE, QALoRAConfig
+from .layer import BASE, QALoRALinear
+from .targets import (
+    BaseIdentity,
+    base_identity,
+    check_base,
+    quantization_config,
+    resolve_targets,
+)
+
+_WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
+
+
+def _plain(name: str) -> str:
+    """A parameter's name without what FSDP, checkpointing and compiling put into it."""
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
+
+
+class QALoRAModel(BaseTuner):
+    """A model whose quantized linear layers carry QA-LoRA adapters; see PEFT's `BaseTuner`."""
+
+    prefix = "qalora_"
+    tuner_layer_cls = QALoRALinear
+    target_module_mapping: dict[str, list[str]] = {}
+
+    _base: BaseIdentity | None = None
+
+    def inject_adapter(
+        self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Put an adapter on every layer that its config targets.
+
+        The config is copied first: one QALoRAConfig may serve several bases.
+
+        Raises:
+            ConfigError: see `targets.resolve_targets`.
+            AdapterError: a loaded adapter belongs to another base.
+        """
+        config = copy.copy(self.peft_config[adapter_name])
+        resolve_targets(config, model)
+        if self._base is None:
+            self._base = base_identity(model)
+        check_base(config, self._base)
+        self.peft_config[adapter_name] = config
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+
+    def _prepare_adapter_config(self, peft_config: QALoRAConfig, model_config: Any) -> QALoRAConfig:
+        return peft_config  # target_modules is resolved already
+
+    def _create_and_replace(
+        self,
+        peft_config: QALoRAConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        if isinstance(target, QALoRALinear):
+            target.update_layer(adapter_name, peft_config, current_key)
+        elif isinstance(target, QuantLinear):
+            layer = QALoRALinear(target, adapter_name, peft_config, current_key)
+            self._replace_module(parent, target_name, layer, target)
+        else:
+            raise ConfigError(
+                f"{current_key}: expected a quantized linear layer, found "
+                f"{type(target).__name__}; leave it out of target_modules"
+            )
+
+    def _replace_module(
+        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
+    ) -> None:
+        # PEFT's own moves .weight and .bias along, which a QuantLinear keeps to itself
+        setattr(parent, child_name, new_module)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        # A and B are fp32 in every mode, so that folding rounds once, to what is stored
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=True)
+
+    def _layers(self) -> Iterator[tuple[str, QALoRALinear]]:
+        for name, module in self.named_modules():
+            if isinstance(module, QALoRALinear):
+                yield name, module
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT calls the model inside this: hand `adapter_names` to the layers of a mixed batch."""
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("adapter_names (a mixed batch) is for inference: call eval() first")
+        unknown = set(names) - set(self.peft_config) - {BASE}
+        if unknown:
+            raise ValueError(
+                f"adapter_names has {sorted(unknown)}; known are {sorted(self.peft_config)} "
+                f"and {BASE!r}"
+            )
+        beams = kwargs.get("num_beams") or 1
+        names = [name for name in names for _ in range(beams)]
+
+        def add_names(module: nn.Module, inputs: Any, options: dict[str, Any]) -> Any:
+            return inputs, options | {"adapter_names": names}
+
+        handles = [
+            module.register_forward_pre_hook(add_names, with_kwargs=True)
+            for module in self.modules()
+            if isinstance(module, QALoRALinear | AuxiliaryTrainingWrapper)
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _check_merge_allowed(self) -> None:
+        # all layers before the first one changes: a merge that stops half-way helps nobody
+        super()._check_merge_allowed()
+        for name, layer in self._layers():
+            for adapter_name in layer.scaling:
+                layer.check_mergeable(adapter_name, name)
+
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        """The plain model with the adapters folded in; its save_pretrained writes our format.
+
+        Args:
+            progressbar: show one.
+            safe_merge: see `QALoRALinear.merge`.
+            adapter_names: which adapters; None for the active ones.
+
+        Raises:
+            AdapterError: see `QALoRALinear.merge`; raised before anything is merged where A or B
+                is at fault.
+        """
+        names = self.active_adapters if adapter_names is None else adapter_names
+        before = {name for _, layer in self._layers() for name in layer.merged_adapters}
+        records = [
+            _merge_record(name, config)
+            for name, config in self.peft_config.items()
+            if name in before or name in names
+        ]
+        model = super().merge_and_unload(progressbar, safe_merge, adapter_names)
+        stored = quantization_config(model)
+        if stored is not None and records:
+            stored.merged = _merged(records, stored.merged)
+            model.config.quantization_config = stored
+        return model
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, torch.Tensor], prefix: str, *args: Any
+    ) -> None:
+        # PEFT loads adapters with strict=False and only warns: a layer whose key is missing would
+        # silently keep its initial A and B
+        self._check_keys(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _check_keys(self, state_dict: dict[str, torch.Tensor], prefix: str) -> None:
+        """Check the keys of a state dict that is about to be loaded.
+
+        Raises:
+            AdapterError: an adapter is incomplete, a shape is wrong, or a key belongs to nothing.
+        """
+        found = {_plain(key): value for key, value in state_dict.items() if key.startswith(prefix)}
+        expected: dict[str, dict[str, torch.Tensor]] = {name: {} for name in self.peft_config}
+        for name, layer in self._layers():
+            for adapter_name in layer.scaling:
+                for attribute, weight in layer.matrices(adapter_name):
+                    key = _plain(f"{prefix}{name}.{attribute}.{adapter_name}.weight")
+                    expected[adapter_name][key] = weight
+        known = {_plain(prefix + name) for name, _ in self.named_parameters()}
+        known |= {_plain(prefix + name) for name, _ in self.named_buffers()}
+        unexpected = sorted(set(found) - known)
+        if unexpected:
+            raise AdapterError(
+                f"adapter: unexpected key {unexpected[0]} ({len(unexpected)} in all): the model "
+                "has no such tensor. Load the adapter that belongs to this model and config"
+            )
+        loaded = {n: keys for n, keys in expected.items() if not keys.keys().isdisjoint(found)}
+        if not loaded:
+            example = next(iter(next(iter(expected.values()))), "none")
+            raise AdapterError(
+                f"adapter: missing every key of {sorted(expected)}: expected tensors such as "
+                f"{example}, found {len(found)} others. Was the adapter saved completely?"
+            )
+        for name, keys in loaded.items():
+            missing = sorted(set(keys) - set(found))
+            if missing:
+                raise AdapterError(
+                    f"adapter {name!r}: missing key {missing[0]} ({len(missing)} of {len(keys)}): "
+                    "the file is incomplete, or was trained with other target_modules or adapt"
+                )
+            for key, weight in keys.items():
+                if weight.dim() == 2 and found[key].shape != weight.shape:
+                    raise AdapterError(
+                        f"adapter {name!r}: {key}: expected shape {tuple(weight.shape)}, found "
+                        f"{tuple(found[key].shape)}: it was trained with another rank, or on "
+                        "another base"
+                    )
+
+
+def _merge_record(name: str, config: QALoRAConfig) -> dict[str, Any]:
+    """What a merged model's config says of an adapter."""
+    return {
+        "adapter": name,
+        "peft_type": PEFT_TYPE,
+        "convention": config.convention,
+        "adapt": config.adapt,
+        "r": config.r,
+        "lora_alpha": config.lora_alpha,
+        "modules_to_save": sorted(config.modules_to_save or []),
+    }
+
+
+def _merged(records: list[dict[str, Any]], before: dict[str, Any] | None) -> dict[str, Any]:
+    """The quantization config's `merged` after merging adapters into a base."""
+    merged = records[0]
+    if len(records) > 1:
+        names = ", ".join(record["adapter"] for record in records)
+        merged = {"adapter": names, "peft_type": PEFT_TYPE, "adapters": records}
+    return merged if before is None else merged | {"before": before}

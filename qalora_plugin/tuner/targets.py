@@ -1,0 +1,179 @@
+"""Which layers of a base an adapter goes on, and which base that is."""
+
+import copy
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from torch import nn
+
+from ..errors import AdapterError, ConfigError
+from ..quant.config import QUANT_METHOD, QALoRAQuantConfig
+from ..quant.fingerprint import fingerprint
+from ..quant.linear import QuantLinear
+from .config import ALL_LINEAR, QALoRAConfig
+
+_SHOWN = 8  # names in an error message
+
+
+def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The base model's own (name, module): what lies inside an adapted layer is left out, the
+    layer itself stands for its base layer."""
+    inside: list[str] = []
+    for name, module in model.named_modules():
+        if not name or name.startswith(tuple(inside)):
+            continue
+        if isinstance(module, BaseTunerLayer):
+            inside.append(name + ".")
+            module = module.get_base_layer()
+        yield name, module
+
+
+def quantized_layers(model: nn.Module) -> dict[str, QuantLinear]:
+    """Every quantized layer by its name in the base model, adapted or not."""
+    return {name: m for name, m in _modules(model) if isinstance(m, QuantLinear)}
+
+
+def _shorten(names: list[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
+
+
+def _leaves(names: Any) -> list[str]:
+    return sorted({name.rpartition(".")[2] for name in names})
+
+
+def _not_quantized(config: QALoRAConfig) -> ConfigError:
+    wanted = "bits=4, group_size=32"
+    about = "the base model has no quantized layers"
+    if config.bits is not None and config.group_size is not None:
+        wanted = f"bits={config.bits}, group_size={config.group_size}"
+        about += f" (this adapter wants one with {wanted})"
+    return ConfigError(
+        f"QALoRAConfig: {about}. Either quantize it while it loads, "
+        f"from_pretrained(..., quantization_config=QALoRAQuantConfig({wanted})), or quantize it "
+        "once with calibration, which is better: qalora quantize MODEL --out DIR"
+    )
+
+
+def resolve_targets(config: QALoRAConfig, model: nn.Module) -> None:
+    """Check `target_modules` against the base, and write "all of them" out as names.
+
+    Raises:
+        ConfigError: the base is not quantized; no layer matches; a matching module, or one in
+            modules_to_save, is of the wrong kind.
+    """
+    quantized = quantized_layers(model)
+    if not quantized:
+        raise _not_quantized(config)
+    for entry in config.modules_to_save or []:
+        held = [n for n in quantized if re.match(rf"(^|.*\.){entry}($|\..*)", n)]
+        if held:
+            raise ConfigError(
+                f"QALoRAConfig: modules_to_save names {entry!r}, which is quantized "
+                f"({_shorten(held)}): integers cannot be trained. Adapt it through "
+                "target_modules, or leave it unquantized (modules_to_not_convert)"
+            )
+    asked = config.target_modules
+    if asked is None or (isinstance(asked, str) and asked.lower() == ALL_LINEAR):
+        # by their last parts, so that exclude_modules and layers_to_transform apply
+        every = copy.copy(config)
+        every.target_modules = set(_leaves(quantized))
+        matched = {n: m for n, m in quantized.items() if check_target_module_exists(every, n)}
+        config.target_modules = set(matched)
+    else:
+        matched = {n: m for n, m in _modules(model) if check_target_module_exists(config, n)}
+    if not matched:
+        limits = {
+            name: getattr(config, name)
+            for name in ("exclude_modules", "layers_to_transform", "layers_pattern")
+            if getattr(config, name) is not None
+        }
+        raise ConfigError(
+            f"QALoRAConfig: target_modules={asked!r}{f' with {limits}' if limits else ''} matches "
+            f"no module of the base. Its quantized layers are {_shorten(_leaves(quantized))} "
+            f"(such as {next(iter(quantized))})"
+        )
+    wrong = {n: m for n, m in matched.items() if not isinstance(m, QuantLinear)}
+    if wrong:
+        kinds = [f"{name} ({type(module).__name__})" for name, module in wrong.items()]
+        raise ConfigError(
+            f"QALoRAConfig: target_modules={asked!r} matches modules that are not quantized: "
+            f"{_shorten(kinds)}. Leave them out, train them whole through modules_to_save, or "
+            "quantize them too (modules_to_not_convert). Quantized are "
+            f"{_shorten(_leaves(quantized))}"
+        )
+
+
+@dataclass(frozen=True)
+class BaseIdentity:
+    """What an adapter knows its base by; see the fields of `QALoRAConfig`."""
+
+    bits: int
+    group_size: int
+    fingerprint: str | None
+    base_merged: dict[str, Any] | None
+
+
+def quantization_config(model: nn.Module) -> QALoRAQuantConfig | None:
+    """Our quantization config of a model, None where it has none."""
+    found = getattr(getattr(model, "config", None), "quantization_config", None)
+    if isinstance(found, dict) and found.get("quant_method") == QUANT_METHOD:
+        return QALoRAQuantConfig(**found)
+    return found if isinstance(found, QALoRAQuantConfig) else None
+
+
+def base_identity(model: nn.Module) -> BaseIdentity:
+    """Read the identity from the quantization config, or from the layers where it is silent.
+
+    The fingerprint is None where the integers are not there to be read (meta device, ZeRO-3).
+    """
+    layers = quantized_layers(model)
+    stored = quantization_config(model)
+    if stored is not None:
+        bits, group_size, merged = stored.bits, stored.group_size, stored.merged
+        mark = stored.base.get("fingerprint")
+    else:
+        specs = Counter((m.spec.bits, m.spec.group_size) for m in layers.values())
+        (bits, group_size), _ = specs.most_common(1)[0]
+        merged = mark = None
+    present = all(not m.qweight.is_meta and m.qweight.numel() for m in layers.values())
+    if mark is None and present:
+        mark = fingerprint((name, m.qweight) for name, m in layers.items())
+    return BaseIdentity(bits, group_size, mark, merged)
+
+
+def check_base(config: QALoRAConfig, base: BaseIdentity) -> None:
+    """Write the base's identity into a new adapter's config, or compare it with a loaded one's.
+
+    Raises:
+        AdapterError: the adapter was trained on another base.
+    """
+    known = config.fingerprint is not None
+    for name in ("bits", "group_size", "fingerprint"):
+        wanted, found = getattr(config, name), getattr(base, name)
+        if wanted is None:
+            setattr(config, name, found)
+        elif found is not None and wanted != found:
+            raise AdapterError(
+                f"adapter_config.json: {name}: the adapter belongs to a base with {name}="
+                f"{wanted!r}, found a base with {name}={found!r} (adapter: bits={config.bits}, "
+                f"group_size={config.group_size}, fingerprint={config.fingerprint}; base: "
+                f"bits={base.bits}, group_size={base.group_size}, fingerprint={base.fingerprint}). "
+                "Load the base that the adapter was trained on, quantized in the same way"
+            )
+    if not known:
+        config.base_merged = base.base_merged
+    elif config.base_merged != base.base_merged:
+        raise AdapterError(
+            f"adapter_config.json: base_merged: the adapter was trained on a base into which "
+            f"{_merges(config.base_merged)} was merged, found one into which "
+            f"{_merges(base.base_merged)} is already merged. Load the base that it was trained on"
+        )
+
+
+def _merges(merged: dict[str, Any] | None) -> str:
+    return "nothing" if merged is None else repr(merged)

@@ -1,0 +1,197 @@
+"""Compare whole models: the merged one, and base with adapter, built the way each is used."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from .additive import pooled
+from .errors import VerificationError
+from .merge import MergePlan
+from .tuner.foreign import CONVENTIONS
+
+_TOKENS = 32
+# merged and additive models differ by the rounding of offsets and by fp32 arithmetic; a wrong
+# convention is off by whole multiples of the adapter's effect
+_SHARE_OF_EFFECT = 0.1
+
+
+@dataclass(frozen=True)
+class LogitsReport:
+    """Logits of merged and unmerged model on the same random tokens, fp32.
+
+    Args:
+        equal: whether they are equal to the bit (`torch.equal`).
+        difference: the largest absolute difference.
+        effect: the largest absolute change of a logit by the adapter.
+    """
+
+    equal: bool
+    difference: float
+    effect: float
+
+    def as_text(self) -> str:
+        """One line for people."""
+        how = "equal to the bit" if self.equal else f"differ by at most {self.difference:.3g}"
+        return f"logits, merged against unmerged: {how} (adapter's effect {self.effect:.3g})"
+
+
+def compare_logits(plan: MergePlan, merged: Path) -> LogitsReport:
+    """Load both models in fp32 and compare their logits on random tokens.
+
+    An adapter of ours runs through PEFT, folded as in training: the logits must be equal to the
+    bit. One from elsewhere runs by the additive formula of the code that trained it.
+
+    Raises:
+        VerificationError: they differ by more than rounding explains.
+    """
+    ids = _random_ids(plan)
+    merged_logits = _logits(_load(merged), ids)
+    base = _load(plan.base.directory)
+    base_logits = _logits(base, ids)
+    if plan.adapter.is_ours:
+        from peft import PeftModel
+
+        unmerged = PeftModel.from_pretrained(base, str(plan.adapter.directory)).eval()
+        unmerged_logits = _logits(unmerged, ids)
+    else:
+        with added(base, plan, plan.convention):
+            unmerged_logits = _logits(base, ids)
+    report = LogitsReport(
+        equal=torch.equal(merged_logits, unmerged_logits),
+        difference=_distance(merged_logits, unmerged_logits),
+        effect=_distance(unmerged_logits, base_logits),
+    )
+    allowed = 0.0 if plan.adapter.is_ours else _SHARE_OF_EFFECT * report.effect
+    if not report.equal and not report.difference <= allowed:
+        raise VerificationError(
+            f"{merged}: logits differ from those of base plus adapter by up to "
+            f"{report.difference:.3g} (the adapter changes them by up to {report.effect:.3g}). "
+            "Merge again."
+        )
+    return report
+
+
+def compare_reference(plan: MergePlan, merged: Path, reference: Path) -> None:
+    """Hold the merged model against logits that the code which trained the adapter computed.
+
+    Args:
+        plan: the merge.
+        merged: the merged directory.
+        reference: .safetensors with `input_ids` int64 [B, T] and `logits` [B, T, V].
+
+    Raises:
+        VerificationError: another convention explains them better than the one merged with, or
+            none does.
+    """
+    ids, wanted = _read_reference(reference)
+    base = _load(plan.base.directory)
+    effect = _distance(wanted, _logits(base, ids))
+    distances = {"merged": _distance(wanted, _logits(_load(merged), ids))}
+    for convention in CONVENTIONS if not plan.adapter.is_ours else ():
+        with added(base, plan, convention):
+            distances[convention] = _distance(wanted, _logits(base, ids))
+    best = min((c for c in distances if c != "merged"), key=distances.__getitem__, default="sum")
+    found = ", ".join(f"{name} {value:.3g}" for name, value in distances.items())
+    if best != plan.convention and distances[best] < distances["merged"]:
+        raise VerificationError(
+            f"{reference}: its logits are those of the convention {best!r}, but the adapter was "
+            f"merged with {plan.convention!r} (distances: {found}; the adapter's effect: "
+            f"{effect:.3g}). Merge again with --convention {best}."
+        )
+    if not distances["merged"] <= 0.5 * effect:
+        raise VerificationError(
+            f"{reference}: its logits are not those of this base with this adapter under any "
+            f"convention (distances: {found}; the adapter's effect: {effect:.3g})."
+        )
+
+
+def _read_reference(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise VerificationError(f"{path}: cannot be read as safetensors ({error}).") from error
+    missing = {"input_ids", "logits"} - tensors.keys()
+    if missing:
+        raise VerificationError(
+            f"{path}: expected tensors input_ids [B, T] and logits [B, T, V], found "
+            f"{sorted(tensors)}."
+        )
+    return tensors["input_ids"].long(), tensors["logits"].float()
+
+
+@contextmanager
+def added(model: nn.Module, plan: MergePlan, convention: str) -> Iterator[None]:
+    """Within it, the base model's layers add what a foreign adapter adds, in one convention."""
+    handles = []
+    with torch.no_grad(), _saved_modules(model, plan):
+        for name, merge in plan.layers.items():
+            a, b = plan.adapter.get_pair(merge.layer.keys["zeros"])
+            change = _adding(a, b, merge.layer.scaling, merge.pool_size, convention)
+            handles.append(model.get_submodule(name).register_forward_hook(change))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _adding(
+    a: torch.Tensor, b: torch.Tensor, scaling: float, pool_size: int, convention: str
+) -> Callable[[nn.Module, tuple[torch.Tensor, ...], torch.Tensor], torch.Tensor]:
+    def hook(
+        module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor
+    ) -> torch.Tensor:
+        features = pooled(args[0].reshape(-1, args[0].shape[-1]), convention, pool_size)
+        change = features @ a.to(features).t() @ b.to(features).t() * scaling
+        return output + change.view_as(output)
+
+    return hook
+
+
+@contextmanager
+def _saved_modules(model: nn.Module, plan: MergePlan) -> Iterator[None]:
+    """Put the adapter's modules_to_save in, and the base's back."""
+    before = {}
+    for name, key in plan.adapter.saved.items():
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
+        before[name] = (module, leaf, getattr(module, leaf))
+        setattr(module, leaf, nn.Parameter(plan.adapter.get(key).to(before[name][2])))
+    try:
+        yield
+    finally:
+        for module, leaf, value in before.values():
+            setattr(module, leaf, value)
+
+
+def _load(directory: Path) -> nn.Module:
+    """The model in the class that config.json names, fp32."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(directory)
+    name = (config.architectures or ["AutoModelForCausalLM"])[0]
+    model_class: Any = getattr(transformers, name, transformers.AutoModelForCausalLM)
+    return model_class.from_pretrained(directory, dtype=torch.float32).eval()
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    output = model(input_ids=ids)
+    return (output.logits if "logits" in output else output[0]).float()
+
+
+def _random_ids(plan: MergePlan) -> torch.Tensor:
+    config = plan.config.get("text_config", plan.config)
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, config["vocab_size"], (1, _TOKENS), generator=generator)
+
+
+def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).abs().max())
