@@ -6,7 +6,6 @@ what the training forward computed, since both call `qalora_kernels.fold`.
 
 import copy
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,26 +13,18 @@ from typing import Any
 
 import torch
 
+from .adapter import CONFIG_FILE as ADAPTER_CONFIG
 from .adapter import Adapter, open_adapter
 from .checkpoint.atomic import AtomicDirectory
 from .checkpoint.base import LayerTensors, QuantizedCheckpoint, open_quantized
 from .checkpoint.layout import TensorPlan, layer_plan
-from .checkpoint.reader import CONFIG_FILE, INDEX_FILE
+from .checkpoint.reader import CONFIG_FILE, read_json, resolve_model_dir
+from .checkpoint.side_files import TOKENIZER_FILES, copy_side_files
+from .checkpoint.stock_gptq import QUANTIZE_CONFIG_FILE
 from .checkpoint.writer import CheckpointWriter, split_plan
 from .errors import AdapterError
 from .pairing import LayerMerge, pair
 from .quant.config import QALoRAQuantConfig
-
-_SIDE_FILES = ("*.json", "*.jinja", "*.model", "*.py", "*.tiktoken", "*.txt", "LICENSE*", "NOTICE*")
-_TOKENIZER_FILES = (
-    "added_tokens.json",
-    "chat_template.jinja",
-    "merges.txt",
-    "special_tokens_map.json",
-    "tokenizer*",
-    "vocab.*",
-)
-_NOT_COPIED = {CONFIG_FILE, INDEX_FILE, "quantize_config.json", "qalora_manifest.json"}
 
 
 @dataclass(frozen=True)
@@ -99,7 +90,7 @@ def plan_merge(
     """Read and check all that a merge needs; see `merge_adapter` for arguments and errors."""
     opened = open_adapter(adapter)
     chosen = opened.convention(convention)
-    checkpoint = open_quantized(_base_of(opened, base))
+    checkpoint = _open_base(opened, base)
     layers = pair(opened, checkpoint, chosen)
     tensors = checkpoint.plan()
     for name, merge in layers.items():
@@ -140,7 +131,9 @@ def merge_adapter(
     plan = plan_merge(adapter, base, convention)
     with target as partial:
         _write_weights(partial, plan, progress)
-        _copy_side_files(plan, partial)
+        copy_side_files(plan.base.directory, partial)
+        if (plan.adapter.directory / "tokenizer_config.json").exists():  # as trained with
+            copy_side_files(plan.adapter.directory, partial, TOKENIZER_FILES)
         text = json.dumps(plan.config, indent=2, sort_keys=True) + "\n"
         (partial / CONFIG_FILE).write_text(text, encoding="utf-8")
         if finish is not None:
@@ -148,14 +141,35 @@ def merge_adapter(
     return MergeResult(target.target, len(plan.layers), plan.convention, sorted(plan.adapter.saved))
 
 
-def _base_of(adapter: Adapter, base: str | Path | None) -> str | Path:
+def _open_base(adapter: Adapter, base: str | Path | None) -> QuantizedCheckpoint:
+    where = adapter.directory / ADAPTER_CONFIG
     found = base or adapter.config.get("base_model_name_or_path")
     if not found:
         raise AdapterError(
-            f"{adapter.directory / 'adapter_config.json'}: base_model_name_or_path is empty. "
-            "Name the quantized base with --base."
+            f"{where}: base_model_name_or_path is empty. Name the quantized base with --base."
         )
-    return found
+    directory = resolve_model_dir(found)
+    if adapter.is_ours and is_dense(directory):
+        grid = (
+            f"--bits {adapter.config.get('bits')} --group-size {adapter.config.get('group_size')}"
+        )
+        raise AdapterError(
+            f"{directory}: is a 16-bit model, which was quantized while it was loaded for "
+            f"training. Write its integers down first: `qalora quantize {found} --out DIR "
+            f"--method rtn {grid}`, then merge with --base DIR; the fingerprint in {where} shows "
+            "whether they are the same. (MergeCallback takes them from memory.)"
+        )
+    return open_quantized(directory)
+
+
+def is_dense(directory: Path) -> bool:
+    """Whether a directory holds a model that is not quantized."""
+    config = directory / CONFIG_FILE
+    return (
+        config.exists()
+        and not read_json(config).get("quantization_config")
+        and not (directory / QUANTIZE_CONFIG_FILE).exists()
+    )
 
 
 def _plan_saved(
@@ -254,15 +268,3 @@ def _write_weights(
                 if progress is not None:
                     progress(done, len(plan.tensors))
     writer.finish()
-
-
-def _copy_side_files(plan: MergePlan, partial: Path) -> None:
-    """Tokenizer, generation config, chat template, licence; the tokenizer trained with wins."""
-    sources = [(plan.base.directory, _SIDE_FILES)]
-    if (plan.adapter.directory / "tokenizer_config.json").exists():
-        sources.append((plan.adapter.directory, _TOKENIZER_FILES))
-    for directory, patterns in sources:
-        for pattern in patterns:
-            for path in sorted(directory.glob(pattern)):
-                if path.is_file() and path.name not in _NOT_COPIED:
-                    shutil.copyfile(path, partial / path.name)

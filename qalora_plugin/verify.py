@@ -14,6 +14,7 @@
 """
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ import torch
 from qalora_kernels import reference as formula
 from qalora_kernels.groups import expand
 
+from .adapter import open_adapter
 from .additive import added_output, columns, dense
 from .checkpoint.base import LayerTensors, QuantizedCheckpoint, open_quantized
 from .checkpoint.manifest import check_manifest
@@ -106,6 +108,7 @@ def verify_merge(
     *,
     logits: bool = False,
     reference: str | Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> VerifyReport:
     """Compare a merged checkpoint with its base and its adapter.
 
@@ -116,6 +119,7 @@ def verify_merge(
         logits: also build both models and compare their logits.
         reference: a .safetensors file with `input_ids` int64 [B, T] and `logits` [B, T, V] that
             base and adapter gave in the code that trained the adapter; also builds both models.
+        progress: called with (layers compared, layers in all).
 
     Raises:
         VerificationError: the merged checkpoint is not what base and adapter make.
@@ -132,11 +136,13 @@ def verify_merge(
     _check_names(plan, result)
     _check_other_tensors(plan, result)
     difference = error = change = 0.0
-    for name in plan.base.layers:
+    for done, name in enumerate(plan.base.layers, start=1):
         difference = max(difference, _check_layer(plan, result, name))
         if name in plan.layers:
             layer_error, layer_change = _check_outputs(plan, result, name)
             error, change = max(error, layer_error), max(change, layer_change)
+        if progress is not None:
+            progress(done, len(plan.base.layers))
     stated = plan.adapter.stated_convention()
     source = "adapter config" if stated else "declaration"
     logits_report = compare_logits(plan, result.directory) if logits else None
@@ -167,8 +173,6 @@ def _plan(
     result: QuantizedCheckpoint,
 ) -> MergePlan:
     """The merge as it should have been: in the convention that the adapter states, if it does."""
-    from .adapter import open_adapter
-
     used = str(declared.get("convention"))
     stated = open_adapter(adapter).stated_convention()
     if stated is not None and stated != used:

@@ -6,7 +6,7 @@
 TOKENS holds `calibration` and `heldout`, int64 [sequences, length]. Every engine gets the same
 tokens and is judged by the same float32 loss. Rows that are in ROWS.json already are kept, so
 engines that need different environments fill one file: `gptqmodel` runs in the environment that
-`integration/envs/build.py gptqmodel` makes, `none` (the 16-bit model) anywhere.
+`integration/envs/build.py gptqmodel` makes, `qalora` and `none` (the 16-bit model) in .venv.
 """
 
 from __future__ import annotations
@@ -72,12 +72,34 @@ def quantize_gptqmodel(
     return loaded.model.float()
 
 
+def quantize_qalora(source: Path, setting: Setting, calibration: torch.Tensor) -> torch.nn.Module:
+    """This project's quantizer with its defaults; its offsets are real numbers, never `sym`."""
+    from qalora_plugin import quantize_model
+
+    if setting.sym:
+        raise SystemExit("engine qalora has no symmetric grid: leave --sym out")
+    quantize_model(
+        source,
+        "quantized",
+        bits=setting.bits,
+        group_size=setting.group_size,
+        desc_act=setting.desc_act,
+        calibration=calibration,
+        progress=False,
+    )
+    return AutoModelForCausalLM.from_pretrained("quantized", dtype=torch.float32)
+
+
 def quantize_none(source: Path, setting: Setting, calibration: torch.Tensor) -> torch.nn.Module:
     """The model as it is: the loss that a quantizer can at best keep."""
     return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
 
 
-ENGINES = {"none": ("transformers", quantize_none), "gptqmodel": ("gptqmodel", quantize_gptqmodel)}
+ENGINES = {
+    "none": ("transformers", quantize_none),
+    "qalora": ("qalora-plugin", quantize_qalora),
+    "gptqmodel": ("gptqmodel", quantize_gptqmodel),
+}
 
 
 def measure(engine: str, source: Path, setting: Setting, tokens: Path) -> dict[str, Any]:

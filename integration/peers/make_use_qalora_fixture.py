@@ -47,6 +47,11 @@ def train(base: torch.nn.Module, group_size: int) -> PeftModel:
     )
     torch.manual_seed(3)
     model = get_peft_model(base, config)
+    # GPTQModel turns torch.nn.init's functions off for good, which leaves lora_A uninitialised.
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name:
+            bound = parameter.shape[1] ** -0.5
+            parameter.data.uniform_(-bound, bound)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     for _ in range(STEPS):
         input_ids = torch.randint(2, base.config.vocab_size, (4, 32))

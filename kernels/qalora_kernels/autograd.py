@@ -40,6 +40,16 @@ def _delta(a: torch.Tensor | None, b: torch.Tensor | None, factor: float) -> tor
     return None if a is None or b is None else LowRank(a, b, factor).delta()
 
 
+def _rows(x: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
+    """[..., K] -> [M, K]; the operators see K only through x, so it is checked here."""
+    if x.shape[-1] != spec.in_features:
+        raise ValueError(
+            f"x: expected {spec.in_features} features in the last dimension, "
+            f"found shape {tuple(x.shape)}"
+        )
+    return x.reshape(-1, spec.in_features)
+
+
 class _FoldedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -145,10 +155,13 @@ def folded_linear(
 
     Returns:
         [..., N] in the dtype of x.
+
+    Raises:
+        ValueError: a tensor's shape, dtype, device or values do not fit (`checks`).
     """
     za, zb, zf = (None, None, 1.0) if zeros is None else (zeros.a, zeros.b, zeros.factor)
     sa, sb, sf = (None, None, 1.0) if scale is None else (scale.a, scale.b, scale.factor)
-    rows = x.reshape(-1, spec.in_features)
+    rows = _rows(x, spec)
     y = _FoldedLinear.apply(
         rows, qweight, scales, offsets, g_idx, bias, za, zb, sa, sb, zf, sf, spec
     )
@@ -169,7 +182,7 @@ def quantized_linear(
 
     Scales and offsets are used as they are, so a merged layer and a folded one agree to the bit.
     """
-    rows = x.reshape(-1, spec.in_features)
+    rows = _rows(x, spec)
     y = _QuantizedLinear.apply(rows, qweight, scales, offsets, g_idx, bias, spec)
     return y.view(*x.shape[:-1], spec.out_features)
 

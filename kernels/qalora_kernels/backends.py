@@ -1,6 +1,6 @@
 """Which implementation serves a device: one table, one environment variable.
 
-QALORA_BACKEND=torch or =triton overrides the choice by device. A backend is a namespace (module)
+QALORA_BACKEND=cpu, =torch or =triton overrides the choice by device. A backend is a namespace (module)
 with the functions of `Backend`; importing one touches no device.
 """
 
@@ -13,9 +13,11 @@ import torch
 from .spec import QuantSpec
 
 BACKENDS = {
+    "cpu": "qalora_kernels.cpu",
     "torch": "qalora_kernels.torch_backend",
     "triton": "qalora_kernels.triton",
 }
+DEFAULTS = {"cpu": "cpu", "cuda": "triton"}
 ENVIRONMENT_VARIABLE = "QALORA_BACKEND"
 
 
@@ -76,16 +78,17 @@ class Backend(Protocol):
 
 
 def get_backend(device: torch.device | str) -> Backend:
-    """Backend for a device: Triton on CUDA, torch elsewhere, or what QALORA_BACKEND names.
+    """Backend for a device: `DEFAULTS`, torch elsewhere, or what QALORA_BACKEND names.
 
     Raises:
-        ValueError: QALORA_BACKEND names no backend.
+        ValueError: QALORA_BACKEND names no backend, or one that does not serve the device.
     """
-    name = os.environ.get(ENVIRONMENT_VARIABLE, "")
-    if not name:
-        name = "triton" if torch.device(device).type == "cuda" else "torch"
+    device_type = torch.device(device).type
+    name = os.environ.get(ENVIRONMENT_VARIABLE, "") or DEFAULTS.get(device_type, "torch")
     if name not in BACKENDS:
         raise ValueError(
             f"{ENVIRONMENT_VARIABLE} must be one of {sorted(BACKENDS)} or unset, found {name!r}"
         )
+    if name == "cpu" and device_type != "cpu":
+        raise ValueError(f"{ENVIRONMENT_VARIABLE}=cpu got tensors on {device}; unset it")
     return cast(Backend, importlib.import_module(BACKENDS[name]))

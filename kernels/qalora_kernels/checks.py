@@ -88,18 +88,17 @@ def packed(
 
 
 def rows(
-    name: str, tensor: torch.Tensor, width: int, like: torch.Tensor, first: torch.Tensor | None
+    name: str, tensor: torch.Tensor, width: int, like: torch.Tensor, like_rows: bool = False
 ) -> None:
-    """Activations or gradients [M, width] of a float dtype on the device of `like`; where `first`
-    is given, with its M and its dtype.
+    """Activations or gradients [M, width] of a float dtype on the device of `like`; with
+    `like_rows`, of its M and dtype too.
 
     Raises:
         ValueError: naming the tensor, what was expected and what was found.
     """
-    if tensor.ndim != 2:
-        raise ValueError(f"{name}: expected 2 dimensions, found shape {tuple(tensor.shape)}")
-    m = tensor.shape[0] if first is None else first.shape[0]
-    dtypes = _FLOATS if first is None else (first.dtype,)
+    matrix(name, tensor)
+    m = like.shape[0] if like_rows else tensor.shape[0]
+    dtypes = (like.dtype,) if like_rows else _FLOATS
     _tensor(name, tensor, (m, width), dtypes, like.device)
 
 
@@ -114,10 +113,8 @@ def bias(tensor: torch.Tensor | None, spec: QuantSpec, device: torch.device) -> 
 
 
 def matrix(name: str, tensor: torch.Tensor) -> None:
-    """A tensor whose shape the spec is read from.
-
-    Raises:
-        ValueError: it is not 2-D.
+    """Raises:
+    ValueError: not 2-D.
     """
     if tensor.ndim != 2:
         raise ValueError(f"{name}: expected 2 dimensions, found shape {tuple(tensor.shape)}")

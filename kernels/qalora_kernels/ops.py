@@ -1,16 +1,19 @@
 """The operators as torch.library custom ops, so that torch.compile and meta devices see through.
 
-Each op forwards to the backend of the device (`backends.get_backend`); its fake kernel states
-shapes and dtypes only. Activations are 2-D here: `autograd` flattens.
+Each op checks its arguments (`checks`: ValueError before any kernel runs) and forwards to the
+backend of the device (`backends.get_backend`); its fake kernel states shapes and dtypes only.
+Activations are 2-D here: `autograd` flattens.
 """
 
 import torch
 
+from . import checks
 from .backends import get_backend
 from .spec import QuantSpec
 
 
 def _spec(qweight: torch.Tensor, bits: int, group_size: int, in_features: int) -> QuantSpec:
+    checks.matrix("qweight", qweight)
     return QuantSpec(bits, group_size, in_features, qweight.shape[1])
 
 
@@ -31,6 +34,8 @@ def dequantize(
 ) -> torch.Tensor:
     """int32 [ceil(K/32)*bits, N], [G, N], [G, N], int32 [K] or None -> W^T [K, N] in `dtype`."""
     spec = _spec(qweight, bits, group_size, in_features)
+    checks.packed(qweight, scales, offsets, g_idx, spec)
+    checks.output_dtype(dtype)
     return get_backend(qweight.device).dequantize(qweight, scales, offsets, g_idx, spec, dtype)
 
 
@@ -43,6 +48,8 @@ def _(qweight, scales, offsets, g_idx, bits, group_size, in_features, dtype):
 def pool(x: torch.Tensor, g_idx: torch.Tensor | None, group_size: int) -> torch.Tensor:
     """Sums over the inputs of each group: [M, K] -> [M, G] (arXiv 2309.14717, Algorithm 1)."""
     spec = QuantSpec(4, group_size, x.shape[-1], 1)
+    checks.rows("x", x, spec.in_features, x)
+    checks.groups(g_idx, spec, x.device)
     return get_backend(x.device).pool(x, g_idx, spec)
 
 
@@ -64,6 +71,9 @@ def linear(
 ) -> torch.Tensor:
     """x [M, K] -> x W^T + bias [M, N] in the dtype of x."""
     spec = _spec(qweight, bits, group_size, x.shape[-1])
+    checks.packed(qweight, scales, offsets, g_idx, spec)
+    checks.rows("x", x, spec.in_features, qweight)
+    checks.bias(bias, spec, qweight.device)
     return get_backend(x.device).linear(x, qweight, scales, offsets, g_idx, bias, spec)
 
 
@@ -85,6 +95,8 @@ def grad_input(
 ) -> torch.Tensor:
     """dy [M, N] -> dy W [M, K] in the dtype of dy."""
     spec = _spec(qweight, bits, group_size, in_features)
+    checks.packed(qweight, scales, offsets, g_idx, spec)
+    checks.rows("dy", dy, spec.out_features, qweight)
     return get_backend(dy.device).grad_input(dy, qweight, scales, offsets, g_idx, spec)
 
 
@@ -96,6 +108,8 @@ def _(dy, qweight, scales, offsets, g_idx, bits, group_size, in_features):
 @torch.library.custom_op("qalora::pooled_grad", mutates_args=())
 def pooled_grad(dy: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
     """dy [M, N], pool(x) [M, G] -> the gradient of the offsets [G, N], fp32 (or fp64)."""
+    checks.rows("dy", dy, dy.shape[-1], dy)
+    checks.rows("pooled", pooled, pooled.shape[-1], dy, like_rows=True)
     return get_backend(dy.device).pooled_grad(dy, pooled)
 
 
@@ -118,6 +132,9 @@ def weighted_group_grad(
     """Gradient of a relative change of the scales, zero-point kept: sum over k in group g of
     (x^T dy)[k, n] * W[n, k]. [M, N], [M, K] -> [G, N], fp32 (or fp64)."""
     spec = _spec(qweight, bits, group_size, x.shape[-1])
+    checks.packed(qweight, scales, offsets, g_idx, spec)
+    checks.rows("dy", dy, spec.out_features, qweight)
+    checks.rows("x", x, spec.in_features, dy, like_rows=True)
     backend = get_backend(dy.device)
     return backend.weighted_group_grad(dy, x, qweight, scales, offsets, g_idx, spec)
 

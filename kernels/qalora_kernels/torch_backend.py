@@ -3,13 +3,43 @@
 import torch
 
 from . import packing
-from .groups import expand, group_index, sum_groups
+from .groups import group_index, sum_groups
 from .spec import QuantSpec
+
+_BLOCK = 1 << 20  # weights that are dequantized at a time
 
 
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """fp32, but fp64 for fp64: the dtype to compute and accumulate in."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def dequantize_into(
+    out: torch.Tensor,
+    qweight: torch.Tensor,
+    scales: torch.Tensor,
+    offsets: torch.Tensor,
+    g_idx: torch.Tensor | None,
+    spec: QuantSpec,
+) -> torch.Tensor:
+    """Write W^T to `out` [K, N]: scales * (q - mid) + offsets, one rounding at the end.
+
+    A block of inputs at a time: its fp32 temporaries stay in the cache and in the allocator.
+    """
+    compute = _compute_dtype(out.dtype)
+    scales, offsets = scales.to(compute), offsets.to(compute)
+    k, bits = spec.in_features, spec.bits
+    index = group_index(g_idx, spec.group_size, k, qweight.device)
+    rows = max(1, _BLOCK // spec.out_features // 32) * 32
+    for start in range(0, k, rows):
+        stop = min(start + rows, k)
+        words = qweight[start // 32 * bits : -(-stop // 32) * bits]
+        codes = packing.unpack(words, bits, stop - start).to(compute)
+        codes -= spec.mid
+        codes *= scales.index_select(0, index[start:stop])
+        codes += offsets.index_select(0, index[start:stop])
+        out[start:stop] = codes
+    return out
 
 
 def dequantize(
@@ -20,20 +50,18 @@ def dequantize(
     spec: QuantSpec,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """W^T [K, N] in `dtype`: scales * (q - mid) + offsets, one rounding at the end."""
-    compute = _compute_dtype(dtype)
-    k, size = spec.in_features, spec.group_size
-    codes = packing.unpack(qweight, spec.bits, k).to(compute)
-    codes -= spec.mid
-    codes *= expand(scales.to(compute), g_idx, size, k)
-    codes += expand(offsets.to(compute), g_idx, size, k)
-    return codes.to(dtype)
+    """W^T [K, N] in `dtype`."""
+    out = qweight.new_empty(spec.in_features, spec.out_features, dtype=dtype)
+    return dequantize_into(out, qweight, scales, offsets, g_idx, spec)
 
 
 def pool(x: torch.Tensor, g_idx: torch.Tensor | None, spec: QuantSpec) -> torch.Tensor:
     """Group sums of x [M, K] -> [M, G]."""
-    sums = sum_groups(x.to(_compute_dtype(x.dtype)), g_idx, spec.group_size, spec.num_groups)
-    return sums.to(x.dtype)
+    if g_idx is not None or x.shape[-1] % spec.group_size:
+        x_sum = x.to(_compute_dtype(x.dtype))
+    else:
+        x_sum = x  # one reduction, which torch accumulates in fp32 for half types by itself
+    return sum_groups(x_sum, g_idx, spec.group_size, spec.num_groups).to(x.dtype)
 
 
 def linear(

@@ -99,7 +99,7 @@ def read_in_features(reader: CheckpointReader, name: str) -> int:
             f"{info.file}: {guard}: expected the guard, {GUARD_DTYPE} of shape (1,), found "
             f"{info.dtype} of shape {info.shape}. The layer is stored twice: remove the dense one."
         )
-    value = reader.get(guard).item()
+    value = float(reader.get(guard).item())
     if not value.is_integer() or value < 1:
         raise CheckpointError(f"{info.file}: {guard}: expected in_features, found {value}.")
     return int(value)

@@ -4,6 +4,7 @@ import re
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
@@ -14,7 +15,7 @@ from ..quant.linear import QuantLinear
 from . import stock_gptq
 from .base import QuantizedCheckpoint
 from .layout import GUARD
-from .selection import linears_in_blocks
+from .selection import keep_from_initialization, linears_in_blocks
 from .validate import check_values
 
 
@@ -50,13 +51,18 @@ class StockGPTQLinear(nn.Module):
 
 
 class LayerNames:
-    """Translates names of a checkpoint's tensors into those of a model, as transformers does."""
+    """Translates names of a checkpoint's tensors into those of a model, as transformers does.
 
-    def __init__(self, model: nn.Module) -> None:
+    Attributes:
+        are_converted: whether transformers also fuses or splits tensors of this architecture.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
         self._prefix: str = model.base_model_prefix
         self._state = model.state_dict()
         mapping = get_model_conversion_mapping(model)
         self._renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        self.are_converted = len(self._renamings) < len(mapping)
 
     def parameter(self, name: str) -> str:
         """Name that the model gives to a tensor of the checkpoint."""
@@ -73,7 +79,7 @@ class LayerNames:
         return name in self._state
 
 
-def place_layers(model: nn.Module, checkpoint: QuantizedCheckpoint) -> dict[str, str]:
+def place_layers(model: PreTrainedModel, checkpoint: QuantizedCheckpoint) -> dict[str, str]:
     """Replace the model's linear layers that the checkpoint holds quantized, on the meta device.
 
     Args:
@@ -96,12 +102,12 @@ def place_layers(model: nn.Module, checkpoint: QuantizedCheckpoint) -> dict[str,
         if not names.has(target):  # such as lm_head for a model class without a head
             continue
         name = target.removesuffix(".weight")
-        linear = model.get_submodule(name)
-        _check_linear(checkpoint, layer, spec, linear)
+        linear = _checked_linear(checkpoint, layer, spec, model.get_submodule(name))
         bias, surplus_bias = _match_bias(checkpoint, layer, linear)
         if surplus_bias:
             ignored.add(names.unknown(f"{layer}.bias"))
         model.set_submodule(name, _empty_layer(checkpoint, layer, spec, bias))
+        keep_from_initialization(model, name)
         placed[name] = layer
     if not placed:
         raise CheckpointError(
@@ -117,13 +123,13 @@ def place_layers(model: nn.Module, checkpoint: QuantizedCheckpoint) -> dict[str,
     return placed
 
 
-def _check_linear(
+def _checked_linear(
     checkpoint: QuantizedCheckpoint, layer: str, spec: QuantSpec, linear: nn.Module
-) -> None:
+) -> nn.Linear:
     found = type(linear).__name__
     if isinstance(linear, nn.Linear):
         if (linear.in_features, linear.out_features) == (spec.in_features, spec.out_features):
-            return
+            return linear
         found = f"Linear({linear.in_features}, {linear.out_features})"
     raise CheckpointError(
         f"{checkpoint.reader.info(f'{layer}.qweight').file}: {layer} is a linear layer with "
@@ -164,9 +170,11 @@ def _empty_layer(
 
 
 def _check_dense_layers(
-    model: nn.Module, checkpoint: QuantizedCheckpoint, names: LayerNames
+    model: PreTrainedModel, checkpoint: QuantizedCheckpoint, names: LayerNames
 ) -> None:
     """A layer that is in the checkpoint neither quantized nor dense would be left random."""
+    if names.are_converted:  # fused or split while loading: names do not tell
+        return
     dense = {names.parameter(name) for name in checkpoint.reader.tensors}
     lost = [name for name in linears_in_blocks(model) if f"{name}.weight" not in dense]
     if lost:
@@ -177,7 +185,7 @@ def _check_dense_layers(
 
 
 def finish_layers(
-    model: nn.Module, checkpoint: QuantizedCheckpoint, placed: dict[str, str]
+    model: PreTrainedModel, checkpoint: QuantizedCheckpoint, placed: dict[str, str]
 ) -> None:
     """Check what was loaded, restore the dtypes of scales and offsets, convert stock layers.
 

@@ -1,6 +1,6 @@
 """Quantize a 16-bit model while transformers loads it, one layer at a time."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -12,7 +12,7 @@ from ..errors import QALoRAError
 from ..quant.config import QALoRAQuantConfig
 from ..quant.linear import QuantLinear
 from ..quant.rtn import rtn
-from .selection import linears_to_quantize
+from .selection import keep_from_initialization, linears_to_quantize
 
 
 class LayerQuantizer:
@@ -37,13 +37,14 @@ class LayerQuantizer:
         self.error: QALoRAError | None = None
         for name, linear in linears_to_quantize(model, config).items():
             self.specs[name] = config.spec_for(name, linear.in_features, linear.out_features)
+            keep_from_initialization(model, name)
             # a checkpoint's tensor is cast to this dtype before it is quantized: not to bf16
             empty = torch.empty(linear.weight.shape, dtype=torch.float32, device="meta")
             linear.weight = nn.Parameter(empty, requires_grad=False)
 
     def quantize(self, model: nn.Module, name: str, weight: torch.Tensor) -> None:
         """Replace the layer `name` of the model by its quantized form."""
-        linear = model.get_submodule(name)
+        linear = cast(nn.Linear, model.get_submodule(name))
         spec = self.specs[name]
         fit = rtn(weight, bits=spec.bits, group_size=spec.group_size, name=name)
         layer = QuantLinear.from_codes(spec, fit.codes, fit.scales, fit.offsets)

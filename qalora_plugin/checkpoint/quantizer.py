@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
@@ -56,7 +57,7 @@ class QALoRAQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(
         self,
-        model: nn.Module,
+        model: PreTrainedModel,
         dtype: torch.dtype | None = None,
         checkpoint_files: list[str] | None = None,
         **kwargs: Any,
@@ -71,7 +72,7 @@ class QALoRAQuantizer(HfQuantizer):
             stored = quantized_layers(CheckpointReader(directory).tensors)
             # an AutoGPTQ directory may have quantize_config.json only, which transformers overlooks
             if self.pre_quantized or stored:
-                self.pre_quantized = True
+                self.pre_quantized: bool = True
                 self._checkpoint = QuantizedCheckpoint(directory)
         if self._checkpoint is None:
             self._layers = LayerQuantizer(model, self.quantization_config)
@@ -85,7 +86,9 @@ class QALoRAQuantizer(HfQuantizer):
             if parameter.is_floating_point()
         }
 
-    def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
+    def param_needs_quantization(
+        self, model: PreTrainedModel, param_name: str, **kwargs: Any
+    ) -> bool:
         """Whether this weight of a 16-bit checkpoint is quantized when it arrives."""
         name, _, part = param_name.rpartition(".")
         return self._layers is not None and part == "weight" and name in self._layers.specs
@@ -95,7 +98,9 @@ class QALoRAQuantizer(HfQuantizer):
         assert self._layers is not None
         return QuantizeOnLoad(self._layers)
 
-    def param_element_size(self, model: nn.Module, param_name: str, param: torch.Tensor) -> float:
+    def param_element_size(
+        self, model: PreTrainedModel, param_name: str, param: torch.Tensor
+    ) -> float:
         """Bytes an element takes once loaded, for device_map="auto"."""
         if not self.param_needs_quantization(model, param_name):
             return param.element_size()
@@ -103,7 +108,9 @@ class QALoRAQuantizer(HfQuantizer):
         spec = self._layers.specs[param_name.removesuffix(".weight")]
         return spec.bits / 8 + 8 / spec.group_size  # two fp32 numbers a group
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+    def _process_model_after_weight_loading(
+        self, model: PreTrainedModel, **kwargs: Any
+    ) -> PreTrainedModel:
         assert self._dtype is not None
         if self._checkpoint is not None:
             finish_layers(model, self._checkpoint, self._placed)
@@ -117,7 +124,7 @@ class QALoRAQuantizer(HfQuantizer):
         model.config.quantization_config = self.quantization_config
         return model
 
-    def _restore_dtypes(self, model: nn.Module) -> None:
+    def _restore_dtypes(self, model: PreTrainedModel) -> None:
         # transformers 5.16 leaves a tensor whose key it renamed in the file's dtype
         kept = model._get_dtype_plan(self._dtype)
         for name, parameter in model.named_parameters():
@@ -130,7 +137,7 @@ class QALoRAQuantizer(HfQuantizer):
                 parameter.data = parameter.data.to(dtype)
 
     def get_state_dict_and_metadata(
-        self, model: nn.Module
+        self, model: PreTrainedModel
     ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         """The model's state dict in the checkpoint's dtypes, with each layer's guard.
 
@@ -156,13 +163,17 @@ class QALoRAQuantizer(HfQuantizer):
             state[f"{name}.{GUARD}"] = guard_tensor(module.in_features)
         return state, {}
 
-    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    def _dequantize(
+        self, model: PreTrainedModel, dtype: torch.dtype | None = None
+    ) -> PreTrainedModel:
         for name, module in list(model.named_modules()):
             if isinstance(module, QuantLinear):
-                linear = nn.Linear(module.in_features, module.out_features, device="meta")
+                bias = module.bias is not None
+                linear = nn.Linear(module.in_features, module.out_features, bias, device="meta")
                 dense = module.dequantize_t(dtype or torch.float32).t().contiguous()
                 linear.weight = nn.Parameter(dense)
-                linear.bias = module.bias
+                if module.bias is not None:
+                    linear.bias = module.bias
                 model.set_submodule(name, linear.train(module.training))
         return model
 
@@ -181,7 +192,7 @@ class QALoRAQuantizer(HfQuantizer):
         return True
 
 
-def _public_name(model: nn.Module) -> str:
+def _public_name(model: PreTrainedModel) -> str:
     """Where the model came from, without the path to a local directory."""
     name = str(getattr(model.config, "name_or_path", ""))
     return Path(name).name if Path(name).is_dir() else name

@@ -164,7 +164,7 @@ class CheckpointReader:
         """
         info = self.info(name)
         data = torch.empty(info.nbytes, dtype=torch.uint8, device="cpu")
-        view = memoryview(data.numpy())
+        view = memoryview(data.numpy())  # type: ignore[arg-type]
         with info.file.open("rb", buffering=0) as file:
             file.seek(info.start)
             done = 0

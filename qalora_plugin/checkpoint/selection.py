@@ -27,6 +27,15 @@ def _is_list(module: nn.Module) -> bool:
     return isinstance(module, nn.ModuleList)
 
 
+def keep_from_initialization(model: nn.Module, name: str) -> None:
+    """Stop transformers from initialising the module that holds the layer `name`.
+
+    Some architectures (T5, ModernBERT) do it in the parent, through the layer's `weight`, which a
+    quantized layer does not have.
+    """
+    model.get_submodule(name.rpartition(".")[0])._is_hf_initialized = True  # type: ignore[assignment]
+
+
 def linears_to_quantize(model: nn.Module, config: QALoRAQuantConfig) -> dict[str, nn.Linear]:
     """`linears_in_blocks`, less what the config's `modules_to_not_convert` excludes.
 

@@ -1,19 +1,28 @@
-"""Copy what belongs to a model beside its weights: tokenizer, generation config, templates."""
+"""What belongs to a model directory beside its weights: tokenizer, chat template, licence, code."""
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from .manifest import MANIFEST_FILE
 from .reader import CONFIG_FILE, INDEX_FILE
-from .stock_gptq import QUANTIZE_CONFIG_FILE
 
-_PATTERNS = ("*.json", "*.jinja", "*.model", "*.py", "*.tiktoken", "*.txt", "LICENSE*", "NOTICE*")
-_REWRITTEN = {CONFIG_FILE, INDEX_FILE, MANIFEST_FILE, QUANTIZE_CONFIG_FILE}
+MODEL_FILES = ("*.json", "*.jinja", "*.model", "*.py", "*.tiktoken", "*.txt", "LICENSE*", "NOTICE*")
+TOKENIZER_FILES = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer*",
+    "vocab.*",
+)
+REPORT_FILE = "quantization_report.json"
+_WRITTEN_ANEW = {CONFIG_FILE, INDEX_FILE, MANIFEST_FILE, REPORT_FILE, "quantize_config.json"}
 
 
-def copy_side_files(source: Path, target: Path) -> None:
-    """Copy the files at the top of `source` that are neither weights nor describe them."""
-    for pattern in _PATTERNS:
+def copy_side_files(source: Path, target: Path, patterns: Iterable[str] = MODEL_FILES) -> None:
+    """Copy the files of `source` that match, but for those that say what its weights are."""
+    for pattern in patterns:
         for path in sorted(source.glob(pattern)):
-            if path.is_file() and path.name not in _REWRITTEN:
+            if path.is_file() and path.name not in _WRITTEN_ANEW:
                 shutil.copyfile(path, target / path.name)

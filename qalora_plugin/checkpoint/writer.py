@@ -82,7 +82,7 @@ class ShardWriter:
         if found != (info.dtype, info.shape):
             raise ValueError(f"{name}: planned {(info.dtype, info.shape)}, found {found}")
         data = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
-        self._write_at(info.start, memoryview(data.numpy()))
+        self._write_at(info.start, memoryview(data.numpy()))  # type: ignore[arg-type]
 
     def write_raw(self, name: str, chunks: Iterable[memoryview]) -> None:
         """Write one planned tensor from pieces of its bytes (`CheckpointReader.chunks`).

@@ -7,7 +7,7 @@ these arguments, one after the other.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -249,10 +249,8 @@ def watch_inputs(
     with _hooks({linear: hook}):
         for call, states in zip(calls, hidden, strict=True):
             seen = 0
-            try:
+            with suppress(_StopForwardError):
                 call_block(block, call, states)
-            except _StopForwardError:
-                pass
 
 
 @contextmanager

@@ -80,7 +80,9 @@ def calibration_windows(
     separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     stream: list[int] = []
     for text in texts:
-        stream += tokenizer(text, add_special_tokens=False)["input_ids"] + separator
+        # verbose would warn that a text is longer than the model takes
+        stream += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        stream += separator
         if len(stream) >= samples * body:
             break
     windows = [

@@ -10,14 +10,15 @@ costs sum_k D[k] * (rounding error of input k)^2. This is GPTQ's update in the f
 (arXiv 2307.13304, theorem 6: the two give the same integers), and needs one Cholesky factor instead
 of GPTQ's two and an inverse. Beyond the paper:
 
-- a group's scale and offset are fitted to what rounding will really see (the updated weights), each
-  input weighted by its D[k];
-- afterwards, with the integers fixed, the error is a quadratic in all scales and offsets: groups are
-  refitted in turn by closed-form least squares, keeping a step only where it lowers the error.
+- a group's scale and offset are fitted to what rounding will really see (the updated weights),
+  each input weighted by its D[k];
+- afterwards, with the integers fixed, the error is a quadratic in all scales and offsets: groups
+  are refitted in turn by closed-form least squares, keeping a step only where it lowers the error.
 
 Matrices are transposed here, [K, N]: an input's weights to all outputs are contiguous.
 """
 
+import logging
 from dataclasses import dataclass
 from typing import Literal
 
@@ -39,6 +40,9 @@ ORDERINGS = ("none", "groups", "act")
 _BLOCK = 128  # inputs whose updates are applied one by one before the next matrix product
 _DAMP_GROWTH = 10.0
 _DAMP_RETRIES = 5
+_ERROR_ROWS = 512
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -85,8 +89,8 @@ class Hessian:
         self.sum.addmm_(x.t(), x)
         self.tokens += x.shape[0]
 
-    def mean(self, name: str) -> torch.Tensor | None:
-        """H [K, K], or None where no token, or nothing but zeros, reached the layer.
+    def mean(self, name: str) -> torch.Tensor:
+        """H [K, K]; the identity where no token, or nothing but zeros, reached the layer.
 
         Raises:
             QuantizationError: an activation was NaN or infinite.
@@ -98,7 +102,8 @@ class Hessian:
                 "dtype float32; if that does not help, the model itself is damaged"
             )
         if self.tokens == 0 or diagonal.max() == 0:
-            return None
+            log.warning("%s: no calibration token reached it; rounded as if data-free", name)
+            return torch.eye(len(diagonal), device=self.sum.device)
         return self.sum / self.tokens
 
 
@@ -129,8 +134,7 @@ def gptq(
     check_weight(weight, name)
     settings = settings or GPTQSettings()
     grid = Grid(bits, integer_zeros)
-    n, k = weight.shape
-    group_size = min(group_size, k)
+    k = weight.shape[1]
     order, bounds = _order(hessian.diagonal(), group_size, settings.ordering)
     h = hessian[order][:, order] if order is not None else hessian.clone()
     w = weight.detach().float().t()
@@ -172,9 +176,13 @@ def gptq(
 def calibrated_error(
     weight: torch.Tensor, quantized: QuantizedWeight, hessian: torch.Tensor
 ) -> float:
-    """tr(e H e^T) / tr(W H W^T) with e = W - Q: the relative error on the calibration inputs."""
-    w = weight.float()
-    e = w - quantized.dequantize()
+    """Relative squared error of the layer's output on its calibration inputs.
+
+    tr(e H e^T) / tr(W H W^T) with e = W - Q, over at most about 512 evenly spaced outputs.
+    """
+    step = max(1, weight.shape[0] // _ERROR_ROWS)
+    w = weight[::step].float()
+    e = w - quantized.dequantize()[::step]
     return (((e @ hessian) * e).sum() / ((w @ hessian) * w).sum()).item()
 
 
@@ -229,7 +237,7 @@ def _round(
     mse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Round input after input. Centred codes [K, N], error W - Q [K, N], scales, offsets [G, N]."""
-    k, n = w.shape
+    n = w.shape[1]
     codes, error = torch.empty_like(w), torch.zeros_like(w)
     scales, offsets = w.new_empty(len(bounds), n), w.new_empty(len(bounds), n)
     for first, last in _spans(bounds):

@@ -1,4 +1,4 @@
-"""The n-bit grid with real-valued offsets: what a group of weights is rounded to, and how to fit it.
+"""The n-bit grid with real-valued offsets: what weights are rounded to, and how to fit it.
 
     w ~ scales * (q - 2^(bits-1)) + offsets        q in [0, 2^bits)
 
@@ -13,6 +13,7 @@ Weights are handled transposed, [..., g, N]: the g inputs of a group, all output
 from dataclasses import dataclass
 
 import torch
+
 from qalora_kernels.groups import expand
 
 from ..errors import QuantizationError
@@ -67,7 +68,7 @@ class QuantizedWeight:
         weight = self.codes.t().to(torch.float32) - (1 << (self.bits - 1))
         weight *= expand(self.scales, self.g_idx, self.group_size, k)
         weight += expand(self.offsets, self.g_idx, self.group_size, k)
-        return weight.t().to(dtype)
+        return weight.t().to(dtype).contiguous()
 
 
 def check_weight(weight: torch.Tensor, name: str) -> None:
@@ -115,7 +116,9 @@ def round_codes(
     return ((w - offsets) / scales).round_().clamp_(-grid.mid, grid.top - grid.mid)
 
 
-def fit_range(w: torch.Tensor, grid: Grid, shrink: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+def fit_range(
+    w: torch.Tensor, grid: Grid, shrink: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Scales and offsets that spread the codes from the least to the greatest weight.
 
     Args:

@@ -1,29 +1,379 @@
-"""Quantize a model block by block: one decoder block in memory at a time, resumable after a kill."""
+"""Quantize a model block by block: one block in memory at a time, resumable after a kill."""
 
+import dataclasses
 import json
-import os
+import logging
+import shutil
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from qalora_kernels import SUPPORTED_BITS, QuantSpec
 from torch import nn
 from tqdm import tqdm
+from transformers import AutoTokenizer
+
+from qalora_kernels import QuantSpec
 
 from ..checkpoint.atomic import AtomicDirectory
-from ..checkpoint.reader import CONFIG_FILE, CheckpointReader, resolve_model_dir
+from ..checkpoint.reader import CONFIG_FILE, resolve_model_dir
 from ..checkpoint.selection import linears_to_quantize
 from ..checkpoint.side_files import copy_side_files
-from ..checkpoint.writer import CheckpointWriter, ShardWriter, split_plan
+from ..checkpoint.stock_writer import FORMATS as STOCK_FORMATS
+from ..checkpoint.stock_writer import write_stock_gptq
 from ..errors import ConfigError
-from .blocks import Call, call_block, find_blocks, find_stages, record, watch_inputs
+from .blocks import find_blocks
 from .calibration import Calibration, calibration_windows
-from .config import METHODS, QALoRAQuantConfig
-from .gptq import GPTQSettings, Hessian, gptq
-from .grid import QuantizedWeight
-from .resume import REPORT_FILE, resume_tag, warn_of_leftovers
+from .config import QALoRAQuantConfig
+from .gptq import GPTQSettings
+from .resume import Report, leftovers, resume_tag
 from .rtn import rtn
+from .shards import BlockShards, Solved
 from .source import ModelSource
+from .walk import Walk
+
+FORMATS = ("qalora", *STOCK_FORMATS)
+DEFAULT_SEQ_LEN = 512
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizeResult:
+    """What `quantize_model` wrote.
+
+    Args:
+        out: the finished directory.
+        layers: per quantized layer {"bits", "group_size", "error"}; the error is relative to the
+            layer's output on the calibration inputs, None for data-free ones.
+        kept: linear modules that stayed in 16 bits.
+        resumed: blocks that an earlier, interrupted run had finished.
+    """
+
+    out: Path
+    layers: dict[str, dict[str, Any]]
+    kept: list[str]
+    resumed: int
+
+
+def quantize_model(
+    model: str | Path | nn.Module,
+    out: str | Path,
+    *,
+    bits: int = 4,
+    group_size: int = 32,
+    method: Literal["gptq", "rtn"] = "gptq",
+    calibration: Calibration | None = None,
+    tokenizer: Any = None,
+    samples: int = 128,
+    seq_len: int | None = None,
+    seed: int = 0,
+    zero_points: Literal["real", "integer"] | None = None,
+    format: Literal["qalora", "gptq", "gptq_v2"] = "qalora",
+    desc_act: bool = False,
+    ordering: Literal["groups", "none"] = "groups",
+    mse: bool = True,
+    damp: float = 0.01,
+    dynamic: dict[str, dict[str, int]] | None = None,
+    modules_to_not_convert: list[str] | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    progress: bool = True,
+) -> QuantizeResult:
+    """Quantize the linear layers in a model's blocks and write the result as a checkpoint.
+
+    Beside one block, only the calibration activations are in memory. A run that was killed goes on
+    where it stopped when it is started again with the same arguments, and ends in the same bytes.
+
+    Args:
+        model: directory or Hub id of a 16-bit model, or a model in memory (it is saved to a
+            temporary directory first, and not resumable).
+        out: directory to make; it must not exist, or be empty.
+        bits: 2, 3, 4 or 8.
+        group_size: inputs that share a scale and an offset: any positive number up to the widest
+            layer's inputs (the last group of a layer may be short), or -1 for one group.
+        method: "gptq" with calibration text, or "rtn" without.
+        calibration: text for GPTQ, see `calibration.calibration_windows`.
+        tokenizer: by default the model's own.
+        samples: calibration windows.
+        seq_len: tokens in a window; by default 512, or the model's limit where that is less.
+        seed: of the choice of windows.
+        zero_points: "real" offsets (default), or "integer" zero-points, which stock formats need.
+        format: "qalora", or "gptq" (v1) or "gptq_v2" for a stock checkpoint that other runtimes
+            load.
+        desc_act: act-order: round inputs by size, groups scattered and listed in g_idx.
+        ordering: without desc_act, "groups" (larger groups first, groups contiguous) or "none".
+        mse: search clipped ranges for each group.
+        damp: added to the diagonal of the second moment, as a fraction of its mean.
+        dynamic: other `bits` and `group_size` for some modules, {name or pattern: {...}}.
+        modules_to_not_convert: modules in the blocks that stay in 16 bits.
+        dtype: of the activations; by default the model's.
+        device: where blocks are run and solved.
+        revision: of a Hub repository.
+        trust_remote_code: run the model's own Python code.
+        progress: show a progress bar on stderr.
+
+    Raises:
+        ConfigError: a setting is out of range, contradicts another, or does not fit the model.
+        CheckpointError: the model is quantized already, incomplete, or damaged.
+        QuantizationError: a weight or the calibration data cannot be quantized.
+        OutputError: the output is not empty, or cannot be written.
+    """
+    if isinstance(model, nn.Module):
+        arguments = {key: value for key, value in locals().items() if key != "model"}
+        return _quantize_in_memory(model, arguments)
+    AtomicDirectory(out)  # a taken target is refused before the long reading
+    zero_points = _choose_zero_points(format, zero_points)
+    settings = GPTQSettings(ordering="act" if desc_act else ordering, damp=damp, mse=mse)
+    if method == "rtn" and desc_act:
+        raise ConfigError("desc_act orders inputs by calibration data: it needs method 'gptq'")
+    config = QALoRAQuantConfig(
+        bits=bits,
+        group_size=group_size,
+        desc_act=desc_act,
+        offsets_dtype="float16" if zero_points == "real" else "float32",
+        modules_to_not_convert=modules_to_not_convert,
+        dynamic=dynamic,
+        method=method,
+    )
+    directory = resolve_model_dir(model, revision)
+    source = ModelSource(directory, trust_remote_code)
+    specs = _choose_layers(source, config)
+    if format != "qalora":
+        _check_stock_sizes(specs)
+    windows = None
+    if method == "gptq":
+        length = _fitting_length(source.model.config, seq_len)
+        if tokenizer is None and not isinstance(calibration, torch.Tensor | None):
+            tokenizer = AutoTokenizer.from_pretrained(
+                directory, trust_remote_code=trust_remote_code
+            )
+        windows = calibration_windows(
+            calibration, tokenizer, samples=samples, seq_len=length, seed=seed
+        )
+        if len(windows) < samples:
+            log.warning("calibration: text for %d of %d samples only", len(windows), samples)
+    config.base = _describe(model, zero_points, settings, windows, seed)
+    job = _Job(
+        source=source,
+        config=config,
+        specs=specs,
+        settings=settings,
+        integer_zeros=zero_points == "integer",
+        windows=windows,
+        dtype=dtype or _compute_dtype(source.model, torch.device(device)),
+        device=torch.device(device),
+        progress=progress,
+    )
+    if format == "qalora":
+        return job.run(Path(out))
+    # written in our format first, in a hidden sibling that a resumed run finds again
+    target = AtomicDirectory(out).target
+    first = target.with_name(f".{target.name}.qalora-{job.tag()}")
+    result = job.run(first) if not first.exists() else job.result_of(first)
+    written = write_stock_gptq(first, target, format)
+    shutil.rmtree(first)
+    return dataclasses.replace(result, out=written)
+
+
+def _quantize_in_memory(model: nn.Module, arguments: dict[str, Any]) -> QuantizeResult:
+    """Save the model beside its output, so that it takes the same way as one on disk."""
+    target = AtomicDirectory(arguments["out"]).target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.source-") as path:
+        model.save_pretrained(path)
+        if arguments["tokenizer"] is not None:
+            arguments["tokenizer"].save_pretrained(path)
+        return quantize_model(path, **arguments)
+
+
+def _choose_zero_points(format: str, zero_points: str | None) -> str:
+    if format not in FORMATS:
+        raise ConfigError(f"format must be one of {FORMATS}, found {format!r}")
+    if zero_points not in (None, "real", "integer"):
+        raise ConfigError(f"zero_points must be 'real' or 'integer', found {zero_points!r}")
+    if format != "qalora" and zero_points == "real":
+        raise ConfigError(
+            f"format {format!r} holds integer zero-points only: use zero_points 'integer', or "
+            "format 'qalora'"
+        )
+    return zero_points or ("real" if format == "qalora" else "integer")
+
+
+def _choose_layers(source: ModelSource, config: QALoRAQuantConfig) -> dict[str, QuantSpec]:
+    """The grid of every layer to quantize, by its name in the model; the others are recorded.
+
+    Raises:
+        ConfigError: no layer, a group size that is larger than every layer, or an override that
+            matches none.
+    """
+    model = source.model
+    blocks_name, _ = find_blocks(model)
+    linears = {
+        name: linear
+        for name, linear in linears_to_quantize(model, config).items()
+        if name.startswith(blocks_name + ".")
+    }
+    specs = {
+        name: config.spec_for(source.layer_name(name), linear.in_features, linear.out_features)
+        for name, linear in linears.items()
+    }
+    widest = max(linear.in_features for linear in linears.values())
+    for size in {config.group_size} | {o.get("group_size", 1) for o in config.dynamic.values()}:
+        if size > widest:
+            raise ConfigError(
+                f"group_size {size} is larger than the inputs of every layer to quantize (at most "
+                f"{widest}): give a smaller one, or -1 for one group per output"
+            )
+    for pattern in config.dynamic:
+        alone = QALoRAQuantConfig(modules_to_not_convert=[pattern])
+        if all(alone.is_converted(source.layer_name(name)) for name in specs):
+            raise ConfigError(f"dynamic: {pattern!r} matches none of the layers to quantize")
+    config.modules_to_not_convert = [
+        source.layer_name(name)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name not in specs and f"{name}.weight" in source.stored
+    ] + [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and f"{name}.weight" not in source.stored  # tied heads
+    ]
+    return specs
+
+
+def _fitting_length(model_config: Any, seq_len: int | None) -> int:
+    limit = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    if seq_len is None:
+        return min(DEFAULT_SEQ_LEN, limit or DEFAULT_SEQ_LEN)
+    if limit is not None and seq_len > limit:
+        raise ConfigError(
+            f"seq_len {seq_len} is more than the {limit} tokens that the model takes "
+            "(max_position_embeddings)"
+        )
+    return seq_len
+
+
+def _compute_dtype(model: nn.Module, device: torch.device) -> torch.dtype:
+    # few CPU operators exist in fp16, none is fast
+    return torch.float32 if model.dtype == torch.float16 and device.type == "cpu" else model.dtype
+
+
+def _check_stock_sizes(specs: dict[str, QuantSpec]) -> None:
+    for name, spec in specs.items():
+        if spec.in_features % 32 or spec.out_features % 32:
+            raise ConfigError(
+                f"{name} has {spec.in_features} inputs and {spec.out_features} outputs; stock GPTQ "
+                "needs multiples of 32. List it in modules_to_not_convert, or use format 'qalora'"
+            )
+
+
+def _describe(
+    model: str | Path,
+    zero_points: str,
+    settings: GPTQSettings,
+    windows: torch.Tensor | None,
+    seed: int,
+) -> dict[str, Any]:
+    """The record of where the integers came from."""
+    name = Path(model).name if Path(model).is_dir() else str(model)
+    made: dict[str, Any] = {"name_or_path": name, "zero_points": zero_points}
+    if windows is not None:
+        made |= dataclasses.asdict(settings)
+        made |= {"samples": len(windows), "seq_len": windows.shape[1], "seed": seed}
+    return made
+
+
+@dataclasses.dataclass
+class _Job:
+    """One model to quantize, all checks passed; see `quantize_model`."""
+
+    source: ModelSource
+    config: QALoRAQuantConfig
+    specs: dict[str, QuantSpec]
+    settings: GPTQSettings
+    integer_zeros: bool
+    windows: torch.Tensor | None
+    dtype: torch.dtype
+    device: torch.device
+    progress: bool
+
+    def tag(self) -> str:
+        """What tells this work from any other."""
+        settings = {
+            "config": self.config.to_dict(),
+            "dtype": str(self.dtype),
+            "device": str(self.device),
+        }
+        return resume_tag(settings, self.source.reader, self.windows)
+
+    def run(self, out: Path) -> QuantizeResult:
+        """Write the directory."""
+        target = AtomicDirectory(out, resume_tag=self.tag())
+        for path in leftovers(target.target, target.partial):
+            log.warning(
+                "%s: left by an interrupted run with other settings, data or source; starting "
+                "over. Remove it if you do not want to finish that run.",
+                path,
+            )
+        with target as partial:
+            shards = BlockShards(partial, self.source, self.specs, self.config.desc_act)
+            report = Report(partial)
+            total = len(self.specs)
+            with tqdm(
+                total=total, unit="layer", desc="quantizing", disable=not self.progress
+            ) as bar:
+                self._write(shards, report, bar)
+            shards.finish()
+            copy_side_files(self.source.reader.directory, partial)
+            final = {**self.source.reader.config, "quantization_config": self.config.to_dict()}
+            text = json.dumps(final, indent=2, sort_keys=True) + "\n"
+            (partial / CONFIG_FILE).write_text(text, encoding="utf-8")
+        return dataclasses.replace(self.result_of(target.target), resumed=sum(shards.finished))
+
+    def result_of(self, out: Path) -> QuantizeResult:
+        """The result that a finished directory holds."""
+        kept = self.config.modules_to_not_convert or []
+        return QuantizeResult(out, Report(out).layers, kept, 0)
+
+    def _write(self, shards: BlockShards, report: Report, bar: tqdm) -> None:
+        shards.write_outside()
+        walk = None
+        if self.windows is not None and not all(shards.finished):
+            walk = Walk(
+                self.source,
+                self.config,
+                self.settings,
+                self.integer_zeros,
+                self.windows,
+                self.dtype,
+                self.device,
+            )
+        for index, finished in enumerate(shards.finished):
+            layers = shards.layers(index)
+            if walk is not None:
+                walk.enter(index, frozenset(layers) if finished else frozenset())
+            if not finished:
+                solved = walk.solve(index, layers) if walk else self._data_free(layers)
+                for _ in shards.write_block(index, solved, report):
+                    bar.update()
+            else:
+                bar.update(len(layers))
+                if walk is not None:
+                    shards.restore(index, walk)
+            if walk is not None:
+                walk.leave(index)
+
+    def _data_free(self, layers: list[str]) -> Solved:
+        for layer in layers:
+            spec = self.specs[layer]
+            fitted = rtn(
+                self.source.tensor(f"{layer}.weight").to(self.device),
+                bits=spec.bits,
+                group_size=spec.group_size,
+                name=self.source.layer_name(layer),
+                integer_zeros=self.integer_zeros,
+                search=self.settings.mse,
+            )
+            yield layer, fitted, None

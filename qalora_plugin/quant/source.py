@@ -113,9 +113,7 @@ class ModelSource:
 
 
 def _empty_model(directory: Path, raw: dict[str, Any], trust_remote_code: bool) -> nn.Module:
-    config = transformers.AutoConfig.from_pretrained(
-        directory, trust_remote_code=trust_remote_code
-    )
+    config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
     if getattr(config, "is_encoder_decoder", False):
         raise ConfigError(
             f"{directory}: encoder-decoder models cannot be quantized block by block; use a "

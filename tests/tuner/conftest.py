@@ -92,7 +92,8 @@ def quantize(
         order = torch.arange(k)
         if act_order:
             order = torch.randperm(k, generator=torch.Generator().manual_seed(index))
-        found = rtn(linear.weight[:, order].float(), bits=bits, group_size=spec.group_size)
+        weight = linear.weight.detach()[:, order].float()
+        found = rtn(weight, bits=bits, group_size=spec.group_size, name=name)
         back = order.argsort()
         g_idx = (torch.arange(k) // spec.group_size)[back] if act_order else None
         layer = QuantLinear.from_codes(
@@ -135,9 +136,15 @@ def make_peft(make_llama: Callable[..., PreTrainedModel]) -> Callable[..., PeftM
 
 
 @pytest.fixture
-def builders() -> dict[str, Callable]:
-    """`fill` and `quantize`."""
-    return {"fill": fill, "quantize": quantize}
+def fill_adapters() -> Callable[..., None]:
+    """`fill`."""
+    return fill
+
+
+@pytest.fixture
+def quantize_linears() -> Callable[..., PreTrainedModel]:
+    """`quantize`."""
+    return quantize
 
 
 @pytest.fixture

@@ -6,15 +6,17 @@
 #include "layer.h"
 
 #define COLUMNS 2048 /* most columns that a thread takes at a time: whole pages of each row */
-#define VECTORS 4    /* vectors of columns that share the loads of x */
+#define VECTORS 2    /* vectors of columns that share the loads of x */
 #define ROWS 4       /* rows of x that share the unpacking of a weight */
 
 /* dot[r][v] += (q - mid) * x of input i of a stream */
 INLINE void multiply_input(const int32_t *words, int64_t n, int64_t i, const int bits,
                            const int rows, const int vectors, int64_t count, const float *x,
                            vf dot[ROWS][VECTORS]) {
+#pragma GCC unroll 8
     for (int v = 0; v < vectors; v++) {
         const vf q = centred_code(words + v * LANES, n, i, bits, count);
+#pragma GCC unroll 8
         for (int r = 0; r < rows; r++) dot[r][v] += q * x[r];
     }
 }
@@ -28,16 +30,18 @@ INLINE void multiply_tile(const Layer *l, const int bits, const int rows, const 
     const int32_t *words = l->qweight + k / STREAM * bits * n + column;
     vf dot[ROWS][VECTORS] = {0};
     if (vectors > 1 && end - k == STREAM) {
-#pragma GCC unroll 32
+#pragma GCC unroll 8
         for (int i = 0; i < STREAM; i++)
             multiply_input(words, n, i, bits, rows, vectors, count, x + (k + i) * rows, dot);
     } else {
         for (int64_t i = k; i < end; i++)
             multiply_input(words, n, i % STREAM, bits, rows, vectors, count, x + i * rows, dot);
     }
+#pragma GCC unroll 8
     for (int v = 0; v < vectors; v++) {
         const vf scale = load_f(l->scales + at + v * LANES, count);
         const vf offset = load_f(l->offsets + at + v * LANES, count);
+#pragma GCC unroll 8
         for (int r = 0; r < rows; r++) {
             float *sum = sums + r * COLUMNS + v * LANES;
             store_f(sum, load_f(sum, LANES) + scale * dot[r][v] + offset * pooled[r], LANES);

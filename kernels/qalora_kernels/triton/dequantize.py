@@ -1,7 +1,7 @@
 """Dequantize on Triton: W^T [K, N] from packed words, each word read once.
 
     code[k, n] = bits [k*bits, (k+1)*bits) of column n of qweight read as one bit stream
-    W^T[k, n]  = scales[g, n] * (code[k, n] - mid) + offsets[g, n],   g = g_idx[k] or k // group_size
+    W^T[k, n]  = scales[g, n] * (code[k, n] - mid) + offsets[g, n],  g = g_idx[k] or k // group_size
 
 qweight(ceil(K/32)*bits, N), scales(G, N), offsets(G, N), g_idx(K): row-major. A *unit* is what
 holds a whole number of values: one word of 16, 8 or 4 values for 2, 4 or 8 bits, three words of 32
@@ -11,6 +11,8 @@ is a constant and no tile is ever reshaped.
 scales * (code - mid) is exact in fp32 for scales that fp16 holds, so the addition and the final
 conversion are the only roundings, and torch and Triton agree to the bit.
 """
+# mypy: disable-error-code="no-untyped-def"
+# (Triton kernels take pointers and tiles, which have no types of Python's)
 
 import torch
 import triton
@@ -22,14 +24,14 @@ from .tuning import untuned
 
 
 @triton.jit
-def to_weight(code, scale, offset, BITS: tl.constexpr):
-    """code uint32 -> scale * (code - mid) + offset in fp32.
+def centred(field, SHIFT: tl.constexpr, BITS: tl.constexpr):
+    """Bits [SHIFT, SHIFT + BITS) of uint32 words, all others zero -> code - mid in fp32.
 
-    0x4B000000 | code is the float 2^23 + code: one logical operation and one exact subtraction
-    instead of a conversion, which runs at half their rate or less.
+    With the exponent of 2^(23 - SHIFT) put above it, the word *is* the float 2^(23 - SHIFT) + code:
+    one logical operation and one exact subtraction, where shifting and converting cost four.
     """
-    centred = (code | 0x4B000000).to(tl.float32, bitcast=True) - (8388608.0 + (1 << (BITS - 1)))
-    return centred * scale + offset
+    value = (field | ((150 - SHIFT) << 23)).to(tl.float32, bitcast=True)
+    return value - ((1 << (23 - SHIFT)) + (1 << (BITS - 1)))
 
 
 @triton.jit
@@ -52,19 +54,25 @@ def load_unit(qweight, unit, n, mask, N, BITS: tl.constexpr):
 
 @triton.jit
 def plane(w0, w1, w2, j: tl.constexpr, BITS: tl.constexpr):
-    """Codes of value j of each unit."""
+    """code - mid of value j of each unit, fp32."""
     shift: tl.constexpr = j * BITS % 32
+    mask: tl.constexpr = (1 << BITS) - 1
     if j * BITS < 32:
-        code = w0 >> shift
-        if shift + BITS > 32:
-            code |= w1 << (32 - shift)
+        low = w0
+        high = w1
     elif j * BITS < 64:
-        code = w1 >> shift
-        if shift + BITS > 32:
-            code |= w2 << (32 - shift)
+        low = w1
+        high = w2
     else:
-        code = w2 >> shift
-    return code & ((1 << BITS) - 1)
+        low = w2
+        high = w2
+    if shift + BITS > 32:  # straddles two words
+        return centred(((low >> shift) | (high << (32 - shift))) & mask, 0, BITS)
+    # the upper halves are shifted down, once a word, to fit the 23 bits of a float
+    if shift >= 16:
+        return centred((low >> 16) & (mask << (shift - 16)), shift - 16, BITS)
+    else:
+        return centred(low & (mask << shift), shift, BITS)
 
 
 @triton.jit
@@ -107,7 +115,7 @@ def weight_tile(
         after = tl.load(at + N, mask & (shift > 29), other=0).to(tl.uint32, bitcast=True)
         code |= after << ((32 - shift) % 32).to(tl.uint32)
     scale, offset = load_grid(scales, offsets, g_idx, k, n, N, K, GROUP_SIZE, ACT_ORDER)
-    weight = to_weight(code & ((1 << BITS) - 1), scale, offset, BITS)
+    weight = centred(code & ((1 << BITS) - 1), 0, BITS) * scale + offset
     return tl.where(mask, weight, 0.0)
 
 
@@ -140,7 +148,7 @@ def _dequantize_kernel(
         inside = (k < K) & (n < N)
         if not ONE_GROUP:
             scale, offset = load_grid(scales, offsets, g_idx, k, n, N, K, GROUP_SIZE, ACT_ORDER)
-        weight = to_weight(plane(w0, w1, w2, j, BITS), scale, offset, BITS)
+        weight = plane(w0, w1, w2, j, BITS) * scale + offset
         tl.store(out + k.to(tl.int64) * N + n, weight.to(out.dtype.element_ty), inside)
 
 

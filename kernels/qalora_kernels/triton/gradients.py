@@ -6,6 +6,8 @@
 The second never writes the K x N product x^T dy: a program owns some groups and columns, forms the
 product for a tile of their inputs, multiplies by W and sums each group's rows.
 """
+# mypy: disable-error-code="no-untyped-def"
+# (Triton kernels take pointers and tiles, which have no types of Python's)
 
 import torch
 import triton

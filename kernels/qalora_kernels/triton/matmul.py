@@ -11,6 +11,8 @@ The fused kernels compute y^T = W x^T: on Hopper only the left operand of a matr
 comes from registers, where dequantizing leaves it. The reduction is cut into `splits` pieces whose
 fp32 partial results, partial(splits, M, N), a second kernel adds in order: no atomics.
 """
+# mypy: disable-error-code="no-untyped-def"
+# (Triton kernels take pointers and tiles, which have no types of Python's)
 
 import torch
 import triton
@@ -24,7 +26,6 @@ from .dequantize import (
     load_grid,
     load_unit,
     plane,
-    to_weight,
     unit_constants,
     values_per_unit,
     weight_tile,
@@ -76,9 +77,7 @@ def _linear_kernel(
     for step in range(split * STEPS, split * STEPS + STEPS):
         unit = step * BLOCK_IN + tl.arange(0, BLOCK_IN)
         first = (unit * VALUES)[None, :]
-        w0, w1, w2 = load_unit(
-            qweight, unit[None, :], column, (first < K) & (column < N), N, BITS
-        )
+        w0, w1, w2 = load_unit(qweight, unit[None, :], column, (first < K) & (column < N), N, BITS)
         if ONE_GROUP:
             scale, offset = load_grid(
                 scales, offsets, g_idx, first, column, N, K, GROUP_SIZE, ACT_ORDER
@@ -89,7 +88,7 @@ def _linear_kernel(
                 scale, offset = load_grid(
                     scales, offsets, g_idx, k[None, :], column, N, K, GROUP_SIZE, ACT_ORDER
                 )
-            weight = to_weight(plane(w0, w1, w2, j, BITS), scale, offset, BITS)
+            weight = plane(w0, w1, w2, j, BITS) * scale + offset
             weight = weight.to(x.dtype.element_ty)
             if BLOCK_M == 1:
                 row = tl.load(x + k, k < K, other=0, eviction_policy="evict_last")
@@ -158,9 +157,7 @@ def _grad_input_kernel(
 
 
 @triton.jit
-def _sum_splits_kernel(
-    partial, bias, out, total, N, SPLITS: tl.constexpr, BLOCK: tl.constexpr
-):
+def _sum_splits_kernel(partial, bias, out, total, N, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
     """partial(SPLITS, M*N) -> out(M*N) + bias, added in order."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < total
@@ -249,9 +246,7 @@ def linear(
             units = triton.cdiv(k, values_per_unit(spec.bits))
             constants = unit_constants(spec, g_idx)
             inputs = (x, *weights, bias)
-            return _fused(
-                _linear_kernel, inputs, x, n, units, bias, (n, k), constants, plan
-            )
+            return _fused(_linear_kernel, inputs, x, n, units, bias, (n, k), constants, plan)
         with workspace((k, n), x.dtype, x.device) as weight:
             dequantize(*weights, spec, weight)
             return torch.mm(x, weight) if bias is None else torch.addmm(bias.to(x.dtype), x, weight)

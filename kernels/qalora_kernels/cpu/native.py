@@ -1,0 +1,141 @@
+"""Typed calls of the compiled functions; they say False or None where the plain path must serve.
+
+Tensors are on the CPU and have the shapes that `checks` asks for; they are made contiguous here.
+A call costs some microseconds, and ctypes releases the GIL while it runs.
+"""
+
+import ctypes
+
+import torch
+
+from ..spec import QuantSpec
+from .build import library
+
+ROWS = 4
+"""Rows of x that share the unpacking of a weight (ROWS in multiply.c)."""
+
+_DTYPES = (torch.float32, torch.bfloat16)
+
+
+class _Layer(ctypes.Structure):
+    """`Layer` of layer.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("qweight", "scales", "offsets", "g_idx")),
+        *((n, ctypes.c_int64) for n in ("bits", "group_size", "in_features", "out_features")),
+    ]
+
+
+def _dequantize_library() -> ctypes.CDLL | None:
+    # no fused multiply-add: W then has the bits of the plain PyTorch code
+    return library("dequantize.c", ("-ffp-contract=off",))
+
+
+def _multiply_library() -> ctypes.CDLL | None:
+    return library("multiply.c", ("-ffp-contract=fast",))
+
+
+def _address(tensor: torch.Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+class _Packed:
+    """The C struct of a layer, and the contiguous tensors that it points into."""
+
+    def __init__(
+        self,
+        qweight: torch.Tensor,
+        scales: torch.Tensor,
+        offsets: torch.Tensor,
+        g_idx: torch.Tensor | None,
+        spec: QuantSpec,
+    ):
+        self.tensors = (
+            qweight.contiguous(),
+            scales.to(torch.float32).contiguous(),
+            offsets.to(torch.float32).contiguous(),
+            None if g_idx is None else g_idx.contiguous(),
+        )
+        sizes = (spec.bits, spec.group_size, spec.in_features, spec.out_features)
+        self.pointer = ctypes.byref(_Layer(*(_address(t) for t in self.tensors), *sizes))
+
+
+def dequantize(
+    out: torch.Tensor,
+    qweight: torch.Tensor,
+    scales: torch.Tensor,
+    offsets: torch.Tensor,
+    g_idx: torch.Tensor | None,
+    spec: QuantSpec,
+) -> bool:
+    """Write W^T to `out` [K, N] fp32 or bf16, contiguous; False where nothing was done."""
+    if out.dtype not in _DTYPES or (lib := _dequantize_library()) is None:
+        return False
+    packed = _Packed(qweight, scales, offsets, g_idx, spec)
+    as_bf16 = out.dtype == torch.bfloat16
+    lib.qalora_dequantize(packed.pointer, _address(out), as_bf16, torch.get_num_threads())
+    return True
+
+
+def pool(x: torch.Tensor, g_idx: torch.Tensor | None, spec: QuantSpec) -> torch.Tensor | None:
+    """Group sums of x [M, K] fp32 or bf16 -> [M, G]; None where nothing was done."""
+    if x.dtype not in _DTYPES or (lib := _dequantize_library()) is None:
+        return None
+    x = x.contiguous()
+    g_idx = None if g_idx is None else g_idx.contiguous()
+    m, k = x.shape
+    out = x.new_empty(m, spec.num_groups)
+    sizes = (ctypes.c_int64(size) for size in (spec.group_size, m, k, spec.num_groups))
+    is_bf16 = x.dtype == torch.bfloat16
+    lib.qalora_pool(
+        _address(x), _address(out), _address(g_idx), *sizes, is_bf16, torch.get_num_threads()
+    )
+    return out
+
+
+def group_grad(
+    product: torch.Tensor,
+    qweight: torch.Tensor,
+    scales: torch.Tensor,
+    offsets: torch.Tensor,
+    g_idx: torch.Tensor | None,
+    spec: QuantSpec,
+) -> torch.Tensor | None:
+    """x^T dy [K, N], fp32 or bf16 -> its sums over each group, weighted by W^T: [G, N] fp32; None
+    where nothing was done."""
+    if product.dtype not in _DTYPES or (lib := _dequantize_library()) is None:
+        return None
+    product = product.contiguous()
+    packed = _Packed(qweight, scales, offsets, g_idx, spec)
+    out = torch.zeros(spec.num_groups, spec.out_features)
+    is_bf16 = product.dtype == torch.bfloat16
+    threads = torch.get_num_threads()
+    lib.qalora_group_grad(packed.pointer, _address(product), _address(out), is_bf16, threads)
+    return out
+
+
+def multiply(
+    x: torch.Tensor,
+    qweight: torch.Tensor,
+    scales: torch.Tensor,
+    offsets: torch.Tensor,
+    g_idx: torch.Tensor | None,
+    spec: QuantSpec,
+) -> torch.Tensor | None:
+    """x [M, K] -> x W^T [M, N] fp32, computed in fp32; None where nothing was done."""
+    if x.dtype == torch.float64 or (lib := _multiply_library()) is None:
+        return None
+    packed = _Packed(qweight, scales, offsets, g_idx, spec)
+    m, k = x.shape
+    rows = 1 if m == 1 else ROWS
+    tiles = -(-m // rows)
+    if rows > 1:
+        x = torch.nn.functional.pad(x, (0, 0, 0, tiles * rows - m))
+        x = x.view(tiles, rows, k).transpose(1, 2)
+    x = x.to(torch.float32).contiguous()
+    y = torch.empty(tiles * rows, spec.out_features)
+    threads = torch.get_num_threads()
+    lib.qalora_multiply(
+        packed.pointer, _address(x), _address(y), ctypes.c_int64(tiles), rows, threads
+    )
+    return y[:m]

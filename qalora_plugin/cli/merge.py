@@ -1,0 +1,59 @@
+"""`qalora merge`: fold an adapter into its quantized base, on files alone."""
+
+import argparse
+import dataclasses
+import json
+import sys
+from typing import Any
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the subcommand."""
+    parser = subparsers.add_parser(
+        "merge",
+        help="fold an adapter into its INT-n base",
+        description="Fold an adapter into its quantized base and write the merged checkpoint. "
+        "Works on files alone, one layer in memory; the integers stay as they are. Nothing that "
+        "exists is overwritten, and the output appears only when it is complete.",
+    )
+    parser.add_argument("adapter", help="directory of the adapter, or a Hub id")
+    parser.add_argument("--out", required=True, metavar="DIR", help="directory to make")
+    parser.add_argument(
+        "--base",
+        metavar="DIR",
+        help="the quantized base, ours or stock GPTQ (default: what the adapter's config names)",
+    )
+    parser.add_argument(
+        "--convention",
+        choices=("auto", "sum", "mean", "peft"),
+        default="auto",
+        help="how the adapter was trained to pool its inputs, where its config does not say: mean "
+        "(the QA-LoRA authors' released code), peft (PEFT's use_qalora), sum (the paper)",
+    )
+    parser.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
+    parser.set_defaults(func=main)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run it; progress goes to stderr, the result to stdout."""
+    from tqdm import tqdm
+
+    from ..merge import merge_adapter
+
+    with tqdm(desc="merging", unit="tensor", file=sys.stderr) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        result = merge_adapter(
+            args.adapter, args.out, args.base, convention=args.convention, progress=progress
+        )
+    if args.json:
+        print(json.dumps(dataclasses.asdict(result), default=str))
+    else:
+        saved = f" and {len(result.replaced)} whole tensors" if result.replaced else ""
+        print(
+            f"{result.out}: {result.layers} layers merged{saved} (convention {result.convention})"
+        )
+    return 0

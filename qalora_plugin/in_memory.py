@@ -1,0 +1,94 @@
+"""Write down what a model in memory was built on: for bases that were quantized while loading."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from .checkpoint.reader import resolve_model_dir
+from .errors import CheckpointError
+from .merge import is_dense
+
+
+def quantized_base_on_disk(model: PeftModel) -> Path | None:
+    """Directory of the quantized base that a model was loaded from.
+
+    None where that directory holds a 16-bit model, which was quantized while it was loaded, or
+    where there is no directory.
+    """
+    name = model.active_peft_config.base_model_name_or_path
+    if not name:
+        return None
+    try:
+        directory = resolve_model_dir(name)
+    except CheckpointError:
+        return None
+    return None if is_dense(directory) else directory
+
+
+def save_base(model: PeftModel, directory: Path, *, is_main_process: bool = True) -> None:
+    """Write the quantized base of a model with adapters, as `save_pretrained` would without them.
+
+    Args:
+        model: with adapters on quantized layers.
+        directory: where to write.
+        is_main_process: whether this process writes; under ZeRO-3 all processes have to call.
+    """
+    base = model.get_base_model()
+    use_cache = getattr(base.config, "use_cache", None)
+    if use_cache is not None:
+        base.config.use_cache = True  # TRL and the Trainer switch it off while they train
+    with whole(base.parameters()), _without_adapters(base):
+        if is_main_process:
+            base.save_pretrained(directory)
+    if use_cache is not None:
+        base.config.use_cache = use_cache
+
+
+def save_adapter(model: PeftModel, directory: Path, *, is_main_process: bool = True) -> Path:
+    """Write the active adapter; returns the directory that holds its files.
+
+    Args:
+        model: with adapters.
+        directory: where to write; an adapter that is not called "default" goes below it.
+        is_main_process: whether this process writes; under ZeRO-3 all processes have to call.
+    """
+    name = model.active_adapter
+    with whole(p for p in model.parameters() if p.requires_grad):
+        if is_main_process:
+            model.save_pretrained(str(directory), selected_adapters=[name])
+    return directory if name == "default" else directory / name
+
+
+def whole(parameters: Iterable[nn.Parameter]) -> Any:
+    """Context in which parameters that ZeRO-3 has sharded are whole on every process."""
+    sharded = [p for p in parameters if hasattr(p, "ds_id")]
+    if not sharded:
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(sharded)
+
+
+@contextmanager
+def _without_adapters(base: nn.Module) -> Iterator[None]:
+    """Put the layers that adapters wrap back in their places, for a while."""
+    wrappers: dict[str, nn.Module] = {}
+    for name, module in base.named_modules():
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+            wrappers[name] = module
+    try:
+        for name, module in wrappers.items():
+            tuned = isinstance(module, BaseTunerLayer)
+            base.set_submodule(name, module.base_layer if tuned else module.original_module)
+        with torch.no_grad():
+            yield
+    finally:
+        for name, module in wrappers.items():
+            base.set_submodule(name, module)

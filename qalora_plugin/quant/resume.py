@@ -1,0 +1,79 @@
+"""Going on after a kill: which unfinished output belongs to the same work, and what it knows."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from ..checkpoint.reader import CONFIG_FILE, CheckpointReader, read_json
+from ..checkpoint.safetensors_header import read_header
+from ..checkpoint.side_files import REPORT_FILE
+
+_TAG_DIGITS = 16
+
+
+def resume_tag(settings: dict[str, Any], reader: CheckpointReader, windows: Any = None) -> str:
+    """Hash of all that decides the result: settings, the source's files, data, versions.
+
+    Args:
+        settings: JSON-able.
+        reader: of the source; its files count by name, size and time of change.
+        windows: calibration token ids int64 [samples, seq_len], or None.
+    """
+    files = sorted({info.file for info in reader.tensors.values()})
+    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    state = {
+        "settings": settings,
+        "files": stats,
+        "config": read_json(reader.directory / CONFIG_FILE),
+        "versions": [torch.__version__, transformers.__version__],
+    }
+    digest = hashlib.sha256(json.dumps(state, sort_keys=True).encode())
+    if windows is not None:
+        digest.update(windows.numpy().tobytes())
+    return digest.hexdigest()[:_TAG_DIGITS]
+
+
+def leftovers(target: Path, partial: Path) -> list[Path]:
+    """Unfinished outputs for the same target that other settings, data or sources made."""
+    found = target.parent.glob(f".{target.name}.partial-resume-*")
+    return sorted(path for path in found if path != partial)
+
+
+class ShardReader(CheckpointReader):
+    """Reads one finished shard of a directory that has no index yet."""
+
+    def __init__(self, path: Path) -> None:
+        """Read the header.
+
+        Raises:
+            CheckpointError: the file is damaged.
+        """
+        self.directory, self.files = path.parent, [path]
+        self.tensors, self.metadata = read_header(path)
+
+
+class Report:
+    """quantization_report.json: each layer's grid and error, kept in the output directory.
+
+    `layers`: {name: {"bits", "group_size", "error"}}; the error is relative to the layer's output
+    on the calibration inputs (see `gptq.calibrated_error`), None for a data-free layer.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        """Start from what an earlier run left, if it did."""
+        self._path = directory / REPORT_FILE
+        self.layers: dict[str, dict[str, Any]] = {}
+        if self._path.exists():
+            self.layers = read_json(self._path)["layers"]
+
+    def save(self) -> None:
+        """Write it; the file is whole at any time."""
+        text = json.dumps({"layers": self.layers}, indent=2, sort_keys=True) + "\n"
+        part = self._path.with_name(self._path.name + ".part")
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, self._path)

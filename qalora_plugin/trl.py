@@ -1,0 +1,235 @@
+"""`MergeCallback`: the merged INT-n checkpoint at the end of a TRL or transformers training."""
+
+import atexit
+import logging
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .checkpoint.atomic import AtomicDirectory
+from .errors import ConfigError, OutputError
+from .in_memory import quantized_base_on_disk, save_adapter, save_base
+from .merge import MergeResult, merge_adapter
+from .tuner.config import PEFT_TYPE
+
+ADAPTER_DIR = "adapter"
+_log = logging.getLogger(__name__)
+
+
+class MergeCallback(TrainerCallback):
+    """Writes the merged checkpoint when training ends, with tokenizer and generation config.
+
+        SFTTrainer(..., peft_config=QALoRAConfig(r=64), callbacks=[MergeCallback("out/merged")])
+
+    "Ends" is the last step, `max_steps`, or early stopping; with `load_best_model_at_end` the best
+    adapter is merged. The adapter itself is saved first, to `<output_dir>/adapter`: if the merge
+    fails, nothing is lost. The main process writes, the others wait.
+
+    After Ctrl-C the last saved checkpoint (or the best, as above) is merged when the process ends.
+    Where it does not end, in a notebook, call `merge_last_checkpoint()`.
+
+    The base may lie on disk quantized, ours or stock GPTQ, or be a 16-bit one that was quantized
+    while it loaded: then its integers are taken from memory.
+    """
+
+    def __init__(
+        self,
+        out_dir: str | Path,
+        *,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        private: bool = True,
+    ) -> None:
+        """Check the target; nothing is written yet.
+
+        Args:
+            out_dir: directory to make. It must not exist, or be empty.
+            push_to_hub: also push the merged checkpoint, with a model card.
+            repo_id: where to: `name` or `org/name`; by default the directory's name.
+            private: whether a repository that has to be made is private.
+
+        Raises:
+            OutputError: the target is not empty, or cannot be written.
+        """
+        self.out_dir = Path(out_dir)
+        AtomicDirectory(self.out_dir)
+        self.push_to_hub = push_to_hub
+        self.repo_id = repo_id
+        self.private = private
+        self.result: MergeResult | None = None
+        """What was written, None before."""
+        self._model: PeftModel | None = None
+        self._processing_class: Any = None
+        self._data: str | None = None
+        self._state: TrainerState | None = None
+        self._load_best = False
+        self._last_checkpoint: Path | None = None
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Check that there is something to merge, before hours of training.
+
+        Raises:
+            ConfigError: the model has no QALORA adapter.
+        """
+        model = kwargs["model"]
+        kind = getattr(getattr(model, "active_peft_config", None), "peft_type", None)
+        if kind != PEFT_TYPE:
+            raise ConfigError(
+                "MergeCallback: expected a model with a QALORA adapter, found "
+                f"{f'the PEFT method {kind}' if kind else 'no adapter'}. "
+                "Give SFTTrainer peft_config=QALoRAConfig(...)"
+            )
+        self._model, self._state = model, state
+        self._processing_class = kwargs.get("processing_class")
+        self._data = _data_name(kwargs.get("train_dataloader"))
+        self._load_best = args.load_best_model_at_end
+        if state.is_world_process_zero:
+            atexit.register(self._at_exit, os.getpid())
+
+    def on_save(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Remember the checkpoint, for `merge_last_checkpoint`."""
+        self._last_checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Save the adapter, merge it, and push.
+
+        Raises:
+            QALoRAError: the merge failed, on every process; the message says where the adapter is.
+        """
+        atexit.unregister(self._at_exit)
+        model, main = self._model, state.is_world_process_zero
+        assert model is not None
+        adapter = save_adapter(model, Path(args.output_dir) / ADAPTER_DIR, is_main_process=main)
+        with _BaseDirectory(model, self.out_dir, main) as base:
+            failed = (
+                f"the trained adapter is safe in {adapter}, but merging it failed (repeat with "
+                f"`qalora merge {adapter} --out DIR`)"
+            )
+            _on_main_process(main, failed, lambda: self._merge(adapter, base))
+        _on_main_process(main, f"merged into {self.out_dir}, but not pushed", self._push)
+
+    def merge_last_checkpoint(self) -> MergeResult | None:
+        """Merge the newest checkpoint that the Trainer saved, or the best with
+        `load_best_model_at_end`; for a training that was interrupted. In one process only.
+
+        Returns:
+            What was written; None, with a warning, where no checkpoint had been saved.
+        """
+        atexit.unregister(self._at_exit)
+        if self._model is None or self._state is None or self._last_checkpoint is None:
+            _log.warning("MergeCallback: no checkpoint was saved, there is nothing to merge")
+            return None
+        adapter = self._last_checkpoint
+        if self._load_best and self._state.best_model_checkpoint:
+            adapter = Path(self._state.best_model_checkpoint)
+        with _BaseDirectory(self._model, self.out_dir, True) as base:
+            self._merge(adapter, base)
+        self._push()
+        return self.result
+
+    def _at_exit(self, pid: int) -> None:
+        crashed = isinstance(getattr(sys, "last_value", None), Exception)
+        if os.getpid() == pid and not crashed and self._last_checkpoint is not None:
+            print(
+                f"MergeCallback: training was interrupted, merging the last saved checkpoint into "
+                f"{self.out_dir}",
+                file=sys.stderr,
+            )
+            self.merge_last_checkpoint()
+
+    def _merge(self, adapter: Path, base: Path) -> None:
+        self.result = merge_adapter(adapter, self.out_dir, base, finish=self._finish)
+        _log.info("merged checkpoint: %s", self.result.out)
+
+    def _push(self) -> None:
+        if self.push_to_hub and self.result is not None and self._state is not None:
+            from .hub import push_merged
+
+            push_merged(
+                self.result.out,
+                self.repo_id or self.out_dir.name,
+                private=self.private,
+                data=self._data,
+                log_history=self._state.log_history,
+            )
+
+    def _finish(self, partial: Path) -> None:
+        """Tokenizer and generation config as they are in this training."""
+        if self._processing_class is not None:
+            self._processing_class.save_pretrained(partial)
+        generation = getattr(self._model, "generation_config", None)
+        if generation is not None:
+            generation.save_pretrained(partial)
+
+
+class _BaseDirectory:
+    """The quantized base on disk: where it was loaded from, or a temporary copy from memory."""
+
+    def __init__(self, model: PeftModel, out_dir: Path, is_main_process: bool) -> None:
+        self._model, self._out_dir, self._main = model, out_dir.absolute(), is_main_process
+        self._temporary: Path | None = None
+
+    def __enter__(self) -> Path:
+        found = quantized_base_on_disk(self._model)
+        if found is not None:
+            return found
+        directory = self._out_dir.with_name(f".{self._out_dir.name}.base")
+        if self._main:
+            self._out_dir.parent.mkdir(parents=True, exist_ok=True)
+            prefix = f".{self._out_dir.name}.base-"
+            directory = Path(tempfile.mkdtemp(prefix=prefix, dir=self._out_dir.parent))
+            self._temporary = directory
+        save_base(self._model, directory, is_main_process=self._main)
+        return directory
+
+    def __exit__(self, *error: object) -> None:
+        if self._temporary is not None:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+
+
+def _on_main_process(is_main_process: bool, failed: str, work: Callable[[], None]) -> None:
+    """Run `work` on the main process while the others wait; an error is raised on all of them."""
+    error: Exception | None = None
+    if is_main_process:
+        try:
+            work()
+        except Exception as caught:
+            error = caught
+    message = [None if error is None else str(error)]
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.broadcast_object_list(message, src=0)
+    if message[0] is not None:
+        raise OutputError(f"{failed}: {message[0]}") from error
+
+
+def _data_name(dataloader: Any) -> str | None:
+    """Name of a `datasets` data set, where it has one."""
+    info = getattr(getattr(dataloader, "dataset", None), "info", None)
+    return getattr(info, "dataset_name", None)

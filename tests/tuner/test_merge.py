@@ -1,0 +1,91 @@
+"""Merging in memory: what is refused, what is recorded, what comes back."""
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import nn
+
+from qalora_plugin import QALoRAConfig, QALoRAQuantConfig
+from qalora_plugin.errors import AdapterError
+
+
+def _last_layer(model):
+    return model.base_model.model.model.layers[1].mlp.down_proj
+
+
+def _buffers(model):
+    return {n: b.clone() for n, b in model.named_buffers() if n.endswith(("scales", "offsets"))}
+
+
+@pytest.mark.parametrize("shape", [(0,), (64, 0)])
+@pytest.mark.parametrize("method", ["merge_adapter", "merge_and_unload"])
+def test_partitioned_adapter_is_refused_before_anything_changes(make_peft, method, shape):
+    """ZeRO-3 leaves an empty tensor of shape (0,) in place of each parameter."""
+    model = make_peft()
+    before = _buffers(model)
+    _last_layer(model).qalora_B["default"].weight = nn.Parameter(torch.empty(shape))
+    with pytest.raises(AdapterError, match=r"layers\.1\.mlp\.down_proj\.qalora_B.*ZeRO-3"):
+        getattr(model, method)()
+    after = _buffers(model)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_nan_is_refused(make_peft):
+    model = make_peft()
+    _last_layer(model).qalora_A["default"].weight.data[0, 0] = float("nan")
+    with pytest.raises(AdapterError, match=r"down_proj\.qalora_A.*NaN"):
+        model.merge_adapter()
+
+
+def test_overflow_of_the_stored_dtype_is_refused(make_peft):
+    model = make_peft()
+    _last_layer(model).qalora_B["default"].weight.data.fill_(1e8)
+    with pytest.raises(AdapterError, match="overflow"):
+        model.merge_adapter()
+    assert not _last_layer(model).merged
+
+
+def test_unmerge_restores_the_bits_after_a_change_of_dtype(make_peft):
+    model = make_peft(adapt="both")
+    before = _buffers(model)
+    model.merge_adapter()
+    assert any(not torch.equal(before[n], b) for n, b in _buffers(model).items())
+    model.to(torch.bfloat16)
+    model.unmerge_adapter()
+    after = _buffers(model)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    with pytest.warns(UserWarning, match="Already unmerged"):
+        model.unmerge_adapter()
+
+
+def test_merged_config_says_what_was_merged(make_llama, make_peft):
+    model = make_llama()
+    model.config.quantization_config = QALoRAQuantConfig(bits=4, group_size=16)
+    model = make_peft(model, lora_alpha=3)
+    model.add_adapter("other", QALoRAConfig(r=2))
+    merged = model.merge_and_unload()
+    first = merged.config.quantization_config.merged
+    assert first["adapter"] == "default"
+    assert (first["r"], first["lora_alpha"], first["convention"]) == (4, 3, "sum")
+    # a merged model can be trained on; its adapters know that
+    again = get_peft_model(merged, QALoRAConfig(r=2))
+    assert again.peft_config["default"].base_merged == first
+    second = again.merge_and_unload().config.quantization_config.merged
+    assert second["before"] == first
+
+
+@torch.no_grad()
+def test_merge_and_unload_of_chosen_adapters(make_llama, make_peft, ids, fill_adapters):
+    model = make_llama()
+    model.config.quantization_config = QALoRAQuantConfig(bits=4, group_size=16)
+    model = make_peft(model)
+    model.add_adapter("other", QALoRAConfig(r=2, adapt="scales"))
+    fill_adapters(model)
+    model.base_model.set_adapter(["default", "other"])
+    logits = model(ids).logits
+    merged = model.merge_and_unload(adapter_names=["default", "other"])
+    assert torch.equal(merged(ids).logits, logits)
+    record = merged.config.quantization_config.merged
+    assert record["adapter"] == "default, other"
+    assert [entry["adapt"] for entry in record["adapters"]] == ["zeros", "scales"]

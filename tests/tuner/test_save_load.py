@@ -1,0 +1,264 @@
+"""Adapters on disk: PEFT's layout, the same numbers back, and every kind of wrong file refused."""
+
+import json
+
+import pytest
+import torch
+from peft import (
+    AutoPeftModelForCausalLM,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+)
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+from qalora_plugin import QALoRAConfig, QALoRAQuantConfig
+from qalora_plugin.errors import AdapterError, ConfigError
+from qalora_plugin.tuner import QALoRALinear
+
+FILE = "adapter_model.safetensors"
+
+
+@pytest.fixture
+def saved(make_peft, ids, tmp_path):
+    """(directory of an adapter on `make_llama()`, its logits)."""
+    model = make_peft(adapt="both")
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        return tmp_path, model(ids).logits
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@torch.no_grad()
+def test_round_trip(saved, make_llama, ids, low_cpu_mem_usage):
+    directory, logits = saved
+    stored = load_file(directory / FILE)
+    prefix = "base_model.model.model.layers.0.mlp.down_proj."
+    assert {key: stored[prefix + key].shape for key in ("qalora_A.weight", "qalora_B.weight")} == {
+        "qalora_A.weight": (4, 11),
+        "qalora_B.weight": (64, 4),
+    }
+    assert len(stored) == 14 * 4
+    model = PeftModel.from_pretrained(make_llama(), directory, low_cpu_mem_usage=low_cpu_mem_usage)
+    assert torch.equal(model(ids).logits, logits)
+    assert not any(p.requires_grad for p in model.parameters())
+    assert not model.training
+    trained = PeftModel.from_pretrained(make_llama(), directory, is_trainable=True)
+    assert any(p.requires_grad for p in trained.parameters())
+
+
+def test_adapter_in_bf16_is_fp32_in_memory(saved, make_llama):
+    directory, _ = saved
+    low = {key: value.bfloat16() for key, value in load_file(directory / FILE).items()}
+    save_file(low, directory / FILE)
+    for low_cpu in (False, True):
+        model = PeftModel.from_pretrained(
+            make_llama(), directory, low_cpu_mem_usage=low_cpu, autocast_adapter_dtype=False
+        )
+        for key, value in get_peft_model_state_dict(model).items():
+            assert value.dtype == torch.float32
+            assert torch.equal(value, low[key].float())
+
+
+def test_size_is_rank_times_groups_and_outputs(make_peft, tmp_path):
+    make_peft(adapt="zeros", r=4).save_pretrained(tmp_path)
+    numbers = sum(value.numel() for value in load_file(tmp_path / FILE).values())
+    # (K, N) of Llama's seven layers a block, g = 16
+    shapes = [(64, 64), (64, 32), (64, 32), (64, 64), (64, 172), (64, 172), (172, 64)]
+    assert numbers == 2 * 4 * sum(-(-k // 16) + n for k, n in shapes)
+
+
+def _drop(tensors, key):
+    del tensors[key]
+
+
+def _rename(tensors, key):
+    tensors[key.replace("qalora_A", "qalora_C")] = tensors[key].clone()
+
+
+def _cut(tensors, key):
+    tensors[key] = tensors[key][:2].contiguous()
+
+
+def _clear(tensors, key):
+    tensors.clear()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_drop, r"missing key .*0\.self_attn\.q_proj\.qalora_A\.default\.weight \(1 of 56\)"),
+        (_rename, r"unexpected key .*q_proj\.qalora_C"),
+        (_cut, r"qalora_A.*expected shape \(4, 4\), found \(2, 4\)"),
+        (_clear, "missing every key"),
+    ],
+)
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_wrong_tensors_are_errors(saved, make_llama, damage, message, low_cpu_mem_usage):
+    directory, _ = saved
+    tensors = load_file(directory / FILE)
+    damage(tensors, "base_model.model.model.layers.0.self_attn.q_proj.qalora_A.weight")
+    save_file(tensors, directory / FILE)
+    with pytest.raises(AdapterError, match=message):
+        PeftModel.from_pretrained(make_llama(), directory, low_cpu_mem_usage=low_cpu_mem_usage)
+
+
+def test_loras_tensors_under_our_config_are_an_error(saved, make_llama):
+    directory, _ = saved
+    tensors = load_file(directory / FILE)
+    save_file({k.replace("qalora_", "lora_"): v for k, v in tensors.items()}, directory / FILE)
+    with pytest.raises(AdapterError, match="unexpected key"):
+        PeftModel.from_pretrained(make_llama(), directory)
+
+
+def test_second_adapter_is_checked_too(saved, make_llama, ids):
+    directory, logits = saved
+    model = PeftModel.from_pretrained(make_llama(), directory)
+    model.load_adapter(directory, "second")
+    model.set_adapter("second")
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, logits)
+    tensors = load_file(directory / FILE)
+    tensors.popitem()
+    save_file(tensors, directory / FILE)
+    with pytest.raises(AdapterError, match="adapter 'third': missing key"):
+        model.load_adapter(directory, "third")
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        ({"bits": 3}, "bits=4, found a base with bits=3"),
+        ({"group_size": 32}, "group_size=16, found a base with group_size=32"),
+    ],
+)
+def test_other_base_is_refused(saved, make_llama, base, message):
+    directory, _ = saved
+    with pytest.raises(AdapterError, match=message):
+        PeftModel.from_pretrained(make_llama(**base), directory)
+
+
+def test_other_integers_are_refused(saved, make_llama):
+    directory, _ = saved
+    model = make_llama()
+    model.model.layers[1].mlp.up_proj.qweight[0, 0] += 1
+    found = r"fingerprint='[0-9a-f]{32}', found a base with fingerprint='[0-9a-f]{32}'"
+    with pytest.raises(AdapterError, match=found):
+        PeftModel.from_pretrained(model, directory)
+
+
+def test_fingerprint_of_the_base_config_is_used(make_llama):
+    model = make_llama()
+    model.config.quantization_config = QALoRAQuantConfig(
+        bits=4, group_size=16, base={"fingerprint": "0" * 32}
+    )
+    stored = get_peft_model(model, QALoRAConfig(r=2)).peft_config["default"]
+    assert stored.fingerprint == "0" * 32
+
+
+def test_modules_to_save(quantize_linears, fill_adapters, ids, tmp_path):
+    def build():
+        torch.manual_seed(0)
+        config = BertConfig(
+            hidden_size=64, intermediate_size=172, num_hidden_layers=1, num_attention_heads=4,
+            vocab_size=100, num_labels=3,
+        )  # fmt: skip
+        return quantize_linears(BertForSequenceClassification(config))
+
+    config = QALoRAConfig(r=2, task_type="SEQ_CLS", modules_to_save=["classifier"])
+    model = get_peft_model(build(), config).eval()
+    fill_adapters(model)
+    with torch.no_grad():
+        model.base_model.model.classifier.modules_to_save["default"].weight.add_(0.1)
+        logits = model(ids).logits
+    model.save_pretrained(tmp_path)
+    assert "base_model.model.classifier.weight" in load_file(tmp_path / FILE)
+    loaded = PeftModel.from_pretrained(build(), tmp_path)
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, logits)
+        merged = loaded.merge_and_unload()
+        assert torch.equal(merged(ids).logits, logits)
+    assert type(merged.classifier) is torch.nn.Linear
+
+
+def test_several_adapters(make_peft, ids, fill_adapters):
+    model = make_peft()
+    model.add_adapter("other", QALoRAConfig(r=2, target_modules=["q_proj", "up_proj"]))
+    fill_adapters(model, seed=5)
+    trainable = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert trainable
+    assert not any(".other." in name for name in trainable)
+    outputs = {}
+    with torch.no_grad():
+        for name in ("default", "other"):
+            model.set_adapter(name)
+            outputs[name] = model(ids).logits
+        with model.disable_adapter():
+            outputs["__base__"] = model(ids).logits
+        assert len({float(value.sum()) for value in outputs.values()}) == 3
+        for names in (["other", "default"], ["__base__", "other"]):
+            mixed = model(input_ids=ids, adapter_names=names).logits
+            for row, name in enumerate(names):
+                torch.testing.assert_close(mixed[row], outputs[name][row], rtol=1e-5, atol=1e-5)
+        # the hooks are gone again
+        assert torch.equal(model(ids).logits, outputs["other"])
+        with pytest.raises(ValueError, match="nobody"):
+            model(input_ids=ids, adapter_names=["nobody", "other"])
+        with pytest.raises(ValueError, match="inference"):
+            model.train()(input_ids=ids, adapter_names=["default", "other"])
+        model.eval().delete_adapter("other")
+        model.set_adapter("default")
+        assert torch.equal(model(ids).logits, outputs["default"])
+    assert not any(".other." in name for name in model.state_dict())
+
+
+def test_mixed_batch_generates(make_peft, ids):
+    model = make_peft()
+    options = {"input_ids": ids, "max_new_tokens": 3, "do_sample": False, "num_beams": 2}
+    wanted = model.generate(**options)
+    mixed = model.generate(**options, adapter_names=["default", "__base__"])
+    assert torch.equal(mixed[0], wanted[0])
+
+
+@torch.no_grad()
+def test_through_transformers_from_disk(fill_adapters, ids, tmp_path):
+    """A base on disk, AutoPeftModel, merge_and_unload, save_pretrained, and the merged model."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=172, num_hidden_layers=1, num_attention_heads=4,
+        vocab_size=100,
+    )  # fmt: skip
+    plain, base, adapter, merged = (str(tmp_path / name) for name in "pbam")
+    LlamaForCausalLM(config).save_pretrained(plain)
+    quantization = QALoRAQuantConfig(bits=4, group_size=16)
+    model = AutoModelForCausalLM.from_pretrained(plain, quantization_config=quantization)
+    model.save_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model = get_peft_model(model, QALoRAConfig(r=4, task_type="CAUSAL_LM", adapt="both")).eval()
+    fill_adapters(model)
+    logits = model(ids).logits
+    model.save_pretrained(adapter)
+    assert json.loads((tmp_path / "a/adapter_config.json").read_text())["bits"] == 4
+
+    loaded = AutoPeftModelForCausalLM.from_pretrained(adapter)
+    assert torch.equal(loaded(ids).logits, logits)
+    loaded.merge_and_unload().save_pretrained(merged)
+    model = AutoModelForCausalLM.from_pretrained(merged)
+    assert not any(isinstance(m, QALoRALinear) for m in model.modules())
+    assert torch.equal(model(ids).logits, logits)
+    assert model.config.quantization_config.merged["adapt"] == "both"
+
+    with pytest.raises(AdapterError, match="is already merged"):
+        PeftModel.from_pretrained(model, adapter)
+    with pytest.raises(ConfigError, match="bits=4, group_size=16"):
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(plain), adapter)
+    # the same 16-bit model, quantized again in the same way, is the same base
+    again = AutoModelForCausalLM.from_pretrained(plain, quantization_config=quantization)
+    assert torch.equal(PeftModel.from_pretrained(again, adapter)(ids).logits, logits)
