@@ -7,8 +7,10 @@ it reaches for no network and no GPU.
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from .checkpoint.quantizer import register as _register_quantizer
 from .errors import QALoRAError
 from .quant.config import QALoRAQuantConfig
+from .tuner.register import register as _register_tuner
 
 if TYPE_CHECKING:
     from .merge import merge_adapter
@@ -19,13 +21,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# TEMPORARY until both modules exist (the lead replaces this)
-for _module in (".checkpoint.quantizer", ".tuner.register"):
-    try:
-        importlib.import_module(_module, __name__).register()
-    except ModuleNotFoundError as _error:
-        if not str(_error.name).startswith("qalora_plugin"):
-            raise
+_register_quantizer()
+_register_tuner()
 
 # found on first use: the command line and a plain from_pretrained should not wait for all of it
 _LAZY = {

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import httpx
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -11,6 +12,8 @@ from .checkpoint.base import QuantizedCheckpoint, open_quantized
 from .errors import OutputError
 
 CARD_FILE = "README.md"
+# huggingface_hub 1.17 retries on a client that it has closed, a RuntimeError
+_FAILURES = (HfHubHTTPError, HFValidationError, httpx.HTTPError, OSError, RuntimeError)
 _TEXT = """# {title}
 
 {base_line} quantized to INT{bits} (groups of {group_size}), fine-tuned with
@@ -73,7 +76,7 @@ def push_merged(
             folder_path=checkpoint.directory,
             commit_message="Upload merged QA-LoRA checkpoint",
         )
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+    except _FAILURES as error:
         raise OutputError(
             f"{repo_id}: the Hub did not take the checkpoint ({type(error).__name__}: "
             f"{str(error).splitlines()[0]}). It is complete in {checkpoint.directory}: log in with "
@@ -140,5 +143,5 @@ def _licence(base: str, is_public_name: bool) -> str | None:
         return None
     try:
         return ModelCard.load(card if card.exists() else base).data.license
-    except (HfHubHTTPError, HFValidationError, OSError, ValueError):
+    except (*_FAILURES, ValueError):
         return None

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -86,7 +86,8 @@ def _without_adapters(base: nn.Module) -> Iterator[None]:
     try:
         for name, module in wrappers.items():
             tuned = isinstance(module, BaseTunerLayer)
-            base.set_submodule(name, module.base_layer if tuned else module.original_module)
+            plain = module.base_layer if tuned else module.original_module
+            base.set_submodule(name, cast(nn.Module, plain))
         with torch.no_grad():
             yield
     finally:

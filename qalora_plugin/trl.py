@@ -88,9 +88,9 @@ class MergeCallback(TrainerCallback):
         model = kwargs["model"]
         kind = getattr(getattr(model, "active_peft_config", None), "peft_type", None)
         if kind != PEFT_TYPE:
+            found = "no adapter" if kind is None else f"the PEFT method {kind.value}"
             raise ConfigError(
-                "MergeCallback: expected a model with a QALORA adapter, found "
-                f"{f'the PEFT method {kind}' if kind else 'no adapter'}. "
+                f"MergeCallback: expected a model with a QALORA adapter, found {found}. "
                 "Give SFTTrainer peft_config=QALoRAConfig(...)"
             )
         self._model, self._state = model, state

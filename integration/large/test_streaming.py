@@ -23,7 +23,7 @@ FREE_DISK = 8e9
 def run_measured(*args: object) -> tuple[float, float]:
     """Run `qalora ARGS`; (peak resident bytes, seconds)."""
     started = time.monotonic()
-    process = subprocess.Popen([sys.executable, "-m", "qalora_plugin.cli", *map(str, args)])
+    process = subprocess.Popen([sys.executable, "-m", "qalora_plugin", *map(str, args)])
     _, status, usage = os.wait4(process.pid, 0)
     assert os.waitstatus_to_exitcode(status) == 0
     kilobyte = 1 if sys.platform == "darwin" else 1024

@@ -33,7 +33,7 @@ class Setting:
     """One column of the comparison, in GPTQ's terms."""
 
     bits: int
-    group_size: int
+    group_size: int | None
     desc_act: bool
     sym: bool
 
@@ -151,7 +151,8 @@ def main() -> None:
         p.resolve() for p in (arguments.model_dir, arguments.tokens, arguments.rows)
     )
     for bits in [16] if arguments.engine == "none" else arguments.bits:
-        setting = Setting(bits, arguments.group_size, arguments.desc_act, arguments.sym)
+        group_size = None if arguments.engine == "none" else arguments.group_size
+        setting = Setting(bits, group_size, arguments.desc_act, arguments.sym)
         row = measure(arguments.engine, source, setting, tokens)
         add_row(rows, row)
         print(json.dumps(row), flush=True)

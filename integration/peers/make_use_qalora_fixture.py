@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 
 STEPS = 20
 # PEFT's "all-linear" does not see GPTQModel's layers.
-TARGET_MODULES = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
+TARGET_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def load_base(directory: Path) -> torch.nn.Module:

@@ -1,7 +1,7 @@
 """Which implementation serves a device: one table, one environment variable.
 
-QALORA_BACKEND=cpu, =torch or =triton overrides the choice by device. A backend is a namespace (module)
-with the functions of `Backend`; importing one touches no device.
+QALORA_BACKEND=cpu, =torch or =triton overrides the choice by device. A backend is a namespace
+(module) with the functions of `Backend`; importing one touches no device.
 """
 
 import importlib

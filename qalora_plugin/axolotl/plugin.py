@@ -8,11 +8,13 @@ from typing import Any
 from axolotl.integrations.base import AdapterCapabilities, BasePlugin
 from peft import PeftConfig, PeftModel, get_peft_model
 
-from ..adapter_config import base_of_adapter
+from ..adapter import CONFIG_FILE as ADAPTER_CONFIG
+from ..checkpoint.reader import read_json
 from ..errors import ConfigError
 from ..tuner import QALoRAConfig
 from .base import is_quantized, quantized_base
 from .checks import ADAPTER, check_config
+from .finish import check_free, merge_and_push, merged_dir
 
 LOG = logging.getLogger(__name__)
 
@@ -45,12 +47,13 @@ class QALoRAPlugin(BasePlugin):
         if adapter is not None:
             # evaluate, inference, merge-lora: the base is the one that the adapter was trained on
             cfg["base_model_config"] = cfg.get("base_model_config") or cfg["base_model"]
-            cfg["base_model"] = str(base_of_adapter(adapter) or cfg["base_model"])
+            cfg["base_model"] = _base_of(adapter) or cfg["base_model"]
 
     def load_datasets(self, cfg: Any, preprocess: bool = False) -> Any:
         """Before training: load Axolotl's data sets, and quantize a 16-bit base on their text."""
         if cfg.adapter != ADAPTER or preprocess:
             return None
+        check_free(cfg)
         if is_quantized(cfg.base_model, cfg.revision_of_model):
             return None
         from axolotl.common.datasets import load_datasets, load_preference_datasets
@@ -99,8 +102,6 @@ class QALoRAPlugin(BasePlugin):
             return
         if int(os.environ.get("RANK", "0")) != 0:
             return
-        from .finish import merge_and_push
-
         merge_and_push(cfg)
 
 
@@ -137,8 +138,23 @@ def _adapter_directory(cfg: Any) -> Path | None:
     return None
 
 
+def _base_of(adapter: Path) -> str | None:
+    """The base that an adapter names.
+
+    Raises:
+        ConfigError: there is no adapter.
+    """
+    config = adapter / ADAPTER_CONFIG
+    if not config.is_file():
+        raise ConfigError(
+            f"lora_model_dir: {adapter} holds no {ADAPTER_CONFIG}; expected a trained adapter "
+            "(an output_dir, or one of its checkpoints)"
+        )
+    return read_json(config).get("base_model_name_or_path")
+
+
 def _refuse_second_merge(cfg: Any) -> None:
-    merged = Path(cfg["output_dir"]).expanduser() / "merged"
+    merged = merged_dir(cfg)
     if merged.is_dir() and any(merged.iterdir()):
         raise ConfigError(
             f"{merged}: training has merged this adapter already. Check it with `qalora verify "

@@ -161,6 +161,6 @@ def main(args: argparse.Namespace) -> int:
     if errors:
         worst = max(errors, key=lambda name: errors[name])
         mean = sum(errors.values()) / len(errors)
-        print(f"relative error on calibration: mean {mean:.2e}, worst {errors[worst]:.2e} ({worst})")
+        print(f"relative error on calibration: mean {mean:.2e}, {errors[worst]:.2e} in {worst}")
     print(f"in 16 bits: {', '.join(result.kept) or 'no linear layer'}", file=sys.stderr)
     return 0

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from tqdm import tqdm
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel
 
 from qalora_kernels import QuantSpec
 
@@ -57,7 +57,7 @@ class QuantizeResult:
 
 
 def quantize_model(
-    model: str | Path | nn.Module,
+    model: str | Path | PreTrainedModel,
     out: str | Path,
     *,
     bits: int = 4,
@@ -121,11 +121,11 @@ def quantize_model(
         QuantizationError: a weight or the calibration data cannot be quantized.
         OutputError: the output is not empty, or cannot be written.
     """
-    if isinstance(model, nn.Module):
+    if isinstance(model, PreTrainedModel):
         arguments = {key: value for key, value in locals().items() if key != "model"}
         return _quantize_in_memory(model, arguments)
     AtomicDirectory(out)  # a taken target is refused before the long reading
-    zero_points = _choose_zero_points(format, zero_points)
+    zeros = _choose_zero_points(format, zero_points)
     settings = GPTQSettings(ordering="act" if desc_act else ordering, damp=damp, mse=mse)
     if method == "rtn" and desc_act:
         raise ConfigError("desc_act orders inputs by calibration data: it needs method 'gptq'")
@@ -133,7 +133,7 @@ def quantize_model(
         bits=bits,
         group_size=group_size,
         desc_act=desc_act,
-        offsets_dtype="float16" if zero_points == "real" else "float32",
+        offsets_dtype="float16" if zeros == "real" else "float32",
         modules_to_not_convert=modules_to_not_convert,
         dynamic=dynamic,
         method=method,
@@ -155,13 +155,13 @@ def quantize_model(
         )
         if len(windows) < samples:
             log.warning("calibration: text for %d of %d samples only", len(windows), samples)
-    config.base = _describe(model, zero_points, settings, windows, seed)
+    config.base = _describe(model, zeros, settings, windows, seed)
     job = _Job(
         source=source,
         config=config,
         specs=specs,
         settings=settings,
-        integer_zeros=zero_points == "integer",
+        integer_zeros=zeros == "integer",
         windows=windows,
         dtype=dtype or _compute_dtype(source.model, torch.device(device)),
         device=torch.device(device),
@@ -178,7 +178,7 @@ def quantize_model(
     return dataclasses.replace(result, out=written)
 
 
-def _quantize_in_memory(model: nn.Module, arguments: dict[str, Any]) -> QuantizeResult:
+def _quantize_in_memory(model: PreTrainedModel, arguments: dict[str, Any]) -> QuantizeResult:
     """Save the model beside its output, so that it takes the same way as one on disk."""
     target = AtomicDirectory(arguments["out"]).target
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -232,13 +232,9 @@ def _choose_layers(source: ModelSource, config: QALoRAQuantConfig) -> dict[str, 
         if all(alone.is_converted(source.layer_name(name)) for name in specs):
             raise ConfigError(f"dynamic: {pattern!r} matches none of the layers to quantize")
     config.modules_to_not_convert = [
-        source.layer_name(name)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name not in specs and f"{name}.weight" in source.stored
-    ] + [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and f"{name}.weight" not in source.stored  # tied heads
+        if isinstance(module, nn.Linear) and name not in specs
     ]
     return specs
 
@@ -255,7 +251,7 @@ def _fitting_length(model_config: Any, seq_len: int | None) -> int:
     return seq_len
 
 
-def _compute_dtype(model: nn.Module, device: torch.device) -> torch.dtype:
+def _compute_dtype(model: PreTrainedModel, device: torch.device) -> torch.dtype:
     # few CPU operators exist in fp16, none is fast
     return torch.float32 if model.dtype == torch.float16 and device.type == "cpu" else model.dtype
 

@@ -48,7 +48,7 @@ class ModelSource:
         self._check_complete()
 
     def _check_complete(self) -> None:
-        tied = set(self.model.all_tied_weights_keys)
+        tied = self.model.all_tied_weights_keys
         mapping = get_model_conversion_mapping(self.model)
         converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
         for name in self.reader.tensors:
@@ -99,8 +99,9 @@ class ModelSource:
                 if tensor.is_floating_point():
                     tensor = tensor.to(dtype)
                 owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
-            elif leaf in owner._buffers:
-                owner._buffers[leaf] = tensor.to(owner._buffers[leaf].dtype)
+            else:
+                buffer = owner.get_buffer(leaf)
+                owner._buffers[leaf] = tensor.to(buffer.dtype)
 
     def empty(self, names: Iterable[str]) -> None:
         """Drop these parameters' numbers again."""
@@ -108,11 +109,13 @@ class ModelSource:
             owner_name, _, leaf = name.rpartition(".")
             owner = self.model.get_submodule(owner_name)
             if leaf in owner._parameters:
-                meta = torch.empty_like(owner._parameters[leaf], device="meta")
+                meta = torch.empty_like(owner.get_parameter(leaf), device="meta")
                 owner._parameters[leaf] = nn.Parameter(meta, requires_grad=False)
 
 
-def _empty_model(directory: Path, raw: dict[str, Any], trust_remote_code: bool) -> nn.Module:
+def _empty_model(
+    directory: Path, raw: dict[str, Any], trust_remote_code: bool
+) -> transformers.PreTrainedModel:
     config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
     if getattr(config, "is_encoder_decoder", False):
         raise ConfigError(

@@ -11,6 +11,7 @@ from peft import LoraConfig, PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
 from peft.utils.peft_types import PeftType
+
 from qalora_kernels import SUPPORTED_BITS
 
 from ..errors import AdapterError, ConfigError
@@ -46,7 +47,7 @@ def _lora_defaults() -> dict[str, Any]:
 
 def _refuse_lora_only_fields(cls: type) -> type:
     """Let the constructor take every field of LoRA's: switched off it is dropped, else refused."""
-    generated = cls.__init__
+    generated = cls.__init__  # type: ignore[misc]
     ours = {item.name for item in dataclasses.fields(cls)}
     unsupported = {name: off for name, off in _lora_defaults().items() if name not in ours}
 

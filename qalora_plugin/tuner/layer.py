@@ -15,9 +15,10 @@ from collections.abc import Iterable, Iterator
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import nn
+
 from qalora_kernels import LowRank, fold
 from qalora_kernels.groups import expand
-from torch import nn
 
 from ..errors import AdapterError
 from ..quant.linear import QuantLinear
@@ -66,10 +67,9 @@ class QALoRALinear(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = tuple(name for pair in _MATRICES.values() for name in pair)
     other_param_names = ("r", "scaling", "qalora_dropout")
+    active_adapters: list[str]  # PEFT's property
 
-    def __init__(
-        self, base_layer: QuantLinear, adapter_name: str, config: QALoRAConfig, name: str
-    ):
+    def __init__(self, base_layer: QuantLinear, adapter_name: str, config: QALoRAConfig, name: str):
         super().__init__()
         self.base_layer = base_layer
         self.in_features = base_layer.in_features
@@ -102,9 +102,9 @@ class QALoRALinear(nn.Module, BaseTunerLayer):
             if not config.init_lora_weights:
                 shape = (spec.out_features, r)
                 b = _uniform(shape, 1 / math.sqrt(r), config.seed, f"{name}.{name_b}")
-            getattr(self, name_a)[adapter_name] = _as_linear(a)
-            getattr(self, name_b)[adapter_name] = _as_linear(b)
-        self._move_adapter_to_device_of_base_layer(adapter_name)
+            device = self.base_layer.qweight.device
+            getattr(self, name_a)[adapter_name] = _as_linear(a.to(device))
+            getattr(self, name_b)[adapter_name] = _as_linear(b.to(device))
         self.qalora_dropout[adapter_name].train(self.training)
 
     def matrices(self, adapter_name: str) -> Iterator[tuple[str, torch.Tensor]]:
@@ -151,7 +151,7 @@ class QALoRALinear(nn.Module, BaseTunerLayer):
         if adapter_name not in self.qalora_dropout:
             return False
         dropout = self.qalora_dropout[adapter_name]
-        return dropout.training and dropout.p > 0
+        return isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
 
     def _added(self, x: torch.Tensor, adapters: list[str]) -> torch.Tensor:
         """base(x) + scaling * dropout(pool(x)) A^T B^T + x (W * scaling * (B A)^T)^T."""

@@ -78,6 +78,7 @@ def resolve_targets(config: QALoRAConfig, model: nn.Module) -> None:
                 "target_modules, or leave it unquantized (modules_to_not_convert)"
             )
     asked = config.target_modules
+    matched: dict[str, nn.Module]
     if asked is None or (isinstance(asked, str) and asked.lower() == ALL_LINEAR):
         # by their last parts, so that exclude_modules and layers_to_transform apply
         every = copy.copy(config)

@@ -1,4 +1,4 @@
-"""Layers of awkward shapes, the two backends, and the rule that every operator is held to."""
+"""Layers of awkward shapes, the backends, and the rule that every operator is held to."""
 
 import os
 from collections.abc import Callable
@@ -56,9 +56,13 @@ def device() -> torch.device:
     return torch.device("cuda" if CUDA else "cpu")
 
 
-@pytest.fixture(params=["torch", "triton"])
+@pytest.fixture(params=["torch", "cpu", "triton"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Each test runs on both backends; Triton on the CPU is its interpreter."""
+    """Each test runs on every backend; Triton on the CPU is its interpreter."""
+    if request.param == "cpu":
+        if CUDA:
+            pytest.skip("the cpu backend refuses CUDA tensors; without a GPU this test runs on it")
+        monkeypatch.setattr("qalora_kernels.cpu.FEW_ROWS_WEIGHTS", 0)
     if request.param == "triton":
         pytest.importorskip("triton", reason="triton is not installed")
         monkeypatch.setenv("QALORA_TUNING_CACHE", "off")
@@ -128,8 +132,10 @@ def assert_as_good_as() -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], 
         assert ours.shape == exact.shape
         error = (ours.double() - exact).norm().item()
         allowed = 2 * (plain.double() - exact).norm().item()
-        # where plain PyTorch happens to be exact: a quarter of the dtype's step
-        allowed += torch.finfo(plain.dtype).eps / 4 * exact.norm().item()
+        # a few numbers may be exact in plain PyTorch by luck: a quarter of the dtype's step, and
+        # the noise of a sum in fp32
+        luck = torch.finfo(plain.dtype).eps / 4 + 2 * torch.finfo(torch.float32).eps
+        allowed += luck * exact.norm().item()
         assert error <= allowed, f"error {error:.3e}, plain PyTorch allows {allowed:.3e}"
 
     return check

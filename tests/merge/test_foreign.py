@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft.tuners.lora.variants import QALoraLinearVariant
-from qalora_kernels import LowRank, QuantSpec, fold, pack, reference
 from torch import nn
 
+from qalora_kernels import LowRank, QuantSpec, fold, pack, reference
 from qalora_plugin.additive import pooled
 from qalora_plugin.errors import AdapterError
 from qalora_plugin.tuner.foreign import convention_factor, pool_size_of, regroup

@@ -5,10 +5,10 @@ from collections.abc import Callable
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from qalora_kernels import QuantSpec
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from qalora_kernels import QuantSpec
 from qalora_plugin import QALoRAConfig
 from qalora_plugin.quant.linear import QuantLinear
 from qalora_plugin.quant.rtn import rtn

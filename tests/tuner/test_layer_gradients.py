@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from qalora_kernels import reference
 
 SHAPES = [

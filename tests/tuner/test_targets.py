@@ -30,7 +30,7 @@ def _leaves(model) -> set[str]:
     [
         ({}, 14, set(PER_BLOCK)),
         ({"target_modules": "all-linear"}, 14, set(PER_BLOCK)),
-        ({"exclude_modules": ["q_proj", "down_proj"]}, 10, set(PER_BLOCK) - {"q_proj", "down_proj"}),
+        ({"exclude_modules": ["q_proj", "up_proj"]}, 10, set(PER_BLOCK) - {"q_proj", "up_proj"}),
         ({"exclude_modules": r".*\.mlp\..*"}, 8, {"q_proj", "k_proj", "v_proj", "o_proj"}),
         ({"layers_to_transform": [1]}, 7, set(PER_BLOCK)),
         ({"layers_to_transform": 1, "layers_pattern": "layers"}, 7, set(PER_BLOCK)),
@@ -86,7 +86,9 @@ def test_base_that_is_not_quantized_is_refused_with_both_ways():
         vocab_size=50,
     )  # fmt: skip
     plain = LlamaForCausalLM(config)
-    with pytest.raises(ConfigError, match="quantization_config=QALoRAQuantConfig.*qalora quantize"):
+    with pytest.raises(
+        ConfigError, match=r"quantization_config=QALoRAQuantConfig.*qalora quantize"
+    ):
         get_peft_model(plain, QALoRAConfig())
     with pytest.raises(ConfigError, match="bits=3, group_size=64"):
         get_peft_model(plain, QALoRAConfig(bits=3, group_size=64))

@@ -11,7 +11,8 @@ def _gradients(model, ids):
     model.zero_grad()
     loss = model(input_ids=ids, labels=ids).loss
     loss.backward()
-    return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    return loss.detach(), {name: p.grad.clone() for name, p in trained.items()}
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True], ids=["saved_hooks", "reentrant"])

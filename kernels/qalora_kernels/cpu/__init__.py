@@ -18,6 +18,8 @@ FEW_ROWS = 16
 FEW_ROWS_WEIGHTS = 1 << 18
 """Weights from which on that pays: below, Python's own cost is the same either way."""
 
+# torch's own reduction and matrix product leave nothing to gain
+pool = torch_backend.pool
 pooled_grad = torch_backend.pooled_grad
 
 
@@ -46,12 +48,6 @@ def dequantize(
     """W^T [K, N] in `dtype`, with the bits that `torch_backend` computes."""
     out = torch.empty(spec.in_features, spec.out_features, dtype=dtype)
     return _dequantize_into(out, qweight, scales, offsets, g_idx, spec)
-
-
-def pool(x: torch.Tensor, g_idx: torch.Tensor | None, spec: QuantSpec) -> torch.Tensor:
-    """Group sums of x [M, K] -> [M, G]."""
-    pooled = native.pool(x, g_idx, spec)
-    return torch_backend.pool(x, g_idx, spec) if pooled is None else pooled
 
 
 def linear(

@@ -1,4 +1,4 @@
-/* Operators of training: dequantize, pool, and the gradient of the scales' change.
+/* Operators of training: dequantize, and the gradient of the scales' change.
  * Compiled with -ffp-contract=off: dequantizing rounds in fp32 after the product and after the sum,
  * as the plain PyTorch code does, so that both give the same bits. */
 #include "layer.h"
@@ -18,13 +18,6 @@ INLINE void store_bf16(uint16_t *p, vf v, int64_t count) {
     const vu rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
     const vh h = __builtin_convertvector((rounded & ~is_nan) | (is_nan & 0x7fc0), vh);
     memcpy(p, &h, (count < LANES ? count : LANES) * sizeof(uint16_t));
-}
-
-INLINE float bf16_to_float(uint16_t h) {
-    const uint32_t u = (uint32_t)h << 16;
-    float f;
-    memcpy(&f, &u, sizeof f);
-    return f;
 }
 
 /* W of input i of a stream: scale * (q - mid) + offset */
@@ -66,50 +59,6 @@ void qalora_dequantize(const Layer *l, void *out, int as_bf16, int threads) {
     for (int64_t s = 0; s < streams; s++) {
         if (as_bf16) { BY_BITS(l->bits, dequantize_stream(l, BITS, 1, out, s)) }
         else { BY_BITS(l->bits, dequantize_stream(l, BITS, 0, out, s)) }
-    }
-}
-
-/* ---- out [M, G] = sums of x [M, K] over each group, fp32 or bf16, added up in fp32 */
-INLINE float load_x(const void *x, int64_t k, const int is_bf16) {
-    return is_bf16 ? bf16_to_float(((const uint16_t *)x)[k]) : ((const float *)x)[k];
-}
-
-INLINE void pool_row(const void *x, float *sums, const int32_t *g_idx, int64_t group_size,
-                     int64_t k, int64_t groups, const int is_bf16) {
-    if (g_idx) {
-        memset(sums, 0, groups * sizeof(float));
-        for (int64_t i = 0; i < k; i++) sums[g_idx[i]] += load_x(x, i, is_bf16);
-        return;
-    }
-    for (int64_t g = 0; g < groups; g++) {
-        const int64_t from = g * group_size, to = from + group_size < k ? from + group_size : k;
-        float sum = 0;
-#pragma omp simd reduction(+ : sum)
-        for (int64_t i = from; i < to; i++) sum += load_x(x, i, is_bf16);
-        sums[g] = sum;
-    }
-}
-
-void qalora_pool(const char *x, char *out, const int32_t *g_idx, int64_t group_size, int64_t m,
-                 int64_t k, int64_t groups, int is_bf16, int threads) {
-    const int64_t size = is_bf16 ? 2 : 4;
-#pragma omp parallel num_threads(threads)
-    {
-        float *sums = malloc((groups + LANES) * sizeof(float));
-#pragma omp for schedule(static)
-        for (int64_t row = 0; row < m; row++) {
-            const char *from = x + row * k * size;
-            char *to = out + row * groups * size;
-            if (is_bf16) pool_row(from, sums, g_idx, group_size, k, groups, 1);
-            else pool_row(from, sums, g_idx, group_size, k, groups, 0);
-            for (int64_t g = 0; g < groups; g += LANES) {
-                vf v;
-                memcpy(&v, sums + g, sizeof v);
-                if (is_bf16) store_bf16((uint16_t *)to + g, v, groups - g);
-                else store_f((float *)to + g, v, groups - g);
-            }
-        }
-        free(sums);
     }
 }
 

@@ -15,6 +15,7 @@ ROWS = 4
 """Rows of x that share the unpacking of a weight (ROWS in multiply.c)."""
 
 _DTYPES = (torch.float32, torch.bfloat16)
+_GRAIN = 1 << 15  # elements worth a thread
 
 
 class _Layer(ctypes.Structure):
@@ -37,6 +38,11 @@ def _multiply_library() -> ctypes.CDLL | None:
 
 def _address(tensor: torch.Tensor | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+def _threads(elements: int) -> int:
+    """As many as torch uses, for the sizes from which on it uses them."""
+    return torch.get_num_threads() if elements >= _GRAIN else 1
 
 
 class _Packed:
@@ -73,24 +79,8 @@ def dequantize(
         return False
     packed = _Packed(qweight, scales, offsets, g_idx, spec)
     as_bf16 = out.dtype == torch.bfloat16
-    lib.qalora_dequantize(packed.pointer, _address(out), as_bf16, torch.get_num_threads())
+    lib.qalora_dequantize(packed.pointer, _address(out), as_bf16, _threads(out.numel()))
     return True
-
-
-def pool(x: torch.Tensor, g_idx: torch.Tensor | None, spec: QuantSpec) -> torch.Tensor | None:
-    """Group sums of x [M, K] fp32 or bf16 -> [M, G]; None where nothing was done."""
-    if x.dtype not in _DTYPES or (lib := _dequantize_library()) is None:
-        return None
-    x = x.contiguous()
-    g_idx = None if g_idx is None else g_idx.contiguous()
-    m, k = x.shape
-    out = x.new_empty(m, spec.num_groups)
-    sizes = (ctypes.c_int64(size) for size in (spec.group_size, m, k, spec.num_groups))
-    is_bf16 = x.dtype == torch.bfloat16
-    lib.qalora_pool(
-        _address(x), _address(out), _address(g_idx), *sizes, is_bf16, torch.get_num_threads()
-    )
-    return out
 
 
 def group_grad(
@@ -109,7 +99,7 @@ def group_grad(
     packed = _Packed(qweight, scales, offsets, g_idx, spec)
     out = torch.zeros(spec.num_groups, spec.out_features)
     is_bf16 = product.dtype == torch.bfloat16
-    threads = torch.get_num_threads()
+    threads = _threads(product.numel())
     lib.qalora_group_grad(packed.pointer, _address(product), _address(out), is_bf16, threads)
     return out
 
@@ -134,7 +124,7 @@ def multiply(
         x = x.view(tiles, rows, k).transpose(1, 2)
     x = x.to(torch.float32).contiguous()
     y = torch.empty(tiles * rows, spec.out_features)
-    threads = torch.get_num_threads()
+    threads = _threads(k * spec.out_features)
     lib.qalora_multiply(
         packed.pointer, _address(x), _address(y), ctypes.c_int64(tiles), rows, threads
     )

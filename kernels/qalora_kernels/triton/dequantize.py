@@ -184,9 +184,9 @@ def dequantize(
     launch(
         _dequantize_kernel,
         (triton.cdiv(n, blocks["block_n"]), triton.cdiv(units, blocks["block_u"])),
-        qweight.contiguous(),
-        scales.contiguous(),
-        offsets.contiguous(),
+        qweight,
+        scales,
+        offsets,
         g_idx,
         out,
         n,

@@ -109,7 +109,6 @@ def weighted_group_grad(
     spec: QuantSpec,
 ) -> torch.Tensor:
     """[M, N], [M, K] -> fp32 [G, N]."""
-    dy, x = dy.contiguous(), x.contiguous()
     n, groups = spec.out_features, spec.num_groups
     out = dy.new_empty(groups, n, dtype=torch.float32)
     blocks = untuned("weighted_group_grad", dy.device)
@@ -119,9 +118,9 @@ def weighted_group_grad(
         (triton.cdiv(n, blocks["block_n"]), triton.cdiv(groups, block_g)),
         dy,
         x,
-        qweight.contiguous(),
-        scales.contiguous(),
-        offsets.contiguous(),
+        qweight,
+        scales,
+        offsets,
         g_idx,
         *order_arguments(g_idx, spec),
         out,

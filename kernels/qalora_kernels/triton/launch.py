@@ -18,20 +18,23 @@ _workspaces: dict[tuple[torch.device, int], torch.Tensor] = {}
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
     """Run a kernel on the device of its first argument, which must be a tensor.
 
+    Kernels take tensors as row-major: what is not is copied (never an output: those are made here).
+
     Raises:
         RuntimeError: the tensors are on the CPU and Triton's interpreter is off.
     """
     device = args[0].device
+    arguments = [a.contiguous() if isinstance(a, torch.Tensor) else a for a in args]
     if device.type == "cuda":
         with torch.cuda.device(device):
-            kernel[grid](*args, **constants)
+            kernel[grid](*arguments, **constants)
     elif isinstance(kernel, JITFunction):
         raise RuntimeError(
             f"the triton backend got tensors on {device}: set TRITON_INTERPRET=1 before triton is "
             "first imported, or unset QALORA_BACKEND"
         )
     else:
-        kernel[grid](*args, **constants)
+        kernel[grid](*arguments, **constants)
 
 
 @contextmanager

@@ -43,6 +43,24 @@ def _store_transposed(acc, out, bias, m, n, M, N, split, SPLITS: tl.constexpr):
 
 
 @triton.jit
+def _accumulate(acc, weight, x, k, m, M, K, BLOCK_M: tl.constexpr):
+    """acc [n, m] += W [n, k] x^T [k, m], W rounded to the dtype of x; for one row, acc [n, k] keeps
+    the products."""
+    weight = weight.to(x.dtype.element_ty)
+    if BLOCK_M == 1:
+        row = tl.load(x + k, k < K, other=0, eviction_policy="evict_last")
+        return acc + weight.to(tl.float32) * row.to(tl.float32)[None, :]
+    else:
+        rows = tl.load(
+            x + m.to(tl.int64)[None, :] * K + k[:, None],
+            (k < K)[:, None] & (m < M)[None, :],
+            other=0,
+            eviction_policy="evict_last",
+        )
+        return tl.dot(weight, rows, acc, input_precision="ieee")
+
+
+@triton.jit
 def _linear_kernel(
     x,
     qweight,
@@ -77,30 +95,31 @@ def _linear_kernel(
     for step in range(split * STEPS, split * STEPS + STEPS):
         unit = step * BLOCK_IN + tl.arange(0, BLOCK_IN)
         first = (unit * VALUES)[None, :]
-        w0, w1, w2 = load_unit(qweight, unit[None, :], column, (first < K) & (column < N), N, BITS)
         if ONE_GROUP:
+            mask = (first < K) & (column < N)
+            w0, w1, w2 = load_unit(qweight, unit[None, :], column, mask, N, BITS)
             scale, offset = load_grid(
                 scales, offsets, g_idx, first, column, N, K, GROUP_SIZE, ACT_ORDER
             )
-        for j in tl.static_range(VALUES):
-            k = unit * VALUES + j
-            if not ONE_GROUP:
-                scale, offset = load_grid(
-                    scales, offsets, g_idx, k[None, :], column, N, K, GROUP_SIZE, ACT_ORDER
+            for j in tl.static_range(VALUES):
+                weight = plane(w0, w1, w2, j, BITS) * scale + offset
+                acc = _accumulate(acc, weight, x, unit * VALUES + j, m, M, K, BLOCK_M)
+        else:  # unrolled, the scales of every plane would not fit in shared memory
+            for j in range(VALUES):
+                weight = weight_tile(
+                    qweight,
+                    scales,
+                    offsets,
+                    g_idx,
+                    first + j,
+                    column,
+                    N,
+                    K,
+                    BITS,
+                    GROUP_SIZE,
+                    ACT_ORDER,
                 )
-            weight = plane(w0, w1, w2, j, BITS) * scale + offset
-            weight = weight.to(x.dtype.element_ty)
-            if BLOCK_M == 1:
-                row = tl.load(x + k, k < K, other=0, eviction_policy="evict_last")
-                acc += weight.to(tl.float32) * row.to(tl.float32)[None, :]
-            else:
-                rows = tl.load(
-                    x + m.to(tl.int64)[None, :] * K + k[:, None],
-                    (k < K)[:, None] & (m < M)[None, :],
-                    other=0,
-                    eviction_policy="evict_last",
-                )
-                acc = tl.dot(weight, rows, acc, input_precision="ieee")
+                acc = _accumulate(acc, weight, x, unit * VALUES + j, m, M, K, BLOCK_M)
     if BLOCK_M == 1:
         acc = tl.sum(acc, axis=1)[:, None]
     _store_transposed(acc, out, bias, m, n, M, N, split, SPLITS)
@@ -236,9 +255,7 @@ def linear(
     spec: QuantSpec,
 ) -> torch.Tensor:
     """x [M, K] -> x W^T + bias [M, N] in the dtype of x."""
-    x = x.contiguous()
-    weights = (qweight.contiguous(), scales.contiguous(), offsets.contiguous(), g_idx)
-    bias = None if bias is None else bias.contiguous()
+    weights = (qweight, scales, offsets, g_idx)
     k, n = spec.in_features, spec.out_features
 
     def run(plan: tuning.Plan) -> torch.Tensor:
@@ -263,8 +280,7 @@ def grad_input(
     spec: QuantSpec,
 ) -> torch.Tensor:
     """dy [M, N] -> dy W [M, K] in the dtype of dy."""
-    dy = dy.contiguous()
-    weights = (qweight.contiguous(), scales.contiguous(), offsets.contiguous(), g_idx)
+    weights = (qweight, scales, offsets, g_idx)
     k, n = spec.in_features, spec.out_features
 
     def run(plan: tuning.Plan) -> torch.Tensor:

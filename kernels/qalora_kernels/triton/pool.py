@@ -105,7 +105,6 @@ def order_arguments(
 
 def pool(x: torch.Tensor, g_idx: torch.Tensor | None, spec: QuantSpec) -> torch.Tensor:
     """x [M, K] -> [M, G] in the dtype of x."""
-    x = x.contiguous()
     m, groups = x.shape[0], spec.num_groups
     out = x.new_empty(m, groups)
     blocks = untuned("pool", x.device)

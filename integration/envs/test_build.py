@@ -1,0 +1,59 @@
+"""The environment builder: naming, reuse, and builds that were cut short."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parent / "build.py"
+
+
+@pytest.fixture
+def builder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The builder with its own requirement files, `empty` and its include, and its own cache."""
+    spec = importlib.util.spec_from_file_location("build", SCRIPT)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    requirements = tmp_path / "requirements"
+    requirements.mkdir()
+    (requirements / "empty.txt").write_text("-c pins.constraints\n")
+    (requirements / "pins.constraints").write_text("numpy==2.3.5\n")
+    monkeypatch.setattr(module, "HERE", requirements)
+    monkeypatch.setenv("QALORA_ENV_CACHE", str(tmp_path / "cache"))
+    return module
+
+
+def test_every_environment_is_pinned() -> None:
+    for requirements in SCRIPT.parent.glob("*.txt"):
+        lines = [line.partition("#")[0].strip() for line in requirements.read_text().splitlines()]
+        included = any(line.startswith("-c") for line in lines)
+        loose = [x for x in lines if x and not x.startswith("-") and "==" not in x]
+        assert included or not loose, f"{requirements.name} does not pin {loose}"
+
+
+def test_an_included_file_changes_the_directory(builder: ModuleType) -> None:
+    before = builder.environment_dir("empty")
+    (builder.HERE / "pins.constraints").write_text("numpy==2.3.4\n")
+    assert builder.environment_dir("empty") != before
+
+
+def test_build_reuses_a_finished_environment_and_remakes_a_broken_one(builder: ModuleType) -> None:
+    python = builder.build("empty")
+    assert subprocess.run([python, "-c", "import pip"]).returncode == 0
+    marker = python.parents[1] / "marker"
+    marker.touch()
+    assert builder.build("empty") == python
+    assert marker.exists()
+    (python.parents[1] / builder.STAMP).unlink()
+    assert builder.build("empty") == python
+    assert not marker.exists()
+
+
+def test_unknown_name_lists_the_known_ones(builder: ModuleType) -> None:
+    with pytest.raises(SystemExit, match="empty"):
+        builder.build("nonsense")

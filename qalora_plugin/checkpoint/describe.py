@@ -1,0 +1,137 @@
+"""What a directory holds: 16-bit model, quantized base, merged model, stock GPTQ, adapter."""
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError
+from .base import QuantizedCheckpoint
+from .layout import GUARD
+from .manifest import check_manifest
+from .reader import CheckpointReader, read_json
+from .safetensors_header import read_header
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_ADAPTER_KEYS = ("peft_type", "adapt", "r", "lora_alpha", "bits", "group_size", "fingerprint")
+_PARTS = {
+    "qweight": "integers",
+    "scales": "scales",
+    "offsets": "offsets",
+    "qzeros": "zero_points",
+    "g_idx": "g_idx",
+    GUARD: "guards",
+}
+
+
+def describe(
+    directory: str | Path, quick: bool = False, progress: Callable[[int, int], None] | None = None
+) -> dict[str, Any]:
+    """Describe a directory and check it.
+
+    Args:
+        directory: a local directory.
+        quick: check config and headers only, not the values and not the hashes.
+        progress: called with (layers checked, layers in all).
+
+    Returns:
+        JSON-ready: `kind`, then what there is to say about that kind; `valid` and `problem`; sizes
+        in bytes.
+
+    Raises:
+        CheckpointError: it holds neither a model nor an adapter that can be read at all.
+    """
+    directory = Path(directory)
+    if (directory / ADAPTER_CONFIG).exists():
+        return _describe_adapter(directory)
+    reader = CheckpointReader(directory)
+    raw = reader.config.get("quantization_config")
+    found: dict[str, Any] = {
+        "kind": "16-bit model",
+        "directory": str(directory),
+        "architecture": ", ".join(reader.config.get("architectures") or ["unknown"]),
+        "files": len(reader.files),
+        "valid": True,
+        "problem": None,
+    }
+    total = sum(info.nbytes for info in reader.tensors.values())
+    if raw is None and not any(name.endswith(".qweight") for name in reader.tensors):
+        found["parameters"] = sum(math.prod(info.shape) for info in reader.tensors.values())
+        found["bytes"] = {"total": total}
+        return found
+    found["kind"] = "quantized model"
+    found["bytes"] = {"total": total}
+    try:
+        checkpoint = QuantizedCheckpoint(directory)
+        found.update(_describe_quantized(checkpoint, total))
+        if not quick:
+            for done, name in enumerate(checkpoint.layers):
+                checkpoint.layer(name)
+                if progress is not None:
+                    progress(done + 1, len(checkpoint.layers))
+            found["hashes_checked"] = check_manifest(directory)
+    except CheckpointError as error:
+        found["valid"], found["problem"] = False, str(error)
+    return found
+
+
+def _describe_quantized(checkpoint: QuantizedCheckpoint, total: int) -> dict[str, Any]:
+    config = checkpoint.config
+    sizes: Counter[str] = Counter()
+    weights = sum(spec.in_features * spec.out_features for spec in checkpoint.layers.values())
+    for name in checkpoint.layers:
+        for part, kind in _PARTS.items():
+            if f"{name}.{part}" in checkpoint.reader:
+                sizes[kind] += checkpoint.reader.info(f"{name}.{part}").nbytes
+    packed = sum(sizes.values())
+    kind = "stock GPTQ model" if checkpoint.stock else "quantized base"
+    found = {
+        "kind": "merged model" if config.merged else kind,
+        "bits": _spread(spec.bits for spec in checkpoint.layers.values()),
+        "group_size": _spread(spec.group_size for spec in checkpoint.layers.values()),
+        "desc_act": config.desc_act,
+        "offsets_dtype": config.offsets_dtype,
+        "method": config.method,
+        "layers": len(checkpoint.layers),
+        "weights_quantized": weights,
+        "bits_per_weight": round(8 * (packed - sizes["guards"]) / weights, 3),
+        "bytes": {**sizes, "rest": total - packed, "total": total},
+        "base": config.base,
+        "merged": config.merged,
+    }
+    if checkpoint.stock:
+        found["checkpoint_format"] = checkpoint.stock.checkpoint_format
+        found["sym"] = checkpoint.stock.sym
+    return found
+
+
+def _spread(values: Any) -> int | dict[str, int]:
+    """The one value, or how many layers have which."""
+    counts = Counter(values)
+    if len(counts) == 1:
+        return next(iter(counts))
+    return {str(value): count for value, count in sorted(counts.items())}
+
+
+def _describe_adapter(directory: Path) -> dict[str, Any]:
+    config = read_json(directory / ADAPTER_CONFIG)
+    weights = directory / ADAPTER_WEIGHTS
+    if not weights.exists():
+        raise CheckpointError(
+            f"{directory}: {ADAPTER_CONFIG} but no {ADAPTER_WEIGHTS}. Adapters in pickle files are "
+            "never read: save it again with safetensors."
+        )
+    tensors, _ = read_header(weights)
+    return {
+        "kind": "adapter",
+        "directory": str(directory),
+        "base_model_name_or_path": config.get("base_model_name_or_path"),
+        **{key: config[key] for key in _ADAPTER_KEYS if config.get(key) is not None},
+        "tensors": len(tensors),
+        "parameters": sum(math.prod(info.shape) for info in tensors.values()),
+        "bytes": {"total": sum(info.nbytes for info in tensors.values())},
+        "valid": True,
+        "problem": None,
+    }

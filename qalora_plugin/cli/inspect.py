@@ -1,0 +1,65 @@
+"""`qalora inspect`: what a directory holds, how large its parts are, and whether it is sound."""
+
+import argparse
+import json
+import sys
+from typing import Any
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the subcommand."""
+    parser = subparsers.add_parser(
+        "inspect",
+        help="say what a directory holds, and check it",
+        description="Say what a directory holds (16-bit model, quantized base, merged model, stock "
+        "GPTQ model or adapter), how large its parts are, and whether its config, shapes, values "
+        "and hashes agree. Exits with 1 if they do not.",
+    )
+    parser.add_argument("model", help="directory, or Hub id")
+    parser.add_argument(
+        "--quick", action="store_true", help="check config and shapes only, not values and hashes"
+    )
+    parser.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
+    parser.set_defaults(func=main)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run it; progress goes to stderr, the result to stdout."""
+    from tqdm import tqdm
+
+    from ..checkpoint.describe import describe
+    from ..checkpoint.reader import resolve_model_dir
+
+    with tqdm(desc="checking", unit="layer", file=sys.stderr, delay=1, leave=False) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        found = describe(resolve_model_dir(args.model), quick=args.quick, progress=progress)
+    print(json.dumps(found) if args.json else table(found))
+    return 0 if found["valid"] else 1
+
+
+def table(found: dict[str, Any]) -> str:
+    """The result of `describe` as text, one line a property."""
+    rows = []
+    for key, value in found.items():
+        if key in ("bytes", "valid", "problem") or value in (None, {}):
+            continue
+        if isinstance(value, dict):
+            value = ", ".join(f"{name}: {item}" for name, item in value.items())
+        rows.append((key.replace("_", " "), str(value)))
+    rows += [(f"size, {part.replace('_', ' ')}", _size(n)) for part, n in found["bytes"].items()]
+    rows.append(("check", "passed" if found["valid"] else f"FAILED: {found['problem']}"))
+    width = max(len(key) for key, _ in rows)
+    return "\n".join(f"{key:<{width}}  {value}" for key, value in rows)
+
+
+def _size(nbytes: int) -> str:
+    size, unit = float(nbytes), "B"
+    for larger in ("KB", "MB", "GB"):
+        if size < 1000:
+            break
+        size, unit = size / 1000, larger
+    return f"{size:.1f} {unit}" if unit != "B" else f"{nbytes} B"

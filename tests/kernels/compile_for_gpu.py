@@ -1,0 +1,78 @@
+"""Compile every Triton kernel for an NVIDIA GPU that need not be there; run by the test beside it.
+
+    python compile_for_gpu.py CAPABILITY BITS...      for example: compile_for_gpu.py 90 3 4
+
+Every operator is called as in training and generation, on CPU tensors, with launching replaced by
+compiling down to machine code (ptxas comes with Triton). Prints one JSON line a kernel.
+"""
+
+import importlib
+import json
+import sys
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from qalora_kernels import QuantSpec
+
+
+class _AbsentGPU:
+    def get_current_target(self):
+        return GPUTarget("cuda", CAPABILITY, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device=None):
+        return 0
+
+
+def compile_only(kernel, grid, *args, **constants):
+    compiled = kernel.warmup(*args, grid=grid, **constants)
+    ptx = compiled.asm["ptx"]
+    line = {
+        "kernel": kernel.fn.__name__,
+        "machine_code": len(compiled.asm["cubin"]),
+        "shared": compiled.metadata.shared,
+        "wgmma": "wgmma.mma_async" in ptx,
+        "mma": "wgmma.mma_async" in ptx or "mma.sync" in ptx,
+        "local_memory": ".local" in ptx,
+    }
+    print(json.dumps(line), flush=True)
+
+
+def call_every_operator(backend, bits):
+    k, n, half = 1024, 512, torch.bfloat16
+    for act_order in (False, True):
+        spec = QuantSpec(bits, 32, k, n)
+        qweight = torch.zeros(spec.packed_rows, n, dtype=torch.int32)
+        scales = torch.ones(spec.num_groups, n)
+        g_idx = (torch.arange(k) // 32).int() if act_order else None
+        weights = (qweight, scales, scales, g_idx)
+        bias = torch.ones(n, dtype=half)
+        backend.dequantize(*weights, spec, half)
+        for m in (1, 16):
+            x, dy = torch.ones(m, k, dtype=half), torch.ones(m, n, dtype=half)
+            backend.linear(x, *weights, bias, spec)
+            if m == 16:
+                backend.grad_input(dy, *weights, spec)
+        backend.pool(x, g_idx, spec)
+        backend.weighted_group_grad(dy, x, *weights, spec)
+
+
+if __name__ == "__main__":
+    CAPABILITY = int(sys.argv[1])
+    driver.set_active(_AbsentGPU())
+    modules = {
+        name: importlib.import_module(f"qalora_kernels.triton.{name}")
+        for name in ("dequantize", "matmul", "pool", "gradients", "tuning")
+    }
+    defaults = modules["tuning"]._shipped()["untuned_defaults"][sys.argv[1][0]]
+    modules["tuning"].splits_to_fill = lambda device, blocks: 2
+    for name, module in modules.items():
+        module.untuned = lambda op, device: defaults[op]
+        if name != "tuning":
+            module.launch = compile_only
+    for bits in sys.argv[2:]:
+        call_every_operator(importlib.import_module("qalora_kernels.triton"), int(bits))

@@ -1,0 +1,122 @@
+"""Damaged, incomplete, unsupported adapters: one clear error each, before anything is written."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qalora_plugin.adapter import open_adapter
+from qalora_plugin.errors import AdapterError, CheckpointError
+
+Q_PROJ = "model.layers.0.self_attn.q_proj"
+A = f"base_model.model.{Q_PROJ}.qalora_A.weight"
+B = f"base_model.model.{Q_PROJ}.qalora_B.weight"
+
+
+@pytest.fixture
+def adapter_dir(base_dir: Path, make_adapter: Callable[..., Path]) -> Path:
+    return make_adapter(base_dir)
+
+
+def test_reads_layers_ranks_and_scaling(base_dir: Path, make_adapter: Callable[..., Path]) -> None:
+    plain = open_adapter(make_adapter(base_dir))
+    assert len(plain.layers) == 14
+    assert plain.layers[Q_PROJ].rank == 4
+    assert plain.layers[Q_PROJ].scaling == 6 / 4
+    patterned = open_adapter(
+        make_adapter(
+            base_dir,
+            name="patterned",
+            r=8,
+            rank_pattern={".*": 4},
+            alpha_pattern={"layers.0.self_attn.q_proj": 3},
+            use_rslora=True,
+        )
+    )
+    assert patterned.layers[Q_PROJ].scaling == 3 / 2
+    assert patterned.layers[Q_PROJ.replace("q_proj", "k_proj")].scaling == 6 / 2
+
+
+BAD_TENSORS: dict[str, tuple[Callable[[dict], Any], str]] = {
+    "missing A": (lambda t: t.pop(A), "missing key .*q_proj.qalora_A"),
+    "missing B": (lambda t: t.pop(B), "missing key .*q_proj.qalora_B"),
+    "extra matrix": (
+        lambda t: t.update({A.replace("qalora_A", "qalora_scale_A"): torch.ones(4, 2)}),
+        "extra key .*qalora_scale_A",
+    ),
+    "extra key": (
+        lambda t: t.update({"base_model.model.lm_head.weight": torch.ones(2, 2)}),
+        "extra key .*lm_head.weight: .*modules_to_save",
+    ),
+    "foreign name": (lambda t: t.update({"q_proj.A": torch.ones(2)}), "key q_proj.A: expected"),
+    "wrong rank of A": (lambda t: t.update({A: torch.ones(5, 2)}), r"q_proj.qalora_A.*rank 4"),
+    "wrong rank of B": (lambda t: t.update({B: torch.ones(64, 5)}), r"q_proj.qalora_B.*rank 4"),
+    "A not a matrix": (lambda t: t.update({A: torch.ones(4)}), r"q_proj.qalora_A.*found \[4\]"),
+    "nan": (lambda t: t[B].fill_(torch.nan), "q_proj.qalora_B.weight holds NaN"),
+    "infinity": (lambda t: t[A].fill_(torch.inf), "q_proj.qalora_A.weight holds NaN or infinity"),
+    "nothing": (lambda t: t.clear(), "nothing to merge"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_TENSORS)
+def test_bad_tensors(case: str, adapter_dir: Path, edit_tensors: Callable[..., None]) -> None:
+    change, message = BAD_TENSORS[case]
+    edit_tensors(adapter_dir / "adapter_model.safetensors", change)
+    with pytest.raises(AdapterError, match=message):
+        open_adapter(adapter_dir)
+
+
+BAD_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
+    "another method": ({"peft_type": "IA3"}, "expected peft_type QALORA"),
+    "dora": ({"use_dora": True}, "trained with use_dora"),
+    "bias": ({"bias": "all"}, "trained with bias"),
+    "adapt": ({"adapt": "weights"}, "adapt must be one of"),
+    "no rank": ({"r": -1}, "r must be a positive integer"),
+    "alpha": ({"lora_alpha": "x"}, "lora_alpha must be a positive number"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CONFIGS)
+def test_bad_config(case: str, adapter_dir: Path, edit_json: Callable[..., None]) -> None:
+    changes, message = BAD_CONFIGS[case]
+    edit_json(adapter_dir / "adapter_config.json", **changes)
+    with pytest.raises(AdapterError, match=f"adapter_config.json: .*{message}"):
+        open_adapter(adapter_dir)
+
+
+def test_truncated_file(adapter_dir: Path) -> None:
+    weights = adapter_dir / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=r"adapter_model.safetensors: truncated"):
+        open_adapter(adapter_dir)
+
+
+def test_pickle_is_never_read(adapter_dir: Path) -> None:
+    weights = adapter_dir / "adapter_model.safetensors"
+    weights.rename(adapter_dir / "adapter_model.bin")
+    with pytest.raises(AdapterError, match="a pickle, which can run code"):
+        open_adapter(adapter_dir)
+
+
+def test_not_an_adapter_names_the_one_below(adapter_dir: Path) -> None:
+    with pytest.raises(AdapterError, match=f"Did you mean {adapter_dir}"):
+        open_adapter(adapter_dir.parent)
+
+
+def test_conventions(base_dir: Path, adapter_dir: Path, make_foreign: Callable[..., Path]) -> None:
+    ours = open_adapter(adapter_dir)
+    assert ours.convention() == "sum"
+    with pytest.raises(AdapterError, match="trained with the convention 'sum'"):
+        ours.convention("mean")
+    peft = open_adapter(make_foreign(base_dir, 4, use_qalora=True))
+    assert peft.convention() == peft.convention("peft") == "peft"
+    with pytest.raises(AdapterError, match="trained with the convention 'peft'"):
+        peft.convention("mean")
+    silent = open_adapter(make_foreign(base_dir, 32, use_qalora=False, name="authors"))
+    assert silent.convention("mean") == "mean"
+    with pytest.raises(AdapterError, match="does not say how it pools"):
+        silent.convention()
+    with pytest.raises(AdapterError, match="convention must be auto or one of"):
+        silent.convention("median")

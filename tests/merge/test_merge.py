@@ -1,0 +1,379 @@
+"""Merging on files: what changes, what stays, what is refused, and what a kill leaves behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from qalora_plugin import merge_adapter
+from qalora_plugin.adapter import open_adapter
+from qalora_plugin.checkpoint.base import open_quantized
+from qalora_plugin.checkpoint.manifest import check_manifest
+from qalora_plugin.checkpoint.reader import CheckpointReader
+from qalora_plugin.errors import AdapterError, CheckpointError, OutputError
+from qalora_plugin.verify import verify_merge
+
+PREFIX = "base_model.model."
+ATTENTION = "self_attn"
+
+
+def _bytes(directory: Path, name: str) -> bytes:
+    return b"".join(bytes(piece) for piece in CheckpointReader(directory).chunks(name))
+
+
+@pytest.mark.parametrize("adapt", ["zeros", "scales", "both"])
+def test_equals_peft_merge_and_unload(
+    adapt: str, base_dir: Path, make_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    adapter = make_adapter(base_dir, adapt=adapt)
+    merge_adapter(adapter, tmp_path / "merged")
+    model = AutoModelForCausalLM.from_pretrained(base_dir)
+    PeftModel.from_pretrained(model, str(adapter)).merge_and_unload().save_pretrained(
+        tmp_path / "unloaded"
+    )
+    ours, theirs = CheckpointReader(tmp_path / "merged"), CheckpointReader(tmp_path / "unloaded")
+    assert ours.tensors.keys() == theirs.tensors.keys()
+    for name in ours.tensors:
+        assert torch.equal(ours.get(name), theirs.get(name)), name
+
+
+def test_only_scales_and_offsets_change(
+    base_dir: Path, make_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    adapter = make_adapter(base_dir, layers=lambda name: ATTENTION in name)
+    result = merge_adapter(adapter, tmp_path / "merged")
+    assert result.layers == 8 and result.convention == "sum"
+    changed = {
+        name
+        for name in CheckpointReader(base_dir).tensors
+        if _bytes(base_dir, name) != _bytes(result.out, name)
+    }
+    assert changed == {f"{layer}.offsets" for layer in open_adapter(adapter).layers}
+
+
+def test_result_is_a_model_directory(
+    base_dir: Path, make_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    adapter = make_adapter(base_dir)
+    (adapter / "tokenizer_config.json").write_text('{"from": "training"}')
+    out = merge_adapter(adapter, tmp_path / "deep" / "merged").out
+    assert check_manifest(out)
+    assert (out / "LICENSE").read_text() == "a licence"
+    assert json.loads((out / "tokenizer_config.json").read_text()) == {"from": "training"}
+    assert (out / "generation_config.json").exists()
+    merged = json.loads((out / "config.json").read_text())["quantization_config"]["merged"]
+    assert merged["convention"] == "sum" and merged["adapt"] == "zeros"
+    assert (merged["r"], merged["lora_alpha"], merged["layers"]) == (4, 6, 14)
+    assert merged["adapter_sha256"] == open_adapter(adapter).sha256()
+    assert not adapter.with_name(".merged").exists()
+
+
+def test_act_order_stock_base(
+    stock_dir: Callable[[str], Path], make_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = stock_dir("gptq_4bit_g128_actorder_asym")
+    out = merge_adapter(make_adapter(base), tmp_path / "merged").out
+    stock, merged = open_quantized(base), open_quantized(out)
+    assert merged.stock is None and merged.config.offsets_dtype == "float32"
+    for name in stock.layers:
+        assert _bytes(base, f"{name}.qweight") == _bytes(out, f"{name}.qweight")
+        assert _bytes(base, f"{name}.g_idx") == _bytes(out, f"{name}.g_idx")
+        assert torch.equal(merged.layer(name).scales, stock.layer(name).scales)
+        assert not torch.equal(merged.layer(name).offsets, stock.layer(name).offsets)
+
+
+@pytest.mark.parametrize("pool", [16, 64])
+def test_pooling_groups_that_differ_from_the_bases(
+    pool: int, stock_dir: Callable[[str], Path], make_foreign: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = stock_dir("gptq_4bit_g32_asym")
+    out = merge_adapter(make_foreign(base, pool, use_qalora=True), tmp_path / "merged").out
+    config = open_quantized(out).config
+    assert config.group_size == min(pool, 32)
+    assert config.merged is not None and config.merged["convention"] == "peft"
+    model = AutoModelForCausalLM.from_pretrained(out)  # the format's own reader agrees
+    assert model(torch.arange(8)[None]).logits.isfinite().all()
+    assert verify_merge(out, tmp_path / "foreign", base).output_error <= 1
+
+
+def test_split_groups_only_where_adapted(
+    stock_dir: Callable[[str], Path],
+    make_foreign: Callable[..., Path],
+    edit_tensors: Callable[..., None],
+    edit_json: Callable[..., None],
+    tmp_path: Path,
+) -> None:
+    base = stock_dir("gptq_4bit_g32_asym")
+    adapter = make_foreign(base, 16, use_qalora=True)
+
+    def keep_attention(tensors: dict[str, torch.Tensor]) -> None:
+        for key in [k for k in tensors if ATTENTION not in k]:
+            del tensors[key]
+
+    edit_tensors(adapter / "adapter_model.safetensors", keep_attention)
+    edit_json(
+        adapter / "adapter_config.json", target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]
+    )
+    out = merge_adapter(adapter, tmp_path / "merged").out
+    sizes = {name: spec.group_size for name, spec in open_quantized(out).layers.items()}
+    assert {sizes[n] for n in sizes if ATTENTION in n} == {16}
+    assert {sizes[n] for n in sizes if ATTENTION not in n} == {32}
+    AutoModelForCausalLM.from_pretrained(out)
+
+
+def test_modules_to_save_replaces_whole_tensors(
+    base_dir: Path, make_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    head = torch.randn(64, 64)
+    adapter = make_adapter(
+        base_dir, modules_to_save=["lm_head"], extra={f"{PREFIX}lm_head.weight": head}
+    )
+    result = merge_adapter(adapter, tmp_path / "merged")
+    assert result.replaced == ["lm_head.weight"]
+    assert torch.equal(CheckpointReader(result.out).get("lm_head.weight"), head)
+    assert verify_merge(result.out, adapter).modules_to_save == 1
+
+
+def test_trained_head_of_a_tied_base_is_untied(
+    tied_base_dir: Path, make_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    head = torch.randn(64, 64)
+    adapter = make_adapter(
+        tied_base_dir, modules_to_save=["lm_head"], extra={f"{PREFIX}lm_head.weight": head}
+    )
+    merge_adapter(adapter, tmp_path / "merged")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    assert torch.equal(model.lm_head.weight, head)
+    assert not torch.equal(model.model.embed_tokens.weight, head)
+
+
+def test_trained_embedding_of_a_tied_base_is_refused(
+    tied_base_dir: Path, make_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    extra = {f"{PREFIX}model.embed_tokens.weight": torch.randn(64, 64)}
+    adapter = make_adapter(tied_base_dir, modules_to_save=["embed_tokens"], extra=extra)
+    with pytest.raises(AdapterError, match=r"embed_tokens\.weight: the base ties"):
+        merge_adapter(adapter, tmp_path / "merged")
+
+
+REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
+    "bits": ({"bits": 3}, "bits is 3, that of .* is 4"),
+    "group size": ({"group_size": 64}, "group_size is 64, that of .* is 32"),
+    "fingerprint": ({"fingerprint": "0" * 32}, "fingerprint 0{32}, those of"),
+    "trained on a merged base": (
+        {"base_merged": {"adapter": "first"}},
+        "trained on a base with something merged into it",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_adapter_of_another_base_is_refused(
+    case: str, base_dir: Path, make_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    config, message = REFUSALS[case]
+    adapter = make_adapter(base_dir, **config)
+    with pytest.raises(AdapterError, match=message):
+        merge_adapter(adapter, tmp_path / "out" / "merged")
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_layer_is_refused(
+    base_dir: Path, make_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    adapter = make_adapter(
+        base_dir,
+        layers=lambda name: "layers.1.mlp.up_proj" not in name,
+        target_modules=[
+            "q_proj",
+            "k_proj",
+            "v_proj",
+            "o_proj",
+            "up_proj",
+            "down_proj",
+            "gate_proj",
+        ],
+    )
+    with pytest.raises(AdapterError, match=r"missing keys: none for .*\.1\.mlp\.up_proj"):
+        merge_adapter(adapter, tmp_path / "merged")
+
+
+def test_layer_that_the_base_has_not_is_refused(
+    base_dir: Path, make_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    extra = {f"{PREFIX}model.layers.9.q_proj.qalora_A.weight": torch.ones(4, 2)}
+    extra[f"{PREFIX}model.layers.9.q_proj.qalora_B.weight"] = torch.ones(64, 4)
+    with pytest.raises(AdapterError, match=r"model.layers.9.q_proj, which is not a quantized"):
+        merge_adapter(make_adapter(base_dir, extra=extra), tmp_path / "merged")
+
+
+def test_wrong_width_is_refused(
+    base_dir: Path,
+    make_adapter: Callable[..., Path],
+    edit_tensors: Callable[..., None],
+    tmp_path: Path,
+) -> None:
+    adapter = make_adapter(base_dir)
+    key = f"{PREFIX}model.layers.0.self_attn.q_proj.qalora_A.weight"
+    path = adapter / "adapter_model.safetensors"
+    edit_tensors(path, lambda t: t.update({key: torch.ones(4, 3)}))
+    with pytest.raises(AdapterError, match="A has 3 columns, the base's layer 2 groups"):
+        merge_adapter(adapter, tmp_path / "merged")
+    key = key.replace("qalora_A", "qalora_B")
+    edit_tensors(path, lambda t: t.update({key: torch.ones(65, 4)}))
+    with pytest.raises(AdapterError, match="B has 65 rows, the base's layer 64 outputs"):
+        merge_adapter(adapter, tmp_path / "merged")
+
+
+def test_merging_twice_is_refused(
+    base_dir: Path, make_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    adapter = make_adapter(base_dir)
+    merge_adapter(adapter, tmp_path / "merged")
+    with pytest.raises(AdapterError, match="already merged"):
+        merge_adapter(adapter, tmp_path / "again", tmp_path / "merged")
+    assert not (tmp_path / "again").exists()
+
+
+def test_adapter_trained_on_a_merged_base_merges_into_it(
+    base_dir: Path, make_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    first = merge_adapter(make_adapter(base_dir), tmp_path / "first").out
+    before = open_quantized(first).config.merged
+    second = merge_adapter(make_adapter(first, name="b", base_merged=before), tmp_path / "second")
+    after = open_quantized(second.out).config.merged
+    assert after is not None and after["base_merged"] == before
+
+
+def test_non_empty_output_is_refused(
+    base_dir: Path, make_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    (tmp_path / "merged").mkdir()
+    (tmp_path / "merged" / "precious").write_text("x")
+    with pytest.raises(OutputError, match="is not empty"):
+        merge_adapter(make_adapter(base_dir), tmp_path / "merged")
+    assert [p.name for p in (tmp_path / "merged").iterdir()] == ["precious"]
+
+
+def test_16_bit_base_is_refused_with_the_way_out(
+    base_dir: Path, dense_dir: Path, make_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    adapter = make_adapter(base_dir, bits=4, group_size=32)
+    message = r"--method rtn --bits 4 --group-size 32"
+    with pytest.raises(AdapterError, match=message):
+        merge_adapter(adapter, tmp_path / "merged", dense_dir)
+
+
+def test_16_bit_base_of_a_foreign_adapter_is_refused(
+    base_dir: Path, dense_dir: Path, make_foreign: Callable[..., Path], tmp_path: Path
+) -> None:
+    adapter = make_foreign(base_dir, 4, use_qalora=True)
+    with pytest.raises(CheckpointError, match="a model that is not quantized"):
+        merge_adapter(adapter, tmp_path / "merged", dense_dir)
+
+
+def test_no_base_is_named(
+    base_dir: Path, make_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    adapter = make_adapter(base_dir, base_model_name_or_path=None)
+    with pytest.raises(AdapterError, match="Name the quantized base with --base"):
+        merge_adapter(adapter, tmp_path / "merged")
+
+
+def test_overflowing_change_is_refused_and_leaves_nothing(
+    base_dir: Path,
+    make_adapter: Callable[..., Path],
+    edit_tensors: Callable[..., None],
+    tmp_path: Path,
+) -> None:
+    adapter = make_adapter(base_dir)
+
+    def blow_up(tensors: dict[str, torch.Tensor]) -> None:
+        for tensor in tensors.values():
+            tensor *= 1e4
+
+    edit_tensors(adapter / "adapter_model.safetensors", blow_up)
+    with pytest.raises(AdapterError, match="offsets out of the range"):
+        merge_adapter(adapter, tmp_path / "out" / "merged")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_modules_to_save_of_an_integer_layer_is_refused(
+    base_dir: Path, make_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    extra = {f"{PREFIX}model.layers.0.mlp.up_proj.weight": torch.ones(172, 64)}
+    adapter = make_adapter(
+        base_dir,
+        layers=lambda name: "up_proj" not in name,
+        modules_to_save=["up_proj"],
+        extra=extra,
+    )
+    with pytest.raises(AdapterError, match=r"up_proj\.weight: modules_to_save names a layer"):
+        merge_adapter(adapter, tmp_path / "merged")
+
+
+def test_resized_vocabulary_is_refused(
+    base_dir: Path, make_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    extra = {f"{PREFIX}lm_head.weight": torch.ones(70, 64)}
+    adapter = make_adapter(base_dir, modules_to_save=["lm_head"], extra=extra)
+    with pytest.raises(AdapterError, match=r"lm_head.weight: shape \[70, 64\]"):
+        merge_adapter(adapter, tmp_path / "merged")
+
+
+_KILLED_MERGE = """
+import sys, time
+from qalora_plugin import merge_adapter
+def progress(done, total):
+    if done == total // 2:
+        print("half", flush=True)
+        time.sleep(60)
+merge_adapter(sys.argv[1], sys.argv[2], progress=progress)
+"""
+
+
+def test_killed_merge_leaves_nothing_that_looks_finished(
+    base_dir: Path, make_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    adapter, out = make_adapter(base_dir), tmp_path / "out" / "merged"
+    process = subprocess.Popen(
+        [sys.executable, "-c", _KILLED_MERGE, str(adapter), str(out)], stdout=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"half\n"
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    assert not out.exists()
+    left = [p for p in out.parent.rglob("*") if p.is_file()]
+    assert not any(p.name in ("config.json", "model.safetensors") for p in left)
+    merge_adapter(adapter, out)  # and the next run clears up
+    assert [p.name for p in out.parent.iterdir()] == ["merged"]
+
+
+def test_shards(
+    base_dir: Path,
+    make_adapter: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from qalora_plugin import merge
+    from qalora_plugin.checkpoint.writer import split_plan
+
+    adapter = make_adapter(base_dir)
+    merge_adapter(adapter, tmp_path / "one")
+    # 3000 bytes: the tensors of one layer fall into different shards
+    monkeypatch.setattr(merge, "split_plan", lambda plan: split_plan(plan, 3000))
+    merge_adapter(adapter, tmp_path / "many")
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 10
+    for name in CheckpointReader(tmp_path / "one").tensors:
+        assert _bytes(tmp_path / "one", name) == _bytes(tmp_path / "many", name)

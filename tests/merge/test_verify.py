@@ -1,0 +1,233 @@
+"""`verify_merge` finds what is wrong, whatever it is, and says how far its proof goes."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from qalora_plugin import merge_adapter, verify_merge
+from qalora_plugin.adapter import open_adapter
+from qalora_plugin.checkpoint.base import open_quantized
+from qalora_plugin.cli import main
+from qalora_plugin.errors import CheckpointError, VerificationError
+
+LAYER = "model.layers.1.mlp.down_proj"
+STOCK = "gptq_4bit_g32_asym"
+
+
+@pytest.fixture
+def adapter_dir(base_dir: Path, make_adapter: Callable[..., Path]) -> Path:
+    return make_adapter(base_dir, layers=lambda name: "gate_proj" not in name)
+
+
+@pytest.fixture
+def merged_dir(adapter_dir: Path, tmp_path: Path) -> Path:
+    """A merged checkpoint without a manifest, so that tests can tamper with it."""
+    out = merge_adapter(adapter_dir, tmp_path / "merged").out
+    (out / "qalora_manifest.json").unlink()
+    return out
+
+
+@pytest.mark.parametrize("adapt", ["zeros", "scales", "both"])
+def test_a_good_merge(
+    adapt: str, base_dir: Path, make_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    adapter = make_adapter(base_dir, layers=lambda name: "gate_proj" not in name, adapt=adapt)
+    merge_adapter(adapter, tmp_path / "merged")
+    report = verify_merge(tmp_path / "merged", adapter, logits=True)
+    assert (report.layers, report.unadapted_layers) == (12, 2)
+    assert report.max_difference == 0.0 and report.integers_equal and report.hashes
+    assert report.output_error <= 1 < report.output_change
+    assert (report.convention, report.convention_from) == ("sum", "adapter config")
+    assert report.logits is not None
+    assert report.logits.equal and report.logits.difference == 0.0 < report.logits.effect
+    assert "equal to the bit" in report.as_text()
+    assert json.loads(json.dumps(report.as_dict()))["logits"]["equal"] is True
+
+
+def _flip(name: str) -> Callable[[dict[str, torch.Tensor]], None]:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        flat = tensors[name].view(-1).view(torch.int16)
+        flat[5] ^= 1
+
+    return change
+
+
+TAMPERED: dict[str, tuple[Callable[[dict], Any], str]] = {
+    "an integer": (_flip(f"{LAYER}.qweight"), rf"{LAYER}\.qweight differs from the base's"),
+    "an offset": (_flip(f"{LAYER}.offsets"), rf"{LAYER}\.offsets is not what .* 1 of"),
+    "a scale": (_flip(f"{LAYER}.scales"), rf"{LAYER}\.scales is not what"),
+    "an unadapted offset": (
+        _flip("model.layers.0.mlp.gate_proj.offsets"),
+        r"gate_proj\.offsets is not what",
+    ),
+    "a norm": (_flip("model.norm.weight"), r"model\.norm\.weight differs from the base's"),
+    "a lost tensor": (lambda t: t.pop("model.norm.weight"), r"model\.norm\.weight is missing"),
+    "a new tensor": (lambda t: t.update(x=torch.ones(1)), "tensor x is not one that base"),
+    "a dtype": (
+        lambda t: t.update({"lm_head.weight": t["lm_head.weight"].float()}),
+        r"lm_head\.weight: expected .*bfloat16",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", TAMPERED)
+def test_tampered_tensors(
+    what: str, merged_dir: Path, adapter_dir: Path, edit_tensors: Callable[..., None]
+) -> None:
+    change, message = TAMPERED[what]
+    edit_tensors(merged_dir / "model.safetensors", change)
+    with pytest.raises(VerificationError, match=message):
+        verify_merge(merged_dir, adapter_dir)
+
+
+def test_hashes(adapter_dir: Path, tmp_path: Path, edit_tensors: Callable[..., None]) -> None:
+    out = merge_adapter(adapter_dir, tmp_path / "merged").out
+    edit_tensors(out / "model.safetensors", _flip("model.norm.weight"))
+    with pytest.raises(CheckpointError, match=r"qalora_manifest\.json says"):
+        verify_merge(out, adapter_dir)
+
+
+def test_a_base_is_not_merged(base_dir: Path, adapter_dir: Path) -> None:
+    with pytest.raises(VerificationError, match="says nothing of a merge"):
+        verify_merge(base_dir, adapter_dir, base_dir)
+
+
+def test_another_adapter(
+    merged_dir: Path,
+    base_dir: Path,
+    adapter_dir: Path,
+    edit_tensors: Callable[..., None],
+    tmp_path: Path,
+) -> None:
+    shutil.copytree(adapter_dir, tmp_path / "other")
+
+    def scale(tensors: dict[str, torch.Tensor]) -> None:
+        for tensor in tensors.values():
+            tensor *= 1.01
+
+    edit_tensors(tmp_path / "other" / "adapter_model.safetensors", scale)
+    with pytest.raises(VerificationError, match=r"merged from another adapter"):
+        verify_merge(merged_dir, tmp_path / "other", base_dir)
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+def test_peft_adapter_on_a_stock_base(
+    act_order: bool,
+    stock_dir: Callable[[str], Path],
+    make_foreign: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    # with act-order only pools that hold whole groups merge: here one pool of all 256 inputs
+    base = stock_dir("gptq_4bit_g128_actorder_asym" if act_order else STOCK)
+    inputs = next(iter(open_quantized(base).layers.values())).in_features
+    adapter = make_foreign(base, inputs if act_order else 32, use_qalora=True)
+    merge_adapter(adapter, tmp_path / "merged")
+    report = verify_merge(tmp_path / "merged", adapter, logits=True)
+    assert (report.convention, report.convention_from) == ("peft", "adapter config")
+    assert report.output_error <= 1 < report.output_change
+    assert report.logits is not None
+    assert report.logits.difference < 1e-3 * report.logits.effect
+
+
+@pytest.mark.parametrize("wrong", ["mean", "sum"])
+def test_wrongly_declared_convention_is_caught_by_the_adapters_config(
+    wrong: str,
+    stock_dir: Callable[[str], Path],
+    make_foreign: Callable[..., Path],
+    edit_json: Callable[..., None],
+    tmp_path: Path,
+) -> None:
+    base = stock_dir(STOCK)
+    adapter = make_foreign(base, 32, use_qalora=True)
+    stripped = shutil.copytree(adapter, tmp_path / "stripped")
+    edit_json(stripped / "adapter_config.json", use_qalora=None, qalora_group_size=None)
+    out = merge_adapter(stripped, tmp_path / "merged", convention=wrong).out
+    with pytest.raises(VerificationError, match=f"'{wrong}', but .* trained with 'peft'"):
+        verify_merge(out, adapter)
+    # and if the label is forged as well, the numbers give it away
+    config = json.loads((out / "config.json").read_text())
+    config["quantization_config"]["merged"]["convention"] = "peft"
+    (out / "config.json").write_text(json.dumps(config))
+    with pytest.raises(VerificationError, match="offsets is not what base and adapter give"):
+        verify_merge(out, adapter)
+
+
+def _authors_logits(base: Path, adapter: Path, ids: torch.Tensor, group: int) -> torch.Tensor:
+    """Logits as the QA-LoRA authors' code gives them: an AvgPool1d in front of lora_A."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    opened = open_adapter(adapter)
+    pool = nn.AvgPool1d(group)
+    for name, layer in opened.layers.items():
+        a, b = opened.get_pair(layer.keys["zeros"])
+
+        def add(
+            module: nn.Module,
+            args: tuple[torch.Tensor],
+            y: torch.Tensor,
+            a: torch.Tensor = a,
+            b: torch.Tensor = b,
+            scaling: float = layer.scaling,
+        ) -> torch.Tensor:
+            return y + pool(args[0]) @ a.t() @ b.t() * scaling
+
+        model.get_submodule(name).register_forward_hook(add)
+    with torch.no_grad():
+        return model(input_ids=ids).logits
+
+
+def test_reference_logits_prove_the_convention_that_the_config_does_not_state(
+    stock_dir: Callable[[str], Path],
+    make_foreign: Callable[..., Path],
+    edit_tensors: Callable[..., None],
+    tmp_path: Path,
+) -> None:
+    base = stock_dir(STOCK)
+    adapter = make_foreign(base, 32, use_qalora=False)
+    path = adapter / "adapter_model.safetensors"
+    edit_tensors(path, lambda t: t.update({k: v * 8 for k, v in t.items() if "lora_B" in k}))
+    ids = torch.arange(12)[None]
+    reference = tmp_path / "reference.safetensors"
+    logits = _authors_logits(base, adapter, ids, 32)
+    save_file({"input_ids": ids, "logits": logits}, reference)
+
+    right = merge_adapter(adapter, tmp_path / "right", convention="mean").out
+    wrong = merge_adapter(adapter, tmp_path / "wrong", convention="peft").out
+    # without evidence both are what they declare to be, and the report says so
+    for out in (right, wrong):
+        report = verify_merge(out, adapter)
+        assert report.convention_from == "declaration"
+        assert "NOT PROVEN" in report.as_text()
+    assert verify_merge(right, adapter, reference=reference).convention_from == "reference"
+    with pytest.raises(VerificationError, match=r"convention 'mean', but .* merged with 'peft'"):
+        verify_merge(wrong, adapter, reference=reference)
+    save_file({"input_ids": ids, "logits": torch.randn_like(logits)}, reference)
+    with pytest.raises(VerificationError, match="under any convention"):
+        verify_merge(right, adapter, reference=reference)
+    save_file({"ids": ids}, reference)
+    with pytest.raises(VerificationError, match="expected tensors input_ids"):
+        verify_merge(right, adapter, reference=reference)
+
+
+def test_command_line(
+    base_dir: Path, make_adapter: Callable[..., Path], tmp_path: Path, capsys: Any
+) -> None:
+    adapter, out = make_adapter(base_dir), tmp_path / "merged"
+    assert main(["merge", str(adapter), "--out", str(out), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["layers"] == 14
+    arguments = ["verify", str(out), "--adapter", str(adapter), "--base", str(base_dir)]
+    assert main([*arguments, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["max_difference"] == 0.0
+    assert main([*arguments, "--logits"]) == 0
+    assert "equal to the bit" in capsys.readouterr().out
+    assert main(["merge", str(adapter), "--out", str(out)]) == 1
+    assert "is not empty" in capsys.readouterr().err
+    assert main(["verify", str(base_dir), "--adapter", str(adapter)]) == 1
+    assert "says nothing of a merge" in capsys.readouterr().err

@@ -1,0 +1,49 @@
+"""Tiny models of many architectures, built from config with random weights."""
+
+from pathlib import Path
+
+import torch
+import transformers as tf
+
+_COMMON = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+_GATED = {**_COMMON, "intermediate_size": 43, "num_key_value_heads": 2, "head_dim": 8}
+_PLAIN = {**_COMMON, "intermediate_size": 48}
+
+ARCHITECTURES = {
+    "llama": lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**_GATED)),
+    "mistral": lambda: tf.MistralForCausalLM(tf.MistralConfig(**_GATED, sliding_window=6)),
+    "qwen2": lambda: tf.Qwen2ForCausalLM(tf.Qwen2Config(**_GATED, tie_word_embeddings=True)),
+    "qwen3": lambda: tf.Qwen3ForCausalLM(tf.Qwen3Config(**_GATED)),
+    "gemma2": lambda: tf.Gemma2ForCausalLM(tf.Gemma2Config(**_GATED, sliding_window=6)),
+    "gemma3": lambda: tf.Gemma3ForCausalLM(
+        tf.Gemma3TextConfig(
+            **_GATED, sliding_window=6, layer_types=["sliding_attention", "full_attention"]
+        )
+    ),
+    "phi": lambda: tf.PhiForCausalLM(tf.PhiConfig(**_PLAIN)),
+    "gpt_neox": lambda: tf.GPTNeoXForCausalLM(tf.GPTNeoXConfig(**_PLAIN)),
+    "opt": lambda: tf.OPTForCausalLM(
+        tf.OPTConfig(**_COMMON, ffn_dim=48, word_embed_proj_dim=16, max_position_embeddings=64)
+    ),
+    "bert": lambda: tf.BertForMaskedLM(tf.BertConfig(**_PLAIN)),
+    "bert_classifier": lambda: tf.BertForSequenceClassification(tf.BertConfig(**_PLAIN)),
+    "distilbert": lambda: tf.DistilBertForMaskedLM(
+        tf.DistilBertConfig(vocab_size=96, dim=32, n_layers=2, n_heads=4, hidden_dim=48)
+    ),
+}
+
+
+def save(name: str, directory: Path, dtype: torch.dtype = torch.float32, **kwargs) -> Path:
+    """Write a tiny model of the architecture `name`; every parameter is random, biases too."""
+    torch.manual_seed(0)
+    model = ARCHITECTURES[name]()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.to(dtype).save_pretrained(directory, **kwargs)
+    return directory
+
+
+def token_ids(samples: int = 2, seq_len: int = 12) -> torch.Tensor:
+    """Calibration token ids."""
+    return torch.randint(0, 96, (samples, seq_len), generator=torch.Generator().manual_seed(1))

@@ -1,0 +1,120 @@
+"""Tiny trainings: a Llama of two layers, byte-like tokens, a few steps."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+)
+from trl import SFTConfig, SFTTrainer
+
+from qalora_plugin import QALoRAConfig, QALoRAQuantConfig
+
+STOCK = Path(__file__).parent.parent / "fixtures" / "gptq_4bit_g128_actorder_asym"
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A base that is not on disk must not be looked for on the network."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(STOCK)
+
+
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Directories of a base: 16-bit, quantized by us, and stock GPTQ (act-order, asymmetric)."""
+    root = tmp_path_factory.mktemp("bases")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=False,
+        pad_token_id=1,
+    )
+    LlamaForCausalLM(config).save_pretrained(root / "dense")
+    quantized = AutoModelForCausalLM.from_pretrained(
+        root / "dense", quantization_config=QALoRAQuantConfig(bits=4, group_size=32)
+    )
+    quantized.save_pretrained(root / "ours")
+    return {"dense": root / "dense", "ours": root / "ours", "stock": STOCK}
+
+
+@pytest.fixture
+def make_trainer(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> Callable[..., SFTTrainer]:
+    """Build an SFTTrainer; keywords of SFTConfig, and `data`, `callbacks`, `adapter`, `run`."""
+
+    def make(
+        model: Any,
+        *,
+        data: Dataset | None = None,
+        eval_data: Dataset | None = None,
+        callbacks: list[Any] | None = None,
+        adapter: Any = "default",
+        run: str = "run",
+        **settings: Any,
+    ) -> SFTTrainer:
+        if adapter == "default":
+            adapter = QALoRAConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM")
+        defaults: dict[str, Any] = {
+            "output_dir": str(tmp_path / run),
+            "max_steps": 2,
+            "per_device_train_batch_size": 2,
+            "learning_rate": 1e-2,
+            "max_length": 32,
+            "use_cpu": True,
+            "bf16": False,
+            "report_to": "none",
+            "save_strategy": "no",
+            "logging_steps": 1,
+            "gradient_checkpointing": False,
+            "disable_tqdm": True,
+        }
+        return SFTTrainer(
+            str(model) if isinstance(model, Path) else model,
+            args=SFTConfig(**{**defaults, **settings}),
+            train_dataset=data or texts(16),
+            eval_dataset=eval_data,
+            processing_class=tokenizer,
+            peft_config=adapter,
+            callbacks=callbacks,
+        )
+
+    return make
+
+
+def texts(rows: int) -> Dataset:
+    """Rows of text."""
+    return Dataset.from_dict({"text": [f"row {i}: one two three four" for i in range(rows)]})
+
+
+@pytest.fixture
+def text_rows() -> Callable[[int], Dataset]:
+    """`texts`."""
+    return texts
+
+
+@pytest.fixture
+def pairs() -> Dataset:
+    """Rows of prompt and completion."""
+    return Dataset.from_dict(
+        {
+            "prompt": [f"what is {i}?" for i in range(8)],
+            "completion": [f" it is {i} and more" for i in range(8)],
+        }
+    )
