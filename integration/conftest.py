@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -35,9 +36,14 @@ def env_python() -> Callable[[str], Path]:
 def project_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with this project installed as a user gets it (wheel, no dependencies), to be put on
     the PYTHONPATH of an environment that has the dependencies."""
-    target = tmp_path_factory.mktemp("project")
+    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("project")
+    # A copy, because setuptools leaves build/ behind, and takes from it what was removed since.
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for name in ("qalora_plugin", "kernels"):
+        shutil.copytree(ROOT / name, source / name)
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
-    subprocess.run([*pip, "--target", target, ROOT], check=True)
+    subprocess.run([*pip, "--target", target, source], check=True)
     return target
 
 

@@ -11,7 +11,7 @@ pooling elsewhere (peft_type LORA, see `tuner.foreign`). Tensor names, as PEFT s
 """
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -84,6 +84,7 @@ class Adapter:
         layers: the adapted layers by name in the base model.
         saved: keys of whole tensors (modules_to_save) by tensor name in the base model.
         infos: dtype and shape of every tensor by key.
+        renamed: (prefix in the model that was trained, prefix in the base), see `rename`.
     """
 
     directory: Path
@@ -91,6 +92,29 @@ class Adapter:
     layers: dict[str, AdapterLayer] = field(default_factory=dict)
     saved: dict[str, str] = field(default_factory=dict)
     infos: dict[str, TensorInfo] = field(default_factory=dict)
+    renamed: tuple[str, str] = ("", "")
+
+    def rename(self, trained: str, base: str) -> None:
+        """Take over the base's names where one of the two lacks the other's leading part.
+
+        transformers loads a checkpoint of `BertModel` (encoder.layer.0…) into a class with a head
+        (bert.encoder.layer.0…), and the other way round.
+        """
+
+        def name_in_base(name: str) -> str:
+            return base + name.removeprefix(trained) if name.startswith(trained) else name
+
+        self.layers = {
+            name_in_base(name): replace(layer, name=name_in_base(name))
+            for name, layer in self.layers.items()
+        }
+        self.saved = {name_in_base(name): key for name, key in self.saved.items()}
+        self.renamed = (trained, base)
+
+    def trained_name(self, name: str) -> str:
+        """Name in the model that was trained of a layer of the base."""
+        trained, base = self.renamed
+        return trained + name.removeprefix(base) if name.startswith(base) else name
 
     @property
     def peft_type(self) -> str:
@@ -159,7 +183,7 @@ class Adapter:
         return stated if stated is not None else wanted
 
     def targets(self, name: str) -> bool:
-        """Whether the config's target_modules and related fields select the module `name`."""
+        """Whether the config's target_modules and related fields select a layer of the base."""
         if not self.config.get("target_modules"):
             return name in self.layers
         if self.config["target_modules"] == "all-linear":
@@ -167,7 +191,7 @@ class Adapter:
         fields = ("exclude_modules", "modules_to_save", "target_modules", "target_parameters")
         layers = ("layers_to_transform", "layers_pattern")
         config = SimpleNamespace(**{key: self.config.get(key) for key in fields + layers})
-        return bool(check_target_module_exists(config, name))
+        return bool(check_target_module_exists(config, self.trained_name(name)))
 
 
 def open_adapter(path: str | Path) -> Adapter:

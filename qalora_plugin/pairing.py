@@ -68,6 +68,7 @@ def pair(adapter: Adapter, base: QuantizedCheckpoint, convention: str) -> dict[s
         AdapterError: the adapter belongs to another base, lacks a layer, has one that the base
             has not, or pools over inputs that no offset is common to.
     """
+    _match_names(adapter, base)
     check_base(adapter, base)
     for name in adapter.layers:
         if name not in base.layers:
@@ -85,6 +86,20 @@ def pair(adapter: Adapter, base: QuantizedCheckpoint, convention: str) -> dict[s
         name: _pair_layer(adapter, layer, base, convention)
         for name, layer in adapter.layers.items()
     }
+
+
+def _match_names(adapter: Adapter, base: QuantizedCheckpoint) -> None:
+    """Rename the adapter's layers where base and trained model differ by one leading part."""
+    if any(name in base.layers for name in adapter.layers):
+        return
+    trained = {name.partition(".")[0] + "." for name in adapter.layers}
+    stored = {name.partition(".")[0] + "." for name in base.layers}
+    for source, target in ((trained, {""}), ({""}, stored)):
+        if len(source) == len(target) == 1:
+            (old,), (new,) = source, target
+            if all(new + name.removeprefix(old) in base.layers for name in adapter.layers):
+                adapter.rename(old, new)
+                return
 
 
 def check_base(adapter: Adapter, base: QuantizedCheckpoint) -> None:
@@ -118,7 +133,7 @@ def check_base(adapter: Adapter, base: QuantizedCheckpoint) -> None:
     if stated is None:
         return
     found = base.config.base.get("fingerprint") or fingerprint(
-        (name, base.reader.get(f"{name}.qweight")) for name in base.layers
+        (adapter.trained_name(name), base.reader.get(f"{name}.qweight")) for name in base.layers
     )
     if stated != found:
         raise AdapterError(
@@ -143,8 +158,8 @@ def _pair_layer(
                 f"{adapter.weights}: {name}: A has {layer.columns} columns, the base's layer "
                 f"{spec.num_groups} groups. It was trained on another base or group size."
             )
-        return LayerMerge(layer, spec, spec, Regrouping(spec.group_size), spec.group_size,
-                          layer.scaling)  # fmt: skip
+        same = Regrouping(spec.group_size)
+        return LayerMerge(layer, spec, spec, same, spec.group_size, layer.scaling)
     stated = adapter.config.get("qalora_group_size") if adapter.config.get("use_qalora") else None
     pool_size = pool_size_of(name, layer.columns, spec, stated)
     g_idx = base.reader.get(f"{name}.g_idx") if base.config.desc_act else None

@@ -46,8 +46,7 @@ class QALoRAPlugin(BasePlugin):
         adapter = _adapter_directory(cfg)
         if adapter is not None:
             # evaluate, inference, merge-lora: the base is the one that the adapter was trained on
-            cfg["base_model_config"] = cfg.get("base_model_config") or cfg["base_model"]
-            cfg["base_model"] = _base_of(adapter) or cfg["base_model"]
+            _use_base(cfg, _base_of(adapter) or cfg["base_model"])
 
     def load_datasets(self, cfg: Any, preprocess: bool = False) -> Any:
         """Before training: load Axolotl's data sets, and quantize a 16-bit base on their text."""
@@ -61,8 +60,7 @@ class QALoRAPlugin(BasePlugin):
         meta = load_preference_datasets(cfg=cfg) if cfg.rl else load_datasets(cfg=cfg)
         directory = quantized_base(cfg, meta.train_dataset)
         LOG.info("qalora: quantized base in %s", directory)
-        cfg.base_model = str(directory)
-        cfg.revision_of_model = None
+        _use_base(cfg, str(directory))
         return meta
 
     def pre_model_load(self, cfg: Any) -> None:
@@ -127,6 +125,12 @@ def adapter_config(cfg: Any) -> QALoRAConfig:
         seed=int(cfg.seed or 0),
         task_type="CAUSAL_LM",
     )
+
+
+def _use_base(cfg: Any, directory: str) -> None:
+    """Load model, config and tokenizer from the quantized base instead of the 16-bit one."""
+    cfg["base_model"] = cfg["base_model_config"] = directory
+    cfg["revision_of_model"] = None
 
 
 def _adapter_directory(cfg: Any) -> Path | None:

@@ -68,11 +68,16 @@ class AtomicDirectory:
         self.target.parent.mkdir(parents=True, exist_ok=True)
         self._remove_abandoned()
         self.partial.mkdir(exist_ok=self._resumable)
-        self._lock = _try_lock(self.partial)
-        if self._lock is None:
+        self._lock = os.open(self.partial, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(self._lock)
             raise OutputError(
                 f"{self.partial}: another process is writing there. Wait for it, or stop it."
-            )
+            ) from error
+        except OSError:
+            pass  # some network file systems have no locks
         return self.partial
 
     def __exit__(
@@ -99,21 +104,14 @@ class AtomicDirectory:
     def _remove_abandoned(self) -> None:
         """Remove temporary siblings whose process is gone (its lock went with it)."""
         for path in self.target.parent.glob(f".{self.target.name}.partial-tmp-*"):
-            lock = _try_lock(path)
-            if lock is not None:
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(path, ignore_errors=True)
-                os.close(lock)
-
-
-def _try_lock(directory: Path) -> int | None:
-    """Lock a directory for as long as the returned descriptor is open; None if it is taken."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        return None
-    return descriptor
+            except OSError:
+                pass  # in use, or no telling
+            finally:
+                os.close(descriptor)
 
 
 def _sync_directory(path: Path) -> None:

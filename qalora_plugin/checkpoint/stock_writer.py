@@ -151,7 +151,8 @@ def _plan(source: QuantizedCheckpoint) -> tuple[TensorPlan, dict[str, str]]:
 def _tied_weights(source: QuantizedCheckpoint) -> dict[str, str]:
     """Tied parameters, {left out of the file: written}. AutoGPTQ leaves the former random."""
     config = AutoConfig.from_pretrained(source.directory)
-    del config.quantization_config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
     if type(config) not in AutoModelForCausalLM._model_mapping:
         return {}
     with torch.device("meta"):

@@ -113,6 +113,10 @@ class QALoRAQuantConfig(QuantizationConfigMixin):
                 override.get("group_size", self.group_size),
             )
 
+    def get(self, key: str, default: Any = None) -> Any:
+        """transformers asks the config of a loaded model as if it were a dict."""
+        return getattr(self, key, default)
+
     def is_converted(self, name: str) -> bool:
         """Whether the linear module `name` is quantized, as `modules_to_not_convert` says.
 

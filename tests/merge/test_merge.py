@@ -11,10 +11,16 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from peft import PeftModel, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertModel,
+)
 
-from qalora_plugin import merge_adapter
+from qalora_plugin import QALoRAConfig, QALoRAQuantConfig, merge_adapter
 from qalora_plugin.adapter import open_adapter
 from qalora_plugin.checkpoint.base import open_quantized
 from qalora_plugin.checkpoint.manifest import check_manifest
@@ -332,7 +338,7 @@ def test_resized_vocabulary_is_refused(
 
 _KILLED_MERGE = """
 import sys, time
-from qalora_plugin import merge_adapter
+from qalora_plugin import QALoRAConfig, QALoRAQuantConfig, merge_adapter
 def progress(done, total):
     if done == total // 2:
         print("half", flush=True)
@@ -377,3 +383,35 @@ def test_shards(
     assert len(list((tmp_path / "many").glob("*.safetensors"))) > 10
     for name in CheckpointReader(tmp_path / "one").tensors:
         assert _bytes(tmp_path / "one", name) == _bytes(tmp_path / "many", name)
+
+
+@pytest.mark.parametrize("checkpoint_has_head", [False, True])
+def test_encoder_trained_in_another_class_than_it_was_saved_from(
+    checkpoint_has_head: bool, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+    )
+    saved, trained = (BertForMaskedLM, BertModel), (BertModel, BertForSequenceClassification)
+    saved[0 if checkpoint_has_head else 1](config).save_pretrained(tmp_path / "dense")
+    model = saved[0 if checkpoint_has_head else 1].from_pretrained(
+        tmp_path / "dense", quantization_config=QALoRAQuantConfig(bits=4, group_size=16)
+    )
+    model.save_pretrained(tmp_path / "base")
+    trained_class = trained[0 if checkpoint_has_head else 1]
+    task = None if checkpoint_has_head else "SEQ_CLS"
+    peft_model = get_peft_model(
+        trained_class.from_pretrained(tmp_path / "base"),
+        QALoRAConfig(r=2, init_lora_weights=False, task_type=task),
+    ).eval()
+    peft_model.save_pretrained(tmp_path / "adapter")
+    result = merge_adapter(tmp_path / "adapter", tmp_path / "merged")
+    assert (result.replaced == []) == checkpoint_has_head
+    merged = trained_class.from_pretrained(tmp_path / "merged").eval()
+    ids = torch.arange(10)[None]
+    assert torch.equal(merged(input_ids=ids)[0], peft_model(input_ids=ids)[0])

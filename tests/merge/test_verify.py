@@ -231,3 +231,24 @@ def test_command_line(
     assert "is not empty" in capsys.readouterr().err
     assert main(["verify", str(base_dir), "--adapter", str(adapter)]) == 1
     assert "says nothing of a merge" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["use_qalora_adapter", "use_qalora_adapter_g16"])
+def test_adapter_that_pefts_own_code_trained(
+    name: str,
+    stock_dir: Callable[[str], Path],
+    edit_json: Callable[..., None],
+    tmp_path: Path,
+) -> None:
+    # `reference` holds the logits that PEFT gave, on the same base, where it was trained
+    base, adapter = stock_dir("gptq_4bit_g32_sym"), stock_dir(name)
+    reference = adapter / "reference.safetensors"
+    merge_adapter(adapter, tmp_path / "merged", base)
+    report = verify_merge(tmp_path / "merged", adapter, base, logits=True, reference=reference)
+    assert report.convention == "peft" and report.logits is not None
+    assert report.logits.difference < 1e-4 * report.logits.effect
+    silent = shutil.copytree(adapter, tmp_path / "silent")
+    edit_json(silent / "adapter_config.json", use_qalora=None)
+    merge_adapter(silent, tmp_path / "wrong", base, convention="mean")
+    with pytest.raises(VerificationError, match=r"convention 'peft', but .* merged with 'mean'"):
+        verify_merge(tmp_path / "wrong", silent, base, reference=reference)

@@ -14,7 +14,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, EarlyStoppingCallback, TrainerCallback
 
-from qalora_plugin import MergeCallback, QALoRAQuantConfig, verify_merge
+from qalora_plugin import MergeCallback, QALoRAConfig, QALoRAQuantConfig, verify_merge
 from qalora_plugin.checkpoint.base import open_quantized
 from qalora_plugin.errors import ConfigError, OutputError
 from qalora_plugin.trl import _on_main_process
@@ -63,6 +63,20 @@ def test_loaded_model(
     trainer.train()
     _assert_same_model(tmp_path / "merged", trainer.model)
     assert open_quantized(tmp_path / "merged").config.bits == (3 if kind == "dense" else 4)
+
+
+def test_whole_modules_beside_the_adapter(
+    bases: dict[str, Path], make_trainer: Callable[..., Any], tmp_path: Path
+) -> None:
+    config = QALoRAConfig(r=4, modules_to_save=["lm_head"], task_type="CAUSAL_LM")
+    kwargs = {"quantization_config": QALoRAQuantConfig(bits=4, group_size=32), "dtype": "float32"}
+    callback = MergeCallback(tmp_path / "merged")
+    trainer = make_trainer(
+        bases["dense"], callbacks=[callback], adapter=config, model_init_kwargs=kwargs
+    )
+    trainer.train()
+    assert callback.result is not None and callback.result.replaced == ["lm_head.weight"]
+    _assert_same_model(tmp_path / "merged", trainer.model)
 
 
 def test_packing_with_evaluation(

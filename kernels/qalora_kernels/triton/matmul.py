@@ -34,9 +34,9 @@ from .launch import launch, workspace
 
 
 @triton.jit
-def _store_transposed(acc, out, bias, m, n, M, N, split, SPLITS: tl.constexpr):
-    """acc [n, m] -> out[split, m, n]; the bias here only where no second pass adds it."""
-    if SPLITS == 1 and bias is not None:
+def _store_transposed(acc, out, bias, m, n, M, N, split):
+    """acc [n, m] + bias -> out[split, m, n]."""
+    if bias is not None:
         acc += tl.load(bias + n, n < N, other=0).to(tl.float32)[:, None]
     at = (split.to(tl.int64) * M + m[None, :]) * N + n[:, None]
     tl.store(out + at, acc.to(out.dtype.element_ty), (m < M)[None, :] & (n < N)[:, None])
@@ -78,7 +78,6 @@ def _linear_kernel(
     ACT_ORDER: tl.constexpr,
     VALUES: tl.constexpr,
     ONE_GROUP: tl.constexpr,
-    SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
@@ -122,7 +121,7 @@ def _linear_kernel(
                 acc = _accumulate(acc, weight, x, unit * VALUES + j, m, M, K, BLOCK_M)
     if BLOCK_M == 1:
         acc = tl.sum(acc, axis=1)[:, None]
-    _store_transposed(acc, out, bias, m, n, M, N, split, SPLITS)
+    _store_transposed(acc, out, bias, m, n, M, N, split)
 
 
 @triton.jit
@@ -132,6 +131,7 @@ def _grad_input_kernel(
     scales,
     offsets,
     g_idx,
+    bias,
     out,
     M,
     N,
@@ -140,7 +140,6 @@ def _grad_input_kernel(
     BITS: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     ACT_ORDER: tl.constexpr,
-    SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
@@ -172,17 +171,19 @@ def _grad_input_kernel(
             eviction_policy="evict_last",
         )
         acc = tl.dot(weight.to(dy.dtype.element_ty), rows, acc, input_precision="ieee")
-    _store_transposed(acc, out, None, m, k, M, K, split, SPLITS)
+    _store_transposed(acc, out, bias, m, k, M, K, split)
 
 
 @triton.jit
-def _sum_splits_kernel(partial, bias, out, total, N, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+def _sum_splits_kernel(partial, bias, out, SPLITS, total, N, BLOCK: tl.constexpr):
     """partial(SPLITS, M*N) -> out(M*N) + bias, added in order."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < total
     acc = tl.zeros([BLOCK], tl.float32)
-    for split in range(SPLITS):
-        acc += tl.load(partial + split * total + at, mask, other=0)
+    piece = partial + at
+    for _ in range(SPLITS):
+        acc += tl.load(piece, mask, other=0)
+        piece += total
     if bias is not None:
         acc += tl.load(bias + at % N, mask, other=0).to(tl.float32)
     tl.store(out + at, acc.to(out.dtype.element_ty), mask)
@@ -208,17 +209,17 @@ def _fused(
     steps = triton.cdiv(blocks_in, splits)
     splits = triton.cdiv(blocks_in, steps)  # the last piece may be short, none is empty
 
-    def run(target: torch.Tensor) -> None:
+    def run(target: torch.Tensor, kernel_bias: torch.Tensor | None) -> None:
         launch(
             kernel,
             (blocks_out, blocks_m, splits),
             *inputs,
+            kernel_bias,
             target,
             m,
             *sizes,
             steps,
             **constants,
-            SPLITS=splits,
             BLOCK_M=plan.block_m,
             BLOCK_OUT=plan.block_out,
             BLOCK_IN=plan.block_in,
@@ -227,19 +228,19 @@ def _fused(
         )
 
     if splits == 1:
-        run(out)
+        run(out, bias)
         return out
     with workspace((splits, m, outputs), torch.float32, rows.device) as partial:
-        run(partial)
+        run(partial, None)  # the second pass adds the bias
         launch(
             _sum_splits_kernel,
             (triton.cdiv(m * outputs, 1024),),
             partial,
             bias,
             out,
+            splits,
             m * outputs,
             outputs,
-            SPLITS=splits,
             BLOCK=1024,
         )
     return out
@@ -262,7 +263,7 @@ def linear(
         if plan.fused:
             units = triton.cdiv(k, values_per_unit(spec.bits))
             constants = unit_constants(spec, g_idx)
-            inputs = (x, *weights, bias)
+            inputs = (x, *weights)
             return _fused(_linear_kernel, inputs, x, n, units, bias, (n, k), constants, plan)
         with workspace((k, n), x.dtype, x.device) as weight:
             dequantize(*weights, spec, weight)

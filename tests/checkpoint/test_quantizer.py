@@ -1,0 +1,266 @@
+"""The transformers quantizer: loading, quantizing while loading, saving, and loud failures."""
+
+import copy
+import json
+import math
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+from qalora_plugin import QALoRAQuantConfig
+from qalora_plugin.checkpoint.base import open_quantized
+from qalora_plugin.checkpoint.quantizer import QALoRAQuantizer, register
+from qalora_plugin.errors import CheckpointError, ConfigError, QuantizationError
+from qalora_plugin.quant.linear import QuantLinear
+from qalora_plugin.quant.rtn import rtn
+
+LAYER = "model.layers.0.mlp.down_proj"
+IDS = torch.arange(12)[None]
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+def test_quantized_while_loading_is_rtn_of_the_weights(dense_dir: Path, base_dir: Path):
+    dense = load_file(dense_dir / "model.safetensors")
+    checkpoint = open_quantized(base_dir)
+    for name, spec in checkpoint.layers.items():
+        weight = dense[f"{name}.weight"]
+        fit = rtn(weight, bits=4, group_size=spec.group_size, name=name)
+        layer = checkpoint.layer(name)
+        assert torch.equal(layer.scales, fit.scales) and torch.equal(layer.offsets, fit.offsets)
+    for name in checkpoint.dense_names:
+        assert torch.equal(checkpoint.reader.get(name), dense[name]), name
+
+
+def test_saved_and_loaded_bit_for_bit(base_dir: Path, tmp_path: Path):
+    model, info = AutoModelForCausalLM.from_pretrained(base_dir, output_loading_info=True)
+    assert not any(info.values())
+    assert model.is_quantized and model.quantization_method == "qalora"
+    assert isinstance(model.hf_quantizer, QALoRAQuantizer) and model.hf_quantizer.is_trainable
+    assert not getattr(model, "is_loaded_in_4bit", False)  # TRL would cast adapters to bf16
+    model.save_pretrained(tmp_path / "again")
+    for file in ("model.safetensors", "config.json"):
+        assert (tmp_path / "again" / file).read_bytes() == (base_dir / file).read_bytes()
+
+
+def test_shards_load_too(base_dir: Path, tmp_path: Path):
+    model = AutoModelForCausalLM.from_pretrained(base_dir)
+    model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    assert len(list((tmp_path / "shards").glob("model-*.safetensors"))) > 2
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "shards")
+    assert torch.equal(logits(model), logits(again))
+    next((tmp_path / "shards").glob("model-00002*")).unlink()
+    with pytest.raises(CheckpointError, match=r"model-00002-of-\d+\.safetensors: missing"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "shards")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("device_map", [None, "cpu"])
+def test_dtype_is_that_of_the_rest(dtype: torch.dtype, device_map: str | None, base_dir: Path):
+    model = AutoModelForCausalLM.from_pretrained(base_dir, dtype=dtype, device_map=device_map)
+    assert {p.dtype for p in model.parameters()} == {dtype, torch.int32}
+    layer = model.get_submodule(LAYER)
+    assert layer.scales.dtype == layer.offsets.dtype == torch.float32
+    assert model.dtype == dtype and logits(model).dtype == dtype
+
+
+def test_dtype_while_quantizing_and_without_a_head(dense_dir: Path, base_dir: Path):
+    config = QALoRAQuantConfig(bits=3, group_size=16)
+    for kind, source, options in (
+        (
+            AutoModelForCausalLM,
+            dense_dir,
+            {"quantization_config": config, "torch_dtype": "float32"},
+        ),
+        (AutoModel, dense_dir, {"quantization_config": config, "dtype": torch.float32}),
+        (AutoModel, base_dir, {"dtype": torch.float32}),
+        (AutoModelForSequenceClassification, base_dir, {"dtype": torch.float32}),
+    ):
+        model = kind.from_pretrained(source, **options)
+        assert {p.dtype for p in model.parameters()} == {torch.float32, torch.int32}, kind
+        assert sum(isinstance(m, QuantLinear) for m in model.modules()) == 14
+        assert all(not tensor.is_meta for tensor in model.state_dict().values())
+
+
+def test_casting_the_model_keeps_the_numbers(base_dir: Path):
+    model = AutoModelForCausalLM.from_pretrained(base_dir)
+    before = copy.deepcopy(model.state_dict())
+    model.to(torch.bfloat16).to(torch.float16)
+    for name, tensor in model.state_dict().items():
+        if name.endswith((".scales", ".offsets", ".qweight")):
+            assert torch.equal(tensor, before[name])
+
+
+def test_other_options(dense_dir: Path, tmp_path: Path):
+    config = QALoRAQuantConfig(
+        bits=2,
+        group_size=-1,
+        modules_to_not_convert=["v_proj", "model.layers.1.mlp"],
+        dynamic={"*.down_proj": {"bits": 8, "group_size": 16}},
+    )
+    model = AutoModelForCausalLM.from_pretrained(dense_dir, quantization_config=config)
+    quantized = {n: m.spec for n, m in model.named_modules() if isinstance(m, QuantLinear)}
+    assert len(quantized) == 14 - 2 - 3
+    assert (quantized[LAYER].bits, quantized[LAYER].group_size) == (8, 16)
+    assert quantized["model.layers.0.mlp.up_proj"].num_groups == 1
+    model.save_pretrained(tmp_path / "q")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "q")), logits(model))
+
+
+def test_dequantized_again(base_dir: Path, tmp_path: Path):
+    model = AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32)
+    expected = logits(model)
+    model.dequantize().save_pretrained(tmp_path / "dense")
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    assert type(dense.get_submodule(LAYER)) is torch.nn.Linear
+    torch.testing.assert_close(logits(dense), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_registering_twice_changes_nothing():
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    before = AutoHfQuantizer.merge_quantization_configs
+    register()
+    assert AutoHfQuantizer.merge_quantization_configs is before
+
+
+WITHOUT_US = """
+import sys, transformers
+for path in sys.argv[1:]:
+    for kind in (transformers.AutoModelForCausalLM, transformers.AutoModel):
+        try:
+            kind.from_pretrained(path)
+        except RuntimeError as error:
+            print("refused")
+        else:
+            print("loaded", path, kind.__name__)
+assert "qalora_plugin" not in sys.modules
+"""
+
+
+def test_without_our_package_it_never_loads(base_dir: Path, tmp_path: Path):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "dense")
+    tied = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "dense", quantization_config=QALoRAQuantConfig(bits=4, group_size=32)
+    )
+    tied.save_pretrained(tmp_path / "tied")
+    paths = [str(base_dir), str(tmp_path / "tied")]
+    result = subprocess.run(
+        [sys.executable, "-c", WITHOUT_US, *paths], capture_output=True, text=True, check=False
+    )
+    assert result.stdout.split() == ["refused"] * 4, result.stdout + result.stderr
+    assert result.returncode == 0
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(paths[1])), logits(tied))
+
+
+def test_requested_settings_that_contradict_the_directory(base_dir: Path):
+    for config in (QALoRAQuantConfig(bits=3, group_size=32), QALoRAQuantConfig(4, 64)):
+        with pytest.raises(ConfigError, match="but quantization_config asks for"):
+            AutoModelForCausalLM.from_pretrained(base_dir, quantization_config=config)
+    same = QALoRAQuantConfig(bits=4, group_size=32)
+    AutoModelForCausalLM.from_pretrained(base_dir, quantization_config=same)
+
+
+def edit_config(directory: Path, **values: Any) -> None:
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def test_another_architecture_is_refused(base_dir: Path, altered: Callable[..., Path]):
+    directory = altered(base_dir)
+    edit_config(directory, intermediate_size=128)
+    with pytest.raises(CheckpointError, match="down_proj is a linear layer with 172 inputs"):
+        AutoModelForCausalLM.from_pretrained(directory)
+    edit_config(directory, intermediate_size=172, num_hidden_layers=3)
+    with pytest.raises(CheckpointError, match=r"no tensors for layer model\.layers\.2"):
+        AutoModelForCausalLM.from_pretrained(directory)
+    edit_config(directory, num_hidden_layers=2, attention_bias=True)
+    with pytest.raises(CheckpointError, match=r"proj\.bias is missing"):
+        AutoModelForCausalLM.from_pretrained(directory)
+
+
+def test_the_config_of_a_loaded_model_loads_it_again(base_dir: Path):
+    model = AutoModelForCausalLM.from_pretrained(base_dir)
+    again = AutoModelForCausalLM.from_pretrained(base_dir, config=model.config)
+    assert torch.equal(logits(model), logits(again))
+    config = copy.deepcopy(model.config)
+    config.quantization_config.group_size = 16
+    with pytest.raises(ConfigError, match="is quantized with group_size=32"):
+        AutoModelForCausalLM.from_pretrained(base_dir, config=config)
+
+
+def test_a_truncated_file_is_refused(base_dir: Path, altered: Callable[..., Path]):
+    directory = altered(base_dir)
+    path = directory / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="truncated"):
+        AutoModelForCausalLM.from_pretrained(directory)
+
+
+def test_a_broken_16_bit_base_is_refused(dense_dir: Path, tmp_path: Path):
+    shutil.copytree(dense_dir, tmp_path / "m")
+    state = load_file(tmp_path / "m" / "model.safetensors")
+    state[f"{LAYER}.weight"][1, 1] = math.nan
+    save_file(state, tmp_path / "m" / "model.safetensors")
+    with pytest.raises(QuantizationError, match=rf"{LAYER}: 1 of"):
+        AutoModelForCausalLM.from_pretrained(
+            tmp_path / "m", quantization_config=QALoRAQuantConfig()
+        )
+
+
+def test_nothing_to_quantize_is_an_error(dense_dir: Path, tmp_path: Path):
+    config = GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2, n_positions=32)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    with pytest.raises(ConfigError, match=r"GPT2LMHeadModel.*nn\.Linear.*4 transformers Conv1D"):
+        AutoModelForCausalLM.from_pretrained(
+            tmp_path / "gpt2", quantization_config=QALoRAQuantConfig()
+        )
+    with pytest.raises(ConfigError, match="excludes all 14"):
+        AutoModelForCausalLM.from_pretrained(
+            dense_dir, quantization_config=QALoRAQuantConfig(modules_to_not_convert=["model"])
+        )
+
+
+def test_disk_offload_and_state_dicts_are_refused(base_dir: Path):
+    with pytest.raises(ConfigError, match="'disk' is not supported"):
+        AutoModelForCausalLM.from_pretrained(base_dir, device_map={"": "disk"})
+    config = AutoModelForCausalLM.from_pretrained(base_dir).config
+    with pytest.raises(ConfigError, match="not from a state_dict"):
+        LlamaForCausalLM.from_pretrained(None, config=config, state_dict={"x": torch.ones(1)})
+
+
+def test_a_model_that_carries_an_adapter_is_not_saved_as_a_base(base_dir: Path, tmp_path: Path):
+    model = AutoModelForCausalLM.from_pretrained(base_dir)
+    wrapper = torch.nn.Module()
+    wrapper.base_layer = model.get_submodule(LAYER)
+    model.set_submodule(LAYER, wrapper)
+    with pytest.raises(CheckpointError, match="carries an adapter"):
+        model.save_pretrained(tmp_path / "out")
