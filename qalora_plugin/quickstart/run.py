@@ -28,7 +28,7 @@ class Settings:
         dataset: .jsonl or .txt file; None for pairs cut from the standard library.
         bits: 2, 3, 4 or 8.
         group_size: inputs that share a scale and an offset.
-        rank: of the adapter.
+        rank: of the adapter; lora_alpha is twice that.
         learning_rate: peak, AdamW with a cosine schedule.
         steps: optimizer steps.
         batch_size: rows a step.
@@ -41,8 +41,8 @@ class Settings:
     bits: int = 4
     group_size: int = 32
     rank: int = 16
-    learning_rate: float = 2e-3
-    steps: int = 200
+    learning_rate: float = 3e-3
+    steps: int = 100
     batch_size: int = 16
     seed: int = 0
 
@@ -212,7 +212,7 @@ def _train(
         train_dataset=Dataset.from_list(training),
         processing_class=tokenizer,
         peft_config=QALoRAConfig(
-            r=settings.rank, lora_alpha=settings.rank, seed=settings.seed, task_type="CAUSAL_LM"
+            r=settings.rank, lora_alpha=2 * settings.rank, seed=settings.seed, task_type="CAUSAL_LM"
         ),
         callbacks=[MergeCallback(paths["merged"])],
     )
@@ -246,7 +246,7 @@ def _as_text(row: dict[str, str]) -> str:
 
 @torch.no_grad()
 def _generate(model: Any, tokenizer: Any, prompt: str, new_tokens: int = 96) -> str:
-    """Greedy continuation of the prompt."""
+    """Greedy continuation of the prompt; a small base would else repeat itself for ever."""
     ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
     ids = {"input_ids": ids["input_ids"][:, -MAX_LENGTH + new_tokens :].to(model.device)}
     ids["attention_mask"] = torch.ones_like(ids["input_ids"])
@@ -254,6 +254,7 @@ def _generate(model: Any, tokenizer: Any, prompt: str, new_tokens: int = 96) -> 
         **ids,
         max_new_tokens=new_tokens,
         do_sample=False,
+        repetition_penalty=1.2,
         pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
     )
     return tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -26,30 +26,28 @@ INLINE vf weight(const int32_t *words, const float *scales, const float *offsets
     return centred_code(words, n, i, bits, count) * load_f(scales, count) + load_f(offsets, count);
 }
 
-/* ---- out [K, N] = W^T, fp32 or bf16 */
-INLINE void dequantize_lanes(const int32_t *words, const float *scales, const float *offsets,
-                             void *out, int as_bf16, int64_t n, int64_t i, const int bits,
-                             int64_t count) {
-    const vf w = weight(words, scales, offsets, n, i, bits, count);
-    if (as_bf16) store_bf16(out, w, count);
-    else store_f(out, w, count);
-}
+/* `body` for each LANES columns of [from, to), with the number of them as a constant but at the end */
+#define FOR_COLUMNS(c, from, to, body)                                                             \
+    {                                                                                              \
+        int64_t c = from;                                                                          \
+        for (; c + LANES <= to; c += LANES) { const int64_t count = LANES; body }                  \
+        if (c < to) { const int64_t count = to - c; body }                                         \
+    }
 
-INLINE void dequantize_stream(const Layer *l, const int bits, const int as_bf16, char *out,
+/* ---- out [K, N] = W^T, fp32 or bf16 */
+INLINE void dequantize_stream(const Layer *l, const int bits, const int as_bf16, void *out,
                               int64_t stream) {
-    const int64_t n = l->out_features, first = stream * STREAM, size = as_bf16 ? 2 : 4;
+    const int64_t n = l->out_features, first = stream * STREAM;
     const int32_t *words = l->qweight + stream * bits * n;
     for (int64_t i = 0; i < STREAM && first + i < l->in_features; i++) {
         const float *scales = l->scales + group_of(l, first + i) * n;
         const float *offsets = l->offsets + group_of(l, first + i) * n;
-        char *row = out + (first + i) * n * size;
-        int64_t c = 0;
-        for (; c + LANES <= n; c += LANES)
-            dequantize_lanes(words + c, scales + c, offsets + c, row + c * size, as_bf16, n, i,
-                             bits, LANES);
-        if (c < n)
-            dequantize_lanes(words + c, scales + c, offsets + c, row + c * size, as_bf16, n, i,
-                             bits, n - c);
+        const int64_t row = (first + i) * n;
+        FOR_COLUMNS(c, 0, n, {
+            const vf w = weight(words + c, scales + c, offsets + c, n, i, bits, count);
+            if (as_bf16) store_bf16((uint16_t *)out + row + c, w, count);
+            else store_f((float *)out + row + c, w, count);
+        })
     }
 }
 
@@ -62,30 +60,30 @@ void qalora_dequantize(const Layer *l, void *out, int as_bf16, int threads) {
     }
 }
 
-/* ---- out [G, N] = sums over each group of (x^T dy) [K, N] * W^T */
-INLINE void group_grad_block(const Layer *l, const int bits, const char *product, int is_bf16,
-                             float *out, int64_t from, int64_t to) {
+/* ---- out [G, N] = sums over each group of (x^T dy) [K, N] * W^T; out comes zeroed */
+INLINE void group_grad_block(const Layer *l, const int bits, const int is_bf16,
+                             const void *product, float *out, int64_t from, int64_t to) {
     const int64_t n = l->out_features;
     for (int64_t k = 0; k < l->in_features; k++) {
         const int32_t *words = l->qweight + k / STREAM * bits * n;
-        const int64_t row = group_of(l, k) * n;
-        for (int64_t c = from; c < to; c += LANES) {
-            const int64_t count = to - c, at = row + c;
+        const int64_t group = group_of(l, k) * n;
+        FOR_COLUMNS(c, from, to, {
+            const int64_t at = group + c;
             const vf w = weight(words + c, l->scales + at, l->offsets + at, n, k % STREAM, bits,
                                 count);
             const vf p = is_bf16 ? load_bf16((const uint16_t *)product + k * n + c, count)
                                  : load_f((const float *)product + k * n + c, count);
             store_f(out + at, load_f(out + at, count) + w * p, count);
-        }
+        })
     }
 }
 
-/* out comes zeroed */
-void qalora_group_grad(const Layer *l, const char *product, float *out, int is_bf16, int threads) {
+void qalora_group_grad(const Layer *l, const void *product, float *out, int is_bf16, int threads) {
     const int64_t n = l->out_features;
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (int64_t c = 0; c < n; c += COLUMNS) {
         const int64_t to = c + COLUMNS < n ? c + COLUMNS : n;
-        BY_BITS(l->bits, group_grad_block(l, BITS, product, is_bf16, out, c, to))
+        if (is_bf16) { BY_BITS(l->bits, group_grad_block(l, BITS, 1, product, out, c, to)) }
+        else { BY_BITS(l->bits, group_grad_block(l, BITS, 0, product, out, c, to)) }
     }
 }

@@ -5,7 +5,6 @@
  * no shuffles, and no layout of our own is prepared.
  */
 #include <stdint.h>
-#include <stdlib.h>
 #include <string.h>
 #ifdef __AVX512F__
 #include <immintrin.h>
