@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from .checkpoint.reader import resolve_model_dir
+from .checkpoint.reader import CONFIG_FILE, read_json, resolve_model_dir
 from .errors import CheckpointError
 from .merge import is_dense
 
@@ -22,11 +22,11 @@ def quantized_base_on_disk(model: PeftModel) -> Path | None:
     None where that directory holds a 16-bit model, which was quantized while it was loaded, or
     where there is no directory.
     """
-    name = model.active_peft_config.base_model_name_or_path
-    if not name:
+    config = model.active_peft_config
+    if not config.base_model_name_or_path:
         return None
     try:
-        directory = resolve_model_dir(name)
+        directory = resolve_model_dir(config.base_model_name_or_path, config.revision)
     except CheckpointError:
         return None
     return None if is_dense(directory) else directory
@@ -41,14 +41,17 @@ def save_base(model: PeftModel, directory: Path, *, is_main_process: bool = True
         is_main_process: whether this process writes; under ZeRO-3 all processes have to call.
     """
     base = model.get_base_model()
-    use_cache = getattr(base.config, "use_cache", None)
-    if use_cache is not None:
-        base.config.use_cache = True  # TRL and the Trainer switch it off while they train
-    with whole(base.parameters()), _without_adapters(base):
-        if is_main_process:
-            base.save_pretrained(directory)
-    if use_cache is not None:
-        base.config.use_cache = use_cache
+    config = base.config
+    before = {name: getattr(config, name, None) for name in ("use_cache", "dtype")}
+    if before["use_cache"] is not None:
+        config.use_cache = True  # TRL and the Trainer switch it off while they train
+    try:
+        with whole(base.parameters()), _without_adapters(base), _as_on_disk(base):
+            if is_main_process:
+                base.save_pretrained(directory)
+    finally:
+        for name, value in before.items():
+            setattr(config, name, value)
 
 
 def save_adapter(model: PeftModel, directory: Path, *, is_main_process: bool = True) -> Path:
@@ -93,3 +96,34 @@ def _without_adapters(base: nn.Module) -> Iterator[None]:
     finally:
         for name, module in wrappers.items():
             base.set_submodule(name, module)
+
+
+@contextmanager
+def _as_on_disk(base: nn.Module) -> Iterator[None]:
+    """Hold frozen fp32 parameters in the 16-bit dtype that they were loaded from, for a while.
+
+    TRL loads in fp32 by default: without this, embeddings would take twice their room.
+    """
+    dtype = _dtype_on_disk(base.config.name_or_path)
+    before: dict[nn.Parameter, torch.Tensor] = {}
+    for parameter in base.parameters():
+        if dtype is None or parameter.dtype != torch.float32 or hasattr(parameter, "ds_id"):
+            continue
+        narrow = parameter.data.to(dtype)
+        if torch.equal(narrow.float(), parameter.data):
+            before[parameter] = parameter.data
+            parameter.data = narrow
+    try:
+        yield
+    finally:
+        for parameter, data in before.items():
+            parameter.data = data
+
+
+def _dtype_on_disk(name: str) -> torch.dtype | None:
+    try:
+        config = read_json(resolve_model_dir(name) / CONFIG_FILE)
+    except CheckpointError:
+        return None
+    dtype = config.get("dtype") or config.get("torch_dtype")
+    return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(str(dtype))

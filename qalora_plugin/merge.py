@@ -148,7 +148,7 @@ def _open_base(adapter: Adapter, base: str | Path | None) -> QuantizedCheckpoint
         raise AdapterError(
             f"{where}: base_model_name_or_path is empty. Name the quantized base with --base."
         )
-    directory = resolve_model_dir(found)
+    directory = resolve_model_dir(found, None if base else adapter.config.get("revision"))
     if adapter.is_ours and is_dense(directory):
         grid = (
             f"--bits {adapter.config.get('bits')} --group-size {adapter.config.get('group_size')}"

@@ -18,22 +18,12 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-# answers go to a copy of stdout, which libraries that print cannot reach
-ANSWERS = os.fdopen(os.dup(1), "w")
-os.dup2(2, 1)
-
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
-
-def answer(**values: Any) -> None:
-    """One line to the parent process."""
-    ANSWERS.write(json.dumps(values) + "\n")
-    ANSWERS.flush()
 
 
 def resident_bytes(field: str) -> int:
@@ -219,6 +209,13 @@ def count_saved(model: nn.Module) -> Iterator[dict[int, int]]:
 
 def main() -> None:
     spec = json.loads(sys.argv[1])
+    # answers go to a copy of stdout, which libraries that print cannot reach
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+
+    def answer(**values: Any) -> None:
+        print(json.dumps(values), file=answers)
+
     device = spec["device"]
     if device == "cpu":
         torch.set_num_threads(spec["threads"])

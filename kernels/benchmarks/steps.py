@@ -53,7 +53,7 @@ class Worker:
     """A `step_worker.py` process."""
 
     def __init__(self, variant: str, step: dict[str, Any]):
-        self.log = tempfile.TemporaryFile("w+")
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (lives as long as the process)
         settings = {
             "OMP_NUM_THREADS": str(step["threads"]),
             "HF_HUB_OFFLINE": "1",

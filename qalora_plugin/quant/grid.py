@@ -20,7 +20,7 @@ from ..errors import QuantizationError
 
 MIN_SCALE = 2.0**-24  # the smallest positive fp16
 MAX_FP16 = 65504.0
-_SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.45)
+_SHRINKS = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.45)
 _REFINEMENTS = 6
 
 
@@ -123,14 +123,18 @@ def fit_range(
 
     Args:
         w: fp32 [..., g, N].
-        shrink: both ends are first multiplied by this, so that what lies outside is clipped.
+        shrink: the range is first made smaller by this factor, about its centre (about zero with
+            integer zero-points, whose codes must reach it); what lies outside is clipped.
 
     Returns:
         scales, offsets: fp32 [..., N], rounded to what a checkpoint stores.
     """
-    low, high = (end * shrink for end in torch.aminmax(w, dim=-2))
+    low, high = torch.aminmax(w, dim=-2)
     if grid.integer_zeros:
-        low, high = low.clamp(max=0), high.clamp(min=0)
+        low, high = low.clamp(max=0) * shrink, high.clamp(min=0) * shrink
+    else:
+        centre = (low + high) / 2
+        low, high = torch.lerp(centre, low, shrink), torch.lerp(centre, high, shrink)
     raw = (high - low) / grid.top
     # A constant group would get a scale of nothing: give it one of the size of its weights, so
     # that a later relative change of the scale still moves them, and no offset.
@@ -160,26 +164,32 @@ def fit_groups(
     scales, offsets = fit_range(w, grid)
     if not search:
         return scales, offsets
-    best, codes = _error(w, scales, offsets, grid, importance)
-    for shrink in _SHRINKS[1:]:
+    best = _error(w, scales, offsets, grid, importance)
+    for shrink in _SHRINKS:
         candidate = fit_range(w, grid, shrink)
-        error, new_codes = _error(w, *candidate, grid, importance)
-        better = error < best
-        scales = torch.where(better, candidate[0], scales)
-        offsets = torch.where(better, candidate[1], offsets)
-        codes = torch.where(better.unsqueeze(-2), new_codes, codes)
-        best = torch.minimum(best, error)
+        error = _error(w, *candidate, grid, importance)
+        scales, offsets, best = _better(error < best, candidate, error, (scales, offsets), best)
     for _ in range(_REFINEMENTS):
-        candidate = _least_squares(w, codes, scales, offsets, grid, importance)
-        error, new_codes = _error(w, *candidate, grid, importance)
+        candidate = _least_squares(w, scales, offsets, grid, importance)
+        error = _error(w, *candidate, grid, importance)
         better = error < best
         if not better.any():
             break
-        scales = torch.where(better, candidate[0], scales)
-        offsets = torch.where(better, candidate[1], offsets)
-        codes = torch.where(better.unsqueeze(-2), new_codes, codes)
-        best = torch.minimum(best, error)
+        scales, offsets, best = _better(better, candidate, error, (scales, offsets), best)
     return scales, offsets
+
+
+def _better(
+    better: torch.Tensor,
+    candidate: tuple[torch.Tensor, torch.Tensor],
+    error: torch.Tensor,
+    current: tuple[torch.Tensor, torch.Tensor],
+    best: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Take the candidate where it is better."""
+    scales = torch.where(better, candidate[0], current[0])
+    offsets = torch.where(better, candidate[1], current[1])
+    return scales, offsets, torch.where(better, error, best)
 
 
 def _error(
@@ -188,26 +198,26 @@ def _error(
     offsets: torch.Tensor,
     grid: Grid,
     importance: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weighted squared error [..., N] of rounding `w`, and the centred codes [..., g, N]."""
+) -> torch.Tensor:
+    """Weighted squared error [..., N] of rounding `w`."""
     s, o = scales.unsqueeze(-2), offsets.unsqueeze(-2)
     codes = round_codes(w, s, o, grid)
     miss = torch.addcmul(o, codes, s).sub_(w)
-    return miss.square_().mul_(importance).sum(-2), codes
+    return miss.square_().mul_(importance).sum(-2)
 
 
 def _least_squares(
     w: torch.Tensor,
-    codes: torch.Tensor,
     scales: torch.Tensor,
     offsets: torch.Tensor,
     grid: Grid,
     importance: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weighted least squares for (scale, offset) with the codes fixed, closed form.
+    """Weighted least squares for (scale, offset) with the codes as they are, closed form.
 
     The old pair stays where the codes do not determine a positive scale.
     """
+    codes = round_codes(w, scales.unsqueeze(-2), offsets.unsqueeze(-2), grid)
     if grid.integer_zeros:
         codes = codes + (offsets / scales).unsqueeze(-2)  # q - z: the line goes through zero
         slope = (importance * w * codes).sum(-2) / (importance * codes * codes).sum(-2)

@@ -14,7 +14,7 @@ from qalora_kernels.packing import pack
 
 def _as_stored(values: torch.Tensor, stored: torch.dtype) -> torch.Tensor:
     """Round to the stored dtype, hold in at least fp32."""
-    return values.to(stored).to(torch.promote_types(stored, torch.float32))
+    return values.detach().to(stored).to(torch.promote_types(stored, torch.float32))
 
 
 class QuantLinear(nn.Module):

@@ -14,10 +14,15 @@ pytestmark = [
 HALF = torch.bfloat16
 
 
+@pytest.fixture(autouse=True)
+def no_tuning(monkeypatch):
+    """Tests leave the user's tuning cache alone."""
+    monkeypatch.setenv("QALORA_TUNING_CACHE", "off")
+
+
 @pytest.mark.parametrize("m", [1, 16, 700])  # vector, fused, library
 @pytest.mark.parametrize("layout", ["short_last_group", "act_order"])
-def test_a_captured_graph_replays_new_inputs(m, layout, make_layer, randn, monkeypatch):
-    monkeypatch.setenv("QALORA_TUNING_CACHE", "off")
+def test_a_captured_graph_replays_new_inputs(m, layout, make_layer, randn):
     layer = make_layer(4, layout)
     x = randn(m, layer.spec.in_features, dtype=HALF)
 

@@ -47,7 +47,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         tie_word_embeddings=False,
         pad_token_id=1,
     )
-    LlamaForCausalLM(config).save_pretrained(root / "dense")
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(root / "dense")
     quantized = AutoModelForCausalLM.from_pretrained(
         root / "dense", quantization_config=QALoRAQuantConfig(bits=4, group_size=32)
     )

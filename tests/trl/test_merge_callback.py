@@ -14,7 +14,14 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, EarlyStoppingCallback, TrainerCallback
 
-from qalora_plugin import MergeCallback, QALoRAConfig, QALoRAQuantConfig, verify_merge
+from qalora_plugin import (
+    MergeCallback,
+    QALoRAConfig,
+    QALoRAQuantConfig,
+    merge_adapter,
+    quantize_model,
+    verify_merge,
+)
 from qalora_plugin.checkpoint.base import open_quantized
 from qalora_plugin.errors import ConfigError, OutputError
 from qalora_plugin.trl import _on_main_process
@@ -47,6 +54,21 @@ def test_model_as_path(
         report = verify_merge(tmp_path / "merged", tmp_path / "run" / "adapter", bases[kind])
         assert report.output_change > 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["merged", "run"]
+
+
+def test_base_that_was_quantized_while_loading_can_be_written_down_later(
+    bases: dict[str, Path], make_trainer: Callable[..., Any], tmp_path: Path
+) -> None:
+    kwargs = {"quantization_config": QALoRAQuantConfig(bits=3, group_size=16), "dtype": "float32"}
+    trainer = make_trainer(
+        bases["dense"], callbacks=[MergeCallback(tmp_path / "merged")], model_init_kwargs=kwargs
+    )
+    trainer.train()
+    # as the error says that `merge` gives for such an adapter; bf16 embeddings stay bf16
+    adapter, base = tmp_path / "run" / "adapter", tmp_path / "base"
+    quantize_model(bases["dense"], base, bits=3, group_size=16, method="rtn", progress=False)
+    assert verify_merge(tmp_path / "merged", adapter, base).layers == 14
+    assert merge_adapter(adapter, tmp_path / "again", base).layers == 14
 
 
 @pytest.mark.parametrize("kind", ["ours", "dense"])

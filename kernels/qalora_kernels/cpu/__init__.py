@@ -32,7 +32,9 @@ def _dequantize_into(
     spec: QuantSpec,
 ) -> torch.Tensor:
     """Write W^T to `out` [K, N]."""
-    if not native.dequantize(out, qweight, scales, offsets, g_idx, spec):
+    if native.dequantizes(out.dtype):
+        native.dequantize(out, qweight, scales, offsets, g_idx, spec)
+    else:
         torch_backend.dequantize_into(out, qweight, scales, offsets, g_idx, spec)
     return out
 
@@ -60,10 +62,10 @@ def linear(
     spec: QuantSpec,
 ) -> torch.Tensor:
     """x [M, K] -> x W^T + bias [M, N]."""
-    if x.shape[0] <= FEW_ROWS and spec.in_features * spec.out_features >= FEW_ROWS_WEIGHTS:
+    few = x.shape[0] <= FEW_ROWS and spec.in_features * spec.out_features >= FEW_ROWS_WEIGHTS
+    if few and native.multiplies(x.dtype):
         y = native.multiply(x, qweight, scales, offsets, g_idx, spec)
-        if y is not None:
-            return (y if bias is None else y.add_(bias)).to(x.dtype)
+        return (y if bias is None else y.add_(bias)).to(x.dtype)
     weight = workspace((spec.in_features, spec.out_features), x.dtype)
     _dequantize_into(weight, qweight, scales, offsets, g_idx, spec)
     bias = None if bias is None else bias.to(x.dtype)
@@ -93,8 +95,8 @@ def weighted_group_grad(
     spec: QuantSpec,
 ) -> torch.Tensor:
     """Sum over each group of (x^T dy) * W^T: [M, N], [M, K] -> [G, N]."""
-    if dy.dtype in (torch.float32, torch.bfloat16):
-        out = native.group_grad(x.t() @ dy, qweight, scales, offsets, g_idx, spec)
-        if out is not None:
-            return out
-    return torch_backend.weighted_group_grad(dy, x, qweight, scales, offsets, g_idx, spec)
+    if not native.dequantizes(dy.dtype):
+        return torch_backend.weighted_group_grad(dy, x, qweight, scales, offsets, g_idx, spec)
+    product = workspace((spec.in_features, spec.out_features), dy.dtype)
+    torch.mm(x.t(), dy, out=product)
+    return native.group_grad(product, qweight, scales, offsets, g_idx, spec)

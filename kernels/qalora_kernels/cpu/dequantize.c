@@ -3,8 +3,6 @@
  * as the plain PyTorch code does, so that both give the same bits. */
 #include "layer.h"
 
-#define COLUMNS 512 /* columns whose sums stay in the L1 cache */
-
 INLINE vf load_bf16(const uint16_t *p, int64_t count) {
     vh v = {0};
     memcpy(&v, p, (count < LANES ? count : LANES) * sizeof(uint16_t));
@@ -79,10 +77,10 @@ INLINE void group_grad_block(const Layer *l, const int bits, const int is_bf16,
 }
 
 void qalora_group_grad(const Layer *l, const void *product, float *out, int is_bf16, int threads) {
-    const int64_t n = l->out_features;
+    const int64_t n = l->out_features, columns = block_columns(n, threads);
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
-    for (int64_t c = 0; c < n; c += COLUMNS) {
-        const int64_t to = c + COLUMNS < n ? c + COLUMNS : n;
+    for (int64_t c = 0; c < n; c += columns) {
+        const int64_t to = c + columns < n ? c + columns : n;
         if (is_bf16) { BY_BITS(l->bits, group_grad_block(l, BITS, 1, product, out, c, to)) }
         else { BY_BITS(l->bits, group_grad_block(l, BITS, 0, product, out, c, to)) }
     }

@@ -55,6 +55,13 @@ INLINE void store_f(float *p, vf v, int64_t count) {
     memcpy(p, &v, (count < LANES ? count : LANES) * sizeof(float));
 }
 
+/* Columns that a thread takes at a time: whole pages of each row, but enough blocks for all. */
+#define COLUMNS 2048
+INLINE int64_t block_columns(int64_t n, int threads) {
+    const int64_t share = ((n + threads - 1) / threads + 63) / 64 * 64;
+    return share < COLUMNS ? share : COLUMNS;
+}
+
 INLINE int64_t group_of(const Layer *l, int64_t k) {
     return l->g_idx ? l->g_idx[k] : k / l->group_size;
 }

@@ -5,8 +5,7 @@
  */
 #include "layer.h"
 
-#define COLUMNS 2048 /* most columns that a thread takes at a time: whole pages of each row */
-#define VECTORS 2    /* vectors of columns that share the loads of x */
+#define VECTORS 4    /* most vectors of columns that share the loads of x */
 #define ROWS 4       /* rows of x that share the unpacking of a weight */
 
 /* dot[r][v] += (q - mid) * x of input i of a stream */
@@ -51,6 +50,7 @@ INLINE void multiply_tile(const Layer *l, const int bits, const int rows, const 
 
 INLINE void multiply_block(const Layer *l, const int bits, const int rows, const float *x,
                            float *y, int64_t from, int64_t to) {
+    const int vectors = rows == 1 ? VECTORS : VECTORS / 2; /* the sums have to stay in registers */
     float sums[ROWS * COLUMNS] = {0};
     for (int64_t k = 0, end; k < l->in_features; k = end) {
         float pooled[ROWS] = {0};
@@ -58,8 +58,8 @@ INLINE void multiply_block(const Layer *l, const int bits, const int rows, const
                       group_of(l, end) == group_of(l, k); end++)
             for (int r = 0; r < rows; r++) pooled[r] += x[end * rows + r];
         int64_t c = from;
-        for (; c + VECTORS * LANES <= to; c += VECTORS * LANES)
-            multiply_tile(l, bits, rows, VECTORS, x, pooled, k, end, c, LANES, sums + c - from);
+        for (; c + vectors * LANES <= to; c += vectors * LANES)
+            multiply_tile(l, bits, rows, vectors, x, pooled, k, end, c, LANES, sums + c - from);
         for (; c < to; c += LANES)
             multiply_tile(l, bits, rows, 1, x, pooled, k, end, c, to - c, sums + c - from);
     }
@@ -70,9 +70,7 @@ INLINE void multiply_block(const Layer *l, const int bits, const int rows, const
 /* x [tiles, K, rows], y [tiles * rows, N]; rows is 1 or ROWS */
 void qalora_multiply(const Layer *l, const float *x, float *y, int64_t tiles, int rows,
                      int threads) {
-    const int64_t n = l->out_features, step = VECTORS * LANES;
-    int64_t columns = ((n + threads - 1) / threads + step - 1) / step * step;
-    if (columns > COLUMNS) columns = COLUMNS;
+    const int64_t n = l->out_features, columns = block_columns(n, threads);
     const int64_t blocks = (n + columns - 1) / columns;
 #pragma omp parallel for collapse(2) num_threads(threads) schedule(dynamic)
     for (int64_t b = 0; b < blocks; b++) {

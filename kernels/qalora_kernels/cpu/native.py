@@ -1,10 +1,11 @@
-"""Typed calls of the compiled functions; they say False or None where the plain path must serve.
+"""Typed calls of the compiled functions, for what `dequantizes` and `multiplies` say they serve.
 
 Tensors are on the CPU and have the shapes that `checks` asks for; they are made contiguous here.
 A call costs some microseconds, and ctypes releases the GIL while it runs.
 """
 
 import ctypes
+from typing import Any
 
 import torch
 
@@ -27,13 +28,23 @@ class _Layer(ctypes.Structure):
     ]
 
 
-def _dequantize_library() -> ctypes.CDLL | None:
+def _dequantize_library() -> Any:
     # no fused multiply-add: W then has the bits of the plain PyTorch code
     return library("dequantize.c", ("-ffp-contract=off",))
 
 
-def _multiply_library() -> ctypes.CDLL | None:
+def _multiply_library() -> Any:
     return library("multiply.c", ("-ffp-contract=fast",))
+
+
+def dequantizes(dtype: torch.dtype) -> bool:
+    """Whether `dequantize` and `group_grad` can be called with elements of `dtype`."""
+    return dtype in _DTYPES and _dequantize_library() is not None
+
+
+def multiplies(dtype: torch.dtype) -> bool:
+    """Whether `multiply` can be called with x of `dtype`."""
+    return dtype != torch.float64 and _multiply_library() is not None
 
 
 def _address(tensor: torch.Tensor | None) -> ctypes.c_void_p:
@@ -73,14 +84,12 @@ def dequantize(
     offsets: torch.Tensor,
     g_idx: torch.Tensor | None,
     spec: QuantSpec,
-) -> bool:
-    """Write W^T to `out` [K, N] fp32 or bf16, contiguous; False where nothing was done."""
-    if out.dtype not in _DTYPES or (lib := _dequantize_library()) is None:
-        return False
+) -> None:
+    """Write W^T to `out` [K, N] fp32 or bf16, contiguous."""
     packed = _Packed(qweight, scales, offsets, g_idx, spec)
     as_bf16 = out.dtype == torch.bfloat16
-    lib.qalora_dequantize(packed.pointer, _address(out), as_bf16, _threads(out.numel()))
-    return True
+    threads = _threads(out.numel())
+    _dequantize_library().qalora_dequantize(packed.pointer, _address(out), as_bf16, threads)
 
 
 def group_grad(
@@ -90,17 +99,16 @@ def group_grad(
     offsets: torch.Tensor,
     g_idx: torch.Tensor | None,
     spec: QuantSpec,
-) -> torch.Tensor | None:
-    """x^T dy [K, N], fp32 or bf16 -> its sums over each group, weighted by W^T: [G, N] fp32; None
-    where nothing was done."""
-    if product.dtype not in _DTYPES or (lib := _dequantize_library()) is None:
-        return None
+) -> torch.Tensor:
+    """x^T dy [K, N], fp32 or bf16 -> its sums over each group, weighted by W^T: [G, N] fp32."""
     product = product.contiguous()
     packed = _Packed(qweight, scales, offsets, g_idx, spec)
     out = torch.zeros(spec.num_groups, spec.out_features)
     is_bf16 = product.dtype == torch.bfloat16
     threads = _threads(product.numel())
-    lib.qalora_group_grad(packed.pointer, _address(product), _address(out), is_bf16, threads)
+    _dequantize_library().qalora_group_grad(
+        packed.pointer, _address(product), _address(out), is_bf16, threads
+    )
     return out
 
 
@@ -111,10 +119,8 @@ def multiply(
     offsets: torch.Tensor,
     g_idx: torch.Tensor | None,
     spec: QuantSpec,
-) -> torch.Tensor | None:
-    """x [M, K] -> x W^T [M, N] fp32, computed in fp32; None where nothing was done."""
-    if x.dtype == torch.float64 or (lib := _multiply_library()) is None:
-        return None
+) -> torch.Tensor:
+    """x [M, K] -> x W^T [M, N] fp32, computed in fp32."""
     packed = _Packed(qweight, scales, offsets, g_idx, spec)
     m, k = x.shape
     rows = 1 if m == 1 else ROWS
@@ -125,7 +131,7 @@ def multiply(
     x = x.to(torch.float32).contiguous()
     y = torch.empty(tiles * rows, spec.out_features)
     threads = _threads(k * spec.out_features)
-    lib.qalora_multiply(
+    _multiply_library().qalora_multiply(
         packed.pointer, _address(x), _address(y), ctypes.c_int64(tiles), rows, threads
     )
     return y[:m]

@@ -144,7 +144,8 @@ def _grad_input_kernel(
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
 ):
-    """BLOCK_OUT inputs k times BLOCK_M rows; each step takes BLOCK_IN columns n."""
+    """BLOCK_OUT inputs k times BLOCK_M rows; each step takes BLOCK_IN columns n. bias is None: the
+    signature is `_linear_kernel`'s."""
     k = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     split = tl.program_id(2)
