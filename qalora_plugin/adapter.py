@@ -118,7 +118,7 @@ class Adapter:
 
     @property
     def peft_type(self) -> str:
-        """ "QALORA" or "LORA"."""
+        """PEFT's name of the method: QALORA or LORA."""
         return str(self.config.get("peft_type"))
 
     @property
@@ -128,7 +128,7 @@ class Adapter:
 
     @property
     def adapt(self) -> str:
-        """What was learned: "zeros", "scales" or "both"."""
+        """What was learned: zeros, scales or both."""
         return str(self.config.get("adapt", "zeros"))
 
     @property

@@ -10,6 +10,7 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from transformers import PreTrainedModel
 
 from .checkpoint.reader import CONFIG_FILE, read_json, resolve_model_dir
 from .errors import CheckpointError
@@ -99,7 +100,7 @@ def _without_adapters(base: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _as_on_disk(base: nn.Module) -> Iterator[None]:
+def _as_on_disk(base: PreTrainedModel) -> Iterator[None]:
     """Hold frozen fp32 parameters in the 16-bit dtype that they were loaded from, for a while.
 
     TRL loads in fp32 by default: without this, embeddings would take twice their room.

@@ -6,7 +6,8 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,10 @@ class MergeCallback(TrainerCallback):
 
         Raises:
             ConfigError: the model has no QALORA adapter.
+            OutputError: the target has been filled since.
         """
+        AtomicDirectory(self.out_dir)
+        self._last_checkpoint = None
         model = kwargs["model"]
         kind = getattr(getattr(model, "active_peft_config", None), "peft_type", None)
         if kind != PEFT_TYPE:
@@ -126,7 +130,7 @@ class MergeCallback(TrainerCallback):
         model, main = self._model, state.is_world_process_zero
         assert model is not None
         adapter = save_adapter(model, Path(args.output_dir) / ADAPTER_DIR, is_main_process=main)
-        with _BaseDirectory(model, self.out_dir, main) as base:
+        with _base_directory(model, self.out_dir, main) as base:
             failed = (
                 f"the trained adapter is safe in {adapter}, but merging it failed (repeat with "
                 f"`qalora merge {adapter} --out DIR`)"
@@ -148,7 +152,7 @@ class MergeCallback(TrainerCallback):
         adapter = self._last_checkpoint
         if self._load_best and self._state.best_model_checkpoint:
             adapter = Path(self._state.best_model_checkpoint)
-        with _BaseDirectory(self._model, self.out_dir, True) as base:
+        with _base_directory(self._model, self.out_dir, True) as base:
             self._merge(adapter, base)
         self._push()
         return self.result
@@ -188,29 +192,24 @@ class MergeCallback(TrainerCallback):
             generation.save_pretrained(partial)
 
 
-class _BaseDirectory:
+@contextmanager
+def _base_directory(model: PeftModel, out_dir: Path, is_main_process: bool) -> Iterator[Path]:
     """The quantized base on disk: where it was loaded from, or a temporary copy from memory."""
-
-    def __init__(self, model: PeftModel, out_dir: Path, is_main_process: bool) -> None:
-        self._model, self._out_dir, self._main = model, out_dir.absolute(), is_main_process
-        self._temporary: Path | None = None
-
-    def __enter__(self) -> Path:
-        found = quantized_base_on_disk(self._model)
-        if found is not None:
-            return found
-        directory = self._out_dir.with_name(f".{self._out_dir.name}.base")
-        if self._main:
-            self._out_dir.parent.mkdir(parents=True, exist_ok=True)
-            prefix = f".{self._out_dir.name}.base-"
-            directory = Path(tempfile.mkdtemp(prefix=prefix, dir=self._out_dir.parent))
-            self._temporary = directory
-        save_base(self._model, directory, is_main_process=self._main)
-        return directory
-
-    def __exit__(self, *error: object) -> None:
-        if self._temporary is not None:
-            shutil.rmtree(self._temporary, ignore_errors=True)
+    found = quantized_base_on_disk(model)
+    if found is not None:
+        yield found
+        return
+    out_dir = out_dir.absolute()
+    directory = out_dir.with_name(f".{out_dir.name}.base")
+    if is_main_process:
+        out_dir.parent.mkdir(parents=True, exist_ok=True)
+        directory = Path(tempfile.mkdtemp(prefix=directory.name + "-", dir=out_dir.parent))
+    try:
+        save_base(model, directory, is_main_process=is_main_process)
+        yield directory
+    finally:
+        if is_main_process:
+            shutil.rmtree(directory, ignore_errors=True)
 
 
 def _on_main_process(is_main_process: bool, failed: str, work: Callable[[], None]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..checkpoint.reader import CheckpointReader, resolve_model_dir
-from ..errors import ConfigError, QuantizationError
+from ..errors import CheckpointError, ConfigError, QuantizationError
 
 _MAX_SEQ_LEN = 2048
 _DEFAULT_CACHE = "quantized_bases"
@@ -36,6 +36,20 @@ def is_quantized(base_model: str, revision: str | None = None) -> bool:
             "needs a 16-bit model, one written by `qalora quantize`, or a GPTQ checkpoint"
         )
     return True
+
+
+def check_base(base_model: Any) -> None:
+    """Refuse a local base that cannot be read, or that we cannot adapt; a Hub id is left alone.
+
+    Raises:
+        QALoRAError: names base_model, what was expected, and what to do.
+    """
+    text = str(base_model or "")
+    if Path(text).expanduser().is_dir() or text.count("/") > 1 or text[:1] in (".", "/", "~"):
+        try:
+            is_quantized(text)
+        except CheckpointError as error:
+            raise CheckpointError(f"base_model: {error}") from error
 
 
 def calibration_from_rows(dataset: Any, samples: int, seq_len: int, seed: int) -> torch.Tensor:

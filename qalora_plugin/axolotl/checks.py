@@ -7,6 +7,10 @@ from ..errors import ConfigError
 
 ADAPTER = "qalora"
 
+LM_EVAL = (
+    'python -c "import qalora_plugin; from lm_eval.__main__ import cli_evaluate; cli_evaluate()" '
+    "--model hf --model_args pretrained=OUTPUT_DIR/merged --tasks TASK"
+)
 _QUANTIZED = "the base is quantized by `qalora:` (bits, group_size), or is a quantized directory"
 _KERNELS = "Axolotl's LoRA kernels read dense weights"
 # key -> why it cannot be, and what to do
@@ -40,9 +44,32 @@ def check_config(cfg: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: names the key, its value, why, and what to do.
     """
+    if cfg.get("adapter") != ADAPTER:
+        if cfg.get("qalora"):
+            raise ConfigError(
+                f"qalora: goes with adapter: {ADAPTER}, found adapter: {cfg.get('adapter')!r}. "
+                f"Set adapter: {ADAPTER}, or remove the block"
+            )
+        return
     for key, reason in _REFUSED.items():
         if cfg.get(key):
             raise ConfigError(f"adapter: {ADAPTER} does not go with {key}: {cfg[key]!r}: {reason}")
+    if cfg.get("peft_autocast_adapter_dtype") is False:
+        raise ConfigError(
+            f"adapter: {ADAPTER} does not go with peft_autocast_adapter_dtype: False: A and B are "
+            "fp32 always; remove it"
+        )
+    if cfg.get("fsdp") or cfg.get("fsdp_config"):
+        raise ConfigError(
+            f"adapter: {ADAPTER} does not go with fsdp: FSDP cannot shard integers. Use DDP (leave "
+            "it out) or deepspeed: recipes/deepspeed/zero2.json or zero3.json"
+        )
+    if cfg.get("lm_eval_tasks") and cfg.get("lm_eval_post_train") is not False:
+        raise ConfigError(
+            f"adapter: {ADAPTER} does not go with lm_eval_post_train: it runs `lm_eval` on "
+            "output_dir, which is the adapter, in a process that does not know this package. Set "
+            f"lm_eval_post_train: false and afterwards run {LM_EVAL}"
+        )
     loftq = (cfg.get("peft") or {}).get("loftq_config")
     if loftq:
         raise ConfigError(

@@ -1,17 +1,16 @@
-"""After training: the merged checkpoint beside the adapter, and on the Hub if asked."""
+"""What a run leaves: the merged checkpoint beside the adapter, on the Hub if asked, and resuming."""
 
 import logging
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint.reader import read_json
-from ..errors import OutputError
+from ..errors import CheckpointError, OutputError
 from ..hub import push_merged
 from ..merge import merge_adapter
 
 LOG = logging.getLogger(__name__)
 MERGED_DIR = "merged"
-_NEVER_PUSH = ("none", "no", None)
 
 
 def merged_dir(cfg: Any) -> Path:
@@ -33,30 +32,56 @@ def check_free(cfg: Any) -> None:
         )
 
 
-def merge_and_push(cfg: Any) -> None:
-    """Merge the adapter in output_dir into its base; one process calls this.
+def merge(cfg: Any, adapter: Path) -> Path:
+    """Merge an adapter into the base it names, to `output_dir/merged`; one process calls this.
 
     Raises:
-        QALoRAError: the merge or the push failed; the adapter stays where it is.
+        QALoRAError: the merge failed; the adapter stays where it is.
     """
-    adapter = Path(cfg["output_dir"]).expanduser()
     result = merge_adapter(adapter, merged_dir(cfg))
     LOG.info("qalora: merged %d layers into %s", result.layers, result.out)
-    repo_id = cfg.get("hub_model_id")
-    if repo_id and cfg.get("hub_strategy") not in _NEVER_PUSH:
-        # the trainer pushes the adapter to hub_model_id itself
-        address = push_merged(
-            result.out,
-            f"{repo_id}-merged",
-            data=", ".join(str(entry["path"]) for entry in cfg.get("datasets") or []),
-            log_history=_log_history(adapter),
-        )
-        LOG.info("qalora: pushed the merged model to %s", address)
+    return result.out
 
 
-def _log_history(output_dir: Path) -> list[dict[str, Any]]:
-    """The trainer's log of the newest checkpoint, empty where none was saved."""
-    states = sorted(
-        output_dir.glob("checkpoint-*/trainer_state.json"), key=lambda path: path.stat().st_mtime
+def push(cfg: Any, merged: Path, log_history: list[dict[str, Any]]) -> None:
+    """Push a merged checkpoint to `hub_model_id` + "-merged", if there is a hub_model_id.
+
+    The trainer pushes the adapter to hub_model_id itself, and one repository cannot be both: with
+    an adapter beside them, transformers would adapt the merged weights once more.
+
+    Raises:
+        OutputError: the Hub refused it.
+    """
+    if not cfg.get("hub_model_id"):
+        return
+    data = ", ".join(str(entry["path"]) for entry in cfg.get("datasets") or [])
+    address = push_merged(
+        merged, f"{cfg['hub_model_id']}-merged", data=data, log_history=log_history
     )
-    return read_json(states[-1]).get("log_history", []) if states else []
+    LOG.info("qalora: pushed the merged model to %s", address)
+
+
+def drop_torn_checkpoint(cfg: Any) -> None:
+    """With `auto_resume_from_checkpoints`, resume from the newest checkpoint that is complete.
+
+    A trainer that is killed while it saves leaves a directory without trainer_state.json, the file
+    that it writes last; Axolotl would take that one and fail.
+    """
+    if not cfg.auto_resume_from_checkpoints or cfg.resume_from_checkpoint:
+        return
+    found = [
+        (int(path.name.rpartition("-")[2]), path)
+        for path in Path(cfg.output_dir).expanduser().glob("checkpoint-*")
+        if path.name.rpartition("-")[2].isdigit()
+    ]
+    complete = [entry for entry in found if _is_complete(entry[1])]
+    if complete and max(complete) != max(found):
+        cfg["resume_from_checkpoint"] = str(max(complete)[1])
+        LOG.warning("qalora: %s is incomplete, resuming from %s", max(found)[1], max(complete)[1])
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    try:
+        return "global_step" in read_json(checkpoint / "trainer_state.json")
+    except CheckpointError:
+        return False

@@ -7,20 +7,26 @@ from typing import Any
 
 from axolotl.integrations.base import AdapterCapabilities, BasePlugin
 from peft import PeftConfig, PeftModel, get_peft_model
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..adapter import CONFIG_FILE as ADAPTER_CONFIG
 from ..checkpoint.reader import read_json
 from ..errors import ConfigError
+from ..figures import FiguresCallback
 from ..tuner import QALoRAConfig
-from .base import is_quantized, quantized_base
+from .base import check_base, is_quantized, quantized_base
 from .checks import ADAPTER, check_config
-from .finish import check_free, merge_and_push, merged_dir
+from .finish import check_free, drop_torn_checkpoint, merge, merged_dir, push
 
 LOG = logging.getLogger(__name__)
 
 
 class QALoRAPlugin(BasePlugin):
     """Quantizes the base before training, adapts it, and writes the merged model after."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._log = _KeepLog()
 
     def get_input_args(self) -> str:
         """Dotted name of the pydantic model of our keys."""
@@ -35,12 +41,14 @@ class QALoRAPlugin(BasePlugin):
 
         Raises:
             ConfigError: a key that contradicts `adapter: qalora`.
+            CheckpointError: the base cannot be read.
         """
+        check_config(cfg)
         if cfg.get("adapter") != ADAPTER:
             return
-        check_config(cfg)
+        check_base(cfg.get("base_model"))
         if cfg.get("merge_lora"):
-            # the other method reads dense `.weight` tensors and copies a quantized base unmerged
+            # the other method copies a quantized base unmerged; this one asks pre_model_load
             cfg["merge_method"] = "legacy"
             _refuse_second_merge(cfg)
         adapter = _adapter_directory(cfg)
@@ -53,6 +61,7 @@ class QALoRAPlugin(BasePlugin):
         if cfg.adapter != ADAPTER or preprocess:
             return None
         check_free(cfg)
+        drop_torn_checkpoint(cfg)
         if is_quantized(cfg.base_model, cfg.revision_of_model):
             return None
         from axolotl.common.datasets import load_datasets, load_preference_datasets
@@ -64,12 +73,19 @@ class QALoRAPlugin(BasePlugin):
         return meta
 
     def pre_model_load(self, cfg: Any) -> None:
-        """Verbs that load no training data cannot quantize: say what to do.
+        """Here `axolotl merge-lora` merges; other verbs need a quantized base by now.
 
         Raises:
-            ConfigError: the base is still a 16-bit model.
+            ConfigError: the base is still a 16-bit model: only training quantizes.
+            SystemExit: merge-lora is done. It would go on to build the model and save it in place;
+                ours streams tensors, and a merged directory is there whole or not at all.
         """
-        if cfg.adapter == ADAPTER and not is_quantized(cfg.base_model, cfg.revision_of_model):
+        if cfg.adapter != ADAPTER:
+            return
+        if cfg.merge_lora:
+            merge(cfg, _adapter_directory(cfg) or Path(cfg.output_dir))
+            raise SystemExit(0)
+        if not is_quantized(cfg.base_model, cfg.revision_of_model):
             raise ConfigError(
                 f"base_model: {cfg.base_model} is a 16-bit model, and only `axolotl train` "
                 "quantizes it. Set lora_model_dir to a trained adapter (its base is then used), "
@@ -86,13 +102,22 @@ class QALoRAPlugin(BasePlugin):
         if config_only:
             return None, config
         directory = _adapter_directory(cfg)
+        if cfg.gradient_checkpointing:
+            # Axolotl does this for its own adapters only; reentrant checkpointing needs it
+            model.enable_input_require_grads()
         if directory is not None:
-            trainable = not (inference or cfg.merge_lora or cfg.inference)
+            trainable = not (inference or cfg.inference)
             adapted = PeftModel.from_pretrained(model, directory, is_trainable=trainable)
             return adapted, adapted.peft_config["default"]
         adapted = get_peft_model(model, config)
         adapted.print_trainable_parameters()
         return adapted, config
+
+    def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[TrainerCallback]:
+        """Our figures in the log, and the log for the model card."""
+        if cfg.adapter != ADAPTER:
+            return []
+        return [FiguresCallback(trainer), self._log]
 
     def post_train_unload(self, cfg: Any) -> None:
         """Last of all hooks, on every rank, after the process group is gone: merge on rank 0."""
@@ -100,7 +125,23 @@ class QALoRAPlugin(BasePlugin):
             return
         if int(os.environ.get("RANK", "0")) != 0:
             return
-        merge_and_push(cfg)
+        push(cfg, merge(cfg, Path(cfg.output_dir).expanduser()), self._log.history)
+
+
+class _KeepLog(TrainerCallback):
+    """The training's log, for the time when the trainer is gone."""
+
+    def __init__(self) -> None:
+        self.history: list[dict[str, Any]] = []
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        self.history = state.log_history
 
 
 def adapter_config(cfg: Any) -> QALoRAConfig:

@@ -28,6 +28,7 @@ Plan = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 """dtype and shape of every tensor of a shard, by name."""
 
 MAX_SHARD_BYTES = 5 << 30
+DEFAULT_METADATA = {"format": "pt"}  # what transformers asks of a file
 _ALIGNMENT = 8
 
 
@@ -48,15 +49,22 @@ def split_plan(plan: Plan, max_bytes: int = MAX_SHARD_BYTES) -> list[dict]:
 class ShardWriter:
     """One safetensors file, written to `<path>.part` and renamed when it is closed."""
 
-    def __init__(self, path: Path, plan: Plan) -> None:
+    def __init__(
+        self, path: Path, plan: Plan, metadata: Mapping[str, str] = DEFAULT_METADATA
+    ) -> None:
         """Write the header and reserve the space.
+
+        Args:
+            path: the file.
+            plan: its tensors.
+            metadata: the header's `__metadata__`.
 
         Raises:
             OutputError: the file cannot be written, or the disk is full.
         """
         self.path = path
         self._part = path.with_name(path.name + ".part")
-        header, self._infos = _layout(path, plan)
+        header, self._infos = _layout(path, plan, metadata)
         self._missing = set(plan)
         end = max((info.start + info.nbytes for info in self._infos.values()), default=len(header))
         try:
@@ -151,12 +159,18 @@ class CheckpointWriter:
         writer.finish()
     """
 
-    def __init__(self, directory: Path, plans: Sequence[Plan]) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        plans: Sequence[Plan],
+        metadata: Mapping[str, str] = DEFAULT_METADATA,
+    ) -> None:
         """Plan the files; nothing is written yet.
 
         Args:
             directory: where the files go, usually a partial directory.
             plans: tensors of each shard. One shard becomes model.safetensors, more get an index.
+            metadata: `__metadata__` of every shard's header.
 
         Raises:
             ValueError: a tensor is planned in two shards.
@@ -166,6 +180,7 @@ class CheckpointWriter:
             raise ValueError("a tensor is planned in two shards")
         self.directory = directory
         self.plans = list(plans)
+        self.metadata = metadata
         self._hashes: dict[str, str] = {}
 
     def file_name(self, index: int) -> str:
@@ -230,7 +245,7 @@ class _OpenShard:
     def __enter__(self) -> ShardWriter:
         checkpoint = self._checkpoint
         path = checkpoint.directory / checkpoint.file_name(self._index)
-        self._shard = ShardWriter(path, checkpoint.plans[self._index])
+        self._shard = ShardWriter(path, checkpoint.plans[self._index], checkpoint.metadata)
         return self._shard
 
     def __exit__(
@@ -245,11 +260,13 @@ class _OpenShard:
             self._shard.abort()
 
 
-def _layout(path: Path, plan: Plan) -> tuple[bytes, dict[str, TensorInfo]]:
+def _layout(
+    path: Path, plan: Plan, metadata: Mapping[str, str]
+) -> tuple[bytes, dict[str, TensorInfo]]:
     """Header bytes and the place of every tensor."""
     # wide dtypes first: every tensor is then aligned, which readers that map the file rely on
     order = sorted(plan, key=lambda name: -plan[name][0].itemsize)
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    entries: dict[str, object] = {"__metadata__": dict(metadata)}
     spans, end = {}, 0
     for name in order:
         dtype, shape = plan[name]

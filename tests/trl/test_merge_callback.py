@@ -289,16 +289,28 @@ def test_a_script_that_crashed_does_not_merge_when_it_exits(
     assert (tmp_path / "merged").exists()
 
 
+class _FillTarget(TrainerCallback):
+    """Somebody else writes to the target while training runs."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.target.mkdir(exist_ok=True)
+        (self.target / "precious").write_text("x")
+
+
 def test_a_merge_that_fails_says_where_the_adapter_is(
     bases: dict[str, Path], make_trainer: Callable[..., Any], tmp_path: Path
 ) -> None:
-    trainer = make_trainer(bases["ours"], callbacks=[MergeCallback(tmp_path / "merged")])
-    (tmp_path / "merged").mkdir()
-    (tmp_path / "merged" / "precious").write_text("x")  # somebody was faster
+    target = tmp_path / "merged"
+    trainer = make_trainer(bases["ours"], callbacks=[MergeCallback(target), _FillTarget(target)])
     with pytest.raises(OutputError, match=r"adapter is safe in .*run/adapter, .* is not empty"):
         trainer.train()
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
-    assert [path.name for path in (tmp_path / "merged").iterdir()] == ["precious"]
+    assert [path.name for path in target.iterdir()] == ["precious"]
+    with pytest.raises(OutputError, match="is not empty"):  # before training, this time
+        trainer.train()
 
 
 def test_refused_before_training(
