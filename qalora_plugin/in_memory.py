@@ -70,7 +70,7 @@ def save_adapter(model: PeftModel, directory: Path, *, is_main_process: bool = T
     return directory if name == "default" else directory / name
 
 
-def whole(parameters: Iterable[nn.Parameter]) -> Any:
+def whole(parameters: Iterable[torch.Tensor]) -> Any:
     """Context in which parameters that ZeRO-3 has sharded are whole on every process."""
     sharded = [p for p in parameters if hasattr(p, "ds_id")]
     if not sharded:

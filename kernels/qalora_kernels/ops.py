@@ -40,7 +40,16 @@ def dequantize(
 
 
 @dequantize.register_fake
-def _(qweight, scales, offsets, g_idx, bits, group_size, in_features, dtype):
+def _(
+    qweight: torch.Tensor,
+    scales: torch.Tensor,
+    offsets: torch.Tensor,
+    g_idx: torch.Tensor | None,
+    bits: int,
+    group_size: int,
+    in_features: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
     return qweight.new_empty(in_features, qweight.shape[1], dtype=dtype)
 
 
@@ -54,7 +63,11 @@ def pool(x: torch.Tensor, g_idx: torch.Tensor | None, group_size: int) -> torch.
 
 
 @pool.register_fake
-def _(x, g_idx, group_size):
+def _(
+    x: torch.Tensor,
+    g_idx: torch.Tensor | None,
+    group_size: int,
+) -> torch.Tensor:
     return x.new_empty(x.shape[0], -(-x.shape[-1] // group_size))
 
 
@@ -78,7 +91,16 @@ def linear(
 
 
 @linear.register_fake
-def _(x, qweight, scales, offsets, g_idx, bias, bits, group_size):
+def _(
+    x: torch.Tensor,
+    qweight: torch.Tensor,
+    scales: torch.Tensor,
+    offsets: torch.Tensor,
+    g_idx: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    bits: int,
+    group_size: int,
+) -> torch.Tensor:
     return x.new_empty(x.shape[0], qweight.shape[1])
 
 
@@ -101,7 +123,16 @@ def grad_input(
 
 
 @grad_input.register_fake
-def _(dy, qweight, scales, offsets, g_idx, bits, group_size, in_features):
+def _(
+    dy: torch.Tensor,
+    qweight: torch.Tensor,
+    scales: torch.Tensor,
+    offsets: torch.Tensor,
+    g_idx: torch.Tensor | None,
+    bits: int,
+    group_size: int,
+    in_features: int,
+) -> torch.Tensor:
     return dy.new_empty(dy.shape[0], in_features)
 
 
@@ -114,7 +145,10 @@ def pooled_grad(dy: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
 
 
 @pooled_grad.register_fake
-def _(dy, pooled):
+def _(
+    dy: torch.Tensor,
+    pooled: torch.Tensor,
+) -> torch.Tensor:
     return dy.new_empty(pooled.shape[1], dy.shape[1], dtype=_sums_dtype(dy.dtype))
 
 
@@ -140,5 +174,14 @@ def weighted_group_grad(
 
 
 @weighted_group_grad.register_fake
-def _(dy, x, qweight, scales, offsets, g_idx, bits, group_size):
+def _(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    qweight: torch.Tensor,
+    scales: torch.Tensor,
+    offsets: torch.Tensor,
+    g_idx: torch.Tensor | None,
+    bits: int,
+    group_size: int,
+) -> torch.Tensor:
     return dy.new_empty(scales.shape[0], dy.shape[1], dtype=_sums_dtype(dy.dtype))

@@ -1,4 +1,4 @@
-"""The quantized base of an Axolotl run: made once, found again by every rank and every later run."""
+"""The quantized base of an Axolotl run: made once, found again by every rank and later run."""
 
 import fcntl
 import hashlib

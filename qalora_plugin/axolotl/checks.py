@@ -12,6 +12,7 @@ LM_EVAL = (
     "--model hf --model_args pretrained=OUTPUT_DIR/merged --tasks TASK"
 )
 _QUANTIZED = "the base is quantized by `qalora:` (bits, group_size), or is a quantized directory"
+_CONFIG_ONLY = ("dpo", "ipo", "kto")  # Axolotl hands these trainers a PEFT config, no adapter
 _KERNELS = "Axolotl's LoRA kernels read dense weights"
 # key -> why it cannot be, and what to do
 _REFUSED = {
@@ -69,6 +70,12 @@ def check_config(cfg: Mapping[str, Any]) -> None:
             f"adapter: {ADAPTER} does not go with lm_eval_post_train: it runs `lm_eval` on "
             "output_dir, which is the adapter, in a process that does not know this package. Set "
             f"lm_eval_post_train: false and afterwards run {LM_EVAL}"
+        )
+    if cfg.get("rl") in _CONFIG_ONLY and cfg.get("lora_model_dir") and not cfg.get("merge_lora"):
+        raise ConfigError(
+            f"adapter: {ADAPTER} with rl: {cfg['rl']} does not go with lora_model_dir: the trainer "
+            "makes the adapter itself. Merge that one (`qalora merge ADAPTER --out DIR`) and set "
+            "base_model to the merged directory"
         )
     loftq = (cfg.get("peft") or {}).get("loftq_config")
     if loftq:

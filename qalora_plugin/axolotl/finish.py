@@ -1,4 +1,4 @@
-"""What a run leaves: the merged checkpoint beside the adapter, on the Hub if asked, and resuming."""
+"""What a run leaves: the merged checkpoint (pushed if asked), and checkpoints to resume from."""
 
 import logging
 from pathlib import Path

@@ -26,7 +26,7 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--rank", type=int, default=16, help="default: %(default)s")
     parser.add_argument("--learning-rate", type=float, default=3e-3, help="default: %(default)s")
-    parser.add_argument("--steps", type=int, default=100, help="default: %(default)s")
+    parser.add_argument("--steps", type=int, default=160, help="default: %(default)s")
     parser.add_argument("--batch-size", type=int, default=16, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument(

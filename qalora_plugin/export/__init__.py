@@ -29,7 +29,7 @@ def export_model(
         out: the directory to make (for "gguf", the file); it must not exist.
         format: one of `FORMATS`.
         progress: called with (tensors written, tensors in all).
-        options: `base` for "lora" (default: the base that the adapter names),
+        options: `base` and `convention` for "lora", as `merge_adapter` has them;
             `checkpoint_format` for "gptq" ("gptq", or "gptq_v2" for GPTQModel).
 
     Returns:
@@ -42,7 +42,7 @@ def export_model(
     """
     if format not in FORMATS:
         raise ConfigError(f"format: expected one of {', '.join(FORMATS)}, found {format!r}")
-    known = {"lora": {"base"}, "gptq": {"checkpoint_format"}}.get(format, set())
+    known = {"lora": {"base", "convention"}, "gptq": {"checkpoint_format"}}.get(format, set())
     unknown = set(options) - known
     if unknown:
         raise ConfigError(

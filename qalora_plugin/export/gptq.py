@@ -24,5 +24,8 @@ def export(
     if progress is not None:
         progress(1, 1)
     return ExportResult(
-        target, "gptq", len(checkpoint.layers), "Exact: integers, scales and zero-points as they are."
+        target,
+        "gptq",
+        len(checkpoint.layers),
+        "Exact: integers, scales and zero-points as they are.",
     )

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from qalora_kernels.groups import group_index
 
 from ..adapter import CONFIG_FILE, PREFIX, WEIGHTS_FILE, Adapter
 from ..checkpoint.atomic import AtomicDirectory
+from ..checkpoint.layout import TensorPlan
 from ..checkpoint.side_files import TOKENIZER_FILES, copy_side_files
+from ..checkpoint.writer import ShardWriter
 from ..errors import AdapterError
 from ..merge import MergePlan, plan_merge
 from ..pairing import LayerMerge
@@ -26,7 +27,6 @@ from .walk import ExportResult, Progress
 
 # fields of LoRA's config that the adapter's own config has as well
 _COPIED = (
-    "base_model_name_or_path",
     "lora_alpha",
     "modules_to_save",
     "r",
@@ -44,6 +44,7 @@ def export(
     *,
     progress: Progress | None,
     base: str | Path | None = None,
+    convention: str = "auto",
 ) -> ExportResult:
     """Write the adapter; see `export_model`.
 
@@ -51,7 +52,7 @@ def export(
         AdapterError: it changes scales, which is no low-rank change of the weight.
     """
     directory = AtomicDirectory(out)
-    plan = plan_merge(source, base)
+    plan = plan_merge(source, base, convention)
     adapter = plan.adapter
     if adapter.adapt != "zeros":
         raise AdapterError(
@@ -59,20 +60,18 @@ def export(
             "is no low-rank change of the weights, so no LoRA adapter is equal to it. Merge it "
             "and export the merged model (format gptq keeps it exact on an integer-zero base)."
         )
-    tensors = {}
-    for done, (name, merge) in enumerate(plan.layers.items(), start=1):
-        key = f"{PREFIX}{_trained_name(adapter, name)}"
-        tensors[f"{key}.lora_A.weight"], tensors[f"{key}.lora_B.weight"] = _expand(
-            adapter, merge, _g_idx(plan, name)
-        )
-        if progress is not None:
-            progress(done, len(plan.layers))
-    for key in adapter.saved.values():
-        tensors[key] = adapter.get(key)
     config = _config(plan)
     with directory as partial:
-        save_file(tensors, partial / WEIGHTS_FILE, metadata={"format": "pt"})
-        (partial / WEIGHTS_FILE).chmod(0o644)  # save_file leaves it private
+        writer = ShardWriter(partial / WEIGHTS_FILE, _plan(plan))
+        for done, (name, merge) in enumerate(plan.layers.items(), start=1):
+            a, b = _expand(adapter, merge, _g_idx(plan, name))
+            writer.write(f"{_key(adapter, name)}.lora_A.weight", a)
+            writer.write(f"{_key(adapter, name)}.lora_B.weight", b)
+            if progress is not None:
+                progress(done, len(plan.layers))
+        for key in adapter.saved.values():
+            writer.write(key, adapter.get(key))
+        writer.close()
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
         (partial / CONFIG_FILE).write_text(text, encoding="utf-8")
         copy_side_files(adapter.directory, partial, TOKENIZER_FILES)
@@ -83,9 +82,24 @@ def export(
     return ExportResult(directory.target, "lora", len(plan.layers), exactness)
 
 
-def _trained_name(adapter: Adapter, name: str) -> str:
-    """Name in the model that PEFT wraps; of the base's file where they differ."""
-    return adapter.trained_name(name)
+def _key(adapter: Adapter, name: str) -> str:
+    return f"{PREFIX}{adapter.trained_name(name)}"
+
+
+def _plan(plan: MergePlan) -> TensorPlan:
+    """Names, dtypes and shapes of the adapter's tensors."""
+    adapter = plan.adapter
+    tensors: TensorPlan = {}
+    for name, merge in plan.layers.items():
+        a, b = (adapter.infos[key] for key in merge.layer.keys["zeros"])
+        tensors[f"{_key(adapter, name)}.lora_A.weight"] = (
+            a.dtype,
+            (merge.layer.rank, merge.spec.in_features),
+        )
+        tensors[f"{_key(adapter, name)}.lora_B.weight"] = (b.dtype, b.shape)
+    for key in adapter.saved.values():
+        tensors[key] = (adapter.infos[key].dtype, adapter.infos[key].shape)
+    return tensors
 
 
 def _g_idx(plan: MergePlan, name: str) -> torch.Tensor | None:
@@ -107,18 +121,24 @@ def _expand(
 def _config(plan: MergePlan) -> dict[str, Any]:
     adapter = plan.adapter
     config = {key: adapter.config[key] for key in _COPIED if key in adapter.config}
-    names = sorted(_trained_name(adapter, name) for name in plan.layers)
-    short = sorted({name.rpartition(".")[2] for name in names})
-    # short names where they mean the same layers: what vLLM and SGLang expect
-    every = {name for name in plan.base.layers if name.rpartition(".")[2] in short}
-    config["target_modules"] = short if every == set(plan.layers) else names
     return {
         **config,
         "peft_type": "LORA",
         "base_model_name_or_path": str(plan.base.directory),
+        "target_modules": _target_modules(plan),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
         "lora_dropout": 0.0,
     }
+
+
+def _target_modules(plan: MergePlan) -> list[str]:
+    """Last parts of the names, as vLLM and SGLang want them, where these mean the same layers."""
+    short = {name.rpartition(".")[2] for name in plan.layers}
+    dense = {name.rpartition(".")[0] for name in plan.base.dense_names}
+    selected = {n for n in dense | set(plan.base.layers) if n.rpartition(".")[2] in short}
+    if selected == set(plan.layers):
+        return sorted(short)
+    return sorted(plan.adapter.trained_name(name) for name in plan.layers)

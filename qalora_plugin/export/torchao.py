@@ -22,6 +22,7 @@ from qalora_kernels import QuantSpec
 
 from ..checkpoint.base import LayerTensors, QuantizedCheckpoint, open_quantized
 from ..checkpoint.layout import TensorPlan
+from ..checkpoint.safetensors_header import TensorInfo
 from .walk import (
     ExportResult,
     Progress,
@@ -43,6 +44,10 @@ class TorchAO:
 
     name = "torchao"
 
+    def dense_dtype(self, info: TensorInfo) -> torch.dtype:
+        """As it is."""
+        return info.dtype
+
     @staticmethod
     def block(spec: QuantSpec) -> int:
         """Inputs a block: torchao has no short last group, so groups are cut where K needs it."""
@@ -50,7 +55,9 @@ class TorchAO:
 
     def obstacle(self, spec: QuantSpec, act_order: bool) -> str | None:
         """Why the layer cannot be held as integers, or None."""
-        return "its groups follow act-order (g_idx), torchao's are neighbours" if act_order else None
+        return (
+            "its groups follow act-order (g_idx), torchao's are neighbours" if act_order else None
+        )
 
     def plan(self, name: str, spec: QuantSpec) -> TensorPlan:
         """Names, dtypes and shapes of the layer's tensors."""
@@ -131,9 +138,7 @@ def _quantization_config(source: QuantizedCheckpoint, reasons: dict[str, str]) -
     kept = set(source.config.modules_to_not_convert or []) | set(reasons)
     return {
         "quant_method": "torchao",
-        "quant_type": {
-            "default": {"_type": "IntxWeightOnlyConfig", "_version": 2, "_data": data}
-        },
+        "quant_type": {"default": {"_type": "IntxWeightOnlyConfig", "_version": 2, "_data": data}},
         "modules_to_not_convert": sorted(kept),
         "include_input_output_embeddings": False,
         "untie_embedding_weights": False,

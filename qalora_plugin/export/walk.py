@@ -22,8 +22,9 @@ from ..checkpoint.atomic import AtomicDirectory
 from ..checkpoint.base import LayerTensors, QuantizedCheckpoint
 from ..checkpoint.layout import TensorPlan
 from ..checkpoint.reader import CONFIG_FILE
+from ..checkpoint.safetensors_header import TensorInfo
 from ..checkpoint.side_files import copy_side_files
-from ..checkpoint.writer import CheckpointWriter, split_plan
+from ..checkpoint.writer import CheckpointWriter, ShardWriter, split_plan
 from ..errors import CheckpointError, ConfigError
 
 Progress = Callable[[int, int], None]
@@ -103,6 +104,9 @@ class LayerFormat(Protocol):
 
     name: str
 
+    def dense_dtype(self, info: TensorInfo) -> torch.dtype:
+        """dtype to write a tensor in that is in no quantized layer."""
+
     def obstacle(self, spec: QuantSpec, act_order: bool) -> str | None:
         """Why the layer cannot be held as integers, or None."""
 
@@ -174,7 +178,7 @@ def write_directory(
             with writer.shard(index) as shard:
                 for name in names:
                     if name not in owners:
-                        shard.write_raw(name, source.reader.chunks(name))
+                        _copy(source, shard, name, plan[name][0])
                     else:
                         if owners[name] != layer:  # a layer's tensors follow each other
                             layer = owners[name]
@@ -200,7 +204,7 @@ def _plan(
     for tensor in source.reader.tensors:
         if tensor in other:
             info = source.reader.info(tensor)
-            plan[tensor] = (info.dtype, info.shape)
+            plan[tensor] = (format.dense_dtype(info), info.shape)
             continue
         name, _, part = tensor.rpartition(".")
         if part != "qweight":
@@ -214,6 +218,13 @@ def _plan(
         plan.update(tensors)
         owners.update(dict.fromkeys(tensors, name))
     return plan, owners
+
+
+def _copy(source: QuantizedCheckpoint, shard: ShardWriter, name: str, dtype: torch.dtype) -> None:
+    if source.reader.info(name).dtype == dtype:
+        shard.write_raw(name, source.reader.chunks(name))
+    else:
+        shard.write(name, source.reader.get(name).to(dtype))
 
 
 def _convert(

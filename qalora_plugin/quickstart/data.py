@@ -184,9 +184,10 @@ def _pairs_in(path: Path) -> list[tuple[str, dict[str, str]]]:
         for child in ast.iter_child_nodes(node):
             if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
                 name = f"{prefix}{child.name}"
-                docstring = None if isinstance(child, ast.ClassDef) else ast.get_docstring(child)
-                if docstring and len(child.body) > 1:
-                    found.append((name, _pair(child, docstring)))
+                if not isinstance(child, ast.ClassDef) and len(child.body) > 1:
+                    docstring = ast.get_docstring(child)
+                    if docstring:
+                        found.append((name, _pair(child, docstring)))
                 visit(child, f"{name}.")
 
     visit(ast.parse(source, filename=str(path)), "")

@@ -42,7 +42,7 @@ class Settings:
     group_size: int = 32
     rank: int = 16
     learning_rate: float = 3e-3
-    steps: int = 100
+    steps: int = 160
     batch_size: int = 16
     seed: int = 0
 

@@ -1,0 +1,19 @@
+"""`axolotl train` on CPU ranks: torchrun --nproc_per_node 2 two_ranks.py RECIPE OVERRIDES_JSON
+
+Axolotl places each rank on the GPU of its number; without GPUs its device map is taken away.
+"""
+
+import json
+import os
+import sys
+
+os.environ["ACCELERATE_USE_CPU"] = "1"  # ranks talk through gloo
+
+from axolotl.cli.args import TrainerCliArgs  # noqa: E402 (after the switch that it reads)
+from axolotl.cli.config import load_cfg  # noqa: E402
+from axolotl.cli.train import do_train  # noqa: E402
+
+if __name__ == "__main__":
+    cfg = load_cfg(sys.argv[1], **json.loads(sys.argv[2]))
+    cfg.device_map = None
+    do_train(cfg, TrainerCliArgs())

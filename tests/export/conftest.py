@@ -1,0 +1,51 @@
+"""Small quantized models on disk, one for each width."""
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from qalora_plugin import QALoRAQuantConfig
+from qalora_plugin.checkpoint.base import QuantizedCheckpoint
+
+
+@pytest.fixture(scope="session")
+def dense_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A 16-bit Llama of two layers; 172 inputs in one of its projections."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=172,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=False,
+        rope_parameters={"rope_type": "default", "rope_theta": 50000.0},
+    )
+    directory = tmp_path_factory.mktemp("dense") / "model"
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def quantized(
+    dense_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., QuantizedCheckpoint]:
+    """`quantized(bits, group_size, ...)`: the same, quantized, with real-valued offsets."""
+
+    @cache
+    def make(bits: int, group_size: int = 32, **mixed: int) -> QuantizedCheckpoint:
+        out = tmp_path_factory.mktemp("base") / "quantized"
+        dynamic: dict[str, Any] = {"*.v_proj": mixed} if mixed else {}
+        config = QALoRAQuantConfig(bits=bits, group_size=group_size, dynamic=dynamic)
+        AutoModelForCausalLM.from_pretrained(dense_dir, quantization_config=config).save_pretrained(
+            out
+        )
+        return QuantizedCheckpoint(out)
+
+    return make
