@@ -13,6 +13,7 @@ from .quant.config import QALoRAQuantConfig
 from .tuner.register import register as _register_tuner
 
 if TYPE_CHECKING:
+    from .export import export_model
     from .merge import merge_adapter
     from .quant.pipeline import quantize_model
     from .trl import MergeCallback
@@ -29,6 +30,7 @@ _LAZY = {
     "MergeCallback": ".trl",
     "QALoRAConfig": ".tuner",
     "QALoRAModel": ".tuner",
+    "export_model": ".export",
     "merge_adapter": ".merge",
     "quantize_model": ".quant.pipeline",
     "verify_merge": ".verify",
@@ -40,6 +42,7 @@ __all__ = [
     "QALoRAError",
     "QALoRAModel",
     "QALoRAQuantConfig",
+    "export_model",
     "merge_adapter",
     "quantize_model",
     "verify_merge",

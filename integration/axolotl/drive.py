@@ -1,6 +1,6 @@
-"""Axolotl's verbs on small variations of the quickstart recipe, one after the other in a process.
+"""Axolotl's verbs on variations of a small recipe, one after the other in a process.
 
-    python drive.py PROJECT_ROOT STOCK_GPTQ_BASE WORK_DIR      -> JSON, what each step left
+    python drive.py RECIPE STOCK_GPTQ_BASE WORK_DIR [STEP...]      -> JSON, what each step left
 
 Only what a subprocess has to show (launchers, kills, ranks) is elsewhere: importing Axolotl takes
 longer than any of these runs. Nothing here is a stand-in; `max_new_tokens` alone is lowered.
@@ -15,61 +15,39 @@ from pathlib import Path
 from typing import Any
 
 import axolotl.cli.inference as inference
+import yaml
 from axolotl.cli import evaluate, merge_lora, preprocess, train
 from axolotl.cli.config import load_cfg
 
 from qalora_plugin import verify_merge
 
-ROWS = 48
-
 
 class Driver:
-    """The quickstart recipe, made small."""
+    """A small recipe, and variations of it."""
 
-    def __init__(self, root: Path, stock: Path, work: Path) -> None:
-        self.recipe, self.stock = str(root / "recipes" / "quickstart.yaml"), stock
-        self.work = work
-        lines = (root / "recipes/quickstart/pairs.jsonl").read_text().splitlines()[:ROWS]
-        self.pairs = work / "pairs.jsonl"
-        self.pairs.write_text("\n".join(lines) + "\n")
-        self.preferences = work / "preferences.jsonl"
-        rows = [json.loads(line) for line in lines[:12]]
-        self.preferences.write_text(
-            "\n".join(
-                json.dumps(
-                    {"prompt": r["prompt"], "chosen": r["completion"], "rejected": "pass\n"}
-                )
-                for r in rows
-            )
-        )
+    def __init__(self, recipe: Path, stock: Path, work: Path) -> None:
+        self.recipe, self.stock, self.work = str(recipe), stock, work
+        self.values = yaml.safe_load(recipe.read_text())
 
     def settings(self, name: str, **changes: Any) -> dict[str, Any]:
         """Overrides of the recipe for a run in its own output_dir."""
-        block = {
-            "group_size": 32,
-            "calibration_samples": 4,
-            "quantized_model_dir": str(self.work / "bases"),
-        }
-        completion = {"field_instruction": "prompt", "field_output": "completion"}
-        return {
-            "datasets": [
-                {
-                    "path": str(self.pairs),
-                    "ds_type": "json",
-                    "type": {**completion, "format": "{instruction}"},
-                }
-            ],
-            "dataset_prepared_path": str(self.work / "prepared"),
-            "output_dir": str(self.work / name),
-            "sequence_len": 256,
-            "micro_batch_size": 2,
-            "max_steps": 3,
-            "logging_steps": 1,
-            "save_strategy": "steps",
-            "save_steps": 1,
-            **changes,
-            "qalora": block | changes.get("qalora", {}),
-        }
+        settings = {"output_dir": str(self.work / name), **changes}
+        if "qalora" in changes:
+            settings["qalora"] = self.values["qalora"] | changes["qalora"]
+        return settings
+
+    def preferences(self) -> Path:
+        """The first rows as preference data."""
+        rows = Path(self.values["datasets"][0]["path"]).read_text().splitlines()[:12]
+        pairs = [json.loads(row) for row in rows]
+        path = self.work / "preferences.jsonl"
+        path.write_text(
+            "\n".join(
+                json.dumps({"prompt": p["prompt"], "chosen": p["completion"], "rejected": "pass\n"})
+                for p in pairs
+            )
+        )
+        return path
 
     def train(self, name: str, **changes: Any) -> dict[str, Any]:
         """Train; what the log and `verify` say."""
@@ -79,9 +57,10 @@ class Driver:
     def result(self, name: str) -> dict[str, Any]:
         """Of a run that is over."""
         out = self.work / name
+        complete = "checkpoint-*/trainer_state.json"
         found: dict[str, Any] = {"files": sorted(path.name for path in out.iterdir())}
         states = sorted(
-            out.glob("checkpoint-*/trainer_state.json"),
+            out.glob(complete),
             key=lambda path: int(path.parent.name.rpartition("-")[2]),
         )
         if states:
@@ -151,7 +130,7 @@ def packed(driver: Driver) -> dict[str, Any]:
 
 def stock(driver: Driver) -> dict[str, Any]:
     """A GPTQ checkpoint (asymmetric, act-order) that GPTQModel wrote."""
-    return driver.train("stock", base_model=str(driver.stock))
+    return driver.train("stock", base_model=str(driver.stock), sequence_len=64)
 
 
 def dpo(driver: Driver) -> dict[str, Any]:
@@ -161,9 +140,10 @@ def dpo(driver: Driver) -> dict[str, Any]:
         rl="dpo",
         max_steps=2,
         val_set_size=0,
+        qalora={"quantize_method": "rtn"},
         datasets=[
             {
-                "path": str(driver.preferences),
+                "path": str(driver.preferences()),
                 "ds_type": "json",
                 "split": "train",
                 "type": {
@@ -181,13 +161,15 @@ def dpo(driver: Driver) -> dict[str, Any]:
 
 def resumed(driver: Driver) -> dict[str, Any]:
     """The run of `killed` in this directory goes on, from its newest complete checkpoint."""
-    torn = driver.work / "killed" / "checkpoint-99"
-    torn.mkdir()  # killed while it saved: no trainer_state.json
-    before = sorted(path.name for path in (driver.work / "killed").glob("checkpoint-*"))
-    found = driver.train("killed", max_steps=8, auto_resume_from_checkpoints=True)
-    first = driver.work / "killed" / "checkpoint-2"
-    again = driver.train("from_two", max_steps=3, resume_from_checkpoint=str(first))
-    return found | {"before": before, "from_two": again}
+    out = driver.work / "killed"
+    before = sorted(path.name for path in out.glob("checkpoint-*"))
+    last = max(int(name.rpartition("-")[2]) for name in before)
+    (out / "checkpoint-999").mkdir()  # killed while it saved: no trainer_state.json
+    found = driver.train("killed", max_steps=last + 2, auto_resume_from_checkpoints=True)
+    (out / "checkpoint-999").rmdir()
+    second = str(out / "checkpoint-2")
+    found["from_two"] = driver.train("from_two", max_steps=4, resume_from_checkpoint=second)
+    return found | {"before": last}
 
 
 WRONG = {
@@ -215,10 +197,10 @@ STEPS = {step.__name__: step for step in (refused, bits2, packed, stock, dpo, re
 
 def main() -> None:
     """Run all steps, or those that are named."""
-    root, stock_base, work = (Path(argument).absolute() for argument in sys.argv[1:4])
+    recipe, stock, work = (Path(argument).absolute() for argument in sys.argv[1:4])
     names = sys.argv[4:] or list(STEPS)
     sys.argv = sys.argv[:1]  # Axolotl's verbs parse it
-    driver = Driver(root, stock_base, work)
+    driver = Driver(recipe, stock, work)
     results = {}
     for name in names:
         with contextlib.redirect_stdout(sys.stderr):

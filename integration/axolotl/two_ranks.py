@@ -9,9 +9,9 @@ import sys
 
 os.environ["ACCELERATE_USE_CPU"] = "1"  # ranks talk through gloo
 
-from axolotl.cli.args import TrainerCliArgs  # noqa: E402 (after the switch that it reads)
-from axolotl.cli.config import load_cfg  # noqa: E402
-from axolotl.cli.train import do_train  # noqa: E402
+from axolotl.cli.args import TrainerCliArgs
+from axolotl.cli.config import load_cfg
+from axolotl.cli.train import do_train
 
 if __name__ == "__main__":
     cfg = load_cfg(sys.argv[1], **json.loads(sys.argv[2]))

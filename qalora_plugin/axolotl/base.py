@@ -4,7 +4,7 @@ import fcntl
 import hashlib
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -52,14 +52,18 @@ def check_base(base_model: Any) -> None:
             raise CheckpointError(f"base_model: {error}") from error
 
 
-def calibration_from_rows(dataset: Any, samples: int, seq_len: int, seed: int) -> torch.Tensor:
-    """Windows of token ids from a tokenized training set.
+def calibration_from_rows(
+    dataset: Any, samples: int, seq_len: int, seed: int, tokenize: Callable[[str], list[int]]
+) -> torch.Tensor:
+    """Windows of token ids from a training set.
 
     Args:
-        dataset: rows with `input_ids`, with a length.
+        dataset: rows, with a length: tokenized (`input_ids`), or for preference training the texts
+            `prompt` and `chosen`.
         samples: windows wanted.
         seq_len: tokens a window; shrinks to what a small data set has.
         seed: of the choice of rows.
+        tokenize: text to token ids.
 
     Returns:
         int64 [<= samples, <= seq_len].
@@ -76,18 +80,13 @@ def calibration_from_rows(dataset: Any, samples: int, seq_len: int, seed: int) -
     random.Random(seed).shuffle(order)
     stream: list[int] = []
     for index in order:
-        row = dataset[index]
-        # preference data (DPO and its kin) keep prompt and chosen answer apart
-        ids = row.get("input_ids") or [
-            *(row.get("prompt_input_ids") or []),
-            *(row.get("chosen_input_ids") or []),
-        ]
-        stream += ids
+        stream += _token_ids(dataset[index], tokenize)
         if len(stream) >= samples * seq_len:
             break
     if len(stream) < 2:
         raise QuantizationError(
-            f"qalora: the training set's rows have no token ids (columns {sorted(dataset[0])}); "
+            "qalora: calibration samples need rows with input_ids, or with the texts prompt and "
+            f"chosen; the training set's have {sorted(dataset[0])}; "
             "give a text file as `qalora: {calibration: FILE}`"
         )
     seq_len = min(seq_len, len(stream))
@@ -95,14 +94,22 @@ def calibration_from_rows(dataset: Any, samples: int, seq_len: int, seed: int) -
     return torch.tensor(stream[: count * seq_len], dtype=torch.int64).view(count, seq_len)
 
 
-def quantized_base(cfg: Any, train_dataset: Any) -> Path:
+def _token_ids(row: Mapping[str, Any], tokenize: Callable[[str], list[int]]) -> list[int]:
+    if row.get("input_ids"):
+        return list(row["input_ids"])
+    texts = [row.get("prompt"), row.get("chosen") or row.get("completion")]
+    return tokenize("".join(text for text in texts if isinstance(text, str)))
+
+
+def quantized_base(cfg: Any, train_dataset: Any, tokenize: Callable[[str], list[int]]) -> Path:
     """Directory of the quantized base of this run, quantizing it if no earlier run has.
 
     Every rank calls this; one quantizes, the others wait for its lock and find the result.
 
     Args:
         cfg: Axolotl's config with a 16-bit `base_model`.
-        train_dataset: Axolotl's tokenized training set.
+        train_dataset: Axolotl's training set.
+        tokenize: text to token ids.
 
     Raises:
         QALoRAError: the base or the calibration data cannot be used.
@@ -129,7 +136,7 @@ def quantized_base(cfg: Any, train_dataset: Any) -> Path:
             calibration = Path(block["calibration"]).expanduser()
         else:
             calibration = calibration_from_rows(
-                train_dataset, settings["samples"], settings["seq_len"], seed
+                train_dataset, settings["samples"], settings["seq_len"], seed, tokenize
             )
             settings["samples"], settings["seq_len"] = calibration.shape
     key = _key(source, settings, calibration)

@@ -65,9 +65,11 @@ class QALoRAPlugin(BasePlugin):
         if is_quantized(cfg.base_model, cfg.revision_of_model):
             return None
         from axolotl.common.datasets import load_datasets, load_preference_datasets
+        from axolotl.loaders import load_tokenizer
 
         meta = load_preference_datasets(cfg=cfg) if cfg.rl else load_datasets(cfg=cfg)
-        directory = quantized_base(cfg, meta.train_dataset)
+        tokenizer = load_tokenizer(cfg)
+        directory = quantized_base(cfg, meta.train_dataset, lambda text: tokenizer(text).input_ids)
         LOG.info("qalora: quantized base in %s", directory)
         _use_base(cfg, str(directory))
         return meta
@@ -112,6 +114,13 @@ class QALoRAPlugin(BasePlugin):
         adapted = get_peft_model(model, config)
         adapted.print_trainable_parameters()
         return adapted, config
+
+    def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
+        """For trainers that make the adapter themselves (DPO and its kin)."""
+        if cfg.adapter == ADAPTER and cfg.rl and isinstance(trainer.model, PeftModel):
+            # Axolotl saves the adapter and then, over it, the model below, which holds layers of
+            # both: saving that one saves the adapter as well
+            trainer.model.get_base_model().save_pretrained = trainer.model.save_pretrained
 
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[TrainerCallback]:
         """Our figures in the log, and the log for the model card."""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from qalora_plugin.errors import QALoRAError
 
-COMMANDS = ("quickstart", "quantize", "merge", "verify", "inspect")
+COMMANDS = ("quickstart", "quantize", "merge", "verify", "export", "inspect")
 
 
 def build_parser() -> argparse.ArgumentParser:

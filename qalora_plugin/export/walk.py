@@ -55,7 +55,9 @@ class ExportResult:
     def as_text(self) -> str:
         """For people."""
         lines = [f"{self.out}: {self.layers} layers in format {self.format}. {self.exactness}"]
-        lines += [f"  dense: {name}: {why}" for name, why in self.dense.items()]
+        for why in sorted(set(self.dense.values())):
+            names = [name for name, reason in self.dense.items() if reason == why]
+            lines.append(f"  {len(names)} layers dense, {names[0]} the first: {why}")
         return "\n".join(lines)
 
 

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -36,12 +35,19 @@ def dense_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def quantized(
     dense_dir: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., QuantizedCheckpoint]:
-    """`quantized(bits, group_size, ...)`: the same, quantized, with real-valued offsets."""
+    """`quantized(bits, group_size, mixed)`: the same, quantized, with real-valued offsets.
+
+    `mixed` are other bits and another group size for the v_proj.
+    """
 
     @cache
-    def make(bits: int, group_size: int = 32, **mixed: int) -> QuantizedCheckpoint:
+    def make(
+        bits: int, group_size: int = 32, mixed: tuple[int, int] | None = None
+    ) -> QuantizedCheckpoint:
         out = tmp_path_factory.mktemp("base") / "quantized"
-        dynamic: dict[str, Any] = {"*.v_proj": mixed} if mixed else {}
+        dynamic = (
+            {"*.v_proj": dict(zip(("bits", "group_size"), mixed, strict=True))} if mixed else {}
+        )
         config = QALoRAQuantConfig(bits=bits, group_size=group_size, dynamic=dynamic)
         AutoModelForCausalLM.from_pretrained(dense_dir, quantization_config=config).save_pretrained(
             out

@@ -37,16 +37,16 @@ def test_weights_are_equal(
         assert error_in_steps(found, source, name) <= 2.0 ** (bits - 23)
 
 
-@pytest.mark.parametrize(("bits", "group_size", "mixed"), [(4, 32, {}), (2, 64, {"bits": 8})])
+@pytest.mark.parametrize(("bits", "group_size", "mixed"), [(4, 32, None), (2, 64, (8, 32))])
 def test_mlx_lm_computes_the_same(
     bits: int,
     group_size: int,
-    mixed: dict,
+    mixed: tuple[int, int] | None,
     quantized: Callable[..., QuantizedCheckpoint],
     tmp_path: Path,
 ) -> None:
     utils = pytest.importorskip("mlx_lm.utils", reason="needs mlx-lm")
-    source = quantized(bits, group_size, **mixed)
+    source = quantized(bits, group_size, mixed)
     export_model(source.directory, tmp_path / "out", "mlx")
     model, _ = utils.load_model(tmp_path / "out")
     ours = AutoModelForCausalLM.from_pretrained(source.directory, dtype=torch.float32)

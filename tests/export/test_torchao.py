@@ -46,11 +46,11 @@ def test_weights_are_equal(
         assert torch.equal(weights[name], source.reader.get(name))
 
 
-@pytest.mark.parametrize("mixed", [{}, {"bits": 8, "group_size": 16}])
+@pytest.mark.parametrize("mixed", [None, (8, 16)])
 def test_stock_transformers_computes_the_same(
-    mixed: dict, quantized: Callable[..., QuantizedCheckpoint], tmp_path: Path
+    mixed: tuple[int, int] | None, quantized: Callable[..., QuantizedCheckpoint], tmp_path: Path
 ) -> None:
-    source = quantized(4, 32, **mixed)
+    source = quantized(4, 32, mixed)
     export_model(source.directory, tmp_path / "out", "torchao")
     ours = AutoModelForCausalLM.from_pretrained(source.directory, dtype=torch.float32)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")

@@ -1,0 +1,122 @@
+"""Runs of the real Axolotl, shared by the tests of this folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+STOCK = ROOT / "tests" / "fixtures" / "gptq_4bit_g128_actorder_asym"
+
+
+@dataclass(frozen=True)
+class Axolotl:
+    """The environment, as a user has it: its programs on PATH, this project installed."""
+
+    python: Path
+    environment: dict[str, str]
+
+    def start(self, *command: object, log: Path) -> subprocess.Popen[bytes]:
+        """Start a program of the environment at the project's root; output goes to `log`."""
+        with log.open("wb") as file:
+            return subprocess.Popen(
+                [str(part) for part in command],
+                cwd=ROOT,
+                env=self.environment,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+            )
+
+    def run(self, *command: object, log: Path, timeout: float = 600) -> str:
+        """Run one to its end; its output. Fails the test where it fails."""
+        process = self.start(*command, log=log)
+        try:
+            code = process.wait(timeout)
+        finally:
+            process.kill()
+        text = log.read_text(errors="replace")
+        if code:
+            pytest.fail(f"{command} exited with {code}:\n{text[-4000:]}")
+        return text
+
+
+@pytest.fixture(scope="session")
+def axolotl(env_python: Callable[[str], Path], project_path: Path) -> Axolotl:
+    python = env_python("axolotl")
+    environment = os.environ | {
+        "PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(project_path),
+        "HF_HUB_OFFLINE": "1",
+        "AXOLOTL_DO_NOT_TRACK": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",
+    }
+    return Axolotl(python, environment)
+
+
+@pytest.fixture(scope="session")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("axolotl")
+
+
+@pytest.fixture(scope="session")
+def small(work: Path) -> Path:
+    """The quickstart recipe with 48 rows and 3 steps, each of which is saved."""
+    recipe = yaml.safe_load((ROOT / "recipes" / "quickstart.yaml").read_text())
+    rows = (ROOT / recipe["datasets"][0]["path"]).read_text().splitlines()[:48]
+    (work / "pairs.jsonl").write_text("\n".join(rows) + "\n")
+    recipe["datasets"][0]["path"] = str(work / "pairs.jsonl")
+    recipe["base_model"] = str(ROOT / recipe["base_model"])
+    recipe["qalora"]["calibration_samples"] = 4
+    recipe |= {
+        "dataset_prepared_path": str(work / "prepared"),
+        "sequence_len": 256,
+        "micro_batch_size": 2,
+        "max_steps": 3,
+        "logging_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": 1,
+    }
+    path = work / "small.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+@pytest.fixture(scope="session")
+def killed(axolotl: Axolotl, work: Path, small: Path) -> Path:
+    """A run that SIGKILL ended at a random moment after its second checkpoint; the seed of the
+    moment is printed."""
+    out = work / "killed"
+    command = ["axolotl", "train", small, "--launcher", "python", "--max-steps", 500]
+    process = axolotl.start(*command, "--output-dir", out, log=work / "killed.log")
+    deadline = time.monotonic() + 300
+    while not (out / "checkpoint-2" / "trainer_state.json").exists():
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.kill()
+            pytest.fail((work / "killed.log").read_text(errors="replace")[-4000:])
+        time.sleep(0.05)
+    seed = random.SystemRandom().randrange(1_000_000)
+    print(f"moment of the kill: seed {seed}")
+    time.sleep(random.Random(seed).uniform(0, 1.5))
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    return out
+
+
+@pytest.fixture(scope="session")
+def driven(axolotl: Axolotl, work: Path, small: Path, killed: Path) -> dict[str, Any]:
+    """What each step of drive.py left."""
+    command = [axolotl.python, HERE / "drive.py", small, STOCK, work]
+    text = axolotl.run(*command, log=work / "driven.log")
+    return json.loads(text.strip().splitlines()[-1])

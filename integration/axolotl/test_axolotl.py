@@ -1,0 +1,175 @@
+"""`adapter: qalora` in the real Axolotl, from a recipe to a verified merged checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Axolotl = Any  # the fixture's class, in conftest.py
+Driven = dict[str, Any]
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+
+
+def check_merged(result: dict[str, Any], layers: int) -> None:
+    """Merged, proved by `verify`, and not the base again."""
+    verified = result["verified"]
+    assert verified["layers"] == layers
+    assert verified["integers_equal"]
+    assert verified["hashes"]
+    assert verified["max_difference"] == 0.0
+    assert verified["output_change"] > 2 * verified["output_error"]
+
+
+def test_quickstart_through_the_command_line(axolotl: Axolotl, work: Path) -> None:
+    """The recipe as it is, through the default launcher: loss falls, `qalora verify` proves it."""
+    out = work / "quickstart"
+    log = work / "quickstart.log"
+    recipe = ["recipes/quickstart.yaml", "--output-dir", out]
+    printed = axolotl.run("axolotl", "train", *recipe, log=log)
+    losses = [
+        float(row.split("'loss': '")[1].split("'")[0])
+        for row in printed.splitlines()
+        if "{'loss': '" in row
+    ]
+    assert len(losses) == 12  # 60 steps, a row every 5
+    assert sum(losses[-3:]) < 0.97 * sum(losses[:3])
+    command = [axolotl.python, "-m", "qalora_plugin", "verify", out / "merged"]
+    report = axolotl.run(*command, "--adapter", out, "--json", log=work / "verify.log")
+    assert json.loads(report[report.index("{") :])["layers"] == 28
+
+
+def test_lm_eval_stops_on_the_adapter(axolotl: Axolotl, work: Path, driven: Driven) -> None:
+    """`axolotl lm-eval` loads output_dir in a process without this package: never half a model."""
+    script = (
+        "import sys; from transformers import AutoModelForCausalLM as M\n"
+        "try: M.from_pretrained(sys.argv[1])\n"
+        "except Exception as error: print('stopped', type(error).__name__)\n"
+        "else: print('loaded')"
+    )
+    for directory in ("packed", "packed/merged"):
+        command = [axolotl.python, "-c", script, work / directory]
+        assert "stopped" in axolotl.run(*command, log=work / "plain.log")
+
+
+def test_preprocess_and_two_bits(driven: Driven) -> None:
+    found = driven["bits2"]
+    assert found["prepared"] > 0
+    check_merged(found, layers=28)
+
+
+def test_evaluate_and_inference(driven: Driven) -> None:
+    """On the adapter, and on the merged directory; without either they say what to do."""
+    found = driven["bits2"]
+    rows = dict(row.split(",", 1) for row in found["evaluated"].splitlines())
+    train, validation = (float(value) for value in rows["loss"].split(","))
+    assert 1 < train < 5
+    assert 1 < validation < 5
+    assert "### Answer" in found["answer"]
+    assert "### Answer" in found["merged_answer"]
+    assert "lora_model_dir" in found["no_base"]
+
+
+def test_merge_lora_merges_or_refuses(driven: Driven) -> None:
+    found = driven["bits2"]
+    assert found["merge_exit"] == 0
+    assert "qalora verify" in found["second_merge"]
+    assert "earlier run" in found["second_train"]
+
+
+def test_sample_packing_and_gradient_checkpointing(driven: Driven) -> None:
+    check_merged(driven["packed"], layers=28)
+
+
+def test_stock_gptq_base(driven: Driven) -> None:
+    check_merged(driven["stock"], layers=14)
+
+
+def test_dpo(driven: Driven) -> None:
+    found = driven["dpo"]
+    check_merged(found, layers=28)
+    assert "model.safetensors" not in found["files"]
+    assert "rewards/margins" in found["log"][-1] or "rewards/margins" in found["log"][0]
+
+
+def test_resume_after_sigkill(driven: Driven) -> None:
+    """From the newest complete checkpoint, and from one that is named."""
+    found = driven["resumed"]
+    steps = [row["step"] for row in found["log"] if "loss" in row]
+    assert steps == list(range(1, found["before"] + 3))
+    check_merged(found, layers=28)
+    check_merged(found["from_two"], layers=28)
+    assert [row["step"] for row in found["from_two"]["log"] if "loss" in row] == [1, 2, 3, 4]
+
+
+def test_our_figures_are_logged(driven: Driven) -> None:
+    rows = [row for row in driven["bits2"]["log"] if "loss" in row]
+    changes = [row["qalora/offset_change"] for row in rows]
+    assert changes[0] == 0  # the rate warms up from 0
+    assert 0 < changes[1] < changes[2]
+    assert 0 < rows[2]["qalora/offset_change"] <= rows[2]["qalora/offset_change_max"]
+    assert rows[2]["qalora/scale_change"] > 0
+
+
+@pytest.mark.parametrize(
+    ("key", "allowed"),
+    [
+        ("qalora.bitz", "group_size"),
+        ("qalora.bits", "2, 3, 4 or 8"),
+        ("load_in_4bit", "remove it"),
+        ("fsdp", "zero2.json"),
+        ("peft_use_dora", "remove it"),
+        ("lora_qkv_kernel", "remove it"),
+        ("adapter", "adapter: qalora"),
+        ("base_model", "model directory or Hub id"),
+    ],
+)
+def test_wrong_configs_are_refused(driven: Driven, key: str, allowed: str) -> None:
+    """While the config loads, before any model: the key, and what is allowed."""
+    message = driven["refused"][key]
+    assert key.rpartition(".")[2] in message
+    assert allowed in message
+
+
+def test_two_ranks(axolotl: Axolotl, work: Path, small: Path) -> None:
+    """One quantized base and one merged directory."""
+    out = work / "ranks" / "out"
+    settings = {"output_dir": str(out), "max_steps": 2}
+    torchrun = [axolotl.python.parent / "torchrun", "--nproc_per_node", 2]
+    command = [HERE / "two_ranks.py", small, json.dumps(settings)]
+    axolotl.run(*torchrun, *command, log=work / "ranks.log")
+    bases = [path for path in (work / "ranks" / "quantized_bases").iterdir() if path.is_dir()]
+    assert len(bases) == 1
+    assert sorted(path.name for path in out.glob("*merged*")) == ["merged"]
+    command = [axolotl.python, "-m", "qalora_plugin", "verify", out / "merged"]
+    axolotl.run(*command, "--adapter", out, log=work / "verify-ranks.log")
+
+
+def test_every_recipe_is_valid(axolotl: Axolotl, work: Path) -> None:
+    """By Axolotl's own validation, on one GPU and with both DeepSpeed configs."""
+    files = sorted(path.relative_to(ROOT) for path in (ROOT / "recipes").rglob("*.yaml"))
+    assert len(files) > 50
+    command = [axolotl.python, HERE / "validate_recipes.py", *files]
+    found = json.loads(axolotl.run(*command, log=work / "recipes.log").strip().splitlines()[-1])
+    assert len(found) == 3 * len(files)
+    assert {name: result for name, result in found.items() if "error" in result} == {}
+
+
+def test_axolotls_own_example_becomes_ours(axolotl: Axolotl, work: Path) -> None:
+    """The diff in docs/axolotl.md, applied to a recipe with the lines of Axolotl's example."""
+    text = (ROOT / "docs" / "axolotl.md").read_text()
+    diff = text.split("```diff\n")[1].split("```")[0].splitlines()
+    removed = [line[1:] for line in diff if line.startswith("-")]
+    added = [line[1:] for line in diff if line.startswith("+")]
+    assert len(diff) == len(removed) + len(added) <= 6
+    example = (HERE / "qlora_example.yaml").read_text().splitlines()
+    assert set(removed) <= set(example)
+    ours = work / "from_qlora.yaml"
+    ours.write_text("\n".join([line for line in example if line not in removed] + added) + "\n")
+    command = [axolotl.python, HERE / "validate_recipes.py", ours]
+    found = json.loads(axolotl.run(*command, log=work / "example.log").strip().splitlines()[-1])
+    assert found[str(ours)]["qalora"]["bits"] == 4
+    assert found[str(ours)]["r"] == 32

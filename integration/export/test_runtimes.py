@@ -1,0 +1,221 @@
+"""Exported models in the runtimes that they are for, each without this project installed."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from qalora_kernels.groups import group_index
+from qalora_plugin import QALoRAConfig, QALoRAQuantConfig, merge_adapter
+from qalora_plugin.additive import dense
+from qalora_plugin.checkpoint.base import QuantizedCheckpoint
+from qalora_plugin.cli import main as qalora
+from qalora_plugin.export import export_model
+from qalora_plugin.quickstart.data import base_model_path
+
+HERE = Path(__file__).resolve().parent
+RUN_GPTQ = HERE.parent / "peers" / "run_gptq.py"
+PREFIX = "base_model.model."
+RANK = 8
+TEXT = "KING HENRY:\nWhat's this? 1066 and all that,\n\n  my lord!"
+PROMPT = "KING HENRY:\nWhat"
+MESSAGES = [{"role": "user", "content": "Write a line of a play."}]
+
+
+class Model(NamedTuple):
+    """The quickstart's base quantized, an adapter for it, and both merged."""
+
+    base: Path
+    adapter: Path
+    merged: Path
+
+
+def write_adapter(base: Path, out: Path, adapt: str) -> Path:
+    """An adapter of random numbers for every quantized layer."""
+    source = QuantizedCheckpoint(base)
+    generator = torch.Generator().manual_seed(0)
+    part = {"zeros": "qalora_", "scales": "qalora_scale_"}[adapt]
+    tensors = {}
+    for name, spec in source.layers.items():
+        a = torch.randn(RANK, spec.num_groups, generator=generator)
+        b = torch.randn(spec.out_features, RANK, generator=generator)
+        tensors[f"{PREFIX}{name}.{part}A.weight"] = a * 0.02
+        tensors[f"{PREFIX}{name}.{part}B.weight"] = b * 0.05
+    out.mkdir()
+    save_file(tensors, out / "adapter_model.safetensors")
+    QALoRAConfig(
+        r=RANK,
+        lora_alpha=RANK,
+        adapt=adapt,
+        target_modules=sorted({name.rpartition(".")[2] for name in source.layers}),
+        base_model_name_or_path=str(base),
+        bits=source.config.bits,
+        group_size=source.config.group_size,
+        task_type="CAUSAL_LM",
+    ).save_pretrained(out)
+    return out
+
+
+@pytest.fixture(scope="module", params=[2, 3, 4, 8], ids="{}bit".format)
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
+    folder = tmp_path_factory.mktemp(f"int{request.param}")
+    config = QALoRAQuantConfig(bits=request.param, group_size=32)
+    AutoModelForCausalLM.from_pretrained(
+        base_model_path(), quantization_config=config
+    ).save_pretrained(folder / "base")
+    AutoTokenizer.from_pretrained(base_model_path()).save_pretrained(folder / "base")
+    adapter = write_adapter(folder / "base", folder / "adapter", "zeros")
+    merge_adapter(adapter, folder / "merged", folder / "base")
+    return Model(folder / "base", adapter, folder / "merged")
+
+
+@pytest.fixture
+def input_ids(tmp_path: Path) -> Path:
+    """A file with two rows of token ids."""
+    ids = torch.randint(3, 2048, (2, 24), generator=torch.Generator().manual_seed(0))
+    save_file({"input_ids": ids}, tmp_path / "input.safetensors")
+    return tmp_path / "input.safetensors"
+
+
+def our_logits(directory: Path, input_ids: Path) -> torch.Tensor:
+    """Logits of a model in our format, in fp32."""
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    with torch.no_grad():
+        return model(input_ids=load_file(input_ids)["input_ids"]).logits
+
+
+def assert_equal(out: Path, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(load_file(out)["logits"], expected, atol=1e-4, rtol=0)
+
+
+def test_mlx(
+    model: Model,
+    input_ids: Path,
+    env_python: Callable[[str], Path],
+    run_json: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
+    export_model(model.merged, tmp_path / "mlx", "mlx")
+    arguments = [tmp_path / "mlx", input_ids, tmp_path / "out", PROMPT]
+    result = run_json(env_python("export"), HERE / "run_mlx.py", *arguments)
+    assert_equal(tmp_path / "out", our_logits(model.merged, input_ids))
+    ours = AutoModelForCausalLM.from_pretrained(model.merged, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(model.merged)
+    ids = tokenizer(PROMPT, return_tensors="pt")
+    tokens = ours.generate(**ids, max_new_tokens=16, do_sample=False)[0]
+    expected = tokenizer.decode(tokens[ids.input_ids.shape[1] :], skip_special_tokens=True)
+    assert result["text"].strip() == expected.strip()
+
+
+def test_torchao_in_stock_transformers(
+    model: Model,
+    input_ids: Path,
+    env_python: Callable[[str], Path],
+    run_json: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
+    export_model(model.merged, tmp_path / "torchao", "torchao")
+    arguments = [tmp_path / "torchao", input_ids, tmp_path / "out"]
+    result = run_json(env_python("export"), HERE / "run_transformers.py", *arguments)
+    assert result["weight"] == "IntxUnpackedToInt8Tensor"
+    assert_equal(tmp_path / "out", our_logits(model.merged, input_ids))
+
+
+def test_lora_in_stock_peft(
+    model: Model,
+    input_ids: Path,
+    env_python: Callable[[str], Path],
+    run_json: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
+    """The adapter as LoRA on the untouched base, which stock transformers holds through torchao."""
+    export_model(model.base, tmp_path / "base", "torchao")
+    export_model(model.adapter, tmp_path / "lora", "lora")
+    arguments = [tmp_path / "base", input_ids, tmp_path / "out", tmp_path / "lora"]
+    result = run_json(env_python("export"), HERE / "run_transformers.py", *arguments)
+    assert result["change"] > 0.1
+
+    expected = AutoModelForCausalLM.from_pretrained(base_model_path(), dtype=torch.float32)
+    source, adapter = (
+        QuantizedCheckpoint(model.base),
+        load_file(model.adapter / "adapter_model.safetensors"),
+    )
+    for name, spec in source.layers.items():
+        a, b = (adapter[f"{PREFIX}{name}.qalora_{part}.weight"].double() for part in "AB")
+        index = group_index(None, spec.group_size, spec.in_features, a.device)
+        weight = dense(source.layer(name), spec).t() + (b @ a)[:, index]
+        expected.get_submodule(name).weight.data = weight.float()
+    with torch.no_grad():
+        logits = expected(input_ids=load_file(input_ids)["input_ids"]).logits
+    assert_equal(tmp_path / "out", logits)
+
+
+# its own rounding of activations to 8 bits: measured here, up to 0.1 of a log-probability
+LLAMA_CPP_ROUNDING = 0.2
+
+
+def test_llama_cpp(
+    model: Model,
+    env_python: Callable[[str], Path],
+    run_json: Callable[..., Any],
+    project_path: Path,
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "model.gguf"
+    command = ["-P", "-m", "qalora_plugin", "export", model.merged, "--format", "gguf"]
+    subprocess.run(
+        [env_python("export"), *command, "--out", out],
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(project_path)},
+    )
+    tokenizer = AutoTokenizer.from_pretrained(model.merged)
+    ids = tokenizer(TEXT).input_ids
+    ours = AutoModelForCausalLM.from_pretrained(model.merged, dtype=torch.float32)
+    with torch.no_grad():
+        expected = ours(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+    asked = {"text": TEXT, "ids": ids, "messages": MESSAGES, "expected": expected.tolist()}
+    (tmp_path / "input.json").write_text(json.dumps(asked))
+    result = run_json(env_python("export"), HERE / "run_llama_cpp.py", out, tmp_path / "input.json")
+    assert result["tokens"] == ids
+    found = torch.tensor(result["logprobs"])
+    likely = expected > -8
+    difference = (found - expected).abs()
+    print(f"llama.cpp: {difference[likely].max():.3f} (likely), {difference.max():.3f} (all)")
+    assert difference[likely].max() < LLAMA_CPP_ROUNDING
+    assert result["answer"].strip()
+
+
+@pytest.mark.parametrize("engine", ["gptqmodel", "autogptq"])
+def test_gptq_of_merged_scales(
+    engine: str,
+    input_ids: Path,
+    env_python: Callable[[str], Path],
+    run_json: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
+    base = tmp_path / "base"
+    options = ["--bits", "4", "--group-size", "32", "--method", "rtn", "--zero-points", "integer"]
+    assert qalora(["quantize", str(base_model_path()), "--out", str(base), *options]) == 0
+    adapter = write_adapter(base, tmp_path / "adapter", "scales")
+    merge_adapter(adapter, tmp_path / "merged", base)
+    export_model(tmp_path / "merged", tmp_path / "gptq", "gptq")
+    arguments = [tmp_path / "gptq", input_ids, tmp_path / "out", "--engine", engine]
+    run_json(env_python(engine), RUN_GPTQ, *arguments)
+    expected = our_logits(tmp_path / "merged", input_ids)
+    assert (expected - our_logits(base, input_ids)).abs().max() > 0.1
+    assert_equal(tmp_path / "out", expected)
+
+
+def test_the_environment_has_the_packages(env_python: Callable[[str], Path]) -> None:
+    # otherwise `find_spec` above could pass for the wrong reason
+    code = "import gguf, mlx.core, mlx_lm, peft, torchao, transformers, xllamacpp"
+    assert subprocess.run([env_python("export"), "-c", code]).returncode == 0
+    assert sys.executable != str(env_python("export"))

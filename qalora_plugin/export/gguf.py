@@ -1,0 +1,266 @@
+"""One GGUF file for llama.cpp and all that is built on it.
+
+A layer of at most 4 bits becomes Q4_1 (ggml-common.h, `block_q4_1`): blocks of 32 inputs, an f16
+scale d and an f16 minimum m, W = d * code + m; byte i of a block holds the codes of inputs i (low
+bits) and i + 16. d is our scale, up to its sign; m = offsets - d * (code of the offset) is rounded
+to f16, the only rounding. q may count up or down and, below 4 bits, start anywhere: each group
+takes the way whose minimum rounds least.
+A layer that blocks of 32 cannot hold, or of 8 bits (no type has 8 bits and a minimum), becomes F16.
+Norms are F32, other dense tensors keep their dtype.
+"""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+
+from qalora_kernels import QuantSpec
+
+from ..checkpoint.base import LayerTensors, QuantizedCheckpoint, open_quantized
+from ..errors import CheckpointError, ConfigError
+from .gguf_metadata import Metadata
+from .gguf_tokenizer import Tokenizer
+from .single_file import atomic_file, check_target
+from .walk import ExportResult, Progress, codes, dense, regroup, require
+
+BLOCK = 32
+TOP_CODE = 15
+_BYTES = 20  # of a Q4_1 block: d, m, 16 bytes of codes
+
+
+def obstacle(spec: QuantSpec, act_order: bool) -> str | None:
+    """Why a layer becomes F16, or None where Q4_1 holds it."""
+    if spec.bits > 4:
+        return f"GGUF has no type with {spec.bits} bits and an offset; written as F16"
+    if act_order:
+        return "its groups follow act-order (g_idx), GGUF's blocks are neighbours; written as F16"
+    if math.gcd(spec.group_size, spec.in_features) % BLOCK:
+        return (
+            f"groups of {spec.group_size} in {spec.in_features} inputs cannot be cut into whole "
+            f"blocks of {BLOCK}; written as F16"
+        )
+    return None
+
+
+@dataclass
+class _Block:
+    """How q goes into Q4_1: code = start + sign * q, W = scale * code + minimum.
+
+    All are [G, N]; `error` is the rounding of the minimum in steps.
+    """
+
+    scale: torch.Tensor
+    minimum: torch.Tensor
+    start: torch.Tensor
+    sign: torch.Tensor
+    error: torch.Tensor
+
+
+def _least_rounding(layer: LayerTensors, spec: QuantSpec) -> _Block:
+    """Among all ways to put q into 0..15, upwards or downwards, the one whose minimum rounds least.
+
+    Raises:
+        CheckpointError: a minimum that f16 does not hold.
+    """
+    scales, offsets = layer.scales.double(), layer.offsets.double()
+    top = (1 << spec.bits) - 1
+    best: _Block | None = None
+    for sign in (1, -1):
+        for shift in range(TOP_CODE - top + 1):
+            start = shift if sign > 0 else top + shift
+            exact = offsets - scales * (sign * start + spec.mid)
+            minimum = exact.to(torch.float16)
+            error = (minimum.double() - exact).abs() / scales
+            found = _Block(
+                layer.scales * sign,
+                minimum,
+                torch.full_like(minimum, start, dtype=torch.int8),
+                torch.full_like(minimum, sign, dtype=torch.int8),
+                error,
+            )
+            if best is not None:
+                less = error < best.error
+                for name, value in vars(found).items():
+                    setattr(found, name, torch.where(less, value, getattr(best, name)))
+            best = found
+    assert best is not None
+    if not best.error.isfinite().all():
+        raise CheckpointError("a minimum is out of the range of f16, which GGUF stores")
+    return best
+
+
+def q4_1(layer: LayerTensors, spec: QuantSpec) -> tuple[torch.Tensor, float]:
+    """A layer as Q4_1 blocks.
+
+    Returns:
+        uint8 [N, K / 32 * 20], and the largest rounding of a minimum, in steps (scales).
+
+    Raises:
+        CheckpointError: a minimum that f16 does not hold.
+    """
+    block = _least_rounding(layer, spec)
+    n, blocks = spec.out_features, spec.in_features // BLOCK
+    values = codes(layer, spec).view(torch.int8).view(n, blocks, BLOCK)
+    values = values * regroup(block.sign, spec, BLOCK).unsqueeze(2)
+    values += regroup(block.start, spec, BLOCK).unsqueeze(2)
+    halves = values.view(torch.uint8).view(n, blocks, 2, BLOCK // 2)
+    out = torch.empty(n, blocks, _BYTES, dtype=torch.uint8)
+    for at, numbers in ((0, block.scale.to(torch.float16)), (2, block.minimum)):
+        out[:, :, at : at + 2] = regroup(numbers, spec, BLOCK).view(torch.uint8).view(n, blocks, 2)
+    out[:, :, 4:] = halves[:, :, 0] | (halves[:, :, 1] << 4)
+    return out.view(n, blocks * _BYTES), block.error.max().item()
+
+
+@dataclass
+class _Export:
+    """One export in progress."""
+
+    source: QuantizedCheckpoint
+    metadata: Metadata
+    reasons: dict[str, str]
+    names: dict[str, str] = field(default_factory=dict)  # GGUF's name by the source's, in order
+    rounding: float = 0.0
+
+
+def export(source: str | Path, out: str | Path, *, progress: Progress | None) -> ExportResult:
+    """Write the file; see `export_model`."""
+    gguf = require("gguf", "gguf")
+    target = check_target(out)
+    if target.suffix != ".gguf":
+        raise ConfigError(f"{target}: expected the name of a file that ends in .gguf")
+    checkpoint = open_quantized(source)
+    metadata = Metadata(checkpoint.directory)
+    tokenizer = Tokenizer(checkpoint.directory, metadata.config.vocab_size)
+    act_order = checkpoint.config.desc_act
+    found = {name: obstacle(spec, act_order) for name, spec in checkpoint.layers.items()}
+    reasons = {name: why for name, why in found.items() if why is not None}
+    state = _Export(checkpoint, metadata, reasons)
+    _name_tensors(state, gguf)
+    with atomic_file(target) as partial:
+        writer = gguf.GGUFWriter(partial, metadata.architecture.name)
+        _add_general(writer, state, gguf)
+        metadata.add_to(writer)
+        tokenizer.add_to(writer, gguf)
+        _write_tensors(writer, state, gguf, progress)
+        writer.close()
+    layers = len(checkpoint.layers) - len(reasons)
+    exactness = (
+        f"Integers and scales are exact; minima are rounded to f16, by at most "
+        f"{state.rounding:.1e} of a step."
+        if layers
+        else "Weights are rounded to f16."
+    )
+    return ExportResult(target, "gguf", layers, exactness, reasons)
+
+
+def _name_tensors(state: _Export, gguf: ModuleType) -> None:
+    """Find GGUF's name of every tensor, or stop before anything is written."""
+    kind = next(
+        key
+        for key, value in gguf.MODEL_ARCH_NAMES.items()
+        if value == state.metadata.architecture.name
+    )
+    table = gguf.get_tensor_name_map(kind, state.metadata.config.num_hidden_layers)
+    source = state.source
+    tied = bool(state.metadata.config.tie_word_embeddings)
+    dense_names = set(source.dense_names)
+    for tensor in source.reader.tensors:
+        layer, _, part = tensor.rpartition(".")
+        if tensor in dense_names:
+            wanted = tensor
+        elif part == "qweight":
+            wanted = f"{layer}.weight"
+        else:
+            continue
+        if tied and wanted == "lm_head.weight":
+            continue  # a copy of the embedding
+        name = table.get_name(wanted, try_suffixes=(".weight", ".bias"))
+        if name is None:
+            raise CheckpointError(
+                f"{source.directory}: llama.cpp's {state.metadata.architecture.name} has no place "
+                f"for the tensor {tensor}."
+            )
+        state.names[tensor] = name
+
+
+def _add_general(writer: Any, state: _Export, gguf: ModuleType) -> None:
+    source = state.source
+    mostly = gguf.LlamaFileType
+    writer.add_type(gguf.GGUFType.MODEL)
+    writer.add_name(source.directory.resolve().name)
+    writer.add_quantized_by("qalora-plugin")
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    all_dense = len(state.reasons) == len(source.layers)
+    writer.add_file_type(mostly.MOSTLY_F16 if all_dense else mostly.MOSTLY_Q4_1)
+
+
+def _write_tensors(
+    writer: Any, state: _Export, gguf: ModuleType, progress: Progress | None
+) -> None:
+    types = gguf.GGMLQuantizationType
+    by_dtype = {
+        torch.float32: types.F32,
+        torch.float16: types.F16,
+        torch.bfloat16: types.BF16,
+    }
+    factors = state.metadata.rope_factors()
+    if factors is not None:
+        writer.add_tensor_info("rope_freqs.weight", factors.shape, np.float32, factors.nbytes)
+    for tensor, name in state.names.items():
+        shape, dtype = _stored(state, tensor)
+        kind = types.Q4_1 if dtype is None else by_dtype[dtype]
+        nbytes = math.prod(shape) if dtype is None else math.prod(shape) * dtype.itemsize
+        byte_shape = shape if dtype is None else (*shape[:-1], shape[-1] * dtype.itemsize)
+        writer.add_tensor_info(name, byte_shape, np.uint8, nbytes, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    if factors is not None:
+        writer.write_tensor_data(factors.numpy())
+    for done, tensor in enumerate(state.names, start=1):
+        writer.write_tensor_data(_data(state, tensor).contiguous().view(torch.uint8).numpy())
+        if progress is not None:
+            progress(done, len(state.names))
+
+
+def _stored(state: _Export, tensor: str) -> tuple[tuple[int, ...], torch.dtype | None]:
+    """Shape and dtype of a tensor in the file; None and a shape in bytes for Q4_1."""
+    layer = tensor.removesuffix(".qweight")
+    spec = state.source.layers.get(layer) if tensor.endswith(".qweight") else None
+    if spec is None:
+        info = state.source.reader.info(tensor)
+        if info.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            raise CheckpointError(f"{info.file}: {tensor}: GGUF does not hold {info.dtype} here.")
+        return info.shape, torch.float32 if len(info.shape) == 1 else info.dtype
+    if layer in state.reasons:
+        return (spec.out_features, spec.in_features), torch.float16
+    return (spec.out_features, spec.in_features // BLOCK * _BYTES), None
+
+
+def _data(state: _Export, tensor: str) -> torch.Tensor:
+    """One tensor as it is stored."""
+    source, metadata = state.source, state.metadata
+    _, dtype = _stored(state, tensor)
+    order = metadata.rows(tensor)
+    layer = tensor.removesuffix(".qweight")
+    if not tensor.endswith(".qweight") or layer not in source.layers:
+        value = source.reader.get(tensor)
+        if metadata.architecture.norm_plus_one and tensor.endswith("norm.weight"):
+            value = value.float() + 1
+        return order(value).to(dtype)
+    spec, numbers = source.layers[layer], source.layer(layer)
+    try:
+        if layer not in state.reasons:
+            blocks, rounding = q4_1(numbers, spec)
+            state.rounding = max(state.rounding, rounding)
+            return order(blocks)
+        weight = dense(numbers, spec).to(torch.float16)
+        if not weight.isfinite().all():
+            raise CheckpointError("a weight is out of the range of f16")
+        return order(weight)
+    except CheckpointError as error:
+        raise CheckpointError(f"{source.directory}: {layer}: {error}") from error

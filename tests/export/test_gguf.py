@@ -1,0 +1,250 @@
+"""What gguf-py makes of an exported file: weights, metadata and tokenizer."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    LlamaConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from qalora_plugin import QALoRAQuantConfig
+from qalora_plugin.checkpoint.base import QuantizedCheckpoint
+from qalora_plugin.errors import CheckpointError, ConfigError, OutputError
+from qalora_plugin.export import export_model
+from qalora_plugin.export.gguf_metadata import Metadata
+from qalora_plugin.quickstart.data import base_model_path
+
+from .weights import ACT_ORDER, error_in_steps, exact_weight
+
+gguf = pytest.importorskip("gguf", reason="needs gguf: pip install 'qalora-plugin[export]'")
+
+PARTS = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+SIZES: dict[str, Any] = dict(
+    vocab_size=2048,
+    hidden_size=64,
+    intermediate_size=172,
+    num_hidden_layers=1,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+)
+
+
+def with_tokenizer(source: Path, target: Path) -> Path:
+    """A copy of a model with the quickstart's tokenizer (2048 tokens)."""
+    shutil.copytree(source, target)
+    for path in base_model_path().glob("*token*"):
+        shutil.copy(path, target)
+    return target
+
+
+@pytest.fixture(scope="session")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., QuantizedCheckpoint]:
+    """`family(config, bits, group_size)`: a quantized model of that config, with a tokenizer."""
+
+    def make(config: PreTrainedConfig, bits: int = 4, group_size: int = 32) -> QuantizedCheckpoint:
+        folder = tmp_path_factory.mktemp("family")
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(folder / "16")
+        options = QALoRAQuantConfig(bits=bits, group_size=group_size)
+        AutoModelForCausalLM.from_pretrained(
+            folder / "16", quantization_config=options
+        ).save_pretrained(folder / "int")
+        return QuantizedCheckpoint(with_tokenizer(folder / "int", folder / "model"))
+
+    return make
+
+
+def read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Tensors and metadata of a file."""
+    reader = gguf.GGUFReader(path)
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    return {tensor.name: tensor for tensor in reader.tensors}, fields
+
+
+def gguf_name(name: str) -> str:
+    """Name in the file of a layer."""
+    _, _, block, part = name.split(".", 3)
+    return f"blk.{block}.{PARTS[part]}.weight"
+
+
+def in_hf_order(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """Rows of q_proj or k_proj back from rotary pairs to halves."""
+    n = weight.shape[0]
+    pairs = weight.reshape(heads, n // heads // 2, 2, -1)
+    return pairs.transpose(1, 2).reshape(n, -1)
+
+
+def dequantized(tensor: Any) -> torch.Tensor:
+    """A tensor in fp32, by gguf-py."""
+    return torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
+
+
+# of the f16 minimum, in steps: at 4 bits half an f16 unit of 8 to 11 steps, below that chosen
+ROUNDING = {2: 2e-3, 3: 2e-3, 4: 4e-3}
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_weights_are_equal_to_the_stated_rounding(
+    bits: int, family: Callable[..., QuantizedCheckpoint], tmp_path: Path
+) -> None:
+    source = family(LlamaConfig(**SIZES), bits)
+    result = export_model(source.directory, tmp_path / "model.gguf", "gguf")
+    tensors, fields = read(result.out)
+    assert fields["general.architecture"] == "llama"
+    for name in source.layers:
+        tensor = tensors[gguf_name(name)]
+        held = bits <= 4 and not name.endswith("down_proj")  # of 172 inputs
+        assert (name in result.dense) == (not held)
+        assert tensor.tensor_type.name == ("Q4_1" if held else "F16")
+        weight = dequantized(tensor)
+        heads = {"q_proj": 4, "k_proj": 2}.get(name.rpartition(".")[2])
+        if heads:
+            weight = in_hf_order(weight, heads)
+        if held:
+            assert error_in_steps(weight, source, name) <= ROUNDING[bits]
+        else:
+            assert torch.equal(weight, exact_weight(source, name).float().half().float())
+    embedding = dequantized(tensors["token_embd.weight"])
+    assert torch.equal(embedding, source.reader.get("model.embed_tokens.weight").float())
+    assert tensors["output_norm.weight"].tensor_type.name == "F32"
+
+
+def test_stated_rounding_is_the_measured_one(
+    family: Callable[..., QuantizedCheckpoint], tmp_path: Path
+) -> None:
+    source = family(Qwen3Config(**{**SIZES, "intermediate_size": 96}))
+    result = export_model(source.directory, tmp_path / "model.gguf", "gguf")
+    tensors, _ = read(result.out)
+    worst = max(
+        error_in_steps(dequantized(tensors[gguf_name(name)]), source, name)
+        for name in source.layers
+    )
+    assert result.exactness.endswith(f"by at most {worst:.1e} of a step.")
+
+
+@pytest.mark.parametrize("config", [Qwen2Config, Qwen3Config, Gemma2Config])
+def test_families(config: type, family: Callable[..., QuantizedCheckpoint], tmp_path: Path) -> None:
+    source = family(config(**SIZES))
+    export_model(source.directory, tmp_path / "model.gguf", "gguf")
+    tensors, fields = read(tmp_path / "model.gguf")
+    name = "model.layers.0.self_attn.q_proj"
+    weight = dequantized(tensors[gguf_name(name)])  # not permuted
+    assert error_in_steps(weight, source, name) <= ROUNDING[4]
+    architecture = fields["general.architecture"]
+    assert fields[f"{architecture}.attention.key_length"] == 16
+    norm = source.reader.get("model.norm.weight").float()
+    expected = norm + 1 if architecture == "gemma2" else norm
+    assert torch.equal(dequantized(tensors["output_norm.weight"]), expected)
+    assert all(tensor.name for tensor in tensors.values())
+    biases = [n for n in source.dense_names if n.endswith("q_proj.bias")]
+    assert bool(biases) == ("blk.0.attn_q.bias" in tensors) == (config is Qwen2Config)
+
+
+def test_tokenizer_is_the_models(
+    family: Callable[..., QuantizedCheckpoint], tmp_path: Path
+) -> None:
+    source = family(LlamaConfig(**SIZES))
+    export_model(source.directory, tmp_path / "model.gguf", "gguf")
+    _, fields = read(tmp_path / "model.gguf")
+    stored = json.loads((source.directory / "tokenizer.json").read_text())
+    tokens = fields["tokenizer.ggml.tokens"]
+    assert (fields["tokenizer.ggml.model"], fields["tokenizer.ggml.pre"]) == ("gpt2", "gpt-2")
+    assert {token: i for i, token in enumerate(tokens)} == stored["model"]["vocab"]
+    assert len(fields["tokenizer.ggml.merges"]) == len(stored["model"]["merges"])
+    types = fields["tokenizer.ggml.token_type"]
+    assert [types[i] for i in (0, 1, 2, 3)] == [3, 3, 3, 1]  # control, normal
+    assert fields["tokenizer.ggml.bos_token_id"] == 0
+    assert fields["tokenizer.ggml.add_bos_token"] is False
+
+
+def test_unknown_split_is_refused(
+    family: Callable[..., QuantizedCheckpoint], tmp_path: Path
+) -> None:
+    source = family(LlamaConfig(**SIZES))
+    path = source.directory / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    split = {"type": "Split", "pattern": {"Regex": r"\w+"}, "behavior": "Isolated", "invert": False}
+    tokenizer["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split]}
+    path.write_text(json.dumps(tokenizer))
+    with pytest.raises(CheckpointError, match="mis-tokenize"):
+        export_model(source.directory, tmp_path / "model.gguf", "gguf")
+    assert not any(tmp_path.iterdir())
+
+
+def test_act_order_becomes_f16(tmp_path: Path) -> None:
+    source = QuantizedCheckpoint(with_tokenizer_of_its_size(tmp_path / "model"))
+    result = export_model(source.directory, tmp_path / "model.gguf", "gguf")
+    assert (result.layers, set(result.dense)) == (0, set(source.layers))
+    tensors, _ = read(result.out)
+    name = next(name for name in source.layers if name.endswith("v_proj"))
+    found = dequantized(tensors[gguf_name(name)]).numpy()
+    np.testing.assert_array_equal(found, exact_weight(source, name).float().half().float())
+
+
+def with_tokenizer_of_its_size(target: Path) -> Path:
+    """The act-order fixture, whose vocabulary is small, with a tokenizer that fits."""
+    shutil.copytree(ACT_ORDER, target)
+    vocab = {chr(97 + i): i for i in range(8)}
+    tokenizer = {
+        "model": {"type": "BPE", "vocab": vocab, "merges": []},
+        "pre_tokenizer": {"type": "ByteLevel", "use_regex": True},
+    }
+    (target / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return target
+
+
+@pytest.mark.parametrize("kind", ["llama3", "linear"])
+def test_rope_scaling(kind: str, tmp_path: Path) -> None:
+    rope = {
+        "rope_type": kind,
+        "rope_theta": 5e5,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 256,
+    }
+    config = LlamaConfig(**SIZES, rope_parameters=rope, max_position_embeddings=2048)
+    config.save_pretrained(tmp_path)
+    factors = Metadata(tmp_path).rope_factors()
+    if kind == "linear":
+        assert factors is None
+        return
+    plain = 5e5 ** -(torch.arange(0, 16, 2, dtype=torch.float64) / 16)
+    scaled = LlamaRotaryEmbedding(config).inv_freq.double()
+    torch.testing.assert_close(plain / factors.double(), scaled, rtol=1e-6, atol=0)
+
+
+def test_places_that_are_taken_or_wrong(
+    quantized: Callable[..., QuantizedCheckpoint], tmp_path: Path
+) -> None:
+    source = quantized(4).directory
+    (tmp_path / "model.gguf").write_text("mine")
+    with pytest.raises(OutputError, match="exists"):
+        export_model(source, tmp_path / "model.gguf", "gguf")
+    with pytest.raises(ConfigError, match=r"ends in \.gguf"):
+        export_model(source, tmp_path / "model", "gguf")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: missing"):
+        export_model(source, tmp_path / "other.gguf", "gguf")
+    assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
+    assert (tmp_path / "model.gguf").read_text() == "mine"
