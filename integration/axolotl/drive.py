@@ -125,6 +125,7 @@ def packed(driver: Driver) -> dict[str, Any]:
         gradient_checkpointing=True,
         gradient_checkpointing_kwargs={"use_reentrant": True},
         learning_rate=0.01,
+        qalora={"merge_formats": ["qalora", "torchao", "lora"]},
     )
 
 

@@ -84,6 +84,10 @@ def test_sample_packing_and_gradient_checkpointing(driven: Driven) -> None:
     check_merged(driven["packed"], layers=28)
 
 
+def test_merge_formats(driven: Driven) -> None:
+    assert {"merged", "merged-torchao", "merged-lora"} <= set(driven["packed"]["files"])
+
+
 def test_stock_gptq_base(driven: Driven) -> None:
     check_merged(driven["stock"], layers=14)
 
@@ -148,28 +152,40 @@ def test_two_ranks(axolotl: Axolotl, work: Path, small: Path) -> None:
     axolotl.run(*command, "--adapter", out, log=work / "verify-ranks.log")
 
 
-def test_every_recipe_is_valid(axolotl: Axolotl, work: Path) -> None:
-    """By Axolotl's own validation, on one GPU and with both DeepSpeed configs."""
-    files = sorted(path.relative_to(ROOT) for path in (ROOT / "recipes").rglob("*.yaml"))
-    assert len(files) > 50
-    command = [axolotl.python, HERE / "validate_recipes.py", *files]
-    found = json.loads(axolotl.run(*command, log=work / "recipes.log").strip().splitlines()[-1])
-    assert len(found) == 3 * len(files)
-    assert {name: result for name, result in found.items() if "error" in result} == {}
-
-
-def test_axolotls_own_example_becomes_ours(axolotl: Axolotl, work: Path) -> None:
-    """The diff in docs/axolotl.md, applied to a recipe with the lines of Axolotl's example."""
+def diff_lines(prefix: str) -> list[str]:
+    """Lines of the diff in docs/axolotl.md."""
     text = (ROOT / "docs" / "axolotl.md").read_text()
-    diff = text.split("```diff\n")[1].split("```")[0].splitlines()
-    removed = [line[1:] for line in diff if line.startswith("-")]
-    added = [line[1:] for line in diff if line.startswith("+")]
-    assert len(diff) == len(removed) + len(added) <= 6
+    lines = text.split("```diff\n")[1].split("```")[0].splitlines()
+    assert len(lines) <= 6
+    return [line[1:] for line in lines if line.startswith(prefix)]
+
+
+RECIPES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "recipes").rglob("*.yaml"))
+
+
+@pytest.fixture(scope="session")
+def validated(axolotl: Axolotl, work: Path) -> dict[str, Any]:
+    """What Axolotl makes of every recipe and of its own example with our diff, in one process."""
     example = (HERE / "qlora_example.yaml").read_text().splitlines()
+    removed = diff_lines("-")
     assert set(removed) <= set(example)
-    ours = work / "from_qlora.yaml"
-    ours.write_text("\n".join([line for line in example if line not in removed] + added) + "\n")
-    command = [axolotl.python, HERE / "validate_recipes.py", ours]
-    found = json.loads(axolotl.run(*command, log=work / "example.log").strip().splitlines()[-1])
-    assert found[str(ours)]["qalora"]["bits"] == 4
-    assert found[str(ours)]["r"] == 32
+    ours = [line for line in example if line not in removed] + diff_lines("+")
+    (work / "from_qlora.yaml").write_text("\n".join(ours) + "\n")
+    command = [axolotl.python, HERE / "validate_recipes.py", *RECIPES, work / "from_qlora.yaml"]
+    printed = axolotl.run(*command, log=work / "recipes.log")
+    return json.loads(printed.strip().splitlines()[-1])
+
+
+def test_every_recipe_is_valid(validated: dict[str, Any]) -> None:
+    """By Axolotl's own validation, on one GPU and with both DeepSpeed configs."""
+    assert len(RECIPES) > 50
+    assert len(validated) == 3 * (len(RECIPES) + 1)
+    assert {name: result for name, result in validated.items() if "error" in result} == {}
+
+
+def test_axolotls_own_example_becomes_ours(validated: dict[str, Any], work: Path) -> None:
+    """By the diff in docs/axolotl.md, of at most six lines."""
+    result = validated[str(work / "from_qlora.yaml")]
+    assert result["qalora"]["bits"] == 4
+    assert result["r"] == 32
+    assert result["lora_dropout"] == 0.05

@@ -4,6 +4,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+MergeFormat = Literal["qalora", "gptq", "gguf", "mlx", "onnx", "torchao", "lora"]
+
 
 class QALoRABlock(BaseModel):
     """Keys below `qalora:`. Axolotl's own `lora_*` keys keep their meaning beside it."""
@@ -56,8 +58,10 @@ class QALoRABlock(BaseModel):
     merge_on_finish: bool = Field(
         default=True, description="Write output_dir/merged when training ends."
     )
-    merge_formats: list[Literal["qalora"]] = Field(
-        default_factory=lambda: ["qalora"], description="Formats to write beside ours."
+    merge_formats: list[MergeFormat] = Field(
+        default=["qalora"],
+        description="What to write at the end: qalora (always: output_dir/merged), and exports of "
+        "it to output_dir/merged-FORMAT (gguf: output_dir/merged.gguf).",
     )
 
     @model_validator(mode="before")

@@ -35,6 +35,8 @@ _REFUSED = {
     "lora_fan_in_fan_out": "only nn.Linear layers are quantized; remove it",
     "qlora_sharded_model_loading": "that loads bitsandbytes weights; remove it",
     "qat": "quantization-aware training changes the integers, which stay fixed here; remove it",
+    "quantization": "that is torchao's, for `axolotl quantize`; use `qalora export`; remove it",
+    "peft_ensure_weight_tying": "modules_to_save of a tied module is saved untied; remove it",
     "quantize_moe_experts": f"{_QUANTIZED}; remove it",
 }
 

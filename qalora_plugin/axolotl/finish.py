@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.reader import read_json
-from ..errors import CheckpointError, OutputError
+from ..errors import CheckpointError, OutputError, QALoRAError
+from ..export import export_model
 from ..hub import push_merged
 from ..merge import merge_adapter
 
@@ -18,28 +19,53 @@ def merged_dir(cfg: Any) -> Path:
     return Path(cfg["output_dir"]).expanduser() / MERGED_DIR
 
 
+def export_paths(cfg: Any) -> dict[str, Path]:
+    """Where each format of `merge_formats` beside our own goes."""
+    out = Path(cfg["output_dir"]).expanduser()
+    formats = [name for name in cfg.qalora["merge_formats"] if name != "qalora"]
+    return {
+        name: out / (f"{MERGED_DIR}.gguf" if name == "gguf" else f"{MERGED_DIR}-{name}")
+        for name in formats
+    }
+
+
 def check_free(cfg: Any) -> None:
     """Refuse to train towards a merge that has no place.
 
     Raises:
-        OutputError: output_dir/merged is there already.
+        OutputError: output_dir/merged, or an export, is there already.
     """
-    merged = merged_dir(cfg)
-    if cfg.qalora["merge_on_finish"] and merged.is_dir() and any(merged.iterdir()):
-        raise OutputError(
-            f"{merged}: an earlier run has written it, and nothing is overwritten. Choose another "
-            "output_dir, move it away, or set `qalora: {merge_on_finish: false}`"
-        )
+    if not cfg.qalora["merge_on_finish"]:
+        return
+    for path in (merged_dir(cfg), *export_paths(cfg).values()):
+        if path.is_file() or (path.is_dir() and any(path.iterdir())):
+            raise OutputError(
+                f"{path}: an earlier run has written it, and nothing is overwritten. Choose "
+                "another output_dir, move it away, or set `qalora: {merge_on_finish: false}`"
+            )
 
 
 def merge(cfg: Any, adapter: Path) -> Path:
     """Merge an adapter into the base it names, to `output_dir/merged`; one process calls this.
 
     Raises:
-        QALoRAError: the merge failed; the adapter stays where it is.
+        QALoRAError: the merge failed; the adapter stays where it is. Or an export did, after all
+            that can be written has been: the merged directory stays too.
     """
     result = merge_adapter(adapter, merged_dir(cfg))
     LOG.info("qalora: merged %d layers into %s", result.layers, result.out)
+    failed = []
+    for name, path in export_paths(cfg).items():
+        try:
+            exported = export_model(adapter if name == "lora" else result.out, path, name)
+            LOG.info("qalora: %s", exported.as_text())
+        except QALoRAError as error:
+            failed.append(f"{name}: {error}")
+    if failed:
+        raise OutputError(
+            f"{result.out} is complete, but of qalora: merge_formats these could not be written: "
+            + "; ".join(failed)
+        )
     return result.out
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from ..errors import ConfigError
 from .walk import ExportResult, Progress
 
-FORMATS = ("gptq", "gguf", "mlx", "torchao", "lora")
+FORMATS = ("gptq", "gguf", "mlx", "onnx", "torchao", "lora")
 
 __all__ = ["FORMATS", "ExportResult", "export_model"]
 

@@ -12,8 +12,10 @@ of GPTQ's two and an inverse. Beyond the paper:
 
 - a group's scale and offset are fitted to what rounding will really see (the updated weights),
   each input weighted by its D[k];
-- afterwards, with the integers fixed, the error is a quadratic in all scales and offsets: groups
-  are refitted in turn by closed-form least squares, keeping a step only where it lowers the error.
+- afterwards groups are refined in turn, none of which can raise the error: each input is rounded
+  again, given all others (coordinate descent, as in QuantEase, arXiv 2309.01885); then, with the
+  integers fixed, the error is a quadratic in the group's scale and offset: they are refitted by
+  closed-form least squares.
 
 Matrices are transposed here, [K, N]: an input's weights to all outputs are contiguous.
 """
@@ -55,21 +57,21 @@ class GPTQSettings:
             (act-order, `desc_act`) all inputs by size: groups are scattered, g_idx says how.
         damp: added to the diagonal of H, as a fraction of its mean.
         mse: search clipped ranges for each group instead of taking least to greatest weight.
-        refit: least-squares sweeps over the groups' scales and offsets after rounding.
+        sweeps: times that every group is refined after rounding.
     """
 
     ordering: Ordering = "groups"
     damp: float = 0.01
     mse: bool = True
-    refit: int = 2
+    sweeps: int = 2
 
     def __post_init__(self) -> None:
         if self.ordering not in ORDERINGS:
             raise ConfigError(f"ordering must be one of {ORDERINGS}, found {self.ordering!r}")
         if not 0 < self.damp < 1:
             raise ConfigError(f"damp must lie between 0 and 1, found {self.damp}")
-        if self.refit < 0:
-            raise ConfigError(f"refit must be 0 or more sweeps, found {self.refit}")
+        if self.sweeps < 0:
+            raise ConfigError(f"sweeps must be 0 or more, found {self.sweeps}")
 
 
 class Hessian:
@@ -125,7 +127,7 @@ def gptq(
         bits: 2, 3, 4 or 8.
         group_size: inputs a group, at least 1; the last group may be short.
         integer_zeros: restrict zero-points to integers (see `grid`).
-        settings: ordering, damping, clipping, refit.
+        settings: ordering, damping, clipping, sweeps.
         name: of the layer, for error messages.
 
     Raises:
@@ -142,8 +144,11 @@ def gptq(
     factor, importance = _factor(h, settings.damp, name)
     codes, error, scales, offsets = _round(w, factor, importance, bounds, grid, settings.mse)
     del factor
-    for _ in range(settings.refit):
-        _refit(h, codes, error, scales, offsets, bounds, grid)
+    state = _State(h, codes, error, scales, offsets, grid)
+    for _ in range(settings.sweeps):
+        for group, (start, stop) in enumerate(bounds):
+            pull = _round_again(state, group, start, stop)
+            _refit(state, group, start, stop, pull)
 
     # back to the order of the inputs
     groups = torch.empty(k, dtype=torch.int32, device=w.device)
@@ -274,52 +279,74 @@ def _spans(bounds: list[tuple[int, int]]) -> list[tuple[int, int]]:
     return spans
 
 
-def _refit(
-    h: torch.Tensor,
-    codes: torch.Tensor,
-    error: torch.Tensor,
-    scales: torch.Tensor,
-    offsets: torch.Tensor,
-    bounds: list[tuple[int, int]],
-    grid: Grid,
-) -> None:
-    """One sweep: each group's (scale, offset) by least squares in the metric H, codes fixed.
+@dataclass
+class _State:
+    """What is refined in place: H [K, K] (damped), centred codes and error W - Q [K, N], scales
+    and offsets [G, N]."""
+
+    h: torch.Tensor
+    codes: torch.Tensor
+    error: torch.Tensor
+    scales: torch.Tensor
+    offsets: torch.Tensor
+    grid: Grid
+
+
+def _round_again(state: _State, group: int, start: int, stop: int) -> torch.Tensor:
+    """Round each input of a group anew, all others fixed.
+
+    The error is least where input k moves by (H e)_k / H_kk; the nearest code to that is taken.
+
+    Returns:
+        (H e)_g [g, N] after the last change.
+    """
+    h, codes, error = state.h, state.codes, state.error
+    s, o = state.scales[group], state.offsets[group]
+    for block in range(start, stop, _BLOCK):
+        end = min(block + _BLOCK, stop)
+        pull = h[block:end] @ error
+        for i in range(block, end):
+            wanted = torch.addcmul(o, codes[i], s).add_(pull[i - block], alpha=1 / h[i, i].item())
+            new = round_codes(wanted, s, o, state.grid)
+            step = (new - codes[i]).mul_(s)
+            codes[i] = new
+            error[i] -= step
+            pull.addr_(h[block:end, i], step, alpha=-1)
+    return pull if stop - start <= _BLOCK else h[start:stop] @ error
+
+
+def _refit(state: _State, group: int, start: int, stop: int, pull: torch.Tensor) -> None:
+    """Least squares for one group's scale and offset in the metric H, codes fixed.
 
     With the group's basis B = [c, 1] (codes c [g], ones) the best step (ds, do) solves
-    (B^T H_gg B) (ds, do) = B^T (H e)_g. It is rounded to what a checkpoint stores, and taken only
-    where it still lowers the error. Updates `error`, `scales`, `offsets` in place.
+    (B^T H_gg B) (ds, do) = B^T (H e)_g, where `pull` is (H e)_g. It is rounded to what a
+    checkpoint stores, and taken only where it still lowers the error.
     """
-    for group, (start, stop) in enumerate(bounds):
-        c = codes[start:stop]
-        h_gg = h[start:stop, start:stop]
-        pull = h[start:stop] @ error  # (H e)_g: [g, N]
-        s, o = scales[group], offsets[group]
-        if grid.integer_zeros:
-            c = c + o / s  # q - z, and no offset of its own
-            hc = h_gg @ c
-            b, a = (c * pull).sum(0), (c * hc).sum(0)
-            new_s = round_scales(torch.where(a > 0, s + b / a, s))
-            step = new_s - s
-            gain = step * (2 * b - step * a)
-            keep = gain > 0
-            new_o = round_offsets(o / s * new_s, new_s, grid)
-            moved = torch.addcmul(new_o - o, codes[start:stop], step)
-        else:
-            hc = h_gg @ c
-            h_row = h_gg.sum(1)
-            a_cc, a_co, a_oo = (c * hc).sum(0), h_row @ c, h_row.sum()
-            b_c, b_o = (c * pull).sum(0), pull.sum(0)
-            det = a_cc * a_oo - a_co * a_co
-            ds = (a_oo * b_c - a_co * b_o) / det
-            new_s = round_scales(torch.where(det > 0, s + ds, s))
-            step = new_s - s
-            # the best offset beside the scale as rounded
-            new_o = round_offsets(o + (b_o - a_co * step) / a_oo, new_s, grid)
-            shift = new_o - o
-            gain = 2 * (step * b_c + shift * b_o)
-            gain -= step * step * a_cc + 2 * step * shift * a_co + shift * shift * a_oo
-            keep = gain > 0
-            moved = torch.addcmul(shift, c, step)
-        scales[group] = torch.where(keep, new_s, s)
-        offsets[group] = torch.where(keep, new_o, o)
-        error[start:stop] -= torch.where(keep, moved, torch.zeros_like(moved))
+    grid, c, h_gg = state.grid, state.codes[start:stop], state.h[start:stop, start:stop]
+    s, o = state.scales[group], state.offsets[group]
+    if grid.integer_zeros:
+        c = c + o / s  # q - z: the offset follows the scale
+    hc = h_gg @ c
+    b_c, a_cc = (c * pull).sum(0), (c * hc).sum(0)
+    if grid.integer_zeros:
+        new_s = round_scales(torch.where(a_cc > 0, s + b_c / a_cc, s))
+        step = new_s - s
+        gain = step * (2 * b_c - step * a_cc)
+        new_o = o / s * new_s
+        moved = c * step
+    else:
+        row_sums = h_gg.sum(1)
+        b_o, a_co, a_oo = pull.sum(0), row_sums @ c, row_sums.sum()
+        det = a_cc * a_oo - a_co * a_co
+        new_s = round_scales(torch.where(det > 0, s + (a_oo * b_c - a_co * b_o) / det, s))
+        step = new_s - s
+        # the best offset beside the scale as rounded
+        new_o = round_offsets(o + (b_o - a_co * step) / a_oo, new_s, grid)
+        shift = new_o - o
+        gain = 2 * (step * b_c + shift * b_o)
+        gain -= step * step * a_cc + 2 * step * shift * a_co + shift * shift * a_oo
+        moved = torch.addcmul(shift, c, step)
+    keep = gain > 0
+    state.scales[group] = torch.where(keep, new_s, s)
+    state.offsets[group] = torch.where(keep, new_o, o)
+    state.error[start:stop] -= torch.where(keep, moved, torch.zeros_like(moved))

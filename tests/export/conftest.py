@@ -6,10 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedConfig
 
 from qalora_plugin import QALoRAQuantConfig
 from qalora_plugin.checkpoint.base import QuantizedCheckpoint
+
+from .weights import with_tokenizer
+
+
+def quantization(bits: int, group_size: int, mixed: tuple[int, int] | None) -> QALoRAQuantConfig:
+    """`mixed` are other bits and another group size for the v_proj."""
+    dynamic = {"*.v_proj": dict(zip(("bits", "group_size"), mixed, strict=True))} if mixed else {}
+    return QALoRAQuantConfig(bits=bits, group_size=group_size, dynamic=dynamic)
 
 
 @pytest.fixture(scope="session")
@@ -53,5 +61,27 @@ def quantized(
             out
         )
         return QuantizedCheckpoint(out)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., QuantizedCheckpoint]:
+    """`family(config, bits, group_size)`: a quantized model of that config, with a tokenizer."""
+
+    def make(
+        config: PreTrainedConfig,
+        bits: int = 4,
+        group_size: int = 32,
+        mixed: tuple[int, int] | None = None,
+    ) -> QuantizedCheckpoint:
+        folder = tmp_path_factory.mktemp("family")
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(folder / "16")
+        options = quantization(bits, group_size, mixed)
+        AutoModelForCausalLM.from_pretrained(
+            folder / "16", quantization_config=options
+        ).save_pretrained(folder / "int")
+        return QuantizedCheckpoint(with_tokenizer(folder / "int", folder / "model"))
 
     return make

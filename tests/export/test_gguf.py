@@ -10,23 +10,19 @@ import numpy as np
 import pytest
 import torch
 from transformers import (
-    AutoModelForCausalLM,
     Gemma2Config,
     LlamaConfig,
-    PreTrainedConfig,
     Qwen2Config,
     Qwen3Config,
 )
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from qalora_plugin import QALoRAQuantConfig
 from qalora_plugin.checkpoint.base import QuantizedCheckpoint
 from qalora_plugin.errors import CheckpointError, ConfigError, OutputError
 from qalora_plugin.export import export_model
 from qalora_plugin.export.gguf_metadata import Metadata
-from qalora_plugin.quickstart.data import base_model_path
 
-from .weights import ACT_ORDER, error_in_steps, exact_weight
+from .weights import ACT_ORDER, SIZES, error_in_steps, exact_weight
 
 gguf = pytest.importorskip("gguf", reason="needs gguf: pip install 'qalora-plugin[export]'")
 
@@ -39,40 +35,6 @@ PARTS = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
-SIZES: dict[str, Any] = dict(
-    vocab_size=2048,
-    hidden_size=64,
-    intermediate_size=172,
-    num_hidden_layers=1,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-)
-
-
-def with_tokenizer(source: Path, target: Path) -> Path:
-    """A copy of a model with the quickstart's tokenizer (2048 tokens)."""
-    shutil.copytree(source, target)
-    for path in base_model_path().glob("*token*"):
-        shutil.copy(path, target)
-    return target
-
-
-@pytest.fixture(scope="session")
-def family(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., QuantizedCheckpoint]:
-    """`family(config, bits, group_size)`: a quantized model of that config, with a tokenizer."""
-
-    def make(config: PreTrainedConfig, bits: int = 4, group_size: int = 32) -> QuantizedCheckpoint:
-        folder = tmp_path_factory.mktemp("family")
-        torch.manual_seed(0)
-        AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(folder / "16")
-        options = QALoRAQuantConfig(bits=bits, group_size=group_size)
-        AutoModelForCausalLM.from_pretrained(
-            folder / "16", quantization_config=options
-        ).save_pretrained(folder / "int")
-        return QuantizedCheckpoint(with_tokenizer(folder / "int", folder / "model"))
-
-    return make
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:

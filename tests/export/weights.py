@@ -1,14 +1,26 @@
-"""Weights of a checkpoint by the reference formula, and how far others are from them."""
+"""Weights of a checkpoint by the reference formula, how far others are from them; a tokenizer."""
 
+import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from qalora_kernels.groups import expand
 from qalora_plugin.additive import dense
 from qalora_plugin.checkpoint.base import QuantizedCheckpoint
+from qalora_plugin.quickstart.data import base_model_path
 
 ACT_ORDER = Path(__file__).parent.parent / "fixtures" / "gptq_4bit_g128_actorder_asym"
+SIZES: dict[str, Any] = dict(
+    vocab_size=2048,
+    hidden_size=64,
+    intermediate_size=172,
+    num_hidden_layers=1,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+)
 
 
 def exact_weight(source: QuantizedCheckpoint, name: str) -> torch.Tensor:
@@ -21,3 +33,11 @@ def error_in_steps(found: torch.Tensor, source: QuantizedCheckpoint, name: str) 
     spec, layer = source.layers[name], source.layer(name)
     step = expand(layer.scales, layer.g_idx, spec.group_size, spec.in_features).t()
     return float(((found.double() - exact_weight(source, name)).abs() / step).max())
+
+
+def with_tokenizer(source: Path, target: Path) -> Path:
+    """A copy of a model with the quickstart's tokenizer (2048 tokens)."""
+    shutil.copytree(source, target)
+    for path in base_model_path().glob("*token*"):
+        shutil.copy(path, target)
+    return target

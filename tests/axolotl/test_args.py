@@ -1,0 +1,92 @@
+"""The `qalora:` block and the keys that contradict it. Axolotl itself is not imported."""
+
+import subprocess
+import sys
+from typing import get_args
+
+import pytest
+from pydantic import ValidationError
+
+from qalora_plugin.axolotl import QALoRAArgs, QALoRABlock
+from qalora_plugin.axolotl.args import MergeFormat
+from qalora_plugin.axolotl.checks import check_config
+from qalora_plugin.errors import ConfigError
+from qalora_plugin.export import FORMATS
+
+
+def test_defaults_are_the_papers_mode() -> None:
+    block = QALoRAArgs().qalora
+    assert (block.bits, block.group_size, block.adapt) == (4, 32, "zeros")
+    assert block.merge_on_finish
+
+
+def test_an_unknown_key_is_named_with_what_is_allowed() -> None:
+    with pytest.raises(ValidationError, match=r"unknown key bitz; allowed are adapt, bits, "):
+        QALoRABlock.model_validate({"bitz": 4})
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"bits": 5}, {"group_size": -2}, {"adapt": "all"}, {"calibration_samples": 0}]
+)
+def test_a_wrong_value_is_named(wrong: dict[str, object]) -> None:
+    with pytest.raises(ValidationError, match=next(iter(wrong))):
+        QALoRABlock.model_validate(wrong)
+
+
+def test_merge_formats_are_what_can_be_exported() -> None:
+    assert set(get_args(MergeFormat)) == {"qalora", *FORMATS}
+
+
+def test_every_key_has_a_help_text() -> None:
+    for name, field in QALoRABlock.model_fields.items():
+        assert field.description, name
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("load_in_4bit", True),
+        ("load_in_8bit", True),
+        ("peft_use_dora", True),
+        ("lora_mlp_kernel", True),
+        ("relora", True),
+        ("peft", {"loftq_config": {"loftq_bits": 4}}),
+        ("peft_init_lora_weights", "pissa"),
+        ("fsdp_config", {"offload_params": False}),
+        ("lm_eval_tasks", ["arc_easy"]),
+        ("peft_autocast_adapter_dtype", False),
+    ],
+)
+def test_a_contradicting_key_is_refused_by_name(key: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=key.removesuffix("_config").removesuffix("_tasks")):
+        check_config({"adapter": "qalora", key: value})
+
+
+def test_switched_off_keys_are_no_contradiction() -> None:
+    off = ("load_in_4bit", "load_in_8bit", "lora_mlp_kernel", "peft_use_dora", "relora")
+    check_config({"adapter": "qalora", **dict.fromkeys(off, False)})
+    check_config({"adapter": "qalora", "lm_eval_tasks": ["x"], "lm_eval_post_train": False})
+
+
+def test_the_block_needs_the_adapter() -> None:
+    with pytest.raises(ConfigError, match="adapter: qalora"):
+        check_config({"adapter": "lora", "qalora": {"bits": 4}})
+    check_config({"adapter": "lora", "load_in_8bit": True})
+
+
+def test_dpo_cannot_start_from_an_adapter_but_can_be_merged() -> None:
+    cfg = {"adapter": "qalora", "rl": "dpo", "lora_model_dir": "out"}
+    with pytest.raises(ConfigError, match="lora_model_dir"):
+        check_config(cfg)
+    check_config(cfg | {"merge_lora": True})
+
+
+def test_the_settings_are_importable_without_axolotl() -> None:
+    code = (
+        "import sys; sys.modules['axolotl'] = None\n"
+        "import qalora_plugin.axolotl, qalora_plugin.axolotl.base, qalora_plugin.axolotl.finish\n"
+        "try: qalora_plugin.axolotl.QALoRAPlugin\n"
+        "except ImportError: print('needs axolotl')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "needs axolotl", done.stderr

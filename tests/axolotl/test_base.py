@@ -1,0 +1,125 @@
+"""The base of a run: recognised, quantized once, and found again."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from qalora_plugin.axolotl import QALoRABlock
+from qalora_plugin.axolotl.base import (
+    calibration_from_rows,
+    check_base,
+    is_quantized,
+    quantized_base,
+)
+from qalora_plugin.errors import CheckpointError, ConfigError, QuantizationError
+
+STOCK = Path(__file__).parent.parent / "fixtures" / "gptq_4bit_g128_actorder_asym"
+
+
+def tokenize(text: str) -> list[int]:
+    return [ord(character) for character in text]
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("base") / "dense"
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=128,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        tie_word_embeddings=False,
+    )
+    LlamaForCausalLM(config).save_pretrained(directory)
+    return directory
+
+
+def cfg(dense: Path, tmp_path: Path, **block: Any) -> Any:
+    settings = QALoRABlock(**{"quantize_method": "rtn", **block}).model_dump()
+    return SimpleNamespace(
+        base_model=str(dense),
+        revision_of_model=None,
+        seed=1,
+        sequence_len=16,
+        output_dir=str(tmp_path / "out"),
+        qalora=settings,
+    )
+
+
+def test_kinds_of_bases(dense: Path, tmp_path: Path) -> None:
+    assert not is_quantized(str(dense))
+    assert is_quantized(str(STOCK))
+    (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "awq"}}')
+    weights = (dense / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(weights)
+    with pytest.raises(ConfigError, match="awq"):
+        is_quantized(str(tmp_path))
+
+
+def test_an_unreadable_base_is_named(dense: Path, tmp_path: Path) -> None:
+    check_base(str(dense))
+    check_base("org/name")  # a Hub id: not looked at, which would need the network
+    with pytest.raises(CheckpointError, match="base_model"):
+        check_base("./no/such/model")
+    (tmp_path / "model.safetensors").write_bytes(b"no safetensors")
+    with pytest.raises(CheckpointError, match="base_model"):
+        check_base(str(tmp_path))
+
+
+def test_calibration_windows_from_tokenized_rows() -> None:
+    rows = [{"input_ids": [row] * 5} for row in range(20)]
+    windows = calibration_from_rows(rows, 4, 10, seed=3, tokenize=tokenize)
+    assert windows.shape == (4, 10)
+    assert windows.dtype == torch.int64
+    again = calibration_from_rows(rows, 4, 10, seed=3, tokenize=tokenize)
+    assert torch.equal(windows, again)
+    other = calibration_from_rows(rows, 4, 10, seed=4, tokenize=tokenize)
+    assert not torch.equal(windows, other)
+
+
+def test_a_small_set_gives_fewer_windows() -> None:
+    windows = calibration_from_rows([{"input_ids": [1, 2, 3]}], 8, 16, seed=0, tokenize=tokenize)
+    assert windows.shape == (1, 3)
+
+
+def test_calibration_from_preferences() -> None:
+    rows = [{"prompt": "ab", "chosen": "cd", "rejected": "zz"}]
+    windows = calibration_from_rows(rows, 1, 4, seed=0, tokenize=tokenize)
+    assert windows.tolist() == [tokenize("abcd")]
+
+
+@pytest.mark.parametrize("rows", [iter([]), [], [{"text": "x"}]])
+def test_rows_without_tokens_are_refused(rows: Any) -> None:
+    assert isinstance(rows, list | Iterator)
+    with pytest.raises(QuantizationError, match="calibration: FILE"):
+        calibration_from_rows(rows, 1, 4, seed=0, tokenize=tokenize)
+
+
+def test_a_base_is_quantized_once(dense: Path, tmp_path: Path) -> None:
+    first = quantized_base(cfg(dense, tmp_path), [], tokenize)
+    written = (first / "config.json").stat().st_mtime_ns
+    assert first.parent == tmp_path / "quantized_bases"
+    assert quantized_base(cfg(dense, tmp_path), [], tokenize) == first
+    assert (first / "config.json").stat().st_mtime_ns == written
+    assert quantized_base(cfg(dense, tmp_path, bits=3), [], tokenize) != first
+    chosen = cfg(dense, tmp_path, quantized_model_dir=str(tmp_path / "mine"))
+    assert quantized_base(chosen, [], tokenize) == tmp_path / "mine" / first.name
+
+
+def test_calibration_data_are_part_of_the_key(dense: Path, tmp_path: Path) -> None:
+    gptq = cfg(dense, tmp_path, quantize_method="gptq", calibration_samples=2)
+    rows = [{"input_ids": [1, 2, 3, 4] * 8}]
+    first = quantized_base(gptq, rows, tokenize)
+    assert is_quantized(str(first))
+    assert quantized_base(gptq, [{"input_ids": [4, 3, 2, 1] * 8}], tokenize) != first
+    missing = cfg(dense, tmp_path, quantize_method="gptq", calibration=str(tmp_path / "no.txt"))
+    with pytest.raises(ConfigError, match=r"no\.txt"):
+        quantized_base(missing, rows, tokenize)
