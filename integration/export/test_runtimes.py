@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qalora_kernels.groups import group_index
@@ -158,6 +159,35 @@ def test_lora_in_stock_peft(
     assert_equal(tmp_path / "out", logits)
 
 
+def export_in_environment(
+    python: Path, project_path: Path, source: Path, format: str, out: Path
+) -> None:
+    """Export with the libraries of another environment."""
+    command = ["-P", "-m", "qalora_plugin", "export", source, "--format", format, "--out", out]
+    environment = {**os.environ, "PYTHONPATH": str(project_path)}
+    subprocess.run([python, *command], check=True, env=environment)
+
+
+def test_onnx(
+    model: Model,
+    input_ids: Path,
+    env_python: Callable[[str], Path],
+    run_json: Callable[..., Any],
+    project_path: Path,
+    tmp_path: Path,
+) -> None:
+    python = env_python("export")
+    export_in_environment(python, project_path, model.merged, "onnx", tmp_path / "onnx")
+    arguments = [tmp_path / "onnx", input_ids, tmp_path / "out"]
+    result = run_json(python, HERE / "run_onnx.py", *arguments)
+    assert_equal(tmp_path / "out", our_logits(model.merged, input_ids))
+    ours = AutoModelForCausalLM.from_pretrained(model.merged, dtype=torch.float32)
+    ids = load_file(input_ids)["input_ids"][:1]
+    expected = ours.generate(ids, max_new_tokens=16, do_sample=False)[0, ids.shape[1] :].tolist()
+    assert result["generated"] == expected[: len(result["generated"])]
+    assert result["generated"]
+
+
 # its own rounding of activations to 8 bits: measured here, up to 0.1 of a log-probability
 LLAMA_CPP_ROUNDING = 0.2
 
@@ -170,12 +200,7 @@ def test_llama_cpp(
     tmp_path: Path,
 ) -> None:
     out = tmp_path / "model.gguf"
-    command = ["-P", "-m", "qalora_plugin", "export", model.merged, "--format", "gguf"]
-    subprocess.run(
-        [env_python("export"), *command, "--out", out],
-        check=True,
-        env={**os.environ, "PYTHONPATH": str(project_path)},
-    )
+    export_in_environment(env_python("export"), project_path, model.merged, "gguf", out)
     tokenizer = AutoTokenizer.from_pretrained(model.merged)
     ids = tokenizer(TEXT).input_ids
     ours = AutoModelForCausalLM.from_pretrained(model.merged, dtype=torch.float32)
@@ -191,6 +216,47 @@ def test_llama_cpp(
     print(f"llama.cpp: {difference[likely].max():.3f} (likely), {difference.max():.3f} (all)")
     assert difference[likely].max() < LLAMA_CPP_ROUNDING
     assert result["answer"].strip()
+
+
+def write_sentencepiece_like(out: Path) -> None:
+    """A tokenizer of the kind of Llama 2 and Mistral: byte fallback, spaces as U+2581."""
+    special = ["<unk>", "<s>", "</s>"]
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    steps = [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    tokenizer.normalizer = normalizers.Sequence(steps)
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("\u2581", "merged_with_next")
+    byte_tokens = [f"<0x{value:02X}>" for value in range(256)]
+    trainer = trainers.BpeTrainer(vocab_size=1000, special_tokens=special + byte_tokens)
+    tokenizer.train_from_iterator([HERE.parents[1].joinpath("README.md").read_text()], trainer)
+    content = json.loads(tokenizer.to_str())
+    content["added_tokens"] = content["added_tokens"][: len(special)]
+    content["pre_tokenizer"] = None
+    (out / "tokenizer.json").write_text(json.dumps(content))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>"}
+    settings |= {"eos_token": "</s>", "unk_token": "<unk>"}
+    (out / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def test_llama_cpp_tokenizes_as_sentencepiece_models_do(
+    env_python: Callable[[str], Path],
+    run_json: Callable[..., Any],
+    project_path: Path,
+    tmp_path: Path,
+) -> None:
+    config = QALoRAQuantConfig(bits=4, group_size=32)
+    AutoModelForCausalLM.from_pretrained(
+        base_model_path(), quantization_config=config
+    ).save_pretrained(tmp_path / "base")
+    write_sentencepiece_like(tmp_path / "base")
+    out = tmp_path / "model.gguf"
+    export_in_environment(env_python("export"), project_path, tmp_path / "base", "gguf", out)
+    text = "The quantized model's  weights: 4 bits,\n caf\u00e9 \u4f60 and an adapter."
+    ids = AutoTokenizer.from_pretrained(tmp_path / "base")(text).input_ids
+    assert len(ids) < len(text)  # merges are used
+    asked = {"text": text, "ids": ids, "messages": MESSAGES, "expected": [0.0] * 2048}
+    (tmp_path / "input.json").write_text(json.dumps(asked))
+    result = run_json(env_python("export"), HERE / "run_llama_cpp.py", out, tmp_path / "input.json")
+    assert result["tokens"] == ids
 
 
 @pytest.mark.parametrize("engine", ["gptqmodel", "autogptq"])
@@ -216,6 +282,6 @@ def test_gptq_of_merged_scales(
 
 def test_the_environment_has_the_packages(env_python: Callable[[str], Path]) -> None:
     # otherwise `find_spec` above could pass for the wrong reason
-    code = "import gguf, mlx.core, mlx_lm, peft, torchao, transformers, xllamacpp"
+    code = "import gguf, mlx_lm, onnxruntime_genai, peft, torchao, transformers, xllamacpp"
     assert subprocess.run([env_python("export"), "-c", code]).returncode == 0
     assert sys.executable != str(env_python("export"))

@@ -24,7 +24,15 @@ import steps
 import torch
 
 HERE = Path(__file__).resolve().parent
-STEP_VARIANTS = ["qalora", "lora", "lora_fp32", "frozen", "use_qalora", "qlora_nf4"]
+STEP_VARIANTS = [
+    "qalora",
+    "lora",
+    "lora_fp32",
+    "frozen",
+    "use_qalora",
+    "use_qalora_fp32",
+    "qlora_nf4",
+]
 
 # K, N: the two shapes of a LLaMA-7B layer's products that differ most in size
 SHAPES = [(4096, 4096), (4096, 11008)]

@@ -30,7 +30,7 @@ class Layer:
         k, n = spec.in_features, spec.out_features
         shape = (spec.packed_rows, n)
         words = torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int32, device=device)
-        scales = torch.full((spec.num_groups, n), 0.01, device=device)
+        scales = torch.full((spec.num_groups, n), 0.01, device=device, dtype=torch.float16)
         dense = torch.randn(n, k, device=device, dtype=DTYPE)
         return cls(spec, (words, scales, torch.zeros_like(scales), None), dense)
 

@@ -98,7 +98,7 @@ def qalora(model: nn.Module, spec: dict[str, Any]) -> nn.Module:
     return get_peft_model(model, config)
 
 
-def use_qalora(model: nn.Module, spec: dict[str, Any]) -> nn.Module:
+def on_gptqmodel(model: nn.Module, spec: dict[str, Any], adapters_fp32: bool) -> nn.Module:
     """PEFT's `use_qalora` on GPTQModel's torch kernel."""
     from gptqmodel.nn_modules.qlinear.torch import TorchQuantLinear
 
@@ -120,11 +120,23 @@ def use_qalora(model: nn.Module, spec: dict[str, Any]) -> nn.Module:
 
     replace_linears(model, make)
     config = lora_config(spec, use_qalora=True, qalora_group_size=spec["group_size"])
-    model = get_peft_model(model, config, autocast_adapter_dtype=False).to(torch.bfloat16)
+    model = get_peft_model(model, config)
     for name, parameter in model.named_parameters():
-        if "lora_A" in name:  # GPTQModel turns torch's initialisations off
+        if "lora_" in name:
+            # GPTQModel turns torch's initialisations off, and has no weight to take a dtype from
             parameter.data.uniform_(-0.03, 0.03)
+            parameter.data = parameter.data.to(torch.float32 if adapters_fp32 else torch.bfloat16)
     return model
+
+
+def use_qalora(model: nn.Module, spec: dict[str, Any]) -> nn.Module:
+    """PEFT's `use_qalora` with bf16 adapters, its fastest form."""
+    return on_gptqmodel(model, spec, adapters_fp32=False)
+
+
+def use_qalora_fp32(model: nn.Module, spec: dict[str, Any]) -> nn.Module:
+    """PEFT's `use_qalora` as PEFT makes it: fp32 adapters."""
+    return on_gptqmodel(model, spec, adapters_fp32=True)
 
 
 def qlora_nf4(model: nn.Module, spec: dict[str, Any]) -> nn.Module:
@@ -144,7 +156,9 @@ def qlora_nf4(model: nn.Module, spec: dict[str, Any]) -> nn.Module:
     return get_peft_model(model, lora_config(spec), autocast_adapter_dtype=False)
 
 
-VARIANTS = {f.__name__: f for f in (frozen, lora, lora_fp32, qalora, use_qalora, qlora_nf4)}
+VARIANTS = {
+    f.__name__: f for f in (frozen, lora, lora_fp32, qalora, use_qalora, use_qalora_fp32, qlora_nf4)
+}
 
 
 # ---- the step
@@ -226,6 +240,8 @@ def main() -> None:
     except Exception as error:
         answer(error=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
         return
+    if device == "cpu":
+        torch.set_num_threads(spec["threads"])  # a library may have changed it
     weights = sum(t.untyped_storage().nbytes() for t in [*model.parameters(), *model.buffers()])
     answer(ready=True, torch=torch.__version__, weight_bytes=weights)
     reset_peak(device)

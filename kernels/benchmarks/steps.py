@@ -18,7 +18,11 @@ HERE = Path(__file__).resolve().parent
 ENVIRONMENTS = HERE.parents[1] / "integration" / "envs" / "build.py"
 
 # variant -> the module that it needs, and the environment of integration/envs that has it
-PEER_NEEDS = {"use_qalora": ("gptqmodel", "gptqmodel"), "qlora_nf4": ("bitsandbytes", "axolotl")}
+PEER_NEEDS = {
+    "use_qalora": ("gptqmodel", "gptqmodel"),
+    "use_qalora_fp32": ("gptqmodel", "gptqmodel"),
+    "qlora_nf4": ("bitsandbytes", "axolotl"),
+}
 WARM_UP = 2
 
 

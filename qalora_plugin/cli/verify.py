@@ -1,8 +1,9 @@
-"""`qalora verify`: prove that a merged checkpoint is its base with its adapter."""
+"""`qalora verify`: prove what a merged checkpoint, or an export of one, is."""
 
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from typing import Any
 
 
@@ -10,13 +11,20 @@ def add_parser(subparsers: Any) -> None:
     """Add the subcommand."""
     parser = subparsers.add_parser(
         "verify",
-        help="prove that a merged checkpoint is its base with its adapter",
+        help="prove that a merged checkpoint is its base with its adapter, or an export exact",
         description="Compare a merged checkpoint with base and adapter: every tensor bit for bit, "
         "and every layer's outputs with the formula of the code that trained the adapter. "
-        "Exit status 1 if anything differs.",
+        "Or compare what `qalora export` wrote with the merged model, dequantized by the library "
+        "of the runtime that it is for. Exit status 1 if anything differs.",
     )
-    parser.add_argument("merged", help="directory of the merged checkpoint")
-    parser.add_argument("--adapter", required=True, help="the adapter that was merged")
+    parser.add_argument("merged", help="the merged checkpoint, or with --against an export")
+    kind = parser.add_mutually_exclusive_group(required=True)
+    kind.add_argument("--adapter", help="the adapter that was merged")
+    kind.add_argument(
+        "--against",
+        metavar="MERGED",
+        help="compare an export with the merged model (a lora export: with the adapter)",
+    )
     parser.add_argument(
         "--base",
         metavar="DIR",
@@ -40,21 +48,29 @@ def main(args: argparse.Namespace) -> int:
     """Run it; progress goes to stderr, the report to stdout."""
     from tqdm import tqdm
 
-    from ..verify import verify_merge
-
     with tqdm(desc="verifying", unit="layer", file=sys.stderr) as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
-        report = verify_merge(
-            args.merged,
-            args.adapter,
-            args.base,
-            logits=args.logits,
-            reference=args.reference,
-            progress=progress,
-        )
+        report = _verify(args, progress)
     print(json.dumps(report.as_dict()) if args.json else report.as_text())
     return 0
+
+
+def _verify(args: argparse.Namespace, progress: Callable[[int, int], None]) -> Any:
+    if args.against is not None:
+        from ..export.verify import verify_export
+
+        return verify_export(args.merged, args.against, progress=progress)
+    from ..verify import verify_merge
+
+    return verify_merge(
+        args.merged,
+        args.adapter,
+        args.base,
+        logits=args.logits,
+        reference=args.reference,
+        progress=progress,
+    )

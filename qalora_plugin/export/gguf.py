@@ -10,7 +10,7 @@ Norms are F32, other dense tensors keep their dtype.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -122,7 +122,7 @@ class _Export:
     source: QuantizedCheckpoint
     metadata: Metadata
     reasons: dict[str, str]
-    names: dict[str, str] = field(default_factory=dict)  # GGUF's name by the source's, in order
+    names: dict[str, str]
     rounding: float = 0.0
 
 
@@ -138,8 +138,7 @@ def export(source: str | Path, out: str | Path, *, progress: Progress | None) ->
     act_order = checkpoint.config.desc_act
     found = {name: obstacle(spec, act_order) for name, spec in checkpoint.layers.items()}
     reasons = {name: why for name, why in found.items() if why is not None}
-    state = _Export(checkpoint, metadata, reasons)
-    _name_tensors(state, gguf)
+    state = _Export(checkpoint, metadata, reasons, tensor_names(checkpoint, metadata, gguf))
     with atomic_file(target) as partial:
         writer = gguf.GGUFWriter(partial, metadata.architecture.name)
         _add_general(writer, state, gguf)
@@ -157,34 +156,35 @@ def export(source: str | Path, out: str | Path, *, progress: Progress | None) ->
     return ExportResult(target, "gguf", layers, exactness, reasons)
 
 
-def _name_tensors(state: _Export, gguf: ModuleType) -> None:
-    """Find GGUF's name of every tensor, or stop before anything is written."""
-    kind = next(
-        key
-        for key, value in gguf.MODEL_ARCH_NAMES.items()
-        if value == state.metadata.architecture.name
-    )
-    table = gguf.get_tensor_name_map(kind, state.metadata.config.num_hidden_layers)
-    source = state.source
-    tied = bool(state.metadata.config.tie_word_embeddings)
-    dense_names = set(source.dense_names)
+def tensor_names(
+    source: QuantizedCheckpoint, metadata: Metadata, gguf: ModuleType
+) -> dict[str, str]:
+    """GGUF's name by the source's, in the order of its files; a layer is its `qweight`.
+
+    Raises:
+        CheckpointError: llama.cpp has no place for a tensor.
+    """
+    architecture = metadata.architecture.name
+    kind = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    table = gguf.get_tensor_name_map(kind, metadata.config.num_hidden_layers)
+    tied = bool(metadata.config.tie_word_embeddings)
+    other = set(source.dense_names)
+    names = {}
     for tensor in source.reader.tensors:
         layer, _, part = tensor.rpartition(".")
-        if tensor in dense_names:
-            wanted = tensor
-        elif part == "qweight":
-            wanted = f"{layer}.weight"
-        else:
+        if tensor not in other and part != "qweight":
             continue
+        wanted = tensor if tensor in other else f"{layer}.weight"
         if tied and wanted == "lm_head.weight":
             continue  # a copy of the embedding
         name = table.get_name(wanted, try_suffixes=(".weight", ".bias"))
         if name is None:
             raise CheckpointError(
-                f"{source.directory}: llama.cpp's {state.metadata.architecture.name} has no place "
-                f"for the tensor {tensor}."
+                f"{source.directory}: llama.cpp's {architecture} has no place for the tensor "
+                f"{tensor}."
             )
-        state.names[tensor] = name
+        names[tensor] = name
+    return names
 
 
 def _add_general(writer: Any, state: _Export, gguf: ModuleType) -> None:

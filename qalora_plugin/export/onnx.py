@@ -43,7 +43,7 @@ from .walk import (
 
 EXACTNESS = "Exact in fp32 (to its rounding, 1e-6 of a weight)."
 MODEL_FILE, DATA_FILE = "model.onnx", "model.onnx.data"
-_DOMAIN = "com.microsoft"
+DOMAIN = "com.microsoft"
 _BLOCKS = (256, 128, 64, 32, 16)
 _ALIGNMENT = 64
 _COPY_BYTES = 16 << 20
@@ -250,7 +250,7 @@ def _products(
                 [node.input[0], *constants],
                 [f"{terms[-1]}/output"],
                 terms[-1],
-                domain=_DOMAIN,
+                domain=DOMAIN,
                 **values,
             )
         outputs = [f"{term}/output" for term in terms]
@@ -285,7 +285,7 @@ def _written(name: str, tensors: dict[str, torch.Tensor], new: BinaryIO) -> Iter
     types = {torch.uint8: TensorProto.UINT8, torch.float32: TensorProto.FLOAT}
     for part, tensor in tensors.items():
         start = _aligned(new)
-        new.write(memoryview(tensor.contiguous().numpy()).cast("B"))
+        new.write(tensor.contiguous().numpy().tobytes())
         result = TensorProto(
             name=f"{name}.{part}", data_type=types[tensor.dtype], dims=tensor.shape
         )

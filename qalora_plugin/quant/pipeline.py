@@ -26,6 +26,7 @@ from .blocks import find_blocks
 from .calibration import Calibration, calibration_windows
 from .config import QALoRAQuantConfig
 from .gptq import GPTQSettings
+from .memory import release_freed_memory
 from .resume import Report, leftovers, resume_tag
 from .rtn import rtn
 from .shards import BlockShards, Solved
@@ -142,7 +143,7 @@ def quantize_model(
     source = ModelSource(directory, trust_remote_code)
     specs = _choose_layers(source, config)
     if format != "qalora":
-        _check_stock_sizes(specs)
+        _check_stock(specs, format, config)
     windows = None
     if method == "gptq":
         length = _fitting_length(source.model.config, seq_len)
@@ -256,7 +257,12 @@ def _compute_dtype(model: PreTrainedModel, device: torch.device) -> torch.dtype:
     return torch.float32 if model.dtype == torch.float16 and device.type == "cpu" else model.dtype
 
 
-def _check_stock_sizes(specs: dict[str, QuantSpec]) -> None:
+def _check_stock(specs: dict[str, QuantSpec], format: str, config: QALoRAQuantConfig) -> None:
+    """Refuse now what `write_stock_gptq` would refuse when all is quantized."""
+    if format == "gptq" and config.dynamic:
+        raise ConfigError(
+            "format 'gptq' holds one grid for all layers: leave out dynamic, or use 'gptq_v2'"
+        )
     for name, spec in specs.items():
         if spec.in_features % 32 or spec.out_features % 32:
             raise ConfigError(
@@ -360,6 +366,7 @@ class _Job:
                     shards.restore(index, walk)
             if walk is not None:
                 walk.leave(index)
+            release_freed_memory()
 
     def _data_free(self, layers: list[str]) -> Solved:
         for layer in layers:

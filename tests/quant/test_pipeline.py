@@ -11,10 +11,12 @@ import qalora_plugin
 from qalora_plugin.checkpoint.base import open_quantized
 from qalora_plugin.checkpoint.manifest import check_manifest
 from qalora_plugin.errors import CheckpointError, ConfigError, OutputError, QuantizationError
+from qalora_plugin.quant import shards
 from qalora_plugin.quant.gptq import Hessian, calibrated_error
 from qalora_plugin.quant.linear import QuantLinear
 from qalora_plugin.quant.pipeline import quantize_model
 from qalora_plugin.quant.rtn import rtn
+from qalora_plugin.quant.source import ModelSource
 from qalora_plugin.quickstart.data import base_model_path
 
 from .models import ARCHITECTURES, save, token_ids
@@ -196,6 +198,34 @@ def test_the_same_twice(tmp_path):
         assert path.read_bytes() == (runs[1] / path.name).read_bytes()
 
 
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_one_block_in_memory_at_a_time(method, tmp_path, monkeypatch):
+    source = save("llama", tmp_path / "source")
+    held = []
+    original = shards.pack_layer
+
+    def pack_layer(name, weight, spec):
+        real = [n for n, p in models[0].named_parameters() if not p.is_meta]
+        held.append((name, real))
+        return original(name, weight, spec)
+
+    models = []
+    fill = ModelSource.__init__
+
+    def remember(self, *args, **kwargs):
+        fill(self, *args, **kwargs)
+        models.append(self.model)
+
+    monkeypatch.setattr(ModelSource, "__init__", remember)
+    monkeypatch.setattr(shards, "pack_layer", pack_layer)
+    _quantize(source, tmp_path / "out", method=method)
+    assert len(held) == 14
+    for name, real in held:
+        block = name.split(".")[:3]
+        assert all(other.split(".")[:3] == block for other in real), name
+        assert bool(real) == (method == "gptq")
+
+
 def test_half_precision_shards(tmp_path):
     source = save("llama", tmp_path / "source", torch.bfloat16, max_shard_size="20KB")
     assert len(list(source.glob("*.safetensors"))) > 2
@@ -218,6 +248,7 @@ def test_half_precision_shards(tmp_path):
         ({"format": "awq"}, "format must be one of"),
         ({"format": "gptq", "zero_points": "real"}, "integer zero-points only"),
         ({"format": "gptq"}, "multiples of 32"),
+        ({"format": "gptq", "dynamic": {"*.q_proj": {"bits": 8}}}, "one grid for all layers"),
         ({"method": "rtn", "desc_act": True}, "desc_act"),
         ({"seq_len": 4096}, "seq_len 4096 is more than the 2048"),
         ({"dynamic": {"*.nothing": {"bits": 8}}}, "matches none of the layers"),

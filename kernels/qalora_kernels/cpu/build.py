@@ -8,6 +8,7 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -17,6 +18,7 @@ from pathlib import Path
 import torch
 
 _HERE = Path(__file__).parent
+_TIMEOUT = 300  # seconds; a compiler that waits for a licence or a dead mount must not hang us
 _COMMON_FLAGS = ("-O2", "-fopenmp", "-fPIC", "-shared")
 # torch reports an instruction set only where all of these are there; -march=native could pick
 # more, and then a cache on a shared home directory would crash on the neighbouring machine
@@ -26,8 +28,11 @@ _INSTRUCTION_SETS = {
 }
 
 
-def _compiler() -> str | None:
-    return os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
+def _compiler() -> list[str]:
+    """The command that `CC` names, else cc or gcc; empty where there is none."""
+    named = shlex.split(os.environ.get("CC", ""))
+    found = shutil.which("cc") or shutil.which("gcc")
+    return named or ([found] if found else [])
 
 
 def _cache_dir() -> Path:
@@ -35,16 +40,30 @@ def _cache_dir() -> Path:
     return Path(base).expanduser().absolute() / "qalora-plugin" / "cpu"
 
 
-def _keep(built: Path, target: Path) -> Path:
-    """Move a built library into the cache, by a rename; leave it where it is if that fails."""
-    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+def _is_writable(directory: Path) -> bool:
     try:
-        target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        shutil.copyfile(built, partial)
-        os.replace(partial, target)
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError:
-        return built
-    return target
+        return False
+    return os.access(directory, os.W_OK)
+
+
+def _compile(command: list[str], source: Path, target: Path) -> ctypes.CDLL:
+    """Compile to `target` by way of a rename; to a temporary file where it cannot be written.
+
+    Raises:
+        OSError: no compiler, or what it made does not load.
+        subprocess.SubprocessError: it failed.
+    """
+    writable = _is_writable(target.parent)
+    with tempfile.TemporaryDirectory(dir=target.parent if writable else None) as scratch:
+        built = Path(scratch) / target.name
+        run = [*command, "-o", str(built), str(source)]
+        subprocess.run(run, check=True, capture_output=True, text=True, timeout=_TIMEOUT)
+        if not writable:
+            return ctypes.CDLL(str(built))  # stays loaded when the file is gone
+        os.replace(built, target)
+    return ctypes.CDLL(str(target))
 
 
 @functools.cache
@@ -61,21 +80,17 @@ def library(source: str, flags: tuple[str, ...] = ()) -> ctypes.CDLL | None:
     """
     compiler = _compiler()
     machine = _INSTRUCTION_SETS.get(torch.backends.cpu.get_cpu_capability(), ())
-    command = [compiler or "cc", *_COMMON_FLAGS, *machine, *flags]
+    command = [*compiler, *_COMMON_FLAGS, *machine, *flags]
     text = (_HERE / "layer.h").read_bytes() + (_HERE / source).read_bytes()
     digest = hashlib.sha256(text + " ".join([*command, platform.machine()]).encode()).hexdigest()
     path = _cache_dir() / f"{Path(source).stem}-{digest[:16]}.so"
     try:
         if path.exists():
             return ctypes.CDLL(str(path))
-        if compiler is None:
+        if not compiler:
             raise OSError("no C compiler found (cc or gcc, or the one that CC names)")
-        with tempfile.TemporaryDirectory() as scratch:
-            built = Path(scratch) / path.name
-            run = [*command, "-o", str(built), str(_HERE / source)]
-            subprocess.run(run, check=True, capture_output=True, text=True)
-            return ctypes.CDLL(str(_keep(built, path)))
-    except (OSError, subprocess.CalledProcessError) as error:
+        return _compile(command, _HERE / source, path)
+    except (OSError, subprocess.SubprocessError) as error:
         reason = getattr(error, "stderr", None) or error
         warnings.warn(
             f"{source} of qalora_kernels cannot be compiled, plain PyTorch runs instead, several "

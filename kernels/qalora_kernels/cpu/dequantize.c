@@ -4,9 +4,7 @@
 #include "layer.h"
 
 INLINE vf load_bf16(const uint16_t *p, int64_t count) {
-    vh v = {0};
-    memcpy(&v, p, (count < LANES ? count : LANES) * sizeof(uint16_t));
-    return (vf)(__builtin_convertvector(v, vu) << 16);
+    return (vf)(__builtin_convertvector(load_h(p, count), vu) << 16);
 }
 
 /* To nearest even; NaN stays NaN. */
@@ -18,10 +16,12 @@ INLINE void store_bf16(uint16_t *p, vf v, int64_t count) {
     memcpy(p, &h, (count < LANES ? count : LANES) * sizeof(uint16_t));
 }
 
-/* W of input i of a stream: scale * (q - mid) + offset */
-INLINE vf weight(const int32_t *words, const float *scales, const float *offsets, int64_t n,
-                 int64_t i, const int bits, int64_t count) {
-    return centred_code(words, n, i, bits, count) * load_f(scales, count) + load_f(offsets, count);
+/* W of input i of a stream, LANES columns; `at`: where their scales and offsets are */
+INLINE vf weight(const Layer *l, const int32_t *words, int64_t at, int64_t i, const int bits,
+                 int64_t count) {
+    const vf scale = load_grid(l->scales, l->scales_fp16, at, count);
+    const vf offset = load_grid(l->offsets, l->offsets_fp16, at, count);
+    return centred_code(words, l->out_features, i, bits, count) * scale + offset;
 }
 
 /* `body` for each LANES columns of [from, to), with the number of them as a constant but at the end */
@@ -38,11 +38,9 @@ INLINE void dequantize_stream(const Layer *l, const int bits, const int as_bf16,
     const int64_t n = l->out_features, first = stream * STREAM;
     const int32_t *words = l->qweight + stream * bits * n;
     for (int64_t i = 0; i < STREAM && first + i < l->in_features; i++) {
-        const float *scales = l->scales + group_of(l, first + i) * n;
-        const float *offsets = l->offsets + group_of(l, first + i) * n;
-        const int64_t row = (first + i) * n;
+        const int64_t group = group_of(l, first + i) * n, row = (first + i) * n;
         FOR_COLUMNS(c, 0, n, {
-            const vf w = weight(words + c, scales + c, offsets + c, n, i, bits, count);
+            const vf w = weight(l, words + c, group + c, i, bits, count);
             if (as_bf16) store_bf16((uint16_t *)out + row + c, w, count);
             else store_f((float *)out + row + c, w, count);
         })
@@ -67,8 +65,7 @@ INLINE void group_grad_block(const Layer *l, const int bits, const int is_bf16,
         const int64_t group = group_of(l, k) * n;
         FOR_COLUMNS(c, from, to, {
             const int64_t at = group + c;
-            const vf w = weight(words + c, l->scales + at, l->offsets + at, n, k % STREAM, bits,
-                                count);
+            const vf w = weight(l, words + c, at, k % STREAM, bits, count);
             const vf p = is_bf16 ? load_bf16((const uint16_t *)product + k * n + c, count)
                                  : load_f((const float *)product + k * n + c, count);
             store_f(out + at, load_f(out + at, count) + w * p, count);

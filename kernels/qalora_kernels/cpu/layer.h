@@ -25,10 +25,11 @@ typedef uint16_t vh __attribute__((vector_size(2 * LANES)));
 
 typedef struct {
     const int32_t *qweight; /* [ceil(K/32)*bits, N] */
-    const float *scales;    /* [G, N] */
-    const float *offsets;   /* [G, N] */
+    const void *scales;     /* [G, N], fp16 or fp32 */
+    const void *offsets;    /* [G, N], fp16 or fp32 */
     const int32_t *g_idx;   /* [K] or NULL */
     int64_t bits, group_size, in_features, out_features;
+    int64_t scales_fp16, offsets_fp16;
 } Layer;
 
 /* Every bit width gets its own code, with shifts and masks as constants. */
@@ -51,6 +52,11 @@ INLINE vu load_u(const int32_t *p, int64_t count) {
     memcpy(&v, p, (count < LANES ? count : LANES) * sizeof(int32_t));
     return v;
 }
+INLINE vh load_h(const uint16_t *p, int64_t count) {
+    vh v = {0};
+    memcpy(&v, p, (count < LANES ? count : LANES) * sizeof(uint16_t));
+    return v;
+}
 INLINE void store_f(float *p, vf v, int64_t count) {
     memcpy(p, &v, (count < LANES ? count : LANES) * sizeof(float));
 }
@@ -60,6 +66,23 @@ INLINE void store_f(float *p, vf v, int64_t count) {
 INLINE int64_t block_columns(int64_t n, int threads) {
     const int64_t share = ((n + threads - 1) / threads + 63) / 64 * 64;
     return share < COLUMNS ? share : COLUMNS;
+}
+
+INLINE vf half_to_float(vh h) {
+#ifdef __AVX512F__
+    return (vf)_mm512_cvtph_ps((__m256i)h);
+#else /* a product rebases the exponent, which makes subnormals normal: exact */
+    const vu u = __builtin_convertvector(h, vu);
+    const vf rebased = (vf)((u & 0x7fff) << 13) * 0x1p112f;
+    const vu special = (vu)((u & 0x7c00) == 0x7c00) & 0x7f800000; /* infinity and NaN */
+    return (vf)((vu)rebased | special | (u & 0x8000) << 16);
+#endif
+}
+
+/* LANES scales or offsets from index `at` on */
+INLINE vf load_grid(const void *p, int64_t fp16, int64_t at, int64_t count) {
+    return fp16 ? half_to_float(load_h((const uint16_t *)p + at, count))
+                : load_f((const float *)p + at, count);
 }
 
 INLINE int64_t group_of(const Layer *l, int64_t k) {

@@ -38,8 +38,8 @@ INLINE void multiply_tile(const Layer *l, const int bits, const int rows, const 
     }
 #pragma GCC unroll 8
     for (int v = 0; v < vectors; v++) {
-        const vf scale = load_f(l->scales + at + v * LANES, count);
-        const vf offset = load_f(l->offsets + at + v * LANES, count);
+        const vf scale = load_grid(l->scales, l->scales_fp16, at + v * LANES, count);
+        const vf offset = load_grid(l->offsets, l->offsets_fp16, at + v * LANES, count);
 #pragma GCC unroll 8
         for (int r = 0; r < rows; r++) {
             float *sum = sums + r * COLUMNS + v * LANES;

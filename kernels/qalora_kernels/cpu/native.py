@@ -25,6 +25,7 @@ class _Layer(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("qweight", "scales", "offsets", "g_idx")),
         *((n, ctypes.c_int64) for n in ("bits", "group_size", "in_features", "out_features")),
+        *((n, ctypes.c_int64) for n in ("scales_fp16", "offsets_fp16")),
     ]
 
 
@@ -56,6 +57,12 @@ def _threads(elements: int) -> int:
     return torch.get_num_threads() if elements >= _GRAIN else 1
 
 
+def _grid(values: torch.Tensor) -> torch.Tensor:
+    """Scales or offsets in a dtype that the compiled code reads."""
+    dtype = torch.float16 if values.dtype == torch.float16 else torch.float32
+    return values.to(dtype).contiguous()
+
+
 class _Packed:
     """The C struct of a layer, and the contiguous tensors that it points into."""
 
@@ -67,14 +74,12 @@ class _Packed:
         g_idx: torch.Tensor | None,
         spec: QuantSpec,
     ):
-        self.tensors = (
-            qweight.contiguous(),
-            scales.to(torch.float32).contiguous(),
-            offsets.to(torch.float32).contiguous(),
-            None if g_idx is None else g_idx.contiguous(),
-        )
+        scales, offsets = _grid(scales), _grid(offsets)
+        g_idx = None if g_idx is None else g_idx.contiguous()
+        self.tensors = (qweight.contiguous(), scales, offsets, g_idx)
         sizes = (spec.bits, spec.group_size, spec.in_features, spec.out_features)
-        self.pointer = ctypes.byref(_Layer(*(_address(t) for t in self.tensors), *sizes))
+        halves = (scales.dtype == torch.float16, offsets.dtype == torch.float16)
+        self.pointer = ctypes.byref(_Layer(*(_address(t) for t in self.tensors), *sizes, *halves))
 
 
 def dequantize(
