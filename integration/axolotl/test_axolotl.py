@@ -138,16 +138,22 @@ def test_wrong_configs_are_refused(driven: Driven, key: str, allowed: str) -> No
     assert allowed in message
 
 
-def test_two_ranks(axolotl: Axolotl, work: Path, small: Path) -> None:
-    """One quantized base and one merged directory."""
-    out = work / "ranks" / "out"
-    settings = {"output_dir": str(out), "max_steps": 2}
+@pytest.mark.parametrize("deepspeed", [None, "recipes/deepspeed/zero3.json"])
+def test_two_ranks(axolotl: Axolotl, work: Path, small: Path, deepspeed: str | None) -> None:
+    """DDP and ZeRO-3: one quantized base, for both runs, and one merged directory each."""
+    folder = work / "ranks"
+    folder.mkdir(exist_ok=True)
+    out = folder / ("zero3" if deepspeed else "ddp")
+    settings = {"output_dir": str(out), "max_steps": 2, "deepspeed": deepspeed}
     torchrun = [axolotl.python.parent / "torchrun", "--nproc_per_node", 2]
     command = [HERE / "two_ranks.py", small, json.dumps(settings)]
-    axolotl.run(*torchrun, *command, log=work / "ranks.log")
-    bases = [path for path in (work / "ranks" / "quantized_bases").iterdir() if path.is_dir()]
+    axolotl.run(*torchrun, *command, log=work / f"{out.name}.log")
+    bases = [path for path in (folder / "quantized_bases").iterdir() if path.is_dir()]
     assert len(bases) == 1
     assert sorted(path.name for path in out.glob("*merged*")) == ["merged"]
+    state = json.loads((out / "checkpoint-2" / "trainer_state.json").read_text())
+    assert state["log_history"][-1]["qalora/offset_change"] > 0
+    assert state["epoch"] > 0.15  # of 43 rows, two steps of two rows on each of two ranks
     command = [axolotl.python, "-m", "qalora_plugin", "verify", out / "merged"]
     axolotl.run(*command, "--adapter", out, log=work / "verify-ranks.log")
 

@@ -42,7 +42,8 @@ def main() -> None:
 
     tokens = post("/tokenize", {"content": asked["text"], "add_special": True})["tokens"]
     vocabulary = len(asked["expected"])
-    body = {"prompt": asked["ids"], "n_predict": 1, "n_probs": vocabulary, "temperature": 0}
+    # an end of text would come without its probabilities
+    body = {"prompt": asked["ids"], "n_predict": 1, "n_probs": vocabulary, "ignore_eos": True}
     first = post("/completion", body)["completion_probabilities"][0]["top_logprobs"]
     logprobs = [0.0] * vocabulary
     for entry in first:

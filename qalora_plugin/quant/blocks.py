@@ -22,24 +22,36 @@ class _StopForwardError(Exception):
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Name and list of a model's repeated blocks: the `nn.ModuleList` with the most weights.
+    """Name and list of a model's repeated blocks.
+
+    That is the `nn.ModuleList` with the most weights, among those of parts that read tokens: not
+    those of vision or audio towers.
 
     Raises:
         ConfigError: the model has no such list.
     """
-    lists: dict[str, nn.ModuleList] = {}
+    reads = {
+        name: module.main_input_name
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "main_input_name", None), str)
+    }
+    sizes: dict[str, int] = {}
     for name, module in model.named_modules():
-        nested = any(name.startswith(outer + ".") for outer in lists)
-        if isinstance(module, nn.ModuleList) and not nested:
-            lists[name] = module
-    sizes = {name: sum(p.numel() for p in found.parameters()) for name, found in lists.items()}
-    if not sizes or max(sizes.values()) == 0:
+        if not isinstance(module, nn.ModuleList):
+            continue
+        nested = any(name.startswith(outer + ".") for outer in sizes)
+        owners = [owner for owner in reads if not owner or name.startswith(owner + ".")]
+        if not nested and (not owners or reads[max(owners, key=len)] == "input_ids"):
+            sizes[name] = sum(parameter.numel() for parameter in module.parameters())
+    if not any(sizes.values()):
         raise ConfigError(
             f"{type(model).__name__}: expected an nn.ModuleList of transformer blocks, found none; "
             "this architecture cannot be quantized block by block"
         )
     name = max(sizes, key=lambda key: sizes[key])
-    return name, lists[name]
+    blocks = model.get_submodule(name)
+    assert isinstance(blocks, nn.ModuleList)
+    return name, blocks
 
 
 @dataclass
@@ -99,8 +111,8 @@ def record(
             if not in_order or not isinstance(hidden, torch.Tensor):
                 raise ConfigError(
                     f"{type(model).__name__}: expected its blocks to be called in order, each on "
-                    f"the hidden states of the one before; block {index} is not. This architecture "
-                    "cannot be quantized block by block; use method rtn"
+                    f"the hidden states of the one before; block {index} is not. GPTQ cannot go "
+                    "through this architecture block by block: use method rtn"
                 )
             called += 1
             recording.calls[index].append(_share(_without_hidden(args, kwargs), shared))
@@ -127,8 +139,8 @@ def record(
             except _StopForwardError:
                 continue
             raise ConfigError(
-                f"{type(model).__name__}: {called} of its {len(blocks)} blocks were called; this "
-                "architecture cannot be quantized block by block; use method rtn"
+                f"{type(model).__name__}: {called} of its {len(blocks)} blocks were called. GPTQ "
+                "cannot go through this architecture block by block: use method rtn"
             )
     finally:
         for block in blocks:

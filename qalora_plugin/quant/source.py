@@ -131,5 +131,6 @@ def _empty_model(
             )
         else:
             model = model_class._from_config(config)
-    model.config.use_cache = False
+    for part in (model.config, model.config.get_text_config()):
+        part.use_cache = False  # a cache would grow with every run of a block
     return model.eval()

@@ -1,5 +1,6 @@
 """What the CPU backend does beyond the contract that `test_operators` holds every backend to."""
 
+import functools
 import subprocess
 import threading
 import warnings
@@ -17,7 +18,7 @@ def fresh_cache(tmp_path, monkeypatch):
     """Nothing compiled yet; what other tests have loaded comes back afterwards."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     loaded = build.library
-    monkeypatch.setattr(native, "library", loaded.__wrapped__)
+    monkeypatch.setattr(native, "library", functools.cache(loaded.__wrapped__))
     return tmp_path / "qalora-plugin" / "cpu"
 
 
@@ -39,6 +40,25 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def shared_cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("instruction_sets")
+
+
+@pytest.fixture(params=["AVX512", "AVX2", "DEFAULT"])
+def instruction_set(request, compiled, fresh_cache, shared_cache, monkeypatch):
+    """Code for each instruction set that this machine has."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(shared_cache))
+    order = ["DEFAULT", "AVX2", "AVX512"]
+    best = torch.backends.cpu.get_cpu_capability()
+    if request.param != best and (
+        best not in order or order.index(request.param) > order.index(best)
+    ):
+        pytest.skip(f"this machine has {best}")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: request.param)
+    return request.param
 
 
 def make_layer(bits=4, in_features=96, out_features=70, group_size=32, act_order=False):
@@ -77,6 +97,30 @@ def test_compiled_dequantize_has_the_bits_of_plain_pytorch(bits, dtype, compiled
     for count in (1, 2):
         threads(count)
         assert torch.equal(cpu.dequantize(*layer, dtype), expected)
+
+
+def test_every_instruction_set(instruction_set, few_rows):
+    for bits in (2, 3, 4, 8):
+        qweight, scales, offsets, g_idx, spec = make_layer(bits, in_features=172, out_features=101)
+        for grid in (torch.float32, torch.float16):
+            layer = (qweight, scales.to(grid), offsets.to(grid), g_idx, spec)
+            weight_t = torch_backend.dequantize(*layer, torch.float32)
+            assert torch.equal(cpu.dequantize(*layer, torch.float32), weight_t)
+            bf16 = torch_backend.dequantize(*layer, torch.bfloat16)
+            assert torch.equal(cpu.dequantize(*layer, torch.bfloat16), bf16)
+            for rows in (1, 6):
+                x = torch.randn(rows, 172, generator=torch.Generator().manual_seed(rows))
+                out = cpu.linear(x, *layer[:4], None, spec)
+                torch.testing.assert_close(out, x @ weight_t, rtol=1e-4, atol=1e-4 * 2**bits)
+
+
+def test_every_fp16_number_is_read_exactly(instruction_set):
+    values = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.float16).view(64, 1024)
+    spec = QuantSpec(8, 1, 64, 1024)
+    mid = pack(torch.full((64, 1024), spec.mid), 8)  # then W is the offsets
+    out = cpu.dequantize(mid, torch.ones(64, 1024), values, None, spec, torch.float32)
+    assert torch.equal(out.nan_to_num(), values.float().nan_to_num())
+    assert torch.equal(out.isnan(), values.isnan())
 
 
 def test_what_is_not_finite_stays_so(compiled):
@@ -135,6 +179,7 @@ def test_the_library_is_compiled_once(compiled, fresh_cache, monkeypatch):
     assert native.library("dequantize.c") is not None
     assert len(list(fresh_cache.glob("dequantize-*.so"))) == 1
     assert len(list(fresh_cache.iterdir())) == 1  # no scratch files
+    native.library.cache_clear()  # as a new process would start
 
     def refuse(*args, **kwargs):
         raise AssertionError("compiled again")
@@ -159,7 +204,7 @@ def test_without_a_compiler_plain_pytorch_serves(compiler, fresh_cache, few_rows
         out = cpu.linear(x, *layer[:4], None, layer[4])
     assert torch.equal(out, torch_backend.linear(x, *layer[:4], None, layer[4]))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)
+        warnings.simplefilter("error")  # once is enough
         grad = cpu.weighted_group_grad(dy, x, *layer)
         dx = cpu.grad_input(dy, *layer)
     assert torch.equal(grad, torch_backend.weighted_group_grad(dy, x, *layer))

@@ -8,6 +8,7 @@ import transformers as tf
 _COMMON = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 _GATED = {**_COMMON, "intermediate_size": 43, "num_key_value_heads": 2, "head_dim": 8}
 _PLAIN = {**_COMMON, "intermediate_size": 48}
+_VISION = {key: value for key, value in _PLAIN.items() if key != "vocab_size"}
 
 ARCHITECTURES = {
     "llama": lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**_GATED)),
@@ -18,6 +19,17 @@ ARCHITECTURES = {
     "gemma3": lambda: tf.Gemma3ForCausalLM(
         tf.Gemma3TextConfig(
             **_GATED, sliding_window=6, layer_types=["sliding_attention", "full_attention"]
+        )
+    ),
+    # with a vision tower, which stays as it is
+    "gemma3_multimodal": lambda: tf.Gemma3ForConditionalGeneration(
+        tf.Gemma3Config(
+            text_config={**_GATED, "sliding_window": 6},
+            vision_config={**_VISION, "image_size": 28, "patch_size": 14},
+            mm_tokens_per_image=4,
+            image_token_index=93,
+            boi_token_index=94,
+            eoi_token_index=95,
         )
     ),
     "phi": lambda: tf.PhiForCausalLM(tf.PhiConfig(**_PLAIN)),
@@ -46,4 +58,4 @@ def save(name: str, directory: Path, dtype: torch.dtype = torch.float32, **kwarg
 
 def token_ids(samples: int = 2, seq_len: int = 12) -> torch.Tensor:
     """Calibration token ids."""
-    return torch.randint(0, 96, (samples, seq_len), generator=torch.Generator().manual_seed(1))
+    return torch.randint(0, 90, (samples, seq_len), generator=torch.Generator().manual_seed(1))

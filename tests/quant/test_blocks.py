@@ -13,7 +13,7 @@ from .models import ARCHITECTURES, token_ids
 def _model(name):
     torch.manual_seed(0)
     model = ARCHITECTURES[name]().eval()
-    model.config.use_cache = False
+    model.config.get_text_config().use_cache = False
     return model
 
 

@@ -27,7 +27,7 @@ def slow(self, index):
         print("ready", flush=True)
         time.sleep(60)
 walk.Walk.leave = slow
-ids = torch.randint(0, 96, (2, 12), generator=torch.Generator().manual_seed(1))
+ids = torch.randint(0, 90, (2, 12), generator=torch.Generator().manual_seed(1))
 quantize_model(sys.argv[1], sys.argv[2], bits=3, group_size=16, calibration=ids, seq_len=12)
 """
 

@@ -28,6 +28,9 @@ INLINE void multiply_tile(const Layer *l, const int bits, const int rows, const 
     const int64_t n = l->out_features, at = group_of(l, k) * n + column;
     const int32_t *words = l->qweight + k / STREAM * bits * n + column;
     vf dot[ROWS][VECTORS] = {0};
+    /* the next stream's words: rows are too short for the hardware to see the pattern */
+    for (int v = 0; vectors > 1 && v < vectors * bits; v++)
+        __builtin_prefetch(words + (bits + v / vectors) * n + v % vectors * LANES);
     if (vectors > 1 && end - k == STREAM) {
 #pragma GCC unroll 8
         for (int i = 0; i < STREAM; i++)
