@@ -12,6 +12,7 @@ import torch
 from measure import interleave, ratio, spread
 
 from qalora_kernels import LowRank, QuantSpec, fold, folded_linear, ops, quantized_linear
+from qalora_plugin.quant.linear import QuantLinear
 
 DTYPE = torch.bfloat16
 ROTATION = 100 << 20  # bytes of packed weights that take turns, so that no cache holds the next one
@@ -28,16 +29,18 @@ class Layer:
     @classmethod
     def random(cls, spec: QuantSpec, device: str) -> Layer:
         k, n = spec.in_features, spec.out_features
-        shape = (spec.packed_rows, n)
+        held = QuantLinear(spec, device="meta")  # for the dtypes that the plugin holds
+        shape = held.qweight.shape
         words = torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int32, device=device)
-        scales = torch.full((spec.num_groups, n), 0.01, device=device, dtype=torch.float16)
+        scales = torch.full_like(held.scales, 0.01, device=device)
+        offsets = torch.zeros_like(held.offsets, device=device)
         dense = torch.randn(n, k, device=device, dtype=DTYPE)
-        return cls(spec, (words, scales, torch.zeros_like(scales), None), dense)
+        return cls(spec, (words, scales, offsets, None), dense)
 
     @property
     def packed_bytes(self) -> int:
-        """As stored: integers, and fp16 scales and offsets."""
-        return self.packed[0].numel() * 4 + self.packed[1].numel() * 4
+        """Integers, scales and offsets."""
+        return sum(tensor.nbytes for tensor in self.packed if tensor is not None)
 
 
 def _bits(layer: Layer) -> tuple[int, int]:

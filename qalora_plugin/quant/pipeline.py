@@ -5,6 +5,8 @@ import json
 import logging
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -122,9 +124,6 @@ def quantize_model(
         QuantizationError: a weight or the calibration data cannot be quantized.
         OutputError: the output is not empty, or cannot be written.
     """
-    if isinstance(model, PreTrainedModel):
-        arguments = {key: value for key, value in locals().items() if key != "model"}
-        return _quantize_in_memory(model, arguments)
     AtomicDirectory(out)  # a taken target is refused before the long reading
     zeros = _choose_zero_points(format, zero_points)
     settings = GPTQSettings(ordering="act" if desc_act else ordering, damp=damp, mse=mse)
@@ -139,55 +138,57 @@ def quantize_model(
         dynamic=dynamic,
         method=method,
     )
-    directory = resolve_model_dir(model, revision)
-    source = ModelSource(directory, trust_remote_code)
-    specs = _choose_layers(source, config)
-    if format != "qalora":
-        _check_stock(specs, format, config)
-    windows = None
-    if method == "gptq":
-        length = _fitting_length(source.model.config, seq_len)
-        if tokenizer is None and not isinstance(calibration, torch.Tensor | None):
-            tokenizer = AutoTokenizer.from_pretrained(
-                directory, trust_remote_code=trust_remote_code
+    with _on_disk(model, out, tokenizer, revision) as directory:
+        source = ModelSource(directory, trust_remote_code)
+        specs = _choose_layers(source, config)
+        if format != "qalora":
+            _check_stock(specs, format, config)
+        windows = None
+        if method == "gptq":
+            length = _fitting_length(source.model.config, seq_len)
+            if tokenizer is None and not isinstance(calibration, torch.Tensor | None):
+                tokenizer = AutoTokenizer.from_pretrained(
+                    directory, trust_remote_code=trust_remote_code
+                )
+            windows = calibration_windows(
+                calibration, tokenizer, samples=samples, seq_len=length, seed=seed
             )
-        windows = calibration_windows(
-            calibration, tokenizer, samples=samples, seq_len=length, seed=seed
+            if len(windows) < samples:
+                log.warning("calibration: text for %d of %d samples only", len(windows), samples)
+        name = str(model) if isinstance(model, str) and directory != Path(model) else directory.name
+        config.base = _describe(name, zeros, settings, windows, seed)
+        job = _Job(
+            source=source,
+            config=config,
+            specs=specs,
+            settings=settings,
+            integer_zeros=zeros == "integer",
+            windows=windows,
+            dtype=dtype or _compute_dtype(source.model, torch.device(device)),
+            device=torch.device(device),
+            resumable=not isinstance(model, PreTrainedModel),
+            progress=progress,
         )
-        if len(windows) < samples:
-            log.warning("calibration: text for %d of %d samples only", len(windows), samples)
-    config.base = _describe(model, zeros, settings, windows, seed)
-    job = _Job(
-        source=source,
-        config=config,
-        specs=specs,
-        settings=settings,
-        integer_zeros=zeros == "integer",
-        windows=windows,
-        dtype=dtype or _compute_dtype(source.model, torch.device(device)),
-        device=torch.device(device),
-        progress=progress,
-    )
-    if format == "qalora":
-        return job.run(Path(out))
-    # written in our format first, in a hidden sibling that a resumed run finds again
-    target = AtomicDirectory(out).target
-    first = target.with_name(f".{target.name}.qalora-{job.tag()}")
-    result = job.run(first) if not first.exists() else job.result_of(first)
-    written = write_stock_gptq(first, target, format)
-    shutil.rmtree(first)
-    return dataclasses.replace(result, out=written)
+        return job.run(Path(out)) if format == "qalora" else job.run_stock(Path(out), format)
 
 
-def _quantize_in_memory(model: PreTrainedModel, arguments: dict[str, Any]) -> QuantizeResult:
-    """Save the model beside its output, so that it takes the same way as one on disk."""
-    target = AtomicDirectory(arguments["out"]).target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.source-") as path:
-        model.save_pretrained(path)
-        if arguments["tokenizer"] is not None:
-            arguments["tokenizer"].save_pretrained(path)
-        return quantize_model(path, **arguments)
+@contextmanager
+def _on_disk(
+    model: str | Path | PreTrainedModel, out: str | Path, tokenizer: Any, revision: str | None
+) -> Iterator[Path]:
+    """The model's directory; a model in memory is saved beside its output for as long."""
+    if not isinstance(model, PreTrainedModel):
+        yield resolve_model_dir(model, revision)
+        return
+    parent = AtomicDirectory(out).target.parent
+    parent.mkdir(parents=True, exist_ok=True)
+    name = Path(model.name_or_path).name or type(model).__name__
+    with tempfile.TemporaryDirectory(dir=parent, prefix=".qalora-source-") as temporary:
+        directory = Path(temporary) / name
+        model.save_pretrained(directory)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(directory)
+        yield directory
 
 
 def _choose_zero_points(format: str, zero_points: str | None) -> str:
@@ -272,14 +273,13 @@ def _check_stock(specs: dict[str, QuantSpec], format: str, config: QALoRAQuantCo
 
 
 def _describe(
-    model: str | Path,
+    name: str,
     zero_points: str,
     settings: GPTQSettings,
     windows: torch.Tensor | None,
     seed: int,
 ) -> dict[str, Any]:
     """The record of where the integers came from."""
-    name = Path(model).name if Path(model).is_dir() else str(model)
     made: dict[str, Any] = {"name_or_path": name, "zero_points": zero_points}
     if windows is not None:
         made |= dataclasses.asdict(settings)
@@ -299,6 +299,7 @@ class _Job:
     windows: torch.Tensor | None
     dtype: torch.dtype
     device: torch.device
+    resumable: bool
     progress: bool
 
     def tag(self) -> str:
@@ -312,7 +313,7 @@ class _Job:
 
     def run(self, out: Path) -> QuantizeResult:
         """Write the directory."""
-        target = AtomicDirectory(out, resume_tag=self.tag())
+        target = AtomicDirectory(out, resume_tag=self.tag() if self.resumable else None)
         for path in leftovers(target.target, target.partial):
             log.warning(
                 "%s: left by an interrupted run with other settings, data or source; starting "
@@ -333,6 +334,16 @@ class _Job:
             text = json.dumps(final, indent=2, sort_keys=True) + "\n"
             (partial / CONFIG_FILE).write_text(text, encoding="utf-8")
         return dataclasses.replace(self.result_of(target.target), resumed=sum(shards.finished))
+
+    def run_stock(self, out: Path, format: str) -> QuantizeResult:
+        """Write a stock GPTQ directory, by way of one in our format."""
+        target = AtomicDirectory(out).target
+        # a hidden sibling, which a resumed run finds again
+        first = target.with_name(f".{target.name}.qalora-{self.tag()}")
+        result = self.result_of(first) if first.exists() else self.run(first)
+        written = write_stock_gptq(first, target, format)
+        shutil.rmtree(first)
+        return dataclasses.replace(result, out=written)
 
     def result_of(self, out: Path) -> QuantizeResult:
         """The result that a finished directory holds."""

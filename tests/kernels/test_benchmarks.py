@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from qalora_kernels import QuantSpec
+from qalora_plugin.quant.linear import QuantLinear
+
 BENCHMARKS = Path(__file__).parents[2] / "kernels" / "benchmarks"
 TINY_STEP = {
     "device": "cpu",
@@ -46,8 +49,10 @@ def test_operators_beside_their_peers(monkeypatch):
     assert ("linear forward+backward, r=4", "lora", 8) in timed
     for row in timed.values():
         assert 0 < row["seconds_min"] <= row["seconds_median"] <= row["seconds_max"]
-    # 4 bits an input, and fp16 scales and offsets for 2 groups
-    packed, activations = 64 * 96 // 2 + 2 * 2 * 96 * 2, (64 + 96) * 2
+    # 4 bits an input, and the scales and offsets of 2 groups
+    held = QuantLinear(QuantSpec(4, 32, 64, 96), device="meta")
+    grids = 2 * 96 * (held.scales.element_size() + held.offsets.element_size())
+    packed, activations = 64 * 96 // 2 + grids, (64 + 96) * 2
     assert timed["linear", "qalora", 1]["bytes_moved"] == packed + activations
     assert timed["linear", "dense", 1]["bytes_moved"] == 64 * 96 * 2 + activations
     missing = {row["variant"]: row["not_run"] for row in rows if "not_run" in row}

@@ -188,11 +188,18 @@ def test_overrides_and_kept_layers(tmp_path):
 
 def test_a_model_in_memory(tmp_path):
     source = save("llama", tmp_path / "source")
+    model = _load(source)
     from_disk = _quantize(source, tmp_path / "disk")
-    from_memory = _quantize(_load(source), tmp_path / "memory")
+    from_memory = _quantize(model, tmp_path / "memory")
     for path in from_disk.out.glob("*.safetensors"):
         assert path.read_bytes() == (from_memory.out / path.name).read_bytes()
-    assert not list(tmp_path.glob(".*"))
+    config = json.loads((from_memory.out / "config.json").read_text())
+    assert config["quantization_config"]["base"]["name_or_path"] == "source"
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
+    with pytest.raises(QuantizationError, match="NaN"):
+        _quantize(model, tmp_path / "damaged", method="rtn")
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "disk", "memory"}
 
 
 def test_the_same_twice(tmp_path):
