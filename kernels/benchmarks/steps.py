@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -91,8 +92,14 @@ class Worker:
         return values
 
     def ask(self, command: str) -> dict[str, Any]:
-        self.process.stdin.write(command + "\n")
-        self.process.stdin.flush()
+        """The answer to `step` or `memory`.
+
+        Raises:
+            Unavailable: the process has ended.
+        """
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write(command + "\n")
+            self.process.stdin.flush()
         return self._read()
 
     def close(self) -> None:
@@ -123,14 +130,22 @@ def run(
         except Unavailable as reason:
             yield {"operator": name, "variant": variant, "not_run": str(reason)}
     times: dict[str, list[float]] = {variant: [] for variant in workers}
-    for number in range(WARM_UP + rounds):
-        for variant, worker in workers.items():
-            seconds = worker.ask("step")["seconds"]
-            if number >= WARM_UP:
-                times[variant].append(seconds)
+    memory: dict[str, dict[str, Any]] = {}
+    for command in ["step"] * (WARM_UP + rounds) + ["memory"]:
+        for variant, worker in list(workers.items()):
+            try:
+                answer = worker.ask(command)
+            except Unavailable as reason:
+                del workers[variant]
+                yield {"operator": name, "variant": variant, "not_run": str(reason)}
+                continue
+            if command == "memory":
+                memory[variant] = answer
+                worker.close()
+            else:
+                times[variant].append(answer["seconds"])
+    times = {variant: samples[WARM_UP:] for variant, samples in times.items()}
     for variant, worker in workers.items():
-        memory = worker.ask("memory")
-        worker.close()
         yield {
             "operator": name,
             "variant": variant,
@@ -140,7 +155,7 @@ def run(
             "rounds": rounds,
             "weight_bytes": worker.ready["weight_bytes"],
             "peer_torch": worker.ready["torch"],
-            **memory,
+            **memory[variant],
             **spread(times[variant], "seconds"),
         }
     for variant in workers:
