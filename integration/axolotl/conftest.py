@@ -87,6 +87,8 @@ def small(work: Path) -> Path:
         "logging_steps": 1,
         "save_strategy": "steps",
         "save_steps": 1,
+        # Axolotl keeps 4 by itself, and would drop the checkpoint that is resumed from by name
+        "save_total_limit": 1000,
     }
     path = work / "small.yaml"
     path.write_text(yaml.safe_dump(recipe))
