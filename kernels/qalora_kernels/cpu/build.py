@@ -28,6 +28,16 @@ _INSTRUCTION_SETS = {
 }
 
 
+def _machine_flags() -> tuple[str, ...]:
+    """Compiler flags for this machine's instruction set; none on one that is not named above."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    flags = _INSTRUCTION_SETS.get(capability, ())
+    products_of_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    if capability == "AVX512" and products_of_bf16 is not None and products_of_bf16():
+        flags = (*flags, "-mavx512bf16")
+    return flags
+
+
 def _compiler() -> list[str]:
     """The command that `CC` names, else cc or gcc; empty where there is none."""
     named = shlex.split(os.environ.get("CC", ""))
@@ -79,8 +89,7 @@ def library(source: str, flags: tuple[str, ...] = ()) -> ctypes.CDLL | None:
         `gcc`), it fails, or its output does not load. A RuntimeWarning then says so, once.
     """
     compiler = _compiler()
-    machine = _INSTRUCTION_SETS.get(torch.backends.cpu.get_cpu_capability(), ())
-    command = [*compiler, *_COMMON_FLAGS, *machine, *flags]
+    command = [*compiler, *_COMMON_FLAGS, *_machine_flags(), *flags]
     text = (_HERE / "layer.h").read_bytes() + (_HERE / source).read_bytes()
     digest = hashlib.sha256(text + " ".join([*command, platform.machine()]).encode()).hexdigest()
     path = _cache_dir() / f"{Path(source).stem}-{digest[:16]}.so"

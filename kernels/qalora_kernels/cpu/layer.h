@@ -16,6 +16,7 @@
 #endif
 
 #define STREAM 32 /* inputs in one bit stream of `bits` words */
+#define TILE 4    /* vectors of columns that share what is loaded for an input */
 #define INLINE static inline __attribute__((always_inline))
 
 typedef float vf __attribute__((vector_size(4 * LANES)));

@@ -133,10 +133,19 @@ def multiply(
     if rows > 1:
         x = torch.nn.functional.pad(x, (0, 0, 0, tiles * rows - m))
         x = x.view(tiles, rows, k).transpose(1, 2)
+    pairs = None
+    if x.dtype == torch.bfloat16:  # two of them fit into a word, for the products of such pairs
+        pairs = torch.empty(tiles * (k // 2) * rows, dtype=torch.int32)
     x = x.to(torch.float32).contiguous()
     y = torch.empty(tiles * rows, spec.out_features)
     threads = _threads(k * spec.out_features)
     _multiply_library().qalora_multiply(
-        packed.pointer, _address(x), _address(y), ctypes.c_int64(tiles), rows, threads
+        packed.pointer,
+        _address(x),
+        _address(pairs),
+        _address(y),
+        ctypes.c_int64(tiles),
+        rows,
+        threads,
     )
     return y[:m]
