@@ -1,11 +1,13 @@
 """Held-out loss of one model under several quantizers, as rows of one JSON file.
 
     PYTHON integration/peers/compare_quantizers.py MODEL_DIR TOKENS.safetensors ROWS.json \\
-        --engine gptqmodel [--bits 4 3 2] [--group-size 32] [--desc-act] [--sym]
+        --engine gptqmodel [--bits 4 3 2] [--draws 0 1 2 3 4] [--group-size 32] [--desc-act] [--sym]
 
-TOKENS holds `calibration` and `heldout`, int64 [sequences, length]. Every engine gets the same
-tokens and is judged by the same float32 loss. Rows that are in ROWS.json already are kept, so
-engines that need different environments fill one file: `gptqmodel` runs in the environment that
+TOKENS holds `calibration`, int64 [draws, sequences, length], and `heldout`, int64 [sequences,
+length]. Every engine gets the same tokens and is judged by the same float32 loss, and by the mean
+KL divergence of its next-token distributions from the 16-bit model's. What stands in ROWS.json
+already is not measured again: a run that was cut short goes on, and engines that need different
+environments fill one file: `gptqmodel` runs in the environment that
 `integration/envs/build.py gptqmodel` makes, `qalora` and `none` (the 16-bit model) in .venv.
 """
 
@@ -15,9 +17,10 @@ import argparse
 import importlib.metadata
 import json
 import os
+import statistics
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,7 @@ os.environ["TORCH_COMPILE_DISABLE"] = "1"  # compiling takes minutes here, runni
 
 import torch
 from safetensors.torch import load_file
+from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 
@@ -36,13 +40,23 @@ class Setting:
     group_size: int | None
     desc_act: bool
     sym: bool
+    draw: int
 
 
 @torch.no_grad()
-def heldout_loss(model: torch.nn.Module, heldout: torch.Tensor) -> float:
-    """Mean next-token cross entropy in nats over heldout int64 [sequences, length]."""
-    losses = [model(input_ids=ids[None], labels=ids[None]).loss.item() for ids in heldout]
-    return sum(losses) / len(losses)
+def judge(
+    model: torch.nn.Module, original: torch.nn.Module, heldout: torch.Tensor
+) -> tuple[float, float]:
+    """Mean next-token cross entropy, and KL(original || model), in nats over heldout int64
+    [sequences, length]."""
+    losses, divergences = [], []
+    for ids in heldout:
+        ours = model(input_ids=ids[None]).logits[0, :-1].float().log_softmax(-1)
+        theirs = original(input_ids=ids[None]).logits[0, :-1].float().log_softmax(-1)
+        losses.append(functional.nll_loss(ours, ids[1:]).item())
+        divergence = functional.kl_div(ours, theirs, reduction="batchmean", log_target=True)
+        divergences.append(divergence.item())
+    return statistics.fmean(losses), statistics.fmean(divergences)
 
 
 def quantize_gptqmodel(
@@ -102,37 +116,41 @@ ENGINES = {
 }
 
 
+def identity(engine: str, source: Path, setting: Setting, tokens: Path) -> dict[str, Any]:
+    """What tells a row from all others."""
+    version = importlib.metadata.version(ENGINES[engine][0])
+    common = {"engine": engine, "version": version, "model": source.name, "text": tokens.stem}
+    return common | asdict(setting)
+
+
 def measure(engine: str, source: Path, setting: Setting, tokens: Path) -> dict[str, Any]:
     """Quantize, reload, evaluate: one row."""
-    distribution, quantize = ENGINES[engine]
+    quantize = ENGINES[engine][1]
     data = load_file(tokens)
+    calibration = data["calibration"][setting.draw]
     with tempfile.TemporaryDirectory() as scratch:
         os.chdir(scratch)  # GPTQModel writes its logs into the working directory
         start = time.monotonic()
-        model = quantize(source, setting, data["calibration"]).eval()
+        model = quantize(source, setting, calibration).eval()
         seconds = time.monotonic() - start
-        loss = heldout_loss(model, data["heldout"])
-    return {
-        "engine": engine,
-        "version": importlib.metadata.version(distribution),
-        "bits": setting.bits,
-        "group_size": setting.group_size,
-        "desc_act": setting.desc_act,
-        "sym": setting.sym,
+        loss, divergence = judge(
+            model, quantize_none(source, setting, calibration), data["heldout"]
+        )
+    return identity(engine, source, setting, tokens) | {
         "heldout_loss": round(loss, 6),
+        "heldout_kl": round(divergence, 6),
         "seconds": round(seconds, 1),
-        "model": source.name,
-        "calibration_tokens": data["calibration"].numel(),
+        "calibration_tokens": calibration.numel(),
         "heldout_tokens": data["heldout"].numel(),
     }
 
 
-def add_row(path: Path, row: dict[str, Any]) -> None:
-    """Put `row` into the JSON list at `path`, in the place of one with the same setting."""
-    key = ("engine", "version", "bits", "group_size", "desc_act", "sym", "model")
-    rows = json.loads(path.read_text()) if path.exists() else []
-    rows = [r for r in rows if any(r[k] != row[k] for k in key)] + [row]
-    path.write_text("[\n" + ",\n".join(json.dumps(r) for r in rows) + "\n]\n")
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    return json.loads(path.read_text()) if path.exists() else []
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
 
 
 def main() -> None:
@@ -142,6 +160,7 @@ def main() -> None:
     parser.add_argument("rows", type=Path)
     parser.add_argument("--engine", choices=ENGINES, required=True)
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
+    parser.add_argument("--draws", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--group-size", type=int, default=32)
     parser.add_argument("--desc-act", action="store_true")
     parser.add_argument("--sym", action="store_true")
@@ -150,12 +169,17 @@ def main() -> None:
     source, tokens, rows = (
         p.resolve() for p in (arguments.model_dir, arguments.tokens, arguments.rows)
     )
-    for bits in [16] if arguments.engine == "none" else arguments.bits:
-        group_size = None if arguments.engine == "none" else arguments.group_size
-        setting = Setting(bits, group_size, arguments.desc_act, arguments.sym)
-        row = measure(arguments.engine, source, setting, tokens)
-        add_row(rows, row)
-        print(json.dumps(row), flush=True)
+    is_quantized = arguments.engine != "none"
+    group_size = arguments.group_size if is_quantized else None
+    for draw in arguments.draws if is_quantized else [0]:
+        for bits in arguments.bits if is_quantized else [16]:
+            setting = Setting(bits, group_size, arguments.desc_act, arguments.sym, draw)
+            known = identity(arguments.engine, source, setting, tokens).items()
+            if any(known <= row.items() for row in read_rows(rows)):
+                continue
+            row = measure(arguments.engine, source, setting, tokens)
+            write_rows(rows, [*read_rows(rows), row])
+            print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
-"""Write the token file that compare_quantizers.py reads, from the quickstart's own data.
+"""Write a token file that compare_quantizers.py reads, from the quickstart's own data.
 
-    .venv/bin/python integration/peers/quickstart_tokens.py TOKENS.safetensors
+    .venv/bin/python integration/peers/quickstart_tokens.py sources.safetensors --text sources
 
-Calibration windows come from the training pairs, held-out windows from the evaluation pairs.
+`sources`: what the base was trained on, to calibrate, and the standard library's modules that it
+was not trained on, to judge: the text of the held-out loss in its model card. `pairs`: the
+instruction pairs of the quickstart's training and evaluation, in a form that the base has never
+seen. Calibration windows come in several draws.
 """
 
 from __future__ import annotations
@@ -15,25 +18,42 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 from qalora_plugin.quant.calibration import calibration_windows
-from qalora_plugin.quickstart.data import base_model_path, calibration_texts, load_pairs
+from qalora_plugin.quickstart.data import (
+    base_model_path,
+    calibration_texts,
+    held_out_files,
+    load_pairs,
+    pretraining_files,
+)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
-    parser.add_argument("--samples", type=int, default=128, help="most windows of each kind")
+    parser.add_argument("--samples", type=int, default=128, help="windows of a draw; most held out")
+    parser.add_argument("--text", choices=["sources", "pairs"], required=True)
+    parser.add_argument("--draws", type=int, default=5)
     parser.add_argument("--seq-len", type=int, default=256)
     arguments = parser.parse_args()
 
     tokenizer = AutoTokenizer.from_pretrained(base_model_path())
-    heldout_texts = [pair["prompt"] + pair["completion"] for pair in load_pairs("eval")]
+    if arguments.text == "sources":
+        files = pretraining_files(), held_out_files()
+        texts, heldout_texts = ([path.read_text("utf-8") for path in group] for group in files)
+    else:
+        texts = calibration_texts()
+        heldout_texts = [pair["prompt"] + pair["completion"] for pair in load_pairs("eval")]
 
-    def windows(texts: list[str]) -> torch.Tensor:
+    def windows(texts: list[str], samples: int, seed: int = 0) -> torch.Tensor:
         return calibration_windows(
-            texts, tokenizer, samples=arguments.samples, seq_len=arguments.seq_len
+            texts, tokenizer, samples=samples, seq_len=arguments.seq_len, seed=seed
         )
 
-    tokens = {"calibration": windows(calibration_texts()), "heldout": windows(heldout_texts)}
+    draws = [windows(texts, arguments.samples, seed) for seed in range(arguments.draws)]
+    tokens = {
+        "calibration": torch.stack(draws),
+        "heldout": windows(heldout_texts, arguments.samples),
+    }
     save_file(tokens, arguments.out)
     print({name: tuple(ids.shape) for name, ids in tokens.items()})
 

@@ -10,6 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from qalora_plugin.export import runtimes
+
 HERE = Path(__file__).resolve().parent
 FIXTURES = HERE.parents[1] / "tests" / "fixtures"
 
@@ -35,7 +37,7 @@ def test_engine_reproduces_reference_logits(
 ) -> None:
     reference = FIXTURES / fixture / "reference.safetensors"
     out = tmp_path / "logits.safetensors"
-    script = HERE / "run_gptq.py"
+    script = Path(runtimes.__file__).with_name("run_gptq.py")
     arguments = [FIXTURES / fixture, reference, out, "--engine", engine]
     run_json(env_python(engine), script, *arguments)
     expected = load_file(reference)["logits"]

@@ -16,10 +16,9 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
-import measure
 import operators
+import record
 import steps
 import torch
 
@@ -61,24 +60,6 @@ LLAMA_7B_LAYER = {
 }
 
 
-def describe(row: dict[str, Any]) -> str:
-    """A row for the terminal."""
-    shape = " ".join(f"{key}={row[key]}" for key in ("K", "N", "M", "bits") if key in row)
-    head = f"{row['operator']:<32} {row.get('variant') or row.get('ratio'):<24} {shape:<32}"
-    if "not_run" in row:
-        return f"{head} not run: {row['not_run']}"
-    if "ratio" in row:
-        return f"{head} {row['ratio_median']:.3f}  ({row['ratio_q1']:.3f} to {row['ratio_q3']:.3f})"
-    middle, low, high = (row[f"seconds_{name}"] * 1e3 for name in ("median", "q1", "q3"))
-    text = f"{head} {middle:9.3f} ms ({low:.3f} to {high:.3f})"
-    if "peak_bytes" in row:
-        mib = {k: row[f"{k}_bytes"] / 2**20 for k in ("peak", "weight", "saved")}
-        text += "  MiB: " + ", ".join(f"{name} {value:.0f}" for name, value in mib.items())
-    if "copy_fraction" in row:
-        text += f"  copy {row['copy_fraction']:.2f}  gemm {row['gemm_fraction']:.2f}"
-    return text
-
-
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
@@ -101,23 +82,15 @@ def main() -> int:
     device = arguments.device
     torch.set_num_threads(arguments.threads)
     output = arguments.output or HERE / "results" / f"{device}.jsonl"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    limits = measure.limits(device)
-    origin = measure.origin(device) | limits
-    print(json.dumps(origin, indent=1))
-
-    def keep(row: dict[str, Any]) -> None:
-        print(describe(row), flush=True)
-        with output.open("a") as file:
-            file.write(json.dumps(origin | row) + "\n")
-
+    data, limits = record.open_data_file(output, device)
+    print(json.dumps(data.origin, indent=1))
     if arguments.only != "steps":
         for shape in SHAPES[:1] if arguments.quick else SHAPES:
             for bits in (4,) if arguments.quick else (2, 3, 4, 8):
                 rows = [1, 16, 512] if arguments.quick else ROWS[device]
                 common = (arguments.group_size, rows, arguments.rank, arguments.rounds)
                 for row in operators.run(shape, bits, *common, device, limits):
-                    keep(row)
+                    data.add(row)
     if arguments.only != "operators":
         settings = {
             "device": device,
@@ -132,7 +105,7 @@ def main() -> int:
             wanted["training step, 1 layer of LLaMA-7B"] = LLAMA_7B_LAYER
         for name, shapes in wanted.items():
             for row in steps.run(name, settings | shapes, STEP_VARIANTS, arguments.rounds):
-                keep(row)
+                data.add(row)
     print(f"appended to {output}")
     return 0
 

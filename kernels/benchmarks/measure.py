@@ -15,7 +15,9 @@ from typing import Any
 
 import torch
 
-MIN_SAMPLE = 2e-3  # seconds; shorter calls are repeated within one sample
+# seconds; shorter calls are repeated within one sample (on a GPU, so that Python runs ahead)
+MIN_SAMPLE = {"cpu": 2e-3, "cuda": 4e-2}
+WARM_UP = 0.1  # seconds of each comparison on a GPU: an idle one has its clocks down
 
 
 def _seconds(function: Callable[[], Any], calls: int, device: str) -> float:
@@ -46,12 +48,49 @@ def interleave(
     for name, function in functions.items():
         function()
         warm = min(_seconds(function, 1, device) for _ in range(2))
-        calls[name] = max(1, math.ceil(MIN_SAMPLE / warm))
+        calls[name] = max(1, math.ceil(MIN_SAMPLE[device] / warm))
+    begin = time.perf_counter()
+    while device == "cuda" and time.perf_counter() - begin < WARM_UP:
+        for name, function in functions.items():
+            _seconds(function, calls[name], device)
     times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(rounds):
         for name, function in functions.items():
             times[name].append(_seconds(function, calls[name], device))
     return times
+
+
+def graphed(function: Callable[[], Any], calls: int, device: str) -> Callable[[], None]:
+    """A function that makes `calls` calls: on a GPU as one replay of a CUDA graph, so that the time
+    is the kernels' and not Python's. What `function` has to compile or tune, it does here, before
+    the capture.
+
+    Raises:
+        RuntimeError: the function cannot be captured.
+    """
+    if device != "cuda":
+
+        def repeat() -> None:
+            for _ in range(calls):
+                function()
+
+        return repeat
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            function()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            function()
+    return graph.replay
+
+
+def first_line(error: BaseException) -> str:
+    """Kind and first line of an exception: why a peer did not run."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def spread(samples: list[float], prefix: str) -> dict[str, float]:
@@ -75,8 +114,8 @@ def ratio(slow: list[float], fast: list[float]) -> dict[str, float]:
 def limits(device: str) -> dict[str, float]:
     """Copy bandwidth (bytes read and written a second) and bf16 matrix-product rate (flop/s)."""
     size = 1 << (30 if device == "cuda" else 28)
-    source = torch.zeros(size, dtype=torch.uint8, device=device)
-    target = torch.zeros_like(source)
+    source = torch.randint(0, 256, (size,), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
     n = 8192 if device == "cuda" else 2048
     a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
     functions = {"copy": lambda: target.copy_(source), "gemm": lambda: a @ b}
@@ -102,11 +141,28 @@ def _processor() -> str:
     return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
 
 
+def _driver() -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def commit() -> str:
+    """Commit of this checkout; where there is no git, what QALORA_COMMIT says."""
+    try:
+        name = _git("rev-parse", "--short", "HEAD")
+        dirty = bool(name) and _git("status", "--porcelain", "--untracked-files=no") != ""
+    except OSError:
+        name, dirty = "", False
+    if not name:
+        return os.environ.get("QALORA_COMMIT", "unknown")
+    return name + "-dirty" * dirty
+
+
 def origin(device: str) -> dict[str, Any]:
     """Machine, versions and commit of this run."""
-    commit = _git("rev-parse", "--short", "HEAD")
-    if commit and _git("status", "--porcelain", "--untracked-files=no"):
-        commit += "-dirty"
     row: dict[str, Any] = {
         "run": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": torch.cuda.get_device_name() if device == "cuda" else _processor(),
@@ -114,10 +170,15 @@ def origin(device: str) -> dict[str, Any]:
         "load": round(os.getloadavg()[0], 1),
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "default"),
         "torch": torch.__version__,
-        "commit": commit or "unknown",
+        "commit": commit(),
     }
     if device == "cuda":
         import triton
 
-        row |= {"cuda": torch.version.cuda, "triton": triton.__version__}
+        row |= {
+            "driver": _driver(),
+            "cuda": torch.version.cuda,
+            "triton": triton.__version__,
+            "python": platform.python_version(),
+        }
     return row

@@ -6,16 +6,18 @@ import importlib.util
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 import torch
-from measure import interleave, ratio, spread
+from measure import first_line, interleave, ratio, spread
 
 from qalora_kernels import LowRank, QuantSpec, fold, folded_linear, ops, quantized_linear
 from qalora_plugin.quant.linear import QuantLinear
 
 DTYPE = torch.bfloat16
-ROTATION = 100 << 20  # bytes of packed weights that take turns, so that no cache holds the next one
+# bytes of packed weights that take turns, so that no cache holds the next one
+ROTATION = {"cpu": 100 << 20, "cuda": 256 << 20}
 
 
 @dataclass
@@ -45,6 +47,13 @@ class Layer:
 
 def _bits(layer: Layer) -> tuple[int, int]:
     return layer.spec.bits, layer.spec.group_size
+
+
+def rotated_layers(spec: QuantSpec, device: str) -> list[Layer]:
+    """As many layers as no cache holds, two at least."""
+    first = Layer.random(spec, device)
+    count = max(2, -(-ROTATION[device] // first.packed_bytes))
+    return [first] + [Layer.random(spec, device) for _ in range(count - 1)]
 
 
 class Rotation:
@@ -110,7 +119,7 @@ def _nf4(layers: list[Layer], x: torch.Tensor) -> Rotation:
 PEERS = {"tinygemm": _tinygemm, "gemlite": _gemlite, "bitsandbytes_nf4": _nf4}
 
 
-def _peer(
+def peer(
     name: str, layers: list[Layer], x: torch.Tensor
 ) -> tuple[Callable[[], Any] | None, str | None]:
     """The peer's function, or None and the reason why it cannot run."""
@@ -123,8 +132,7 @@ def _peer(
         function = PEERS[name](layers, x)
         function()
     except Exception as error:  # a peer's failure is a result, not ours to raise
-        first = (str(error).splitlines() or [""])[0]
-        return None, f"{type(error).__name__}: {first}"
+        return None, first_line(error)
     return function, None
 
 
@@ -243,9 +251,7 @@ def run(
         Rows as `bench` writes them: one a variant, one a ratio to "qalora", one a missing peer.
     """
     spec = QuantSpec(bits, group_size, *shape)
-    first = Layer.random(spec, device)
-    count = max(2, -(-ROTATION // first.packed_bytes))
-    layers = [first] + [Layer.random(spec, device) for _ in range(count - 1)]
+    layers = rotated_layers(spec, device)
     for m in rows:
         x = torch.randn(m, spec.in_features, device=device, dtype=DTYPE)
         dy = torch.randn(m, spec.out_features, device=device, dtype=DTYPE)
@@ -253,7 +259,7 @@ def run(
         with torch.no_grad():
             table = _operators(layers, x, dy, rank)
             for name in PEERS:
-                function, reason = _peer(name, layers, x)
+                function, reason = peer(name, layers, x)
                 if function is None:
                     yield {"operator": "linear", "variant": name, **base, "not_run": reason}
                 else:
@@ -276,7 +282,7 @@ def run(
                     "dtype": str(DTYPE).removeprefix("torch."),
                     "rounds": rounds,
                     **spread(samples, "seconds"),
-                    **_fractions(variant, table[operator], first, min(samples), limits),
+                    **fractions(variant, table[operator], layers[0], median(samples), limits),
                 }
             for variant in times:
                 if variant != "qalora":
@@ -285,7 +291,7 @@ def run(
                     yield {"operator": operator, "ratio": pair, **base, **numbers}
 
 
-def _fractions(
+def fractions(
     variant: str, work: Work, layer: Layer, seconds: float, limits: dict[str, float]
 ) -> dict[str, float]:
     """Bytes moved, and the fractions of the copy bandwidth and of the matrix-product rate."""

@@ -55,9 +55,9 @@ def _interpreter(variant: str) -> str:
 
 
 class Worker:
-    """A `step_worker.py` process."""
+    """A process that runs one variant: `step_worker.py`, or a script that talks as it does."""
 
-    def __init__(self, variant: str, step: dict[str, Any]):
+    def __init__(self, variant: str, step: dict[str, Any], script: str = "step_worker.py"):
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (lives as long as the process)
         settings = {
             "OMP_NUM_THREADS": str(step["threads"]),
@@ -67,7 +67,7 @@ class Worker:
         self.process = subprocess.Popen(
             [
                 _interpreter(variant),
-                str(HERE / "step_worker.py"),
+                str(HERE / script),
                 json.dumps(step | {"variant": variant}),
             ],
             stdin=subprocess.PIPE,
@@ -92,7 +92,7 @@ class Worker:
         return values
 
     def ask(self, command: str) -> dict[str, Any]:
-        """The answer to `step` or `memory`.
+        """The answer to a command: `step`, `memory`.
 
         Raises:
             Unavailable: the process has ended.

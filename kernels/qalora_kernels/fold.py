@@ -33,7 +33,8 @@ class LowRank:
 
     def delta(self) -> torch.Tensor:
         """The change, float64 [G, N]."""
-        return (self.a.t().double() @ self.b.t().double()) * self.factor
+        # the factor goes onto B, which is small
+        return self.a.t().double() @ (self.b.t().double() * self.factor)
 
 
 def total_delta(parts: "list[LowRank]") -> torch.Tensor | None:
@@ -44,6 +45,7 @@ def total_delta(parts: "list[LowRank]") -> torch.Tensor | None:
     return total
 
 
+@torch.no_grad()
 def fold(
     scales: torch.Tensor,
     offsets: torch.Tensor,
@@ -54,6 +56,8 @@ def fold(
     scales_dtype: torch.dtype = SCALES_DTYPE,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scales and offsets with the changes folded in, rounded to what a checkpoint stores.
+
+    Not differentiable: the gradients of the folded layer are `autograd`'s.
 
     Args:
         scales: [G, N], fp32 or fp64, values that `scales_dtype` holds.
@@ -66,11 +70,15 @@ def fold(
     Returns:
         (scales', offsets') in the dtype of the inputs.
     """
-    new_scales, new_offsets = scales, offsets.double()
+    new_scales, new_offsets = scales, offsets
     if scale is not None:
         new_scales = (scales.double() * (1 + scale)).to(scales_dtype).to(scales.dtype)
         # (offsets / scales) is the exact mid - z of a stock base, so its integer z survives
-        new_offsets = new_scales.double() * (new_offsets / scales.double())
-    if zeros is not None:
-        new_offsets = new_offsets + zeros
-    return new_scales, new_offsets.to(offsets_dtype).to(offsets.dtype)
+        new_offsets = new_scales.double() * (offsets / scales.double())
+    if zeros is None:
+        rounded = new_offsets.to(offsets_dtype)
+    else:
+        # added in float64 and rounded in one pass: what folding costs is passes over [G, N]
+        rounded = torch.empty_like(offsets, dtype=offsets_dtype)
+        torch.add(new_offsets, zeros, out=rounded)
+    return new_scales, rounded.to(offsets.dtype)

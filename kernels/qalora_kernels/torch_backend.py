@@ -1,5 +1,7 @@
 """INT-n operators in plain PyTorch: any device, any float dtype. Contract: `backends.Backend`."""
 
+from collections.abc import Iterator
+
 import torch
 
 from . import packing
@@ -14,6 +16,33 @@ def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def _blocks(spec: QuantSpec) -> Iterator[tuple[int, int]]:
+    """Ranges of inputs, from a multiple of 32 on: what is made of them stays in the cache."""
+    rows = max(1, _BLOCK // spec.out_features // 32) * 32
+    for start in range(0, spec.in_features, rows):
+        yield start, min(start + rows, spec.in_features)
+
+
+def _dequantize_block(
+    out: torch.Tensor,
+    start: int,
+    qweight: torch.Tensor,
+    scales: torch.Tensor,
+    offsets: torch.Tensor,
+    index: torch.Tensor,
+    spec: QuantSpec,
+) -> torch.Tensor:
+    """Write W^T of the inputs from `start` on to `out`; `index` [K] is the group of each input."""
+    compute = _compute_dtype(out.dtype)
+    stop = start + out.shape[0]
+    words = qweight[start // 32 * spec.bits : -(-stop // 32) * spec.bits]
+    codes = packing.unpack(words, spec.bits, stop - start).to(compute)
+    codes -= spec.mid
+    codes *= scales.index_select(0, index[start:stop]).to(compute)
+    codes += offsets.index_select(0, index[start:stop]).to(compute)
+    return out.copy_(codes)
+
+
 def dequantize_into(
     out: torch.Tensor,
     qweight: torch.Tensor,
@@ -22,23 +51,10 @@ def dequantize_into(
     g_idx: torch.Tensor | None,
     spec: QuantSpec,
 ) -> torch.Tensor:
-    """Write W^T to `out` [K, N]: scales * (q - mid) + offsets, one rounding at the end.
-
-    A block of inputs at a time: its fp32 temporaries stay in the cache and in the allocator.
-    """
-    compute = _compute_dtype(out.dtype)
-    scales, offsets = scales.to(compute), offsets.to(compute)
-    k, bits = spec.in_features, spec.bits
-    index = group_index(g_idx, spec.group_size, k, qweight.device)
-    rows = max(1, _BLOCK // spec.out_features // 32) * 32
-    for start in range(0, k, rows):
-        stop = min(start + rows, k)
-        words = qweight[start // 32 * bits : -(-stop // 32) * bits]
-        codes = packing.unpack(words, bits, stop - start).to(compute)
-        codes -= spec.mid
-        codes *= scales.index_select(0, index[start:stop])
-        codes += offsets.index_select(0, index[start:stop])
-        out[start:stop] = codes
+    """Write W^T to `out` [K, N]: scales * (q - mid) + offsets, one rounding at the end."""
+    index = group_index(g_idx, spec.group_size, spec.in_features, qweight.device)
+    for start, stop in _blocks(spec):
+        _dequantize_block(out[start:stop], start, qweight, scales, offsets, index, spec)
     return out
 
 
@@ -114,9 +130,16 @@ def weighted_group_grad(
     g_idx: torch.Tensor | None,
     spec: QuantSpec,
 ) -> torch.Tensor:
-    """Sum over each group of (x^T dy) * W^T: [M, N], [M, K] -> [G, N]."""
-    product = _matmul_fp32(x.t(), dy)
-    product *= dequantize(qweight, scales, offsets, g_idx, spec, product.dtype)
-    out = product.new_zeros(spec.num_groups, spec.out_features)
-    index = group_index(g_idx, spec.group_size, spec.in_features, dy.device)
-    return out.index_add_(0, index.long(), product)
+    """Sum over each group of (x^T dy) * W^T: [M, N], [M, K] -> [G, N].
+
+    A block of inputs at a time: x^T dy as a whole would be the layer once more, in fp32.
+    """
+    k, n, compute = spec.in_features, spec.out_features, _compute_dtype(dy.dtype)
+    index = group_index(g_idx, spec.group_size, k, dy.device).long()
+    out = dy.new_zeros(spec.num_groups, n, dtype=compute)
+    for start, stop in _blocks(spec):
+        product = _matmul_fp32(x[:, start:stop].t(), dy)
+        weight = product.new_empty(stop - start, n)
+        product *= _dequantize_block(weight, start, qweight, scales, offsets, index, spec)
+        out.index_add_(0, index[start:stop], product)
+    return out

@@ -1,6 +1,7 @@
 """Compile every Triton kernel for an NVIDIA GPU that need not be there; run by the test beside it.
 
     python compile_for_gpu.py CAPABILITY BITS...      for example: compile_for_gpu.py 90 3 4
+    python compile_for_gpu.py candidates CAPABILITY BITS...      the products, as tuning tries them
 
 Every operator is called as in training and generation, on CPU tensors, with launching replaced by
 compiling down to machine code (ptxas comes with Triton). Prints one JSON line a kernel.
@@ -38,6 +39,7 @@ def compile_only(kernel, grid, *args, **constants):
         "wgmma": "wgmma.mma_async" in ptx,
         "mma": "wgmma.mma_async" in ptx or "mma.sync" in ptx,
         "local_memory": ".local" in ptx,
+        "plan": PLAN,
     }
     print(json.dumps(line), flush=True)
 
@@ -61,18 +63,41 @@ def call_every_operator(backend, bits):
         backend.weighted_group_grad(dy, x, *weights, spec)
 
 
+def call_every_candidate(backend, tuning, bits):
+    global PLAN
+    k, n, half = 1024, 512, torch.bfloat16
+    spec = QuantSpec(bits, 32, k, n)
+    qweight = torch.zeros(spec.packed_rows, n, dtype=torch.int32)
+    weights = (qweight, *[torch.ones(spec.num_groups, n)] * 2, None)
+    for op, buckets in tuning._shipped()["candidates"].items():
+        for entry in (entry for bucket in buckets.values() for entry in bucket):
+            PLAN = {"op": op, "bits": bits, **entry}
+            tuning.plan = lambda *_, entry=entry: tuning.Plan(**entry)
+            rows = torch.ones(entry["block_m"], k if op == "linear" else n, dtype=half)
+            bias = (None,) if op == "linear" else ()
+            getattr(backend, op)(rows, *weights, *bias, spec)
+
+
+PLAN = None  # which candidate is being compiled
+
 if __name__ == "__main__":
-    CAPABILITY = int(sys.argv[1])
+    candidates = sys.argv[1] == "candidates"
+    capability, *all_bits = sys.argv[1 + candidates :]
+    CAPABILITY = int(capability)
     driver.set_active(_AbsentGPU())
     modules = {
         name: importlib.import_module(f"qalora_kernels.triton.{name}")
         for name in ("dequantize", "matmul", "pool", "gradients", "tuning")
     }
-    defaults = modules["tuning"]._shipped()["untuned_defaults"][sys.argv[1][0]]
-    modules["tuning"].splits_to_fill = lambda device, blocks: 2
+    defaults = modules["tuning"]._shipped()["untuned_defaults"][capability[0]]
+    modules["tuning"].splits_to_fill = lambda device, warps: 2
     for name, module in modules.items():
         module.untuned = lambda op, device: defaults[op]
         if name != "tuning":
             module.launch = compile_only
-    for bits in sys.argv[2:]:
-        call_every_operator(importlib.import_module("qalora_kernels.triton"), int(bits))
+    backend = importlib.import_module("qalora_kernels.triton")
+    for bits in map(int, all_bits):
+        if candidates:
+            call_every_candidate(backend, modules["tuning"], bits)
+        else:
+            call_every_operator(backend, bits)

@@ -37,7 +37,7 @@ def benchmarks_on_path(monkeypatch):
 def test_operators_beside_their_peers(monkeypatch):
     import operators
 
-    monkeypatch.setattr(operators, "ROTATION", 1)
+    monkeypatch.setattr(operators, "ROTATION", {"cpu": 1})
     limits = {"copy_bytes_per_s": 1e9, "gemm_flop_per_s": 1e9}
     rows = list(operators.run((64, 96), 4, 32, [1, 8], 4, 3, "cpu", limits))
     timed = {(r["operator"], r["variant"], r["M"]): r for r in rows if "seconds_median" in r}

@@ -5,10 +5,30 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 pytest.importorskip("triton", reason="triton is not installed")
+
+
+def compile_with(arguments: list[str], cache: Path) -> list[dict[str, Any]]:
+    """What `compile_for_gpu.py` says of each kernel."""
+    from triton.backends import backends
+
+    if "nvidia" not in backends:
+        pytest.skip("this build of triton has no NVIDIA compiler")
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(cache)}
+    script = Path(__file__).with_name("compile_for_gpu.py")
+    done = subprocess.run(
+        [sys.executable, str(script), *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 @pytest.mark.parametrize(
@@ -20,21 +40,7 @@ pytest.importorskip("triton", reason="triton is not installed")
     ],
 )
 def test_every_kernel_compiles(capability, bits, tmp_path):
-    from triton.backends import backends
-
-    if "nvidia" not in backends:
-        pytest.skip("this build of triton has no NVIDIA compiler")
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    script = Path(__file__).with_name("compile_for_gpu.py")
-    done = subprocess.run(
-        [sys.executable, str(script), capability, *bits],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    compiled = [json.loads(line) for line in done.stdout.splitlines()]
+    compiled = compile_with([capability, *bits], tmp_path)
     kernels = {line["kernel"] for line in compiled}
     assert kernels == {
         "_dequantize_kernel",
@@ -52,3 +58,14 @@ def test_every_kernel_compiles(capability, bits, tmp_path):
         assert line["shared"] < 160 * 1024, line  # what an A100 gives to one program
         if line["kernel"] in products:
             assert line[unit], line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", ["3", "4"])
+def test_every_candidate_of_tuning_compiles_for_hopper(bits, tmp_path):
+    compiled = compile_with(["candidates", "90", bits], tmp_path)
+    assert {line["plan"]["op"] for line in compiled} == {"linear", "grad_input"}
+    for line in compiled:
+        if line["plan"]["block_m"] > 1 and line["kernel"] != "_sum_splits_kernel":
+            assert line["wgmma"], line
+        assert line["shared"] <= 227 * 1024, line  # what an H100 or H200 gives to one program

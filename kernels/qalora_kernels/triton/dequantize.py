@@ -24,13 +24,15 @@ from .tuning import untuned
 
 
 @triton.jit
-def centred(field, SHIFT: tl.constexpr, BITS: tl.constexpr):
+def centred(field, SHIFT: tl.constexpr, BITS: tl.constexpr, zero=0):
     """Bits [SHIFT, SHIFT + BITS) of uint32 words, all others zero -> code - mid in fp32.
 
     With the exponent of 2^(23 - SHIFT) put above it, the word *is* the float 2^(23 - SHIFT) + code:
-    one logical operation and one exact subtraction, where shifting and converting cost four.
+    one logical operation and one exact subtraction, where shifting and converting cost four. That
+    it is one takes a `zero` that the compiler does not know to be 0: of the mask and the exponent
+    only one can be part of the instruction, the other must be in a register.
     """
-    value = (field | ((150 - SHIFT) << 23)).to(tl.float32, bitcast=True)
+    value = (field | (((150 - SHIFT) << 23) + zero)).to(tl.float32, bitcast=True)
     return value - ((1 << (23 - SHIFT)) + (1 << (BITS - 1)))
 
 
@@ -53,8 +55,8 @@ def load_unit(qweight, unit, n, mask, N, BITS: tl.constexpr):
 
 
 @triton.jit
-def plane(w0, w1, w2, j: tl.constexpr, BITS: tl.constexpr):
-    """code - mid of value j of each unit, fp32."""
+def plane(w0, w1, w2, j: tl.constexpr, BITS: tl.constexpr, zero=0):
+    """code - mid of value j of each unit, fp32; `zero` as in `centred`."""
     shift: tl.constexpr = j * BITS % 32
     mask: tl.constexpr = (1 << BITS) - 1
     if j * BITS < 32:
@@ -67,12 +69,12 @@ def plane(w0, w1, w2, j: tl.constexpr, BITS: tl.constexpr):
         low = w2
         high = w2
     if shift + BITS > 32:  # straddles two words
-        return centred(((low >> shift) | (high << (32 - shift))) & mask, 0, BITS)
+        return centred(((low >> shift) | (high << (32 - shift))) & mask, 0, BITS, zero)
     # the upper halves are shifted down, once a word, to fit the 23 bits of a float
     if shift >= 16:
-        return centred((low >> 16) & (mask << (shift - 16)), shift - 16, BITS)
+        return centred((low >> 16) & (mask << (shift - 16)), shift - 16, BITS, zero)
     else:
-        return centred(low & (mask << shift), shift, BITS)
+        return centred(low & (mask << shift), shift, BITS, zero)
 
 
 @triton.jit
@@ -133,6 +135,7 @@ def _dequantize_kernel(
     ACT_ORDER: tl.constexpr,
     VALUES: tl.constexpr,
     ONE_GROUP: tl.constexpr,
+    WHOLE_UNITS: tl.constexpr,
     BLOCK_U: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -145,10 +148,10 @@ def _dequantize_kernel(
         scale, offset = load_grid(scales, offsets, g_idx, first, n, N, K, GROUP_SIZE, ACT_ORDER)
     for j in tl.static_range(VALUES):
         k = first + j
-        inside = (k < K) & (n < N)
+        inside = mask if WHOLE_UNITS else (k < K) & (n < N)
         if not ONE_GROUP:
             scale, offset = load_grid(scales, offsets, g_idx, k, n, N, K, GROUP_SIZE, ACT_ORDER)
-        weight = plane(w0, w1, w2, j, BITS) * scale + offset
+        weight = plane(w0, w1, w2, j, BITS, N >> 31) * scale + offset
         tl.store(out + k.to(tl.int64) * N + n, weight.to(out.dtype.element_ty), inside)
 
 
@@ -166,7 +169,12 @@ def unit_constants(spec: QuantSpec, g_idx: torch.Tensor | None) -> dict[str, int
     """`layer_constants`, and those of the kernels that read whole units."""
     values = values_per_unit(spec.bits)
     one_group = g_idx is None and spec.group_size % values == 0
-    return {**layer_constants(spec, g_idx), "VALUES": values, "ONE_GROUP": one_group}
+    return {
+        **layer_constants(spec, g_idx),
+        "VALUES": values,
+        "ONE_GROUP": one_group,
+        "WHOLE_UNITS": spec.in_features % values == 0,
+    }
 
 
 def dequantize(

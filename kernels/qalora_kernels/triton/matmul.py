@@ -5,7 +5,8 @@
 
 Many rows: dequantize W^T into a workspace, then cuBLAS. Few rows: fused, W is never written;
 `tuning` says which, and with which blocks. Both round W to the dtype of the activations, multiply
-with fp32 accumulation and round once, so they differ by the order of summation alone.
+with fp32 accumulation and round once, so they differ by the order of summation alone. One row is
+the exception: its fused product does not round W at all (see `_row_unit`).
 
 The fused kernels compute y^T = W x^T: on Hopper only the left operand of a matrix instruction
 comes from registers, where dequantizing leaves it. The reduction is cut into `splits` pieces whose
@@ -43,24 +44,55 @@ def _store_transposed(acc, out, bias, m, n, M, N, split):
 
 
 @triton.jit
+def _row_unit(
+    acc,
+    w0,
+    w1,
+    w2,
+    scale,
+    offset,
+    x,
+    first,
+    N,
+    K,
+    VALUES: tl.constexpr,
+    WHOLE_UNITS: tl.constexpr,
+    BITS: tl.constexpr,
+):
+    """acc [n, unit] += scale * sum_j (code - mid) x + offset * sum_j x, over the values of a unit.
+
+    Three instructions a weight. Forming W, rounding it to the dtype of x and multiplying take six,
+    more than a GPU can issue in the time that it takes to read 4 bits. For the same reason x is
+    loaded without an eviction policy here and below: to keep it in the cache takes five more.
+    """
+    products = tl.zeros_like(acc)
+    pooled = first.to(tl.float32) * 0
+    for j in tl.static_range(VALUES):
+        inside = (first if WHOLE_UNITS else first + j) < K
+        row = tl.load(x + first + j, inside, other=0).to(tl.float32)
+        products += plane(w0, w1, w2, j, BITS, N >> 31) * row
+        pooled += row
+    return acc + products * scale + pooled * offset
+
+
+@triton.jit
 def _accumulate(acc, weight, x, k, m, M, K, BLOCK_M: tl.constexpr):
     """acc [n, m] += W [n, k] x^T [k, m], W rounded to the dtype of x; for one row, acc [n, k] keeps
     the products."""
     weight = weight.to(x.dtype.element_ty)
     if BLOCK_M == 1:
-        row = tl.load(x + k, k < K, other=0, eviction_policy="evict_last")
+        row = tl.load(x + k, k < K, other=0)
         return acc + weight.to(tl.float32) * row.to(tl.float32)[None, :]
     else:
         rows = tl.load(
             x + m.to(tl.int64)[None, :] * K + k[:, None],
             (k < K)[:, None] & (m < M)[None, :],
             other=0,
-            eviction_policy="evict_last",
         )
         return tl.dot(weight, rows, acc, input_precision="ieee")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "STEPS"])  # they change often and no address gains by them
 def _linear_kernel(
     x,
     qweight,
@@ -78,6 +110,7 @@ def _linear_kernel(
     ACT_ORDER: tl.constexpr,
     VALUES: tl.constexpr,
     ONE_GROUP: tl.constexpr,
+    WHOLE_UNITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
@@ -100,9 +133,14 @@ def _linear_kernel(
             scale, offset = load_grid(
                 scales, offsets, g_idx, first, column, N, K, GROUP_SIZE, ACT_ORDER
             )
-            for j in tl.static_range(VALUES):
-                weight = plane(w0, w1, w2, j, BITS) * scale + offset
-                acc = _accumulate(acc, weight, x, unit * VALUES + j, m, M, K, BLOCK_M)
+            if BLOCK_M == 1:
+                acc = _row_unit(
+                    acc, w0, w1, w2, scale, offset, x, first, N, K, VALUES, WHOLE_UNITS, BITS
+                )
+            else:
+                for j in tl.static_range(VALUES):
+                    weight = plane(w0, w1, w2, j, BITS, N >> 31) * scale + offset
+                    acc = _accumulate(acc, weight, x, unit * VALUES + j, m, M, K, BLOCK_M)
         else:  # unrolled, the scales of every plane would not fit in shared memory
             for j in range(VALUES):
                 weight = weight_tile(
@@ -124,7 +162,7 @@ def _linear_kernel(
     _store_transposed(acc, out, bias, m, n, M, N, split)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "STEPS"])
 def _grad_input_kernel(
     dy,
     qweight,
@@ -169,13 +207,12 @@ def _grad_input_kernel(
             dy + m.to(tl.int64)[None, :] * N + n[:, None],
             (n < N)[:, None] & (m < M)[None, :],
             other=0,
-            eviction_policy="evict_last",
         )
         acc = tl.dot(weight.to(dy.dtype.element_ty), rows, acc, input_precision="ieee")
     _store_transposed(acc, out, bias, m, k, M, K, split)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["SPLITS"])
 def _sum_splits_kernel(partial, bias, out, SPLITS, total, N, BLOCK: tl.constexpr):
     """partial(SPLITS, M*N) -> out(M*N) + bias, added in order."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -206,7 +243,8 @@ def _fused(
     out = rows.new_empty(m, outputs)
     blocks_out, blocks_m = triton.cdiv(outputs, plan.block_out), triton.cdiv(m, plan.block_m)
     blocks_in = triton.cdiv(reduction, plan.block_in)
-    splits = plan.splits or tuning.splits_to_fill(rows.device, blocks_out * blocks_m)
+    warps = blocks_out * blocks_m * plan.num_warps
+    splits = plan.splits or tuning.splits_to_fill(rows.device, warps)
     steps = triton.cdiv(blocks_in, splits)
     splits = triton.cdiv(blocks_in, steps)  # the last piece may be short, none is empty
 

@@ -190,8 +190,9 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def splits_to_fill(device: torch.device, blocks: int) -> int:
-    """Pieces of the reduction that give every multiprocessor about four programs."""
+def splits_to_fill(device: torch.device, warps: int) -> int:
+    """Pieces of the reduction that give every multiprocessor about sixteen warps; `warps` is what
+    one piece has, in all its programs."""
     if device.type != "cuda":
         return 1
-    return max(1, min(64, 4 * _multiprocessors(device) // blocks))
+    return max(1, min(64, 16 * _multiprocessors(device) // warps))

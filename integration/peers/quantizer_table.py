@@ -1,0 +1,57 @@
+"""The rows of compare_quantizers.py as a Markdown table: mean and standard deviation over draws.
+
+python integration/peers/quantizer_table.py integration/peers/results/quantizers.json
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+NAMES = {"qalora": "qalora", "gptqmodel": "GPTQModel"}
+
+
+def cell(rows: list[dict[str, Any]], figure: str) -> str:
+    """`mean ± standard deviation` of one figure."""
+    values = [row[figure] for row in rows]
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.fmean(values):.4f} ± {spread:.4f}"
+
+
+def line(text: str, rows: list[dict[str, Any]]) -> str:
+    """The draws of one setting."""
+    first = rows[0]
+    act_order = "yes" if first["desc_act"] else "no"
+    name = f"{NAMES[first['engine']]} {first['version']}"
+    return (
+        f"| {text} | {first['bits']} | {act_order} | {name} | {cell(rows, 'heldout_loss')} "
+        f"| {cell(rows, 'heldout_kl')} | {len(rows)} |"
+    )
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """One line for each text, bit width, act-order or not, and engine."""
+    lines = [
+        "| text | bits | act-order | quantizer | held-out loss | KL from 16 bits | draws |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for text in sorted({row["text"] for row in rows}, reverse=True):
+        here = [row for row in rows if row["text"] == text]
+        for row in here:
+            if row["engine"] == "none":
+                lines.append(f"| {text} | 16 | | | {row['heldout_loss']:.4f} | 0 | |")
+        settings = {(row["desc_act"], -row["bits"]) for row in here if row["engine"] != "none"}
+        for desc_act, negative_bits in sorted(settings):
+            for engine in NAMES:
+                key = (engine, desc_act, -negative_bits)
+                same = [r for r in here if (r["engine"], r["desc_act"], r["bits"]) == key]
+                if same:
+                    lines.append(line(text, same))
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table(json.loads(Path(sys.argv[1]).read_text())))
