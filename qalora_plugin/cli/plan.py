@@ -1,0 +1,127 @@
+"""`qalora plan`: what a training run needs, from config.json alone."""
+
+import argparse
+import json
+from typing import Any
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the subcommand."""
+    parser = subparsers.add_parser(
+        "plan",
+        help="say how much memory a training run needs, before it starts",
+        description="Memory of one GPU by part, and sizes on disk, for QA-LoRA, LoRA (16-bit base) "
+        "and QLoRA (NF4, double quantization) side by side. Reads config.json only: one training "
+        "step of the model's own code runs on tensors without numbers.",
+        epilog="example: qalora plan meta-llama/Llama-3.1-8B --gpus 8 --zero 3 --seq-len 4096 "
+        "--gradient-checkpointing",
+    )
+    parser.add_argument("model", metavar="MODEL", help="directory with config.json, or Hub id")
+    base = parser.add_argument_group("base")
+    base.add_argument("--bits", type=int, help="2, 3, 4 or 8 (default: the model's own, or 4)")
+    base.add_argument("--group-size", type=int, help="default: the model's own, or 32")
+    adapter = parser.add_argument_group("adapter")
+    adapter.add_argument(
+        "--adapt",
+        choices=("zeros", "scales", "both"),
+        default="zeros",
+        help="scales and both keep a layer's whole input for the backward (default: %(default)s)",
+    )
+    adapter.add_argument("--r", type=int, default=16, help="rank (default: %(default)s)")
+    adapter.add_argument(
+        "--target-modules",
+        nargs="+",
+        metavar="NAME",
+        help="layers with an adapter (default: every linear layer of the blocks)",
+    )
+    run = parser.add_argument_group("run")
+    run.add_argument("--gpus", type=int, default=1, help="default: %(default)s")
+    run.add_argument(
+        "--zero",
+        type=int,
+        choices=(0, 2, 3),
+        default=0,
+        help="DeepSpeed's ZeRO stage; 0 for none (default: %(default)s)",
+    )
+    run.add_argument(
+        "--offload",
+        choices=("none", "optimizer", "all"),
+        default="none",
+        help="to host memory: optimizer (ZeRO 2, 3), all: parameters too (ZeRO 3)",
+    )
+    run.add_argument(
+        "--seq-len", type=int, default=2048, help="tokens in a row (default: %(default)s)"
+    )
+    run.add_argument(
+        "--micro-batch", type=int, default=1, help="rows on a GPU (default: %(default)s)"
+    )
+    run.add_argument(
+        "--gradient-checkpointing",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="keep the inputs of the blocks only",
+    )
+    run.add_argument(
+        "--optimizer",
+        choices=("adamw", "adamw_8bit", "sgd"),
+        default="adamw",
+        help="default: %(default)s",
+    )
+    run.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float16", "float32"),
+        default="bfloat16",
+        help="of what is not quantized, and of autocast (default: %(default)s)",
+    )
+    run.add_argument(
+        "--device", choices=("cuda", "cpu"), default="cuda", help="default: %(default)s"
+    )
+    run.add_argument(
+        "--gpu-memory",
+        type=float,
+        nargs="+",
+        metavar="GIB",
+        help="sizes to say what fits on (default: 16 24 40 48 80 141)",
+    )
+    parser.add_argument("--revision", help="branch, tag or commit of a Hub repository")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run Python code that the model brings"
+    )
+    parser.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
+    parser.set_defaults(func=main)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run it; the result goes to stdout."""
+    import dataclasses
+
+    from ..errors import ConfigError
+    from ..plan import PlanSettings, load_shape, plan
+    from ..plan.memory import USUAL_GPU_MEMORY
+    from ..plan.table import table
+
+    sizes = tuple(args.gpu_memory or USUAL_GPU_MEMORY)
+    if min(sizes) <= 0:
+        raise ConfigError(f"--gpu-memory: expected GiB above 0, found {min(sizes):g}")
+    fields = [field.name for field in dataclasses.fields(PlanSettings)]
+    chosen = {name: getattr(args, name) for name in fields}
+    if args.target_modules is not None:
+        chosen["target_modules"] = tuple(args.target_modules)
+    settings = PlanSettings(**chosen)
+    shape = load_shape(args.model, settings, args.revision, args.trust_remote_code)
+    settings = dataclasses.replace(settings, bits=shape.base.bits, group_size=shape.base.group_size)
+    plans = plan(shape, settings)
+    if args.json:
+        found = {name: result.as_json(sizes) for name, result in plans.items()}
+        print(json.dumps({"settings": dataclasses.asdict(settings), "methods": found}))
+        return 0
+    stage = f", ZeRO-{settings.zero}" if settings.zero else ""
+    kept = "with" if settings.gradient_checkpointing else "without"
+    title = (
+        f"{args.model}: INT{settings.bits}, groups of {settings.group_size}, "
+        f"adapt={settings.adapt}, r={settings.r}; {settings.gpus} GPU(s){stage}, "
+        f"{settings.micro_batch} x {settings.seq_len} tokens each, {settings.dtype}, "
+        f"{kept} gradient checkpointing"
+    )
+    print(table(plans, settings, title, sizes))
+    return 0
