@@ -31,3 +31,7 @@ class OutputError(QALoRAError, OSError):
 
 class VerificationError(QALoRAError, AssertionError):
     """A merged or exported model is not what the base and the adapter say it must be."""
+
+
+class RankError(QALoRAError, RuntimeError):
+    """Another process of the same training has died or failed."""

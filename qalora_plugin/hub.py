@@ -1,39 +1,115 @@
-"""Push a merged checkpoint to the Hugging Face Hub, with a model card that says how to load it."""
+"""Push a merged checkpoint, or an export of one, to the Hugging Face Hub, with a model card."""
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
-from huggingface_hub import HfApi, ModelCard, ModelCardData
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
+from huggingface_hub.errors import HfHubHTTPError
 
-from .checkpoint.base import QuantizedCheckpoint, open_quantized
 from .errors import OutputError
+from .model_card import CARD_FILE, HUB_FAILURES, MERGED, find_subject, make_card
 
-CARD_FILE = "README.md"
-# huggingface_hub 1.17 retries on a client that it has closed, a RuntimeError
-_FAILURES = (HfHubHTTPError, HFValidationError, httpx.HTTPError, OSError, RuntimeError)
-_TEXT = """# {title}
+_REASONS = {
+    401: "you are not logged in, or the token is not valid: log in with `hf auth login`",
+    403: "your token may not write there: use one with write access, or push to another name",
+    404: "there is no such account, organisation or repository: check the name",
+}
 
-{base_line} quantized to INT{bits} (groups of {group_size}), fine-tuned with
-[QA-LoRA](https://arxiv.org/abs/2309.14717) and merged: the integers are the quantized base's, the
-fine-tuning is in the offsets{scales}. Merging was exact: this is the model that was trained.
 
-**Needs the `qalora_plugin` package.** Without it transformers refuses to load the weights.
+@dataclass(frozen=True)
+class PushResult:
+    """What was uploaded, or would be.
 
-```python
-import qalora_plugin  # pip install qalora-plugin
-from transformers import AutoModelForCausalLM, AutoTokenizer
+    Args:
+        repo_id: where to.
+        format: "qalora" for a merged checkpoint, or the export's format.
+        private: whether a repository that has to be made is private.
+        revision: branch, or None for the main one.
+        files: size in bytes of every file, by its name in the repository.
+        card: the model card.
+        url: address of the repository; None in a dry run.
+    """
 
-model = AutoModelForCausalLM.from_pretrained("{repo_id}")
-tokenizer = AutoTokenizer.from_pretrained("{repo_id}")
-```
+    repo_id: str
+    format: str
+    private: bool
+    revision: str | None
+    files: dict[str, int]
+    card: str
+    url: str | None = None
 
-| | |
-|---|---|
-{rows}
-"""
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return dataclasses.asdict(self)
+
+    def as_text(self) -> str:
+        """For people."""
+        total = sum(self.files.values())
+        what = f"{len(self.files)} files, {total / 1e6:.1f} MB, format {self.format}"
+        if self.url is not None:
+            return f"{self.url}: pushed {what}"
+        kind = "private" if self.private else "public"
+        lines = [f"{self.repo_id} ({kind}, branch {self.revision or 'main'}): would push {what}"]
+        lines += [f"  {size:>14,}  {name}" for name, size in self.files.items()]
+        return "\n".join([*lines, "", self.card])
+
+
+def push(
+    path: str | Path,
+    repo_id: str,
+    *,
+    private: bool = True,
+    revision: str | None = None,
+    data: str | None = None,
+    log_history: Sequence[dict[str, Any]] = (),
+    dry_run: bool = False,
+) -> PushResult:
+    """Create the repository if needed, and upload everything in one commit.
+
+    The token is what huggingface_hub finds (`hf auth login`, HF_TOKEN); it is never taken as an
+    argument, printed, or stored. A README.md that is there already is kept; otherwise the model
+    card is uploaded in its place, and not written to the disk.
+
+    Args:
+        path: a merged checkpoint, or what `export_model` wrote.
+        repo_id: `name` or `org/name`.
+        private: whether a repository that has to be made is private.
+        revision: branch to push to, made if needed.
+        data: name of the training data, for the card.
+        log_history: the Trainer's, for the losses in the card.
+        dry_run: touch no network, say what would be uploaded.
+
+    Raises:
+        OutputError: it is neither merged nor exported, or the Hub refused it.
+    """
+    subject = find_subject(path)
+    files = subject.files()
+    if dry_run:
+        card = _card(files, lambda: make_card(subject, repo_id, data, log_history, online=False))
+        return PushResult(repo_id, subject.format, private, revision, _sizes(files, card), card)
+    api = HfApi()
+    try:
+        repo = api.create_repo(repo_id, private=private, exist_ok=True)
+        name = repo.repo_id
+        card = _card(files, lambda: make_card(subject, name, data, log_history))
+        operations = [CommitOperationAdd(key, str(file)) for key, file in files.items()]
+        if CARD_FILE not in files:
+            operations.append(CommitOperationAdd(CARD_FILE, card.encode()))
+        if revision is not None:
+            api.create_branch(name, branch=revision, exist_ok=True)
+        api.create_commit(
+            name,
+            operations,
+            commit_message=f"Upload QA-LoRA model, format {subject.format}",
+            revision=revision,
+        )
+    except HUB_FAILURES as error:
+        raise OutputError(_refusal(repo_id, subject.path, error)) from error
+    sizes = _sizes(files, card)
+    return PushResult(name, subject.format, private, revision, sizes, card, str(repo))
 
 
 def push_merged(
@@ -44,104 +120,39 @@ def push_merged(
     data: str | None = None,
     log_history: Sequence[dict[str, Any]] = (),
 ) -> str:
-    """Create the repository if needed, and upload the directory in one commit.
-
-    The token is what huggingface_hub finds (`hf auth login`, HF_TOKEN); it is never taken as an
-    argument, printed, or stored. A README.md that is there already is kept.
-
-    Args:
-        directory: a merged checkpoint.
-        repo_id: `name` or `org/name`.
-        private: whether a repository that has to be made is private.
-        data: name of the training data, for the card.
-        log_history: the Trainer's, for the losses in the card.
-
-    Returns:
-        Address of the repository.
+    """`push` of a merged checkpoint and nothing else; returns the address of the repository.
 
     Raises:
         OutputError: it is not merged, or the Hub refused it.
     """
-    checkpoint = open_quantized(directory)
-    if checkpoint.config.merged is None:
+    if find_subject(directory).format != MERGED:
         raise OutputError(f"{directory}: is not a merged checkpoint; nothing was pushed.")
-    api = HfApi()
-    try:
-        repo = api.create_repo(repo_id, private=private, exist_ok=True)
-        card = checkpoint.directory / CARD_FILE
-        if not card.exists():
-            model_card(checkpoint, repo.repo_id, data, log_history).save(card)
-        api.upload_folder(
-            repo_id=repo.repo_id,
-            folder_path=checkpoint.directory,
-            commit_message="Upload merged QA-LoRA checkpoint",
-        )
-    except _FAILURES as error:
-        raise OutputError(
-            f"{repo_id}: the Hub did not take the checkpoint ({type(error).__name__}: "
-            f"{str(error).splitlines()[0]}). It is complete in {checkpoint.directory}: log in with "
-            f"`hf auth login`, then `hf upload {repo_id} {checkpoint.directory}`."
-        ) from error
-    return str(repo)
+    result = push(directory, repo_id, private=private, data=data, log_history=log_history)
+    assert result.url is not None
+    return result.url
 
 
-def model_card(
-    checkpoint: QuantizedCheckpoint,
-    repo_id: str,
-    data: str | None = None,
-    log_history: Sequence[dict[str, Any]] = (),
-) -> ModelCard:
-    """The card of a merged checkpoint; arguments as for `push_merged`."""
-    config, merged = checkpoint.config, checkpoint.config.merged or {}
-    base = str(config.base.get("name_or_path") or "")
-    is_public_name = bool(base) and not Path(base).is_absolute() and base.count("/") <= 1
-    name = base if is_public_name else Path(base).name
-    rows = {
-        "base": name or "unknown",
-        "bits": config.bits,
-        "group size": config.group_size,
-        "quantized with": config.method,
-        "adapted": merged.get("adapt"),
-        "rank": merged.get("r"),
-        "lora_alpha": merged.get("lora_alpha"),
-        "adapted layers": merged.get("layers"),
-        "training data": data or "not recorded",
-        **_losses(log_history),
-    }
-    card_data = ModelCardData(
-        library_name="transformers",
-        base_model=base if is_public_name else None,
-        license=_licence(base, is_public_name),
-        tags=["qalora", "qa-lora", f"int{config.bits}"],
+def _card(files: dict[str, Path], make: Callable[[], ModelCard]) -> str:
+    """The card that is there already, or a new one."""
+    if CARD_FILE in files:
+        return files[CARD_FILE].read_text(encoding="utf-8")
+    return str(make())
+
+
+def _sizes(files: dict[str, Path], card: str) -> dict[str, int]:
+    sizes = {name: path.stat().st_size for name, path in files.items()}
+    sizes.setdefault(CARD_FILE, len(card.encode()))
+    return sizes
+
+
+def _refusal(repo_id: str, path: Path, error: BaseException) -> str:
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+    what = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    reason = _REASONS.get(
+        status or 0, f"{what}; check the connection and log in with `hf auth login`"
     )
-    text = _TEXT.format(
-        title=repo_id.rpartition("/")[2],
-        base_line=f"`{name}`" if name else "A base model",
-        bits=config.bits,
-        group_size=config.group_size,
-        scales="" if merged.get("adapt") == "zeros" else " and scales",
-        repo_id=repo_id,
-        rows="\n".join(f"| {key} | {value} |" for key, value in rows.items()),
+    where = f"HTTP {status}, " if status is not None else ""
+    return (
+        f"{repo_id}: the Hub did not take it ({where}{reason}). It is complete in {path}: push it "
+        f"again with `qalora push {path} {repo_id}`."
     )
-    return ModelCard(f"---\n{card_data.to_yaml()}\n---\n\n{text}")
-
-
-def _losses(log_history: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """The last training and evaluation loss, where there are any."""
-    found = {}
-    for title, key in (("training loss", "loss"), ("evaluation loss", "eval_loss")):
-        values = [entry for entry in log_history if key in entry]
-        if values:
-            found[title] = f"{values[-1][key]:.4f} (step {values[-1].get('step')})"
-    return found
-
-
-def _licence(base: str, is_public_name: bool) -> str | None:
-    """The licence that the base's own card names, if it can be read."""
-    card = Path(base) / CARD_FILE
-    if not card.exists() and not is_public_name:
-        return None
-    try:
-        return ModelCard.load(card if card.exists() else base).data.license
-    except (*_FAILURES, ValueError):
-        return None

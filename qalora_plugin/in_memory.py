@@ -1,9 +1,9 @@
 """Write down what a model in memory was built on: for bases that were quantized while loading."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from peft import PeftModel
@@ -12,9 +12,11 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
+from .checkpoint.base import open_quantized
 from .checkpoint.reader import CONFIG_FILE, read_json, resolve_model_dir
 from .errors import CheckpointError
 from .merge import is_dense
+from .sharding import gathered, is_sharded, plain_name
 
 
 def quantized_base_on_disk(model: PeftModel) -> Path | None:
@@ -33,23 +35,27 @@ def quantized_base_on_disk(model: PeftModel) -> Path | None:
     return None if is_dense(directory) else directory
 
 
-def save_base(model: PeftModel, directory: Path, *, is_main_process: bool = True) -> None:
+def save_base(model: PeftModel, directory: Path) -> None:
     """Write the quantized base of a model with adapters, as `save_pretrained` would without them.
 
     Args:
         model: with adapters on quantized layers.
-        directory: where to write.
-        is_main_process: whether this process writes; under ZeRO-3 all processes have to call.
+        directory: where to write; of several processes one calls.
+
+    Raises:
+        CheckpointError: parameters are sharded, and the files give other integers by now.
     """
     base = model.get_base_model()
+    if any(is_sharded(parameter) for parameter in base.parameters()):
+        _quantize_again(base, directory, model.active_peft_config.fingerprint)
+        return
     config = base.config
     before = {name: getattr(config, name, None) for name in ("use_cache", "dtype")}
     if before["use_cache"] is not None:
         config.use_cache = True  # TRL and the Trainer switch it off while they train
     try:
-        with whole(base.parameters()), _without_adapters(base), _as_on_disk(base):
-            if is_main_process:
-                base.save_pretrained(directory)
+        with _without_adapters(base), _as_on_disk(base):
+            base.save_pretrained(directory)
     finally:
         for name, value in before.items():
             setattr(config, name, value)
@@ -61,23 +67,48 @@ def save_adapter(model: PeftModel, directory: Path, *, is_main_process: bool = T
     Args:
         model: with adapters.
         directory: where to write; an adapter that is not called "default" goes below it.
-        is_main_process: whether this process writes; under ZeRO-3 all processes have to call.
+        is_main_process: whether this process writes; where parameters are sharded (ZeRO-3, FSDP)
+            all processes have to call.
     """
     name = model.active_adapter
-    with whole(p for p in model.parameters() if p.requires_grad):
-        if is_main_process:
-            model.save_pretrained(str(directory), selected_adapters=[name])
+    trained = {plain_name(n): p for n, p in model.named_parameters() if p.requires_grad}
+    state: dict[str, torch.Tensor] | None = None
+    if any(is_sharded(parameter) for parameter in trained.values()):
+        state = {}
+        for key, parameter in trained.items():  # one by one: the main process alone keeps them
+            (whole,) = gathered([parameter])
+            if is_main_process:
+                state[key] = whole.cpu()
+    if is_main_process:
+        model.save_pretrained(str(directory), selected_adapters=[name], state_dict=state)
     return directory if name == "default" else directory / name
 
 
-def whole(parameters: Iterable[torch.Tensor]) -> Any:
-    """Context in which parameters that ZeRO-3 has sharded are whole on every process."""
-    sharded = [p for p in parameters if hasattr(p, "ds_id")]
-    if not sharded:
-        return nullcontext()
-    import deepspeed
+def _quantize_again(base: PreTrainedModel, directory: Path, fingerprint: str) -> None:
+    """Quantize the 16-bit model's files as `from_pretrained` did, tensor by tensor.
 
-    return deepspeed.zero.GatheredParameters(sharded)
+    The whole model is on no rank; its files are on disk. The fingerprint proves that the integers
+    are the same.
+    """
+    from .quant.pipeline import quantize_model
+
+    stored = base.config.quantization_config
+    quantize_model(
+        base.config.name_or_path,
+        directory,
+        bits=stored.bits,
+        group_size=stored.group_size,
+        method="rtn",
+        dynamic=stored.dynamic,
+        modules_to_not_convert=stored.modules_to_not_convert,
+    )
+    found = open_quantized(directory).config.base["fingerprint"]
+    if found != fingerprint:
+        raise CheckpointError(
+            f"{base.config.name_or_path}: quantized again it has the fingerprint {found}, the base "
+            f"that was trained {fingerprint}: its files have changed, or another "
+            "device rounds otherwise. Train on a base that `qalora quantize` wrote."
+        )
 
 
 @contextmanager

@@ -6,19 +6,20 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .checkpoint.atomic import AtomicDirectory
-from .errors import ConfigError, OutputError
+from .errors import ConfigError
 from .in_memory import quantized_base_on_disk, save_adapter, save_base
 from .merge import MergeResult, merge_adapter
+from .ranks import on_main_process, unwatch, watch
+from .sharding import fsdp_enabled
 from .tuner.config import PEFT_TYPE
 
 ADAPTER_DIR = "adapter"
@@ -32,7 +33,8 @@ class MergeCallback(TrainerCallback):
 
     "Ends" is the last step, `max_steps`, or early stopping; with `load_best_model_at_end` the best
     adapter is merged. The adapter itself is saved first, to `<output_dir>/adapter`: if the merge
-    fails, nothing is lost. The main process writes, the others wait.
+    fails, nothing is lost. The main process writes, the others wait; where one of several
+    processes dies, in training or merging, the others stop with an error that names it.
 
     After Ctrl-C the last saved checkpoint (or the best, as above) is merged when the process ends.
     Where it does not end, in a notebook, call `merge_last_checkpoint()`.
@@ -103,6 +105,7 @@ class MergeCallback(TrainerCallback):
         self._load_best = args.load_best_model_at_end
         if state.is_world_process_zero:
             atexit.register(self._at_exit, os.getpid())
+        watch()
 
     def on_save(
         self,
@@ -111,8 +114,14 @@ class MergeCallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Remember the checkpoint, for `merge_last_checkpoint`."""
+        """Remember the checkpoint, for `merge_last_checkpoint`.
+
+        Under FSDP the Trainer saves shards alone: the adapter is put beside them.
+        """
         self._last_checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if self._model is not None and fsdp_enabled():
+            main = state.is_world_process_zero
+            save_adapter(self._model, self._last_checkpoint, is_main_process=main)
 
     def on_train_end(
         self,
@@ -124,19 +133,20 @@ class MergeCallback(TrainerCallback):
         """Save the adapter, merge it, and push.
 
         Raises:
-            QALoRAError: the merge failed, on every process; the message says where the adapter is.
+            OutputError: the merge failed, on every process; the message says where the adapter is.
+            RankError: another process has died.
         """
         atexit.unregister(self._at_exit)
         model, main = self._model, state.is_world_process_zero
         assert model is not None
         adapter = save_adapter(model, Path(args.output_dir) / ADAPTER_DIR, is_main_process=main)
-        with _base_directory(model, self.out_dir, main) as base:
-            failed = (
-                f"the trained adapter is safe in {adapter}, but merging it failed (repeat with "
-                f"`qalora merge {adapter} --out DIR`)"
-            )
-            _on_main_process(main, failed, lambda: self._merge(adapter, base))
-        _on_main_process(main, f"merged into {self.out_dir}, but not pushed", self._push)
+        failed = (
+            f"the trained adapter is safe in {adapter}, but merging it failed (repeat with "
+            f"`qalora merge {adapter} --out DIR`)"
+        )
+        on_main_process(lambda: self._merge(adapter), "merging", failed)
+        on_main_process(self._push, "pushing", f"merged into {self.out_dir}, but not pushed")
+        unwatch()
 
     def merge_last_checkpoint(self) -> MergeResult | None:
         """Merge the newest checkpoint that the Trainer saved, or the best with
@@ -152,8 +162,7 @@ class MergeCallback(TrainerCallback):
         adapter = self._last_checkpoint
         if self._load_best and self._state.best_model_checkpoint:
             adapter = Path(self._state.best_model_checkpoint)
-        with _base_directory(self._model, self.out_dir, True) as base:
-            self._merge(adapter, base)
+        self._merge(adapter)
         self._push()
         return self.result
 
@@ -167,8 +176,10 @@ class MergeCallback(TrainerCallback):
             )
             self.merge_last_checkpoint()
 
-    def _merge(self, adapter: Path, base: Path) -> None:
-        self.result = merge_adapter(adapter, self.out_dir, base, finish=self._finish)
+    def _merge(self, adapter: Path) -> None:
+        assert self._model is not None
+        with _base_directory(self._model, self.out_dir) as base:
+            self.result = merge_adapter(adapter, self.out_dir, base, finish=self._finish)
         _log.info("merged checkpoint: %s", self.result.out)
 
     def _push(self) -> None:
@@ -193,39 +204,21 @@ class MergeCallback(TrainerCallback):
 
 
 @contextmanager
-def _base_directory(model: PeftModel, out_dir: Path, is_main_process: bool) -> Iterator[Path]:
+def _base_directory(model: PeftModel, out_dir: Path) -> Iterator[Path]:
     """The quantized base on disk: where it was loaded from, or a temporary copy from memory."""
     found = quantized_base_on_disk(model)
     if found is not None:
         yield found
         return
     out_dir = out_dir.absolute()
-    directory = out_dir.with_name(f".{out_dir.name}.base")
-    if is_main_process:
-        out_dir.parent.mkdir(parents=True, exist_ok=True)
-        directory = Path(tempfile.mkdtemp(prefix=directory.name + "-", dir=out_dir.parent))
+    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".{out_dir.name}.base-"
+    directory = Path(tempfile.mkdtemp(prefix=prefix, dir=out_dir.parent))
     try:
-        save_base(model, directory, is_main_process=is_main_process)
+        save_base(model, directory)
         yield directory
     finally:
-        if is_main_process:
-            shutil.rmtree(directory, ignore_errors=True)
-
-
-def _on_main_process(is_main_process: bool, failed: str, work: Callable[[], None]) -> None:
-    """Run `work` on the main process while the others wait; an error is raised on all of them."""
-    error: Exception | None = None
-    if is_main_process:
-        try:
-            work()
-        except Exception as caught:
-            error = caught
-    message = [None if error is None else str(error)]
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized():
-        distributed.broadcast_object_list(message, src=0)
-    if message[0] is not None:
-        raise OutputError(f"{failed}: {message[0]}") from error
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def _data_name(dataloader: Any) -> str | None:

@@ -53,8 +53,8 @@ def compare_logits(plan: MergePlan, merged: Path) -> LogitsReport:
         VerificationError: they differ by more than rounding explains.
     """
     ids = _random_ids(plan)
-    merged_logits = _logits(_load(merged), ids)
-    base = _load(plan.base.directory)
+    merged_logits = _logits(load_model(merged), ids)
+    base = load_model(plan.base.directory)
     base_logits = _logits(base, ids)
     if plan.adapter.is_ours:
         from peft import PeftModel
@@ -92,14 +92,14 @@ def compare_reference(plan: MergePlan, merged: Path, reference: Path) -> None:
             none does.
     """
     ids, wanted = _read_reference(reference)
-    base = _load(plan.base.directory)
+    base = load_model(plan.base.directory)
     effect = _distance(wanted, _logits(base, ids))
     distances = {}
     if not plan.adapter.is_ours:
         for convention in CONVENTIONS:
             with added(base, plan, convention):
                 distances[convention] = _distance(wanted, _logits(base, ids))
-    distances["merged"] = _distance(wanted, _logits(_load(merged), ids))
+    distances["merged"] = _distance(wanted, _logits(load_model(merged), ids))
     best = min(distances, key=distances.__getitem__)
     found = ", ".join(f"{name} {value:.3g}" for name, value in distances.items())
     found += f"; the adapter's effect: {effect:.3g}"
@@ -175,14 +175,14 @@ def _saved_modules(model: nn.Module, plan: MergePlan) -> Iterator[None]:
             setattr(module, leaf, value)
 
 
-def _load(directory: Path) -> nn.Module:
-    """The model in the class that config.json names, fp32."""
+def load_model(directory: Path, **options: Any) -> nn.Module:
+    """The model in the class that config.json names, fp32; `options` for `from_pretrained`."""
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(directory)
     name = (config.architectures or ["AutoModelForCausalLM"])[0]
     model_class: Any = getattr(transformers, name, transformers.AutoModelForCausalLM)
-    return model_class.from_pretrained(directory, dtype=torch.float32).eval()
+    return model_class.from_pretrained(directory, dtype=torch.float32, **options).eval()
 
 
 @torch.no_grad()

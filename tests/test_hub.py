@@ -17,13 +17,18 @@ from huggingface_hub import constants
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from qalora_plugin import QALoRAQuantConfig, merge_adapter
+from qalora_plugin import QALoRAQuantConfig, export_model, merge_adapter
 from qalora_plugin.checkpoint.base import open_quantized
+from qalora_plugin.cli import main
 from qalora_plugin.errors import OutputError
-from qalora_plugin.hub import model_card, push_merged
+from qalora_plugin.hub import push, push_merged
+from qalora_plugin.model_card import find_subject, make_card, subject_of_merged
 
 TOKEN = "hf_" + "s3cret" * 5
 OWNER = "someone"
+
+
+_REFUSED = {"unauthorized": 401, "forbidden": 403, "missing": 404}
 
 
 class Hub(ThreadingHTTPServer):
@@ -34,6 +39,8 @@ class Hub(ThreadingHTTPServer):
         self.repos: dict[str, str] = {}
         self.objects: dict[str, bytes] = {}
         self.files: dict[str, bytes] = {}
+        self.branches: dict[str, str] = {}  # of a repository; and the branch of the commit
+        self.committed_to: str | None = None
         self.tokens: set[str | None] = set()
 
     @property
@@ -74,8 +81,8 @@ class _Handler(BaseHTTPRequestHandler):
         hub.tokens.add(self.headers.get("authorization"))
         if self.path == "/api/repos/create":
             asked = json.loads(body)
-            if asked["name"] == "forbidden":
-                self._reply({"error": "you may not"}, 403)
+            if asked["name"] in _REFUSED:
+                self._reply({"error": "you may not"}, _REFUSED[asked["name"]])
                 return
             name = f"{asked.get('organization') or OWNER}/{asked['name']}"
             hub.repos[name] = asked["visibility"]
@@ -93,7 +100,12 @@ class _Handler(BaseHTTPRequestHandler):
             for entry in objects:
                 entry["actions"] = {"upload": {"href": f"{hub.url}/lfs/{entry['oid']}"}}
             self._reply({"transfer": "basic", "objects": objects})
+        elif "/branch/" in self.path:
+            repo, _, branch = self.path.removeprefix("/api/models/").partition("/branch/")
+            hub.branches[repo] = branch
+            self._reply({})
         elif "/commit/" in self.path:
+            hub.committed_to = self.path.rpartition("/commit/")[2]
             self._commit([json.loads(line) for line in body.splitlines()])
         else:
             self._reply({"error": f"no {self.path}"}, 404)
@@ -171,9 +183,11 @@ def test_push(
     url = push_merged(merged_dir, "my-model", data="gsm8k", log_history=LOSSES)
     assert url == f"{hub.url}/{OWNER}/my-model"
     assert hub.repos == {f"{OWNER}/my-model": "private"}
-    assert hub.files.keys() == {path.name for path in merged_dir.iterdir()}
-    for name, content in hub.files.items():
-        assert content == (merged_dir / name).read_bytes(), name
+    local = {path.name: path.read_bytes() for path in merged_dir.iterdir()}
+    card = hub.files.pop("README.md").decode()
+    assert hub.files == local and "README.md" not in local
+    assert "Merging was exact" in card and "| training loss | 2.5000 (step 10) |" in card
+    assert hub.committed_to == "main" and hub.branches == {}
     assert hub.tokens == {f"Bearer {TOKEN}"}
     captured = capfd.readouterr()
     assert TOKEN not in captured.out + captured.err + caplog.text
@@ -190,14 +204,14 @@ def test_public_repository_of_an_organisation_and_a_card_that_is_there(
 
 
 def test_card(hub: Hub, merged_dir: Path) -> None:
-    checkpoint = open_quantized(merged_dir)
-    card = model_card(checkpoint, f"{OWNER}/my-model", "gsm8k", LOSSES)
+    subject = subject_of_merged(open_quantized(merged_dir))
+    card = make_card(subject, f"{OWNER}/my-model", "gsm8k", LOSSES)
     assert card.data.base_model == "org/tiny-base"
     assert "qalora" in card.data.tags and card.data.library_name == "transformers"
     assert "import qalora_plugin" in card.text
     assert "Needs the `qalora_plugin` package" in card.text
     for row in (
-        "| base | org/tiny-base |",
+        "| base | [org/tiny-base](https://huggingface.co/org/tiny-base) |",
         "| bits | 3 |",
         "| group size | 16 |",
         "| adapted | zeros |",
@@ -217,9 +231,24 @@ def test_card_of_a_base_on_disk_has_its_licence_and_not_its_path(
     checkpoint = open_quantized(merged_dir)
     directory = base_dir.parent / "tiny-base"
     checkpoint.config.base["name_or_path"] = str(directory)
-    card = model_card(checkpoint, "someone/my-model")
+    card = make_card(subject_of_merged(checkpoint), "someone/my-model")
     assert card.data.license == "cc-by-4.0" and card.data.base_model is None
     assert "| base | tiny-base |" in card.text and str(directory) not in str(card)
+
+
+def test_licence_of_a_base_without_a_card_is_that_of_its_config(
+    hub: Hub, merged_dir: Path, tmp_path: Path
+) -> None:
+    checkpoint = open_quantized(merged_dir)
+    (tmp_path / "base-2").mkdir()
+    (tmp_path / "base-2" / "config.json").write_text('{"license": "mit"}')
+    checkpoint.config.base["name_or_path"] = str(tmp_path / "base-2")
+    card = make_card(subject_of_merged(checkpoint), "someone/my-model")
+    assert card.data.license == "mit"
+    checkpoint.config.base["name_or_path"] = "unknown"
+    (merged_dir / "LICENSE").write_text("...")
+    card = make_card(subject_of_merged(checkpoint), "someone/my-model")
+    assert card.data.license == "other"
 
 
 def test_refusals(
@@ -228,8 +257,88 @@ def test_refusals(
     with pytest.raises(OutputError, match="is not a merged checkpoint"):
         push_merged(base_dir, "my-model")
     assert hub.repos == {}
-    with pytest.raises(OutputError, match=r"forbidden: the Hub did not take .* `hf upload"):
-        push_merged(merged_dir, "forbidden")
+    for name, status, advice in (
+        ("unauthorized", 401, "hf auth login"),
+        ("forbidden", 403, "write access"),
+        ("missing", 404, "check the name"),
+    ):
+        with pytest.raises(OutputError, match=rf"{name}: .*HTTP {status}, .*{advice}") as caught:
+            push_merged(merged_dir, name)
+        assert f"qalora push {merged_dir} {name}" in str(caught.value)
+        assert TOKEN not in str(caught.value)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
     with pytest.raises(OutputError, match=f"complete in {merged_dir}"):
         push_merged(merged_dir, "my-model")
+
+
+@pytest.fixture
+def exported_dir(merged_dir: Path) -> Path:
+    """An export that needs no library to be written."""
+    out = merged_dir.parent / "export"
+    export_model(merged_dir, out, "torchao")
+    return out
+
+
+def test_command_pushes_an_export_to_a_branch(
+    hub: Hub, exported_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = tmp_path / "trainer_state.json"
+    state.write_text(json.dumps({"log_history": LOSSES}))
+    command = ["push", str(exported_dir), "org/my-export", "--branch", "int3", "--no-private"]
+    assert main([*command, "--trainer-state", str(state), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["format"], result["revision"], result["private"]) == ("torchao", "int3", False)
+    assert result["url"] == f"{hub.url}/org/my-export"
+    assert hub.repos == {"org/my-export": "public"}
+    assert hub.branches == {"org/my-export": "int3"} and hub.committed_to == "int3"
+    assert result["files"] == {name: len(content) for name, content in hub.files.items()}
+    card = hub.files.pop("README.md").decode()
+    assert hub.files == {path.name: path.read_bytes() for path in exported_dir.iterdir()}
+    assert "Exact in fp32" in card and "pip install transformers torchao" in card
+    assert "needs the `qalora_plugin`" not in card.lower()
+    assert "| training loss | 2.5000 (step 10) |" in card and "| adapted | zeros |" in card
+    assert "base_model: org/tiny-base" in card and "base_model_relation: quantized" in card
+
+
+def test_dry_run_asks_nobody(
+    hub: Hub, merged_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    assert main(["push", str(merged_dir), "my-model", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "my-model (private, branch main): would push" in out
+    for path in merged_dir.iterdir():
+        assert f"{path.stat().st_size:,}  {path.name}" in out
+    assert "README.md" in out and "Merging was exact" in out
+    assert hub.tokens == set() and not (merged_dir / "README.md").exists()
+
+
+def test_what_is_no_model_of_ours_is_not_pushed(
+    hub: Hub, base_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stock = Path(__file__).parent / "fixtures" / "gptq_4bit_g32_asym"
+    (tmp_path / "empty").mkdir()
+    for path in (base_dir, base_dir.parent / "tiny-base", stock, tmp_path / "empty"):
+        assert main(["push", str(path), "my-model"]) == 1
+        assert "nothing was pushed" in capsys.readouterr().err
+    assert hub.tokens == set()
+
+
+def test_card_of_an_inexact_export_says_what_it_costs(merged_dir: Path, exported_dir: Path) -> None:
+    """As `qalora export --format gptq --requantize` leaves it."""
+    loss = {"exact": 2.0, "requantized": 2.25, "divergence": 0.01, "tokens": 99, "text": "t"}
+    path = exported_dir / "qalora_export.json"
+    record = json.loads(path.read_text())
+    record |= {"format": "gptq", "measured": loss, "exactness": "Quantized again, not exact: ..."}
+    path.write_text(json.dumps(record))
+    card = make_card(find_subject(exported_dir), "someone/model", online=False)
+    assert "Quantized again, not exact" in card.text and "Merging was exact" not in card.text
+    assert "| loss of the exact model | 2.0000 (nats a token, 99 held-out tokens) |" in card.text
+    assert "| loss of this model | 2.2500 (" in card.text
+    assert "| KL divergence from the exact model | 1.00e-02 (" in card.text
+
+
+def test_result_of_a_push(hub: Hub, merged_dir: Path) -> None:
+    result = push(merged_dir, "my-model")
+    assert result.as_text().startswith(f"{hub.url}/{OWNER}/my-model: pushed ")
+    assert result.card.encode() == hub.files["README.md"]

@@ -1,6 +1,5 @@
 """Every family that is written to GGUF computes in llama.cpp what it computes in transformers."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -10,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -23,9 +23,10 @@ from transformers import (
 )
 
 from qalora_plugin import QALoRAQuantConfig
+from qalora_plugin.export import runtimes
 from qalora_plugin.quickstart.data import base_model_path
 
-RUNNER = Path(__file__).with_name("run_llama_cpp.py")
+RUNNER = Path(runtimes.__file__).with_name("run_llama_cpp.py")
 # of log-probabilities with a spread of 1.2; llama.cpp rounds activations to 8 bits
 ROUNDING, DIVERGENCE = 0.25, 2e-3
 
@@ -98,11 +99,9 @@ def test_family(
     ours = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     with torch.no_grad():
         expected = ours(ids[None]).logits[0, -1].log_softmax(-1)
-    asked = {"text": "x", "ids": ids.tolist(), "messages": [{"role": "user", "content": "x"}]}
-    asked["expected"] = expected.tolist()
-    (tmp_path / "input.json").write_text(json.dumps(asked))
-    result = run_json(python, RUNNER, tmp_path / "model.gguf", tmp_path / "input.json")
-    found = torch.tensor(result["logprobs"])
+    save_file({"input_ids": ids[None]}, tmp_path / "input")
+    run_json(python, RUNNER, tmp_path / "model.gguf", tmp_path / "input", tmp_path / "out")
+    found = load_file(tmp_path / "out")["logprobs"][0]
     divergence = (expected.exp() * (expected - found)).sum().item()
     print(f"{family}: {(found - expected).abs().max():.3f}, divergence {divergence:.1e}")
     assert expected.std() > 1

@@ -14,8 +14,9 @@ from ..errors import CheckpointError
 from ..quant.linear import QuantLinear
 from . import stock_gptq
 from .base import QuantizedCheckpoint
-from .layout import GUARD
+from .layout import GUARD, QUANTIZED_TENSORS
 from .selection import keep_from_initialization, linears_in_blocks
+from .sharded_loading import PendingLayer
 from .validate import check_values
 
 
@@ -79,12 +80,15 @@ class LayerNames:
         return name in self._state
 
 
-def place_layers(model: PreTrainedModel, checkpoint: QuantizedCheckpoint) -> dict[str, str]:
+def place_layers(
+    model: PreTrainedModel, checkpoint: QuantizedCheckpoint, *, pending: bool = False
+) -> dict[str, str]:
     """Replace the model's linear layers that the checkpoint holds quantized, on the meta device.
 
     Args:
         model: a `PreTrainedModel` on the meta device, without weights.
         checkpoint: what will be loaded into it.
+        pending: put placeholders there, which `sharded_loading.load_layers` replaces later.
 
     Returns:
         The checkpoint's name of every replaced layer, by the model's name.
@@ -106,7 +110,12 @@ def place_layers(model: PreTrainedModel, checkpoint: QuantizedCheckpoint) -> dic
         bias, surplus_bias = _match_bias(checkpoint, layer, linear)
         if surplus_bias:
             ignored.add(names.unknown(f"{layer}.bias"))
-        model.set_submodule(name, _empty_layer(checkpoint, layer, spec, bias))
+        if pending:
+            model.set_submodule(name, PendingLayer(bias))
+            parts = (*QUANTIZED_TENSORS, "qzeros")
+            ignored |= {names.unknown(f"{layer}.{part}") for part in parts}
+        else:
+            model.set_submodule(name, _empty_layer(checkpoint, layer, spec, bias))
         keep_from_initialization(model, name)
         placed[name] = layer
     if not placed:
@@ -117,7 +126,7 @@ def place_layers(model: PreTrainedModel, checkpoint: QuantizedCheckpoint) -> dic
         )
     _check_dense_layers(model, checkpoint, names)
     known = set(model._keys_to_ignore_on_load_unexpected or ())
-    if ignored:  # guards, and all-zero biases of stock layers that have none in the model
+    if ignored:  # guards, all-zero biases of stock layers that have none in the model, pending
         known.add("^(?:" + "|".join(re.escape(name) for name in sorted(ignored)) + ")$")
     model._keys_to_ignore_on_load_unexpected = known
     return placed

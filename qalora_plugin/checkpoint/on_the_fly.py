@@ -10,9 +10,11 @@ from qalora_kernels import QuantSpec
 
 from ..errors import QALoRAError
 from ..quant.config import QALoRAQuantConfig
+from ..quant.fingerprint import mark
 from ..quant.linear import QuantLinear
 from ..quant.rtn import rtn
 from .selection import keep_from_initialization, linears_to_quantize
+from .sharded_loading import loads_sharded, shard
 
 
 class LayerQuantizer:
@@ -21,6 +23,7 @@ class LayerQuantizer:
     Attributes:
         specs: the grid of every layer to quantize, by name.
         error: the first error, kept because transformers would only log it.
+        marks: for the fingerprint, where the layers are sharded at once.
     """
 
     def __init__(self, model: nn.Module, config: QALoRAQuantConfig) -> None:
@@ -35,6 +38,7 @@ class LayerQuantizer:
         """
         self.specs: dict[str, QuantSpec] = {}
         self.error: QALoRAError | None = None
+        self.marks: list[str] = []
         for name, linear in linears_to_quantize(model, config).items():
             self.specs[name] = config.spec_for(name, linear.in_features, linear.out_features)
             keep_from_initialization(model, name)
@@ -48,9 +52,13 @@ class LayerQuantizer:
         spec = self.specs[name]
         fit = rtn(weight, bits=spec.bits, group_size=spec.group_size, name=name)
         layer = QuantLinear.from_codes(spec, fit.codes, fit.scales, fit.offsets)
+        if loads_sharded():
+            self.marks.append(mark(name, layer.qweight))
+            layer = shard(layer)
         layer.bias = linear.bias  # loaded already, or about to be
-        for tensor in (layer.qweight, layer.scales, layer.offsets):
-            tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+        for tensor in (*layer.parameters(recurse=False), *layer.buffers(recurse=False)):
+            if tensor is not layer.bias:
+                tensor._is_hf_initialized = True  # type: ignore[attr-defined]
         layer._is_hf_initialized = True  # type: ignore[assignment]
         model.set_submodule(name, layer)
 

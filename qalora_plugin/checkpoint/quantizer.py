@@ -20,13 +20,16 @@ from transformers.quantizers.auto import (
 
 from ..errors import CheckpointError, ConfigError
 from ..quant.config import QUANT_METHOD, QALoRAQuantConfig
+from ..quant.fingerprint import combine
 from ..quant.linear import QuantLinear
+from ..quant.sharded import ShardedQuantLinear
 from . import routing
 from .base import QuantizedCheckpoint
 from .layout import GUARD, guard_tensor, quantized_layers
 from .loading import finish_layers, place_layers
 from .on_the_fly import LayerQuantizer, QuantizeOnLoad
 from .reader import CheckpointReader
+from .sharded_loading import finish_sharding, load_layers, loads_sharded
 
 
 class QALoRAQuantizer(HfQuantizer):
@@ -79,7 +82,7 @@ class QALoRAQuantizer(HfQuantizer):
             return
         routing.check_request(self.quantization_config, self._checkpoint.config, str(directory))
         self.quantization_config = self._checkpoint.config
-        self._placed = place_layers(model, self._checkpoint)
+        self._placed = place_layers(model, self._checkpoint, pending=loads_sharded())
         self._dtypes = {
             name: parameter.dtype
             for name, parameter in model.named_parameters()
@@ -113,12 +116,18 @@ class QALoRAQuantizer(HfQuantizer):
     ) -> PreTrainedModel:
         assert self._dtype is not None
         if self._checkpoint is not None:
-            finish_layers(model, self._checkpoint, self._placed)
             self._restore_dtypes(model)
+            if loads_sharded():
+                load_layers(model, self._checkpoint, self._placed)
+            else:
+                finish_layers(model, self._checkpoint, self._placed)
             self._checkpoint = None
         else:
             assert self._layers is not None
             self._layers.finish(model, self._dtype)
+            if self._layers.marks:
+                self.quantization_config.base["fingerprint"] = combine(self._layers.marks)
+            finish_sharding(model)
             self.quantization_config.base.setdefault("name_or_path", _public_name(model))
             self._layers = None
         model.config.quantization_config = self.quantization_config
@@ -155,10 +164,10 @@ class QALoRAQuantizer(HfQuantizer):
                     f"{name} carries an adapter. Save the adapter with PeftModel.save_pretrained, "
                     "or merge_and_unload() before saving the model."
                 )
-            if module.qweight.dim() != 2:
+            if isinstance(module, ShardedQuantLinear) or module.qweight.dim() != 2:
                 raise CheckpointError(
-                    f"{name}.qweight is sharded (ZeRO-3). Save with Trainer.save_model on all "
-                    "ranks, or merge from the saved adapter with `qalora merge`."
+                    f"{name}.qweight is sharded (ZeRO-3, FSDP). Save with Trainer.save_model on "
+                    "all ranks, or merge from the saved adapter with `qalora merge`."
                 )
             state[f"{name}.{GUARD}"] = guard_tensor(module.in_features)
         return state, {}

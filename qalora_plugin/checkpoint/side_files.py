@@ -17,7 +17,15 @@ TOKENIZER_FILES = (
     "vocab.*",
 )
 REPORT_FILE = "quantization_report.json"
-_WRITTEN_ANEW = {CONFIG_FILE, INDEX_FILE, MANIFEST_FILE, REPORT_FILE, "quantize_config.json"}
+RECORD_FILE = "qalora_export.json"
+_WRITTEN_ANEW = {
+    CONFIG_FILE,
+    INDEX_FILE,
+    MANIFEST_FILE,
+    RECORD_FILE,
+    REPORT_FILE,
+    "quantize_config.json",
+}
 
 
 def copy_side_files(source: Path, target: Path, patterns: Iterable[str] = MODEL_FILES) -> None:

@@ -91,8 +91,9 @@ def integer_zeros(where: str, layer: LayerTensors, spec: QuantSpec) -> torch.Ten
         raise CheckpointError(
             f"{where}: {int(wrong.sum())} of {wrong.numel()} zero-points are not integers (up to "
             f"{distance:.3g} away), and stock GPTQ stores integers only. Quantize with "
-            "`--zero-points integer` and adapt with adapt='scales', or export to a format with "
-            "real-valued offsets."
+            "`--zero-points integer` and adapt with adapt='scales', export to a format with "
+            "real-valued offsets, or accept a measured loss: `qalora export MERGED --format gptq "
+            "--requantize --calibration FILE`."
         )
     if zeros.amin() < 0 or zeros.amax() > top:
         raise CheckpointError(

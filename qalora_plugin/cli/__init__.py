@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from qalora_plugin.errors import QALoRAError
 
-COMMANDS = ("quickstart", "quantize", "merge", "verify", "export", "inspect")
+COMMANDS = ("quickstart", "quantize", "merge", "verify", "export", "push", "inspect", "plan")
 
 
 def build_parser() -> argparse.ArgumentParser:

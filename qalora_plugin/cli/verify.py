@@ -15,7 +15,8 @@ def add_parser(subparsers: Any) -> None:
         description="Compare a merged checkpoint with base and adapter: every tensor bit for bit, "
         "and every layer's outputs with the formula of the code that trained the adapter. "
         "Or compare what `qalora export` wrote with the merged model, dequantized by the library "
-        "of the runtime that it is for. Exit status 1 if anything differs.",
+        "of the runtime that it is for, and run it there where the runtime is installed. Exit "
+        "status 1 if anything differs.",
     )
     parser.add_argument("merged", help="the merged checkpoint, or with --against an export")
     kind = parser.add_mutually_exclusive_group(required=True)
@@ -29,6 +30,17 @@ def add_parser(subparsers: Any) -> None:
         "--base",
         metavar="DIR",
         help="its quantized base (default: what the adapter's config names)",
+    )
+    parser.add_argument(
+        "--no-run",
+        action="store_true",
+        help="with --against: compare weights only, do not run the export in its runtime",
+    )
+    parser.add_argument(
+        "--python",
+        metavar="PYTHON",
+        help="with --against: interpreter of the environment that has the runtime (default: this "
+        "one)",
     )
     parser.add_argument(
         "--logits", action="store_true", help="also build both models and compare their logits"
@@ -63,7 +75,13 @@ def _verify(args: argparse.Namespace, progress: Callable[[int, int], None]) -> A
     if args.against is not None:
         from ..export.verify import verify_export
 
-        return verify_export(args.merged, args.against, progress=progress)
+        return verify_export(
+            args.merged,
+            args.against,
+            run=not args.no_run,
+            python=args.python,
+            progress=progress,
+        )
     from ..verify import verify_merge
 
     return verify_merge(

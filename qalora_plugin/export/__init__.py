@@ -6,9 +6,17 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from .record import write_record
 from .walk import ExportResult, Progress
 
 FORMATS = ("gptq", "gguf", "mlx", "onnx", "torchao", "lora")
+OPTIONS: dict[str, frozenset[str]] = {
+    "gguf": frozenset({"exact"}),
+    "gptq": frozenset(
+        {"checkpoint_format", "requantize", "calibration", "samples", "seq_len", "seed"}
+    ),
+    "lora": frozenset({"base", "convention"}),
+}
 
 __all__ = ["FORMATS", "ExportResult", "export_model"]
 
@@ -30,7 +38,8 @@ def export_model(
         format: one of `FORMATS`.
         progress: called with (tensors written, tensors in all).
         options: `base` and `convention` for "lora", as `merge_adapter` has them;
-            `checkpoint_format` for "gptq" ("gptq", or "gptq_v2" for GPTQModel).
+            `exact` for "gguf" (layers in fp32); `checkpoint_format` for "gptq" ("gptq", or
+            "gptq_v2" for GPTQModel), and `requantize` with its settings (see `gptq.export`).
 
     Returns:
         What was written, and how exactly.
@@ -42,7 +51,7 @@ def export_model(
     """
     if format not in FORMATS:
         raise ConfigError(f"format: expected one of {', '.join(FORMATS)}, found {format!r}")
-    known = {"lora": {"base", "convention"}, "gptq": {"checkpoint_format"}}.get(format, set())
+    known = OPTIONS.get(format, frozenset())
     unknown = set(options) - known
     if unknown:
         raise ConfigError(
@@ -50,4 +59,7 @@ def export_model(
             f"{', '.join(sorted(known)) or 'none'}"
         )
     export: Callable[..., ExportResult] = importlib.import_module(f".{format}", __name__).export
-    return export(source, out, progress=progress, **options)
+    result = export(source, out, progress=progress, **options)
+    if result.out.is_dir():
+        write_record(result, source)
+    return result

@@ -6,11 +6,14 @@ bits) and i + 16. d is our scale, up to its sign; m = offsets - d * (code of the
 to f16, the only rounding. q may count up or down and, below 4 bits, start anywhere: each group
 takes the way whose minimum rounds least.
 A layer that blocks of 32 cannot hold, or of 8 bits (no type has 8 bits and a minimum), becomes F16.
-Norms are F32, other dense tensors keep their dtype.
+With `exact` everything is F32, and so are llama.cpp's products: GGUF's other types round the
+minimum too, or the weights, and with them activations. Otherwise norms are F32, and other dense
+tensors keep their dtype.
 """
 
+import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,16 +27,20 @@ from ..checkpoint.base import LayerTensors, QuantizedCheckpoint, open_quantized
 from ..errors import CheckpointError, ConfigError
 from .gguf_metadata import Metadata
 from .gguf_tokenizer import Tokenizer
+from .record import GGUF_KEY, describe_source
 from .single_file import atomic_file, check_target
 from .walk import ExportResult, Progress, codes, dense, regroup, require
 
 BLOCK = 32
 TOP_CODE = 15
+WANTED = 2e-3  # of a step: a minimum that rounds by more is counted
 _BYTES = 20  # of a Q4_1 block: d, m, 16 bytes of codes
 
 
-def obstacle(spec: QuantSpec, act_order: bool) -> str | None:
-    """Why a layer becomes F16, or None where Q4_1 holds it."""
+def obstacle(spec: QuantSpec, act_order: bool, exact: bool = False) -> str | None:
+    """Why a layer becomes dense, or None where Q4_1 holds it."""
+    if exact:
+        return "F32 holds it exactly, as was asked for"
     if spec.bits > 4:
         return f"GGUF has no type with {spec.bits} bits and an offset; written as F16"
     if act_order:
@@ -93,11 +100,36 @@ def _least_rounding(layer: LayerTensors, spec: QuantSpec) -> _Block:
     return best
 
 
-def q4_1(layer: LayerTensors, spec: QuantSpec) -> tuple[torch.Tensor, float]:
+@dataclass
+class Rounding:
+    """How far minima were rounded, in steps (scales), over all groups."""
+
+    largest: float = 0.0
+    total: float = 0.0
+    above: int = 0
+    groups: int = 0
+
+    def add(self, error: torch.Tensor) -> None:
+        """Count one layer's [G, N]."""
+        self.largest = max(self.largest, error.max().item())
+        self.total += error.sum().item()
+        self.above += int((error > WANTED).sum())
+        self.groups += error.numel()
+
+    def as_text(self) -> str:
+        """For people."""
+        share = 100 * self.above / self.groups
+        return (
+            f"minima are rounded to f16: by at most {self.largest:.1e} of a step, "
+            f"{self.total / self.groups:.1e} in the mean, {share:.1f}% of groups above {WANTED:g}"
+        )
+
+
+def q4_1(layer: LayerTensors, spec: QuantSpec) -> tuple[torch.Tensor, torch.Tensor]:
     """A layer as Q4_1 blocks.
 
     Returns:
-        uint8 [N, K / 32 * 20], and the largest rounding of a minimum, in steps (scales).
+        uint8 [N, K / 32 * 20], and by how much each minimum is rounded, in steps, [G, N].
 
     Raises:
         CheckpointError: a minimum that f16 does not hold.
@@ -112,7 +144,7 @@ def q4_1(layer: LayerTensors, spec: QuantSpec) -> tuple[torch.Tensor, float]:
     for at, numbers in ((0, block.scale.to(torch.float16)), (2, block.minimum)):
         out[:, :, at : at + 2] = regroup(numbers, spec, BLOCK).view(torch.uint8).view(n, blocks, 2)
     out[:, :, 4:] = halves[:, :, 0] | (halves[:, :, 1] << 4)
-    return out.view(n, blocks * _BYTES), block.error.max().item()
+    return out.view(n, blocks * _BYTES), block.error
 
 
 @dataclass
@@ -123,10 +155,13 @@ class _Export:
     metadata: Metadata
     reasons: dict[str, str]
     names: dict[str, str]
-    rounding: float = 0.0
+    dense_dtype: torch.dtype
+    rounding: Rounding = field(default_factory=Rounding)
 
 
-def export(source: str | Path, out: str | Path, *, progress: Progress | None) -> ExportResult:
+def export(
+    source: str | Path, out: str | Path, *, progress: Progress | None, exact: bool = False
+) -> ExportResult:
     """Write the file; see `export_model`."""
     gguf = require("gguf", "gguf")
     target = check_target(out)
@@ -136,9 +171,11 @@ def export(source: str | Path, out: str | Path, *, progress: Progress | None) ->
     metadata = Metadata(checkpoint.directory)
     tokenizer = Tokenizer(checkpoint.directory, metadata.config.vocab_size)
     act_order = checkpoint.config.desc_act
-    found = {name: obstacle(spec, act_order) for name, spec in checkpoint.layers.items()}
+    found = {name: obstacle(spec, act_order, exact) for name, spec in checkpoint.layers.items()}
     reasons = {name: why for name, why in found.items() if why is not None}
-    state = _Export(checkpoint, metadata, reasons, tensor_names(checkpoint, metadata, gguf))
+    names = tensor_names(checkpoint, metadata, gguf)
+    dtype = torch.float32 if exact else torch.float16
+    state = _Export(checkpoint, metadata, reasons, names, dtype)
     with atomic_file(target) as partial:
         writer = gguf.GGUFWriter(partial, metadata.architecture.name)
         _add_general(writer, state, gguf)
@@ -148,10 +185,9 @@ def export(source: str | Path, out: str | Path, *, progress: Progress | None) ->
         writer.close()
     layers = len(checkpoint.layers) - len(reasons)
     exactness = (
-        f"Integers and scales are exact; minima are rounded to f16, by at most "
-        f"{state.rounding:.1e} of a step."
+        f"Integers and scales are exact; {state.rounding.as_text()}."
         if layers
-        else "Weights are rounded to f16."
+        else f"Weights are rounded to {'fp32' if exact else 'f16'}."
     )
     return ExportResult(target, "gguf", layers, exactness, reasons)
 
@@ -194,8 +230,12 @@ def _add_general(writer: Any, state: _Export, gguf: ModuleType) -> None:
     writer.add_name(source.directory.resolve().name)
     writer.add_quantized_by("qalora-plugin")
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    all_dense = len(state.reasons) == len(source.layers)
-    writer.add_file_type(mostly.MOSTLY_F16 if all_dense else mostly.MOSTLY_Q4_1)
+    writer.add_string(GGUF_KEY, json.dumps(describe_source(source)))
+    if len(state.reasons) < len(source.layers):
+        writer.add_file_type(mostly.MOSTLY_Q4_1)
+    else:
+        exact = state.dense_dtype == torch.float32
+        writer.add_file_type(mostly.ALL_F32 if exact else mostly.MOSTLY_F16)
 
 
 def _write_tensors(
@@ -235,9 +275,10 @@ def _stored(state: _Export, tensor: str) -> tuple[tuple[int, ...], torch.dtype |
         info = state.source.reader.info(tensor)
         if info.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             raise CheckpointError(f"{info.file}: {tensor}: GGUF does not hold {info.dtype} here.")
-        return info.shape, torch.float32 if len(info.shape) == 1 else info.dtype
+        wide = len(info.shape) == 1 or state.dense_dtype == torch.float32
+        return info.shape, torch.float32 if wide else info.dtype
     if layer in state.reasons:
-        return (spec.out_features, spec.in_features), torch.float16
+        return (spec.out_features, spec.in_features), state.dense_dtype
     return (spec.out_features, spec.in_features // BLOCK * _BYTES), None
 
 
@@ -255,10 +296,10 @@ def _data(state: _Export, tensor: str) -> torch.Tensor:
     spec, numbers = source.layers[layer], source.layer(layer)
     try:
         if layer not in state.reasons:
-            blocks, rounding = q4_1(numbers, spec)
-            state.rounding = max(state.rounding, rounding)
+            blocks, error = q4_1(numbers, spec)
+            state.rounding.add(error)
             return order(blocks)
-        weight = dense(numbers, spec).to(torch.float16)
+        weight = dense(numbers, spec).to(state.dense_dtype)
         if not weight.isfinite().all():
             raise CheckpointError("a weight is out of the range of f16")
         return order(weight)

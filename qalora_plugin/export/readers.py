@@ -89,6 +89,23 @@ def gguf(exported: Path, source: QuantizedCheckpoint) -> Weights:
     return read
 
 
+def gguf_kinds(exported: Path, source: QuantizedCheckpoint) -> dict[str, str]:
+    """GGUF's type of every matrix, such as "Q4_1", by the source's name of the weight.
+
+    Tied output embeddings are there under the name of their own as well.
+    """
+    package = require("gguf", "gguf")
+    types = {t.name: t.tensor_type.name for t in package.GGUFReader(exported).tensors}
+    kinds = {}
+    for tensor, name in tensor_names(source, Metadata(source.directory), package).items():
+        if name in types and tensor.endswith(("weight", ".qweight")):
+            layer = tensor.removesuffix(".qweight").removesuffix(".weight")
+            kinds[f"{layer}.weight"] = types[name]
+    if "output.weight" not in types:
+        kinds["lm_head.weight"] = types["token_embd.weight"]
+    return kinds
+
+
 def onnx(exported: Path, source: QuantizedCheckpoint) -> Weights:
     """Weights by ONNX Runtime: products of the identity with the nodes of a layer."""
     package = require("onnx", "onnx")

@@ -2,7 +2,7 @@
 
 Every layer is dequantized by the library of the runtime that the format is for, and compared with
 W = scales * (q - mid) + offsets in float64, weight by weight, within the rounding that the format
-forces and no more.
+forces and no more. Then the runtime itself runs it, where it is installed.
 """
 
 import dataclasses
@@ -25,6 +25,8 @@ from ..errors import CheckpointError, VerificationError
 from ..merge import plan_merge
 from . import readers
 from .onnx import MODEL_FILE
+from .record import read_record
+from .runtimes import RuntimeReport, check_runtime
 from .walk import Progress
 
 _FP32, _F16 = 2.0**-22, 2.0**-11  # of the largest number that is rounded
@@ -42,6 +44,7 @@ class ExportReport:
         other_tensors: other tensors that are equal, bit for bit in fp32.
         unchecked: tensors that the export holds together with others, and that were not compared.
         largest_error: of a weight, in steps (scales) of its group; for lora relative.
+        runtime: what the runtime computes, or why it was not run; None if it was not asked for.
     """
 
     exported: str
@@ -50,6 +53,7 @@ class ExportReport:
     other_tensors: int
     unchecked: int
     largest_error: float
+    runtime: RuntimeReport | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -63,7 +67,8 @@ class ExportReport:
             f"(largest difference {self.largest_error:.1e} {unit}), {self.other_tensors} other "
             "tensors are equal"
         )
-        return text + (f", {self.unchecked} were not compared" if self.unchecked else "")
+        text += f", {self.unchecked} were not compared" if self.unchecked else ""
+        return text if self.runtime is None else f"{text}\n{self.runtime.as_text()}"
 
 
 def find_format(exported: Path) -> str:
@@ -91,26 +96,46 @@ def find_format(exported: Path) -> str:
 
 
 def verify_export(
-    exported: str | Path, against: str | Path, *, progress: Progress | None = None
+    exported: str | Path,
+    against: str | Path,
+    *,
+    run: bool = False,
+    python: str | Path | None = None,
+    progress: Progress | None = None,
 ) -> ExportReport:
     """Compare an export with the model it was made from.
 
     Args:
         exported: what `export_model` wrote.
         against: the merged model; for a lora export the adapter.
+        run: also run it in its runtime, and compare logits with ours.
+        python: interpreter that has the runtime, by default this one.
         progress: called with (tensors compared, tensors in all).
 
     Raises:
-        VerificationError: a tensor is missing, or differs by more than the format's rounding.
+        VerificationError: a tensor is missing, or differs by more than the format's rounding; or
+            the runtime computes something else.
         CheckpointError, AdapterError: one of the two is damaged.
         ConfigError: the library of the format is not installed.
     """
     path = Path(exported)
     format = find_format(path)
-    if format == "lora":
-        return _verify_lora(path, against, progress)
+    compare = _verify_lora if format == "lora" else _verify_weights
+    report = compare(path, against, format, progress)
+    if not run:
+        return report
+    return dataclasses.replace(report, runtime=check_runtime(path, against, format, python))
+
+
+def _verify_weights(
+    path: Path, against: str | Path, format: str, progress: Progress | None
+) -> ExportReport:
+    """Compare all tensors."""
     source = open_quantized(against)
+    if path.resolve() != source.directory.resolve():
+        _check_not_requantized(path)
     read = getattr(readers, format)(path, source)
+    kinds = readers.gguf_kinds(path, source) if format == "gguf" else {}
     names = [*(f"{name}.weight" for name in source.layers), *source.dense_names]
     largest, unchecked, layers = 0.0, 0, 0
     for done, name in enumerate(names, start=1):
@@ -121,7 +146,8 @@ def verify_export(
         elif layer != name and layer in source.layers:
             layers += 1
             tensors, spec = source.layer(layer), source.layers[layer]
-            largest = max(largest, _check_layer(path, name, found, tensors, spec, format))
+            kind = kinds.get(name, format)
+            largest = max(largest, _check_layer(path, name, found, tensors, spec, kind))
         elif not torch.equal(found.float(), source.reader.get(name).float()):
             raise VerificationError(f"{path}: {name} differs from that of {source.directory}.")
         if progress is not None:
@@ -130,15 +156,29 @@ def verify_export(
     return ExportReport(str(path), format, layers, other, unchecked, largest)
 
 
+def _check_not_requantized(path: Path) -> None:
+    """An export by --requantize has other weights, and says what that costs.
+
+    Raises:
+        VerificationError: this is one.
+    """
+    record = read_record(path) if path.is_dir() else None
+    if record is not None and record.get("measured"):
+        raise VerificationError(
+            f"{path}: its weights are not those of the merged model. {record['exactness']} What "
+            f"it holds is compared with its runtime by `qalora verify {path} --against {path}`."
+        )
+
+
 def _check_layer(
     path: Path,
     name: str,
     found: torch.Tensor,
     layer: LayerTensors,
     spec: QuantSpec,
-    format: str,
+    kind: str,
 ) -> float:
-    """Compare one weight; the largest difference in steps."""
+    """Compare one weight; the largest difference in steps. `kind` is a format or GGUF's type."""
     exact = dense(layer, spec).t()
     if found.shape != exact.shape:
         raise VerificationError(
@@ -149,22 +189,24 @@ def _check_layer(
         for values in (layer.scales, layer.offsets)
     )
     bound = _FP32 * (offset.abs() + step * 2**spec.bits)
-    if format == "gguf":
-        # the minimum in Q4_1, whose codes go up to 15, or the weight itself in F16
-        of_minimum = _F16 * (offset.abs() + step * 16)
-        bound = of_minimum if spec.bits <= 4 else _F16 * exact.abs() + _F16_SUBNORMAL
+    if kind == "Q4_1":  # its codes go up to 15
+        bound = _F16 * (offset.abs() + step * 16)
+    elif kind == "F16":
+        bound = _F16 * exact.abs() + _F16_SUBNORMAL
     difference = (found.double() - exact).abs()
     worst = (difference / step).max().item()
     if not (difference <= bound).all():  # NaN fails this too
         wrong = int((~(difference <= bound)).sum())
         raise VerificationError(
             f"{path}: {name}: {wrong} of {exact.numel()} weights differ by more than the rounding "
-            f"of format {format} (up to {worst:.3g} of a step). It is of another model, or damaged."
+            f"of {kind} (up to {worst:.3g} of a step). It is of another model, or damaged."
         )
     return worst
 
 
-def _verify_lora(exported: Path, against: str | Path, progress: Progress | None) -> ExportReport:
+def _verify_lora(
+    exported: Path, against: str | Path, format: str, progress: Progress | None
+) -> ExportReport:
     """Compare the change of each weight with the change of offsets by the adapter."""
     from safetensors import safe_open
 
@@ -202,4 +244,4 @@ def _verify_lora(exported: Path, against: str | Path, progress: Progress | None)
         raise VerificationError(
             f"{exported}: {stated} as r, lora_alpha, use_rslora, expected {wanted}."
         )
-    return ExportReport(str(exported), "lora", len(plan.layers), 0, 0, worst)
+    return ExportReport(str(exported), format, len(plan.layers), 0, 0, worst)

@@ -40,6 +40,7 @@ class ExportResult:
         layers: quantized layers written as integers.
         dense: layers that the format cannot hold as integers, and why, by name.
         exactness: how far the exported weights equal the source's, in one sentence.
+        measured: what an inexact export was measured to cost, see `requantize.Loss`.
     """
 
     out: Path
@@ -47,6 +48,7 @@ class ExportResult:
     layers: int
     exactness: str
     dense: dict[str, str] = field(default_factory=dict)
+    measured: dict[str, Any] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""

@@ -33,8 +33,16 @@ def fingerprint(layers: Iterable[tuple[str, torch.Tensor]]) -> str:
     Returns:
         32 hexadecimal digits.
     """
-    lines = []
-    for name, qweight in layers:
-        plain, weighted = _checksum(qweight)
-        lines.append(f"{name} {tuple(qweight.shape)} {plain} {weighted}")
+    return combine(mark(name, qweight) for name, qweight in layers)
+
+
+def mark(name: str, qweight: torch.Tensor) -> str:
+    """One layer's part of a fingerprint, for layers that are not in memory together."""
+    plain, weighted = _checksum(qweight)
+    return f"{name} {tuple(qweight.shape)} {plain} {weighted}"
+
+
+def combine(marks: Iterable[str]) -> str:
+    """The fingerprint of layers from their marks."""
+    lines = list(marks)
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()[:32]

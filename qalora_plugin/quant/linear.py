@@ -49,13 +49,11 @@ class QuantLinear(nn.Module):
         self.spec = spec
         self.in_features = spec.in_features
         self.out_features = spec.out_features
-        grid = (spec.num_groups, spec.out_features)
         self.qweight = nn.Parameter(
             torch.empty(spec.packed_rows, spec.out_features, dtype=torch.int32, device=device),
             requires_grad=False,
         )
-        self.register_buffer("scales", torch.empty(grid, dtype=torch.float32, device=device))
-        self.register_buffer("offsets", torch.empty(grid, dtype=torch.float32, device=device))
+        self._register_grid(device)
         g_idx = torch.empty(spec.in_features, dtype=torch.int32, device=device)
         self.register_buffer("g_idx", g_idx if desc_act else None)
         self.bias = (
@@ -63,6 +61,11 @@ class QuantLinear(nn.Module):
             if bias
             else None
         )
+
+    def _register_grid(self, device: torch.device | str | None) -> None:
+        shape = (self.spec.num_groups, self.spec.out_features)
+        self.register_buffer("scales", torch.empty(shape, dtype=torch.float32, device=device))
+        self.register_buffer("offsets", torch.empty(shape, dtype=torch.float32, device=device))
 
     @classmethod
     def from_codes(
@@ -114,7 +117,17 @@ class QuantLinear(nn.Module):
         """
         if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        tensors = (x, self.qweight, self.scales, self.offsets, self.g_idx, self.bias)
+        return self._linear(x, self.scales, self.offsets, zeros, scale)
+
+    def _linear(
+        self,
+        x: torch.Tensor,
+        scales: torch.Tensor,
+        offsets: torch.Tensor,
+        zeros: LowRank | None,
+        scale: LowRank | None,
+    ) -> torch.Tensor:
+        tensors = (x, self.qweight, scales, offsets, self.g_idx, self.bias)
         if zeros is None and scale is None:
             return quantized_linear(*tensors, spec=self.spec)
         return folded_linear(*tensors, spec=self.spec, zeros=zeros, scale=scale)
@@ -126,9 +139,11 @@ class QuantLinear(nn.Module):
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         # a cast of scales or offsets would change the weights that were trained or merged:
         # keep the numbers, follow only the device
-        kept = {"scales": self.scales, "offsets": self.offsets}
+        kept = {name: self._buffers.get(name) for name in ("scales", "offsets")}
         super()._apply(fn, recurse)
         for name, before in kept.items():
+            if before is None:
+                continue
             after = getattr(self, name)
             if after.dtype != before.dtype:
                 moved = before if after.device == before.device else before.to(after.device)

@@ -142,10 +142,10 @@ def quantize_model(
         source = ModelSource(directory, trust_remote_code)
         specs = _choose_layers(source, config)
         if format != "qalora":
-            _check_stock(specs, format, config)
+            check_stock(specs, format, config)
         windows = None
         if method == "gptq":
-            length = _fitting_length(source.model.config, seq_len)
+            length = fitting_length(source.model.config, seq_len)
             if tokenizer is None and not isinstance(calibration, torch.Tensor | None):
                 tokenizer = AutoTokenizer.from_pretrained(
                     directory, trust_remote_code=trust_remote_code
@@ -241,7 +241,12 @@ def _choose_layers(source: ModelSource, config: QALoRAQuantConfig) -> dict[str, 
     return specs
 
 
-def _fitting_length(model_config: Any, seq_len: int | None) -> int:
+def fitting_length(model_config: Any, seq_len: int | None) -> int:
+    """Tokens in a calibration window.
+
+    Raises:
+        ConfigError: more than the model takes.
+    """
     limit = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     if seq_len is None:
         return min(DEFAULT_SEQ_LEN, limit or DEFAULT_SEQ_LEN)
@@ -258,7 +263,7 @@ def _compute_dtype(model: PreTrainedModel, device: torch.device) -> torch.dtype:
     return torch.float32 if model.dtype == torch.float16 and device.type == "cpu" else model.dtype
 
 
-def _check_stock(specs: dict[str, QuantSpec], format: str, config: QALoRAQuantConfig) -> None:
+def check_stock(specs: dict[str, QuantSpec], format: str, config: QALoRAQuantConfig) -> None:
     """Refuse now what `write_stock_gptq` would refuse when all is quantized."""
     if format == "gptq" and config.dynamic:
         raise ConfigError(
@@ -330,7 +335,9 @@ class _Job:
                 self._write(shards, report, bar)
             shards.finish()
             copy_side_files(self.source.reader.directory, partial)
-            final = {**self.source.reader.config, "quantization_config": self.config.to_dict()}
+            config = self.config.to_dict()
+            config["base"] = {**self.config.base, "fingerprint": shards.fingerprint()}
+            final = {**self.source.reader.config, "quantization_config": config}
             text = json.dumps(final, indent=2, sort_keys=True) + "\n"
             (partial / CONFIG_FILE).write_text(text, encoding="utf-8")
         return dataclasses.replace(self.result_of(target.target), resumed=sum(shards.finished))

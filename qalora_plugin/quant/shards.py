@@ -9,6 +9,7 @@ from qalora_kernels import QuantSpec
 from ..checkpoint.layout import TensorPlan, layer_plan, pack_layer, read_layer
 from ..checkpoint.writer import CheckpointWriter, ShardWriter, split_plan
 from .blocks import find_blocks
+from .fingerprint import combine, mark
 from .grid import QuantizedWeight
 from .resume import Report, ShardReader
 from .source import ModelSource
@@ -97,11 +98,25 @@ class BlockShards:
 
     def restore(self, index: int, walk: Walk) -> None:
         """Give `walk` the layers of a finished block."""
-        path = self._writer.directory / self._writer.file_name(self._first + index)
-        reader = ShardReader(path)
+        reader = self._reader(index)
         for layer in self.layers(index):
             name = self._source.layer_name(layer)
             walk.replace(layer, read_layer(reader, name, self._specs[layer]))
+
+    def _reader(self, index: int) -> ShardReader:
+        """Of a finished block."""
+        name = self._writer.file_name(self._first + index)
+        return ShardReader(self._writer.directory / name)
+
+    def fingerprint(self) -> str:
+        """Of all layers' integers, read from the finished shards."""
+        marks = []
+        for index in range(len(self.blocks)):
+            reader = self._reader(index)
+            for layer in self.layers(index):
+                qweight = reader.get(f"{self._source.layer_name(layer)}.qweight")
+                marks.append(mark(layer, qweight))
+        return combine(marks)
 
     def finish(self) -> None:
         """Write the index and the manifest."""

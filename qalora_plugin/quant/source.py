@@ -15,6 +15,7 @@ from transformers.initialization import no_init_weights
 from ..checkpoint.loading import LayerNames
 from ..checkpoint.reader import CONFIG_FILE, CheckpointReader
 from ..errors import CheckpointError, ConfigError
+from ..sharding import in_one_process
 
 
 class ModelSource:
@@ -124,7 +125,7 @@ def _empty_model(
         )
     names = raw.get("architectures") or [None]
     model_class = getattr(transformers, str(names[0]), None)
-    with init_empty_weights(include_buffers=False), no_init_weights():
+    with in_one_process(), init_empty_weights(include_buffers=False), no_init_weights():
         if model_class is None:
             model = transformers.AutoModelForCausalLM.from_config(
                 config, trust_remote_code=trust_remote_code

@@ -22,6 +22,7 @@ from qalora_kernels.groups import expand
 
 from ..errors import AdapterError
 from ..quant.linear import QuantLinear
+from ..sharding import is_sharded
 from .config import ADAPT_PARTS, QALoRAConfig
 
 BASE = "__base__"  # PEFT's name, in mixed batches, for no adapter at all
@@ -43,6 +44,9 @@ def _as_linear(weight: torch.Tensor) -> nn.Linear:
     """nn.Linear with this weight [out, in]; made on meta, so that it draws no random numbers."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(weight)
+    # PEFT has FSDP shard every trainable module without children by itself, and whole again only
+    # while that one is called; A and B are never called, but read by the layer that holds them
+    linear.not_a_leaf = nn.Module()
     return linear
 
 
@@ -87,7 +91,8 @@ class QALoRALinear(nn.Module, BaseTunerLayer):
         self.update_layer(adapter_name, config, name)
 
     def update_layer(self, adapter_name: str, config: QALoRAConfig, name: str) -> None:
-        """Add an adapter: A uniform within 1/sqrt(K), LoRA's own bound, and B zero."""
+        """Add an adapter: A uniform, within 1/sqrt(K) (LoRA's own bound) for the offsets and 1 for
+        the scales, and B zero."""
         r, scaling = config.rank_and_scaling(name)
         spec = self.base_layer.spec
         self.r[adapter_name] = r
@@ -95,14 +100,17 @@ class QALoRALinear(nn.Module, BaseTunerLayer):
         self.qalora_dropout[adapter_name] = nn.Dropout(config.lora_dropout)
         for part in ADAPT_PARTS[config.adapt]:
             name_a, name_b = _MATRICES[part]
-            # pool(x) is a sum, so that a step of B moves a weight as far as it does in LoRA
-            bound = 1 / math.sqrt(spec.in_features)
+            # A step of B then moves a weight as far as it does in LoRA: pool(x) is a sum, and the
+            # scales' change is relative to weights of about 1/sqrt(K). docs/adapt_modes.md: sweep
+            bound = 1 / math.sqrt(spec.in_features) if part == "zeros" else 1.0
             a = _uniform((r, spec.num_groups), bound, config.seed, f"{name}.{name_a}")
             b = torch.zeros(spec.out_features, r, dtype=torch.float32, device="cpu")
             if not config.init_lora_weights:
                 shape = (spec.out_features, r)
                 b = _uniform(shape, 1 / math.sqrt(r), config.seed, f"{name}.{name_b}")
             device = self.base_layer.qweight.device
+            if device.type == "meta":  # its weights come from rank 0 later (FSDP)
+                device = torch.device("cpu")
             getattr(self, name_a)[adapter_name] = _as_linear(a.to(device))
             getattr(self, name_b)[adapter_name] = _as_linear(b.to(device))
         self.qalora_dropout[adapter_name].train(self.training)
@@ -203,7 +211,7 @@ class QALoRALinear(nn.Module, BaseTunerLayer):
         """
         for attribute, weight in self.matrices(adapter_name):
             where = f"{name}.{attribute}.{adapter_name}.weight".removeprefix(".")
-            if weight.dim() != 2 or weight.numel() == 0 or weight.is_meta:
+            if is_sharded(weight) or weight.dim() != 2 or weight.numel() == 0 or weight.is_meta:
                 raise AdapterError(
                     f"{where}: expected a matrix, found shape {tuple(weight.shape)} on "
                     f"{weight.device}: it is partitioned (ZeRO-3, FSDP) or not loaded. Save the "

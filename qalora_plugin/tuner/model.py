@@ -12,6 +12,7 @@ from torch import nn
 
 from ..errors import AdapterError, ConfigError
 from ..quant.linear import QuantLinear
+from ..sharding import plain_name
 from .config import PEFT_TYPE, QALoRAConfig
 from .layer import BASE, QALoRALinear
 from .targets import (
@@ -21,15 +22,6 @@ from .targets import (
     quantization_config,
     resolve_targets,
 )
-
-_WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
-
-
-def _plain(name: str) -> str:
-    """A parameter's name without what FSDP, checkpointing and compiling put into it."""
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
 
 
 class QALoRAModel(BaseTuner):
@@ -183,15 +175,17 @@ class QALoRAModel(BaseTuner):
         Raises:
             AdapterError: an adapter is incomplete, a shape is wrong, or a key belongs to nothing.
         """
-        found = {_plain(key): value for key, value in state_dict.items() if key.startswith(prefix)}
+        found = {
+            plain_name(key): value for key, value in state_dict.items() if key.startswith(prefix)
+        }
         expected: dict[str, dict[str, torch.Tensor]] = {name: {} for name in self.peft_config}
         for name, layer in self._layers():
             for adapter_name in layer.scaling:
                 for attribute, weight in layer.matrices(adapter_name):
-                    key = _plain(f"{prefix}{name}.{attribute}.{adapter_name}.weight")
+                    key = plain_name(f"{prefix}{name}.{attribute}.{adapter_name}.weight")
                     expected[adapter_name][key] = weight
-        known = {_plain(prefix + name) for name, _ in self.named_parameters()}
-        known |= {_plain(prefix + name) for name, _ in self.named_buffers()}
+        parameters = self.named_parameters(remove_duplicate=False)  # tied ones have two names
+        known = {plain_name(prefix + name) for name, _ in (*parameters, *self.named_buffers())}
         unexpected = sorted(set(found) - known)
         if unexpected:
             raise AdapterError(

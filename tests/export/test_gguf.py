@@ -17,10 +17,14 @@ from transformers import (
 )
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from qalora_plugin.checkpoint.base import QuantizedCheckpoint
+from qalora_kernels import QuantSpec
+from qalora_plugin.checkpoint.base import LayerTensors, QuantizedCheckpoint
 from qalora_plugin.errors import CheckpointError, ConfigError, OutputError
 from qalora_plugin.export import export_model
+from qalora_plugin.export.gguf import q4_1
 from qalora_plugin.export.gguf_metadata import Metadata
+from qalora_plugin.export.verify import verify_export
+from qalora_plugin.model_card import find_subject, make_card
 
 from .weights import ACT_ORDER, SIZES, error_in_steps, exact_weight
 
@@ -102,7 +106,52 @@ def test_stated_rounding_is_the_measured_one(
         error_in_steps(dequantized(tensors[gguf_name(name)]), source, name)
         for name in source.layers
     )
-    assert result.exactness.endswith(f"by at most {worst:.1e} of a step.")
+    assert f"by at most {worst:.1e} of a step, " in result.exactness
+    errors = [q4_1(source.layer(name), spec)[1] for name, spec in source.layers.items()]
+    above = sum(int((error > 2e-3).sum()) for error in errors)
+    share = 100 * above / sum(error.numel() for error in errors)
+    assert above and result.exactness.endswith(f"{share:.1f}% of groups above 0.002.")
+
+
+def test_no_q4_1_block_holds_every_group_to_2e_3_of_a_step() -> None:
+    """The example of docs/export.md: every f16 scale and minimum, both directions of codes."""
+    s, o = 1.25, 2.0**-8
+    q = torch.arange(16, dtype=torch.float64)
+    exact = s * (q - 8) + o
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    every = every[every.isfinite()].double()
+    best = float("inf")
+    for codes in (q, 15 - q):
+        for d in every[(every.abs() - s).abs() < 0.01]:  # another d is wrong by 0.07 of a step
+            rest = exact - d * codes
+            middle = (rest.max() + rest.min()) / 2  # the best minimum, were it any number
+            nearby = every[(every - middle).abs() < 0.1]
+            worst = (rest - nearby[:, None]).abs().amax(1).min().item() / s
+            best = min(best, worst)
+    assert best == 2.0**-8 / s > 3e-3
+    spec = QuantSpec(4, 32, 32, 1)
+    numbers = (torch.tensor([[value]]) for value in (s, o))
+    layer = LayerTensors(torch.zeros(4, 1, dtype=torch.int32), *numbers, None)
+    assert q4_1(layer, spec)[1].item() == best
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_exact_holds_every_layer_in_fp32(
+    bits: int, family: Callable[..., QuantizedCheckpoint], tmp_path: Path
+) -> None:
+    source = family(LlamaConfig(**SIZES), bits)
+    result = export_model(source.directory, tmp_path / "model.gguf", "gguf", exact=True)
+    assert (result.layers, set(result.dense)) == (0, set(source.layers))
+    tensors, fields = read(result.out)
+    assert fields["general.file_type"] == gguf.LlamaFileType.ALL_F32
+    for name in source.layers:
+        tensor = tensors[gguf_name(name)]
+        assert tensor.tensor_type.name == "F32"
+        weight = dequantized(tensor)
+        heads = {"q_proj": 4, "k_proj": 2}.get(name.rpartition(".")[2])
+        weight = in_hf_order(weight, heads) if heads else weight
+        assert error_in_steps(weight, source, name) < 1e-5
+    assert verify_export(result.out, source.directory).largest_error < 1e-5
 
 
 @pytest.mark.parametrize("config", [Qwen2Config, Qwen3Config, Gemma2Config])
@@ -210,3 +259,15 @@ def test_places_that_are_taken_or_wrong(
         export_model(source, tmp_path / "other.gguf", "gguf")
     assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
     assert (tmp_path / "model.gguf").read_text() == "mine"
+
+
+def test_model_card_of_a_file(family: Callable[..., QuantizedCheckpoint], tmp_path: Path) -> None:
+    source = family(LlamaConfig(**SIZES | {"intermediate_size": 96}))
+    for exact, wanted in ((False, "7 matrices are Q4_1: integers and scales"), (True, "Exact: ")):
+        path = tmp_path / f"model-{exact}.gguf"
+        export_model(source.directory, path, "gguf", exact=exact)
+        subject = find_subject(path)
+        card = make_card(subject, "someone/model", online=False)
+        assert subject.files() == {path.name: path}
+        assert wanted in card.text and f"-m {path.name}" in card.text
+        assert "| bits | 4 |" in card.text and card.data.library_name == "gguf"

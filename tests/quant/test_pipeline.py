@@ -12,6 +12,7 @@ from qalora_plugin.checkpoint.base import open_quantized
 from qalora_plugin.checkpoint.manifest import check_manifest
 from qalora_plugin.errors import CheckpointError, ConfigError, OutputError, QuantizationError
 from qalora_plugin.quant import shards
+from qalora_plugin.quant.fingerprint import fingerprint
 from qalora_plugin.quant.gptq import Hessian, calibrated_error
 from qalora_plugin.quant.linear import QuantLinear
 from qalora_plugin.quant.pipeline import quantize_model
@@ -53,6 +54,8 @@ def test_every_architecture(name, method, tmp_path):
     assert len(stored) == len(layers)
     heads = {n for n, m in quantized.named_modules() if isinstance(m, torch.nn.Linear)}
     assert heads == set(result.kept)
+    integers = ((n, m.qweight) for n, m in quantized.named_modules() if isinstance(m, QuantLinear))
+    assert open_quantized(result.out).config.base["fingerprint"] == fingerprint(integers)
     want, got = _logits(original), _logits(quantized)
     assert (got - want).norm() < 0.03 * want.norm()
     # what stays in 16 bits is copied bit for bit
@@ -116,7 +119,9 @@ def test_the_directory_is_complete(tmp_path):
     config = json.loads((result.out / "config.json").read_text())
     quantization = config["quantization_config"]
     assert quantization["modules_to_not_convert"] == ["lm_head"]
-    assert quantization["base"] == {"name_or_path": "base_model", "zero_points": "real"}
+    base = quantization["base"]
+    assert len(base.pop("fingerprint")) == 32
+    assert base == {"name_or_path": "base_model", "zero_points": "real"}
     weight_map = json.loads((result.out / "model.safetensors.index.json").read_text())["weight_map"]
     blocks = {
         shard: {name.split(".")[2] for name, file in weight_map.items() if file == shard}

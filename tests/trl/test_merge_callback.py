@@ -24,7 +24,7 @@ from qalora_plugin import (
 )
 from qalora_plugin.checkpoint.base import open_quantized
 from qalora_plugin.errors import ConfigError, OutputError
-from qalora_plugin.trl import _on_main_process
+from qalora_plugin.ranks import on_main_process
 
 IDS = torch.arange(5, 25)[None]
 
@@ -337,7 +337,7 @@ def _rank(rank: int, store: str, messages: Any) -> None:
         "gloo", init_method=f"file://{store}", rank=rank, world_size=2
     )
     try:
-        _on_main_process(rank == 0, "not merged", work)
+        on_main_process(work, "merging", "not merged")
     except OutputError as error:
         messages.put(str(error))
     torch.distributed.destroy_process_group()

@@ -33,10 +33,10 @@ def test_initialisation_hangs_on_seed_and_name_only(make_layer):
     assert not torch.equal(first.qalora_scale_A["default"].weight, a)
 
 
-def test_initialisation_is_loras(make_layer):
+def test_initialisation_moves_weights_as_far_as_loras(make_layer):
     layer = _new(make_layer(group_size=16, in_features=4096), adapt="both")
-    bound = 1 / math.sqrt(4096)
     for name, weight in layer.matrices("default"):
+        bound = 1.0 if "scale" in name else 1 / math.sqrt(4096)
         if name.endswith("B"):
             assert not weight.any()
         else:
@@ -54,13 +54,15 @@ def test_new_adapter_is_a_no_op(make_layer):
 
 
 @pytest.mark.parametrize("act_order", [False, True])
-def test_size_and_saved_activations(make_layer, act_order):
-    """r * (G + N) numbers of parameters; K/g numbers a token kept for the backward."""
-    tokens, r = 7, 4
-    layer = _new(make_layer(group_size=16, in_features=160, act_order=act_order))
-    groups, n = 10, layer.out_features
+@pytest.mark.parametrize("adapt", ["zeros", "scales", "both"])
+def test_size_and_saved_activations(make_layer, adapt, act_order):
+    """r * (G + N) parameters a part. Kept for the backward: pool(x), K/g numbers a token; with
+    scales x itself, not a copy."""
+    tokens, r, groups = 7, 4, 10
+    layer = _new(make_layer(group_size=16, in_features=160, act_order=act_order), adapt=adapt)
     trained = [p for p in layer.parameters() if p.requires_grad and p is not layer.bias]
-    assert sum(p.numel() for p in trained) == r * (groups + n)
+    parts = 2 if adapt == "both" else 1
+    assert sum(p.numel() for p in trained) == parts * r * (groups + layer.out_features)
 
     own = {t.data_ptr() for t in [*layer.parameters(), *layer.buffers()]}
     saved: list[torch.Tensor] = []
@@ -73,10 +75,11 @@ def test_size_and_saved_activations(make_layer, act_order):
     x = torch.randn(tokens, 160, dtype=torch.bfloat16, requires_grad=True)
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         layer(x).float().sum().backward()
-    kept = [t for t in saved if t.dtype == torch.bfloat16]
-    assert sum(t.numel() for t in kept) == tokens * groups
-    others = [t for t in saved if t.dtype != torch.bfloat16]
-    assert sum(t.numel() for t in others) == 0
+    inputs = [t for t in saved if t.data_ptr() == x.data_ptr()]
+    assert [t.shape for t in inputs] == ([] if adapt == "zeros" else [x.shape])
+    others = [t for t in saved if t.data_ptr() != x.data_ptr()]
+    assert sum(t.numel() for t in others) == (0 if adapt == "scales" else tokens * groups)
+    assert all(t.dtype == torch.bfloat16 for t in others)
 
 
 def test_dropout_adds_a_dropped_pool_in_training_only(make_adapted):

@@ -262,3 +262,13 @@ def test_through_transformers_from_disk(fill_adapters, ids, tmp_path):
     # the same 16-bit model, quantized again in the same way, is the same base
     again = AutoModelForCausalLM.from_pretrained(plain, quantization_config=quantization)
     assert torch.equal(PeftModel.from_pretrained(again, adapter)(ids).logits, logits)
+
+
+def test_state_dict_of_a_model_with_tied_embeddings(make_llama, make_peft):
+    """DeepSpeed and Accelerate load it to resume; both names of the tied weight are in it."""
+    base = make_llama()
+    base.lm_head.weight = base.model.embed_tokens.weight
+    model = make_peft(base)
+    state = model.state_dict()
+    assert "base_model.model.lm_head.weight" in state
+    model.load_state_dict(state)

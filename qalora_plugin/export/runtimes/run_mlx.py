@@ -1,4 +1,4 @@
-"""Run an MLX directory with mlx-lm, in an environment without this project.
+"""Run an MLX directory with mlx-lm; this package is not needed.
 
 PYTHON run_mlx.py MODEL_DIR INPUT.safetensors OUT.safetensors [PROMPT] -> one line of JSON
 
@@ -6,7 +6,6 @@ INPUT holds `input_ids` int64 [B, T]; OUT gets `logits` fp32 [B, T, vocab]. The 
 after the prompt.
 """
 
-import importlib.util
 import json
 import sys
 
@@ -17,7 +16,6 @@ from safetensors.numpy import load_file, save_file
 
 
 def main() -> None:
-    assert importlib.util.find_spec("qalora_plugin") is None, "this environment holds the plugin"
     model, tokenizer = load(sys.argv[1])
     logits = model(mx.array(load_file(sys.argv[2])["input_ids"])).astype(mx.float32)
     save_file({"logits": np.array(logits)}, sys.argv[3])

@@ -1,9 +1,10 @@
-"""Run an ONNX directory with ONNX Runtime and onnxruntime-genai, without this project.
+"""Run an ONNX directory with ONNX Runtime; this package is not needed.
 
-PYTHON run_onnx.py MODEL_DIR INPUT.safetensors OUT.safetensors -> one line of JSON
+PYTHON run_onnx.py MODEL_DIR INPUT.safetensors OUT.safetensors
 
-INPUT holds `input_ids` int64 [B, T]; OUT gets `logits` fp32 [B, T, vocab]. The line holds what
-onnxruntime-genai generates after the first row, through its KV cache.
+INPUT holds `input_ids` int64 [B, T]; OUT gets `logits` fp32 [B, T, vocab], and where
+onnxruntime-genai is installed `generated` int64 [new tokens]: what it generates greedily after the
+first row, through its KV cache.
 """
 
 import importlib.util
@@ -13,14 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime
-import onnxruntime_genai
 from safetensors.numpy import load_file, save_file
 
 NEW_TOKENS = 16
 
 
 def main() -> None:
-    assert importlib.util.find_spec("qalora_plugin") is None, "this environment holds the plugin"
     directory, ids = sys.argv[1], load_file(sys.argv[2])["input_ids"]
     session = onnxruntime.InferenceSession(str(Path(directory) / "model.onnx"))
     inputs = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
@@ -30,17 +29,24 @@ def main() -> None:
         if entry.name.startswith("past"):
             inputs[entry.name] = np.zeros(empty, dtype=np.float32)
     (logits,) = session.run(["logits"], inputs)
-    save_file({"logits": logits}, sys.argv[3])
+    out = {"logits": logits}
+    if importlib.util.find_spec("onnxruntime_genai") is not None:
+        out["generated"] = np.array(generate(directory, ids[0].tolist()), dtype=np.int64)
+    save_file(out, sys.argv[3])
+
+
+def generate(directory: str, ids: list[int]) -> list[int]:
+    """The tokens after `ids`."""
+    import onnxruntime_genai
 
     model = onnxruntime_genai.Model(directory)
     params = onnxruntime_genai.GeneratorParams(model)
-    params.set_search_options(max_length=ids.shape[1] + NEW_TOKENS, do_sample=False)
+    params.set_search_options(max_length=len(ids) + NEW_TOKENS, do_sample=False)
     generator = onnxruntime_genai.Generator(model, params)
-    generator.append_tokens(ids[0].tolist())
+    generator.append_tokens(ids)
     while not generator.is_done():
         generator.generate_next_token()
-    tokens = [int(token) for token in generator.get_sequence(0)]
-    print(json.dumps({"generated": tokens[ids.shape[1] :]}))
+    return [int(token) for token in generator.get_sequence(0)][len(ids) :]
 
 
 if __name__ == "__main__":

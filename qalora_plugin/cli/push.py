@@ -1,0 +1,59 @@
+"""`qalora push`: upload a merged checkpoint or an export to the Hugging Face Hub."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the subcommand."""
+    parser = subparsers.add_parser(
+        "push",
+        help="upload a merged checkpoint or an export to the Hub, with a model card",
+        description="Upload a merged checkpoint, or what `qalora export` wrote, in one commit. A "
+        "model card says what it is, how exact, and how it is loaded; a README.md that is there "
+        "already is kept. The token is the one of `hf auth login` or HF_TOKEN.",
+    )
+    parser.add_argument("dir", metavar="DIR", help="merged checkpoint, export, or .gguf file")
+    parser.add_argument("repo", metavar="REPO", help="repository: NAME, or ORG/NAME")
+    parser.add_argument(
+        "--private",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="whether a repository that has to be made is private (default: it is)",
+    )
+    parser.add_argument(
+        "--revision", "--branch", metavar="NAME", help="branch to push to, made if needed"
+    )
+    parser.add_argument("--data", metavar="NAME", help="name of the training data, for the card")
+    parser.add_argument(
+        "--trainer-state",
+        type=Path,
+        metavar="FILE",
+        help="trainer_state.json of the training, for the losses in the card",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="upload nothing, print the files and the card"
+    )
+    parser.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
+    parser.set_defaults(func=main)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run it; the result goes to stdout."""
+    from ..checkpoint.reader import read_json
+    from ..hub import push
+
+    history = read_json(args.trainer_state)["log_history"] if args.trainer_state else ()
+    result = push(
+        args.dir,
+        args.repo,
+        private=args.private,
+        revision=args.revision,
+        data=args.data,
+        log_history=history,
+        dry_run=args.dry_run,
+    )
+    print(json.dumps(result.as_dict()) if args.json else result.as_text())
+    return 0

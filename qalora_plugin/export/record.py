@@ -1,0 +1,86 @@
+"""qalora_export.json: what an export holds, kept beside it for verifying and for its model card."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from ..adapter import CONFIG_FILE as ADAPTER_CONFIG
+from ..checkpoint.base import QuantizedCheckpoint, open_quantized
+from ..checkpoint.reader import read_json, resolve_model_dir
+from ..checkpoint.side_files import RECORD_FILE
+from .single_file import atomic_file
+from .walk import ExportResult
+
+GGUF_KEY = "qalora.source"  # a GGUF file has no files beside it
+_ADAPTER_FACTS = ("adapt", "r", "lora_alpha", "layers")
+
+
+def public_name(name_or_path: Any) -> str:
+    """A Hub id as it is; of a path only its last part, which tells nothing about the machine."""
+    text = str(name_or_path or "")
+    is_path = Path(text).is_absolute() or text.count("/") > 1 or text[:1] in (".", "~")
+    return Path(text).name if is_path else text
+
+
+def describe_source(checkpoint: QuantizedCheckpoint) -> dict[str, Any]:
+    """What the card of an export says about the model it was made from."""
+    config, merged = checkpoint.config, checkpoint.config.merged or {}
+    return {
+        "base": public_name(config.base.get("name_or_path")),
+        "licence": licence_of(str(config.base.get("name_or_path") or "")),
+        "bits": config.bits,
+        "group_size": config.group_size,
+        "method": config.method,
+        **{key: merged[key] for key in _ADAPTER_FACTS if key in merged},
+    }
+
+
+def licence_of(base: str) -> str | None:
+    """The licence that a base on this disk names in its card, or in its config.json."""
+    from huggingface_hub import ModelCard
+
+    directory = Path(base)
+    if (directory / "README.md").is_file():
+        try:
+            licence = ModelCard.load(directory / "README.md").data.license
+        except (OSError, ValueError):
+            licence = None
+        if licence:
+            return str(licence)
+    if (directory / "config.json").is_file():
+        licence = read_json(directory / "config.json").get("license")
+        return str(licence) if licence else None
+    return None
+
+
+def write_record(result: ExportResult, source: str | Path) -> None:
+    """Write the record into an exported directory.
+
+    Args:
+        result: the export.
+        source: what was exported; for lora the adapter.
+    """
+    if result.format == "lora":
+        config = read_json(resolve_model_dir(source) / ADAPTER_CONFIG)
+        base = str(config.get("base_model_name_or_path") or "")
+        keys = ("bits", "group_size", "r", "lora_alpha")
+        facts = {"base": public_name(base), "licence": licence_of(base)}
+        facts |= {key: config[key] for key in keys if config.get(key) is not None}
+    else:
+        facts = describe_source(open_quantized(source))
+    record = {**result.as_dict(), "source": facts, "qalora_version": __version__}
+    del record["out"]
+    with atomic_file(result.out / RECORD_FILE) as partial:
+        text = json.dumps(record, indent=2, sort_keys=True) + "\n"
+        partial.write_text(text, encoding="utf-8")
+
+
+def read_record(directory: Path) -> dict[str, Any] | None:
+    """The record of an exported directory, or None where it has none.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    path = directory / RECORD_FILE
+    return read_json(path) if path.exists() else None

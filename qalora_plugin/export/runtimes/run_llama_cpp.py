@@ -1,0 +1,74 @@
+"""Run a GGUF file in llama.cpp, through xllamacpp; this package is not needed.
+
+PYTHON run_llama_cpp.py MODEL.gguf INPUT.safetensors OUT.safetensors [ASKED.json]
+
+INPUT holds `input_ids` int64 [B, T]; OUT gets `logprobs` fp32 [B, vocab], of the token after each
+row. ASKED holds `text` and chat `messages`. Prints one line of JSON: llama.cpp's tokens of the text
+and its answer to the messages.
+"""
+
+import json
+import sys
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xllamacpp
+from safetensors.numpy import load_file, save_file
+
+THREADS = 2
+ANSWER_TOKENS = 24
+ALL = 1 << 24  # more tokens than any vocabulary has
+
+
+def start(model: str, length: int) -> xllamacpp.Server:
+    """A server that rounds nothing that it need not round."""
+    params = xllamacpp.CommonParams()
+    params.model.path = model
+    params.n_ctx = max(256, length + ANSWER_TOKENS)
+    params.n_parallel = 1
+    params.n_gpu_layers = 0
+    params.warmup = False
+    params.cpuparams.n_threads = THREADS
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    return xllamacpp.Server(params)
+
+
+def main() -> None:
+    input_ids = load_file(sys.argv[2])["input_ids"]
+    server = start(sys.argv[1], input_ids.shape[1])
+
+    def post(path: str, body: dict[str, Any]) -> dict[str, Any]:
+        request = urllib.request.Request(
+            server.listening_address + path,
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request) as answer:
+            return json.load(answer)
+
+    rows = []
+    for ids in input_ids.tolist():
+        # an end of text would come without its probabilities
+        body = {"prompt": ids, "n_predict": 1, "n_probs": ALL, "ignore_eos": True}
+        found = post("/completion", body)["completion_probabilities"][0]["top_logprobs"]
+        row = np.full(len(found), np.nan, dtype=np.float32)
+        for entry in found:
+            row[entry["id"]] = entry["logprob"]
+        rows.append(row)
+    save_file({"logprobs": np.stack(rows)}, sys.argv[3])
+    result = {}
+    if sys.argv[4:]:
+        asked = json.loads(Path(sys.argv[4]).read_text())
+        body = {"content": asked["text"], "add_special": True}
+        result["tokens"] = post("/tokenize", body)["tokens"]
+        body = {"messages": asked["messages"], "max_tokens": ANSWER_TOKENS, "temperature": 0}
+        answer = post("/v1/chat/completions", body)
+        result["answer"] = answer["choices"][0]["message"]["content"]
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""`ShardedQuantLinear`: a `QuantLinear` of which ZeRO-3 and FSDP2 shard all that is large."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from qalora_kernels import LowRank, QuantSpec
+
+from .linear import QuantLinear
+
+
+def pack_grid(scales: torch.Tensor, offsets: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
+    """Scales and offsets [G, N] as int32 [G, N], or [G, 2N] where one of them is stored in fp32."""
+    dtype = torch.promote_types(spec.scales_dtype, spec.offsets_dtype)
+    pair = torch.stack([scales.to(dtype), offsets.to(dtype)], dim=-1)
+    return pair.view(torch.int32).reshape(spec.num_groups, -1)
+
+
+def unpack_grid(grid: torch.Tensor, spec: QuantSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales and offsets, fp32 [G, N], of what `pack_grid` made."""
+    dtype = torch.promote_types(spec.scales_dtype, spec.offsets_dtype)
+    pair = grid.view(dtype).reshape(spec.num_groups, spec.out_features, 2)
+    return pair[..., 0].float(), pair[..., 1].float()
+
+
+class ShardedQuantLinear(QuantLinear):
+    """A `QuantLinear` that holds scales and offsets as an int32 Parameter `grid`.
+
+    DeepSpeed and FSDP shard parameters and copy buffers whole to every rank; and DeepSpeed casts
+    floating-point parameters, integers not. In the dtypes of the checkpoint the grid is also half
+    as large as the two fp32 buffers. `scales` and `offsets` are computed when they are asked for.
+    """
+
+    grid: nn.Parameter
+
+    def _register_grid(self, device: torch.device | str | None) -> None:
+        spec = self.spec
+        wide = torch.promote_types(spec.scales_dtype, spec.offsets_dtype).itemsize // 2
+        shape = (spec.num_groups, spec.out_features * wide)
+        empty = torch.empty(shape, dtype=torch.int32, device=device)
+        self.grid = nn.Parameter(empty, requires_grad=False)
+
+    @classmethod
+    def of(cls, layer: QuantLinear) -> "ShardedQuantLinear":
+        """The same layer in this form; it takes over the tensors."""
+        made = cls(layer.spec, desc_act=layer.g_idx is not None, device="meta")
+        made.qweight, made.bias = layer.qweight, layer.bias
+        if layer.g_idx is not None:
+            made.g_idx = nn.Parameter(layer.g_idx, requires_grad=False)
+        grid = pack_grid(layer.scales, layer.offsets, layer.spec)
+        made.grid = nn.Parameter(grid, requires_grad=False)
+        return made.train(layer.training)
+
+    @property
+    def scales(self) -> torch.Tensor:  # type: ignore[override]
+        """fp32 [G, N]; the grid has to be whole here."""
+        return unpack_grid(self.grid, self.spec)[0]
+
+    @property
+    def offsets(self) -> torch.Tensor:  # type: ignore[override]
+        """fp32 [G, N]; the grid has to be whole here."""
+        return unpack_grid(self.grid, self.spec)[1]
+
+    def _linear(
+        self,
+        x: torch.Tensor,
+        scales: torch.Tensor,
+        offsets: torch.Tensor,
+        zeros: LowRank | None,
+        scale: LowRank | None,
+    ) -> torch.Tensor:
+        if torch.compiler.is_compiling():
+            return super()._linear(x, scales, offsets, zeros, scale)
+        # the backward needs both again: unpacked then, not kept by every layer until then
+        places = {scales.data_ptr(): 0, offsets.data_ptr(): 1}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor | int:
+            return places.get(tensor.data_ptr(), tensor)
+
+        def unpack(kept: Any) -> torch.Tensor:
+            return unpack_grid(self.grid, self.spec)[kept] if isinstance(kept, int) else kept
+
+        with saved_tensors_hooks(pack, unpack):
+            return super()._linear(x, scales, offsets, zeros, scale)
