@@ -15,6 +15,7 @@ from .tuner.register import register as _register_tuner
 if TYPE_CHECKING:
     from .export import export_model
     from .merge import merge_adapter
+    from .optimizer import parameter_groups
     from .quant.pipeline import quantize_model
     from .trl import MergeCallback
     from .tuner import QALoRAConfig, QALoRAModel
@@ -32,6 +33,7 @@ _LAZY = {
     "QALoRAModel": ".tuner",
     "export_model": ".export",
     "merge_adapter": ".merge",
+    "parameter_groups": ".optimizer",
     "quantize_model": ".quant.pipeline",
     "verify_merge": ".verify",
 }
@@ -44,6 +46,7 @@ __all__ = [
     "QALoRAQuantConfig",
     "export_model",
     "merge_adapter",
+    "parameter_groups",
     "quantize_model",
     "verify_merge",
 ]

@@ -9,7 +9,9 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from qalora_kernels import LowRank
 
-from .in_memory import whole
+from .quant.linear import QuantLinear
+from .quant.sharded import ShardedQuantLinear, unpack_grid
+from .sharding import gathered
 from .tuner.layer import QALoRALinear
 
 _KINDS = {
@@ -27,7 +29,7 @@ def layer_changes(model: nn.Module) -> dict[str, dict[str, float]]:
         relative change of the scales. Only the kinds that are trained.
 
     Args:
-        model: with QALORA adapters. Under ZeRO-3 every process has to call.
+        model: with QALORA adapters. Under ZeRO-3 and FSDP every process has to call.
     """
     changes: dict[str, dict[str, float]] = {}
     for name, layer in model.named_modules():
@@ -38,7 +40,7 @@ def layer_changes(model: nn.Module) -> dict[str, dict[str, float]]:
             if total is None:
                 continue
             if kind == "offset_change":
-                total = total / layer.base_layer.scales
+                total = total / _scales(layer.base_layer)
                 total = total[total.isfinite()]  # a group of equal weights has no step
             value = total.square().mean().sqrt().item()
             changes.setdefault(kind, {})[_plain(name)] = round(value, 6)
@@ -52,10 +54,16 @@ def _total(layer: QALoRALinear, name_a: str, name_b: str) -> torch.Tensor | None
         weights = dict(layer.matrices(adapter))
         if name_a not in weights:
             continue
-        with torch.no_grad(), whole([weights[name_a], weights[name_b]]):
-            change = LowRank(weights[name_a], weights[name_b], layer.scaling[adapter]).delta()
+        a, b = gathered([weights[name_a], weights[name_b]])
+        change = LowRank(a, b, layer.scaling[adapter]).delta()
         total = change if total is None else total + change
     return total
+
+
+def _scales(layer: QuantLinear) -> torch.Tensor:
+    if isinstance(layer, ShardedQuantLinear):
+        return unpack_grid(gathered([layer.grid])[0], layer.spec)[0]
+    return layer.scales
 
 
 def _plain(name: str) -> str:

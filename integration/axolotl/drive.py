@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import axolotl.cli.inference as inference
+import torch
 import yaml
 from axolotl.cli import evaluate, merge_lora, preprocess, train
 from axolotl.cli.config import load_cfg
@@ -65,6 +66,8 @@ class Driver:
         )
         if states:
             found["log"] = json.loads(states[-1].read_text())["log_history"]
+            schedule = torch.load(states[-1].with_name("scheduler.pt"), weights_only=True)
+            found["rates"] = schedule["base_lrs"]
         if (out / "merged").is_dir():
             found["verified"] = verify_merge(out / "merged", out).as_dict()
         return found

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from qalora_plugin.optimizer import SCALE_LR_RATIO
+
 Axolotl = Any  # the fixture's class, in conftest.py
 Driven = dict[str, Any]
 HERE = Path(__file__).resolve().parent
@@ -109,6 +111,13 @@ def test_resume_after_sigkill(driven: Driven) -> None:
     assert [row["step"] for row in found["from_two"]["log"] if "loss" in row] == [1, 2, 3, 4]
 
 
+def test_the_scales_train_at_their_own_rate(driven: Driven) -> None:
+    """`adapt: both`: two parameter groups. `zeros`: one."""
+    rate, of_scales = driven["bits2"]["rates"]
+    assert of_scales == pytest.approx(SCALE_LR_RATIO * rate)
+    assert len(set(driven["stock"]["rates"])) == 1
+
+
 def test_our_figures_are_logged(driven: Driven) -> None:
     rows = [row for row in driven["bits2"]["log"] if "loss" in row]
     changes = [row["qalora/offset_change"] for row in rows]
@@ -166,7 +175,11 @@ def diff_lines(prefix: str) -> list[str]:
     return [line[1:] for line in lines if line.startswith(prefix)]
 
 
-RECIPES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "recipes").rglob("*.yaml"))
+RECIPES = sorted(
+    str(path.relative_to(ROOT))
+    for path in (ROOT / "recipes").rglob("*.yaml")
+    if path.parent.name != "accelerate"
+)
 
 
 @pytest.fixture(scope="session")

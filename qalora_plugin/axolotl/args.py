@@ -4,6 +4,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from ..optimizer import SCALE_LR_RATIO
+
 MergeFormat = Literal["qalora", "gptq", "gguf", "mlx", "onnx", "torchao", "lora"]
 
 
@@ -24,6 +26,12 @@ class QALoRABlock(BaseModel):
     adapt: Literal["zeros", "scales", "both"] = Field(
         default="zeros",
         description="What the adapter changes: the offsets (the paper), the scales, or both.",
+    )
+    scale_learning_rate_ratio: float | None = Field(
+        default=None,
+        gt=0,
+        description="Learning rate of the scales' part over learning_rate, for adapt: scales and "
+        f"both; default {SCALE_LR_RATIO:g}, and 1 with LoRA+ or an optimizer without groups.",
     )
     quantize_method: Literal["gptq", "rtn"] = Field(
         default="gptq",

@@ -13,6 +13,7 @@ import torch
 
 from ..checkpoint.reader import CheckpointReader, resolve_model_dir
 from ..errors import CheckpointError, ConfigError, QuantizationError
+from ..ranks import on_main_process
 
 _MAX_SEQ_LEN = 2048
 _DEFAULT_CACHE = "quantized_bases"
@@ -104,7 +105,7 @@ def _token_ids(row: Mapping[str, Any], tokenize: Callable[[str], list[int]]) -> 
 def quantized_base(cfg: Any, train_dataset: Any, tokenize: Callable[[str], list[int]]) -> Path:
     """Directory of the quantized base of this run, quantizing it if no earlier run has.
 
-    Every rank calls this; one quantizes, the others wait for its lock and find the result.
+    Every rank calls this; rank 0 quantizes, the others wait and find the result.
 
     Args:
         cfg: Axolotl's config with a 16-bit `base_model`.
@@ -113,6 +114,7 @@ def quantized_base(cfg: Any, train_dataset: Any, tokenize: Callable[[str], list[
 
     Raises:
         QALoRAError: the base or the calibration data cannot be used.
+        RankError: rank 0, or another, has died meanwhile.
     """
     block = cfg.qalora
     source = resolve_model_dir(cfg.base_model, cfg.revision_of_model)
@@ -142,11 +144,20 @@ def quantized_base(cfg: Any, train_dataset: Any, tokenize: Callable[[str], list[
     key = _key(source, settings, calibration)
     name = f"{Path(cfg.base_model).name}-int{settings['bits']}-g{settings['group_size']}-{key}"
     directory = cache_dir(cfg) / name
-    with _exclusive(directory.with_name(f".{name}.lock")):
-        if not (directory / "config.json").is_file():
-            from ..quant.pipeline import quantize_model
 
-            quantize_model(source, directory, calibration=calibration, **settings)
+    def quantize() -> None:
+        with _exclusive(directory.with_name(f".{name}.lock")):  # against other runs
+            if not (directory / "config.json").is_file():
+                from ..quant.pipeline import quantize_model
+
+                quantize_model(source, directory, calibration=calibration, **settings)
+
+    on_main_process(quantize, "quantizing", f"base_model: {source} was not quantized")
+    if not (directory / "config.json").is_file():
+        raise ConfigError(
+            f"{directory}: rank 0 has written it, and this rank on another machine does not see "
+            "it. Set `qalora: {quantized_model_dir: DIR}` to a directory that all machines share"
+        )
     return directory
 
 

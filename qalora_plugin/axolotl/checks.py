@@ -64,8 +64,9 @@ def check_config(cfg: Mapping[str, Any]) -> None:
         )
     if cfg.get("fsdp") or cfg.get("fsdp_config"):
         raise ConfigError(
-            f"adapter: {ADAPTER} does not go with fsdp: FSDP cannot shard integers. Use DDP (leave "
-            "it out) or deepspeed: recipes/deepspeed/zero2.json or zero3.json"
+            f"adapter: {ADAPTER} does not go with fsdp: Axolotl shards with FSDP code of its "
+            "own, which is made for other adapters. Use DDP (leave it out) or deepspeed: "
+            "recipes/deepspeed/zero2.json or zero3.json; in TRL, FSDP2 works (docs/multi_gpu.md)"
         )
     if cfg.get("lm_eval_tasks") and cfg.get("lm_eval_post_train") is not False:
         raise ConfigError(

@@ -1,7 +1,6 @@
 """The plugin: Axolotl's hooks, in the order in which a training run calls them."""
 
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,12 @@ from ..adapter import CONFIG_FILE as ADAPTER_CONFIG
 from ..checkpoint.reader import read_json
 from ..errors import ConfigError
 from ..figures import FiguresCallback
+from ..ranks import on_main_process, unwatch, watch
 from ..tuner import QALoRAConfig
 from .base import check_base, is_quantized, quantized_base
 from .checks import ADAPTER, check_config
 from .finish import check_free, drop_torn_checkpoint, merge, merged_dir, push
+from .rates import set_scale_rate
 
 LOG = logging.getLogger(__name__)
 
@@ -62,6 +63,7 @@ class QALoRAPlugin(BasePlugin):
             return None
         check_free(cfg)
         drop_torn_checkpoint(cfg)
+        watch()  # to the end: the process group is gone when rank 0 merges
         if is_quantized(cfg.base_model, cfg.revision_of_model):
             return None
         from axolotl.common.datasets import load_datasets, load_preference_datasets
@@ -78,7 +80,8 @@ class QALoRAPlugin(BasePlugin):
         """Here `axolotl merge-lora` merges; other verbs need a quantized base by now.
 
         Raises:
-            ConfigError: the base is still a 16-bit model: only training quantizes.
+            ConfigError: the base is still a 16-bit model: only training quantizes; or a key of the
+                scales' learning rate cannot be served.
             SystemExit: merge-lora is done. It would go on to build the model and save it in place;
                 ours streams tensors, and a merged directory is there whole or not at all.
         """
@@ -93,6 +96,7 @@ class QALoRAPlugin(BasePlugin):
                 "quantizes it. Set lora_model_dir to a trained adapter (its base is then used), "
                 "or base_model to a directory written by `qalora quantize`"
             )
+        set_scale_rate(cfg)
 
     def load_adapter(
         self, model: Any, cfg: Any, inference: bool = False, config_only: bool = False
@@ -130,11 +134,15 @@ class QALoRAPlugin(BasePlugin):
 
     def post_train_unload(self, cfg: Any) -> None:
         """Last of all hooks, on every rank, after the process group is gone: merge on rank 0."""
-        if cfg.adapter != ADAPTER or not cfg.qalora["merge_on_finish"]:
+        if cfg.adapter != ADAPTER:
             return
-        if int(os.environ.get("RANK", "0")) != 0:
-            return
-        push(cfg, merge(cfg, Path(cfg.output_dir).expanduser()), self._log.history)
+        if cfg.qalora["merge_on_finish"]:
+            adapter = Path(cfg.output_dir).expanduser()
+            failed = f"the trained adapter is safe in {adapter}, but merging it failed"
+            on_main_process(
+                lambda: push(cfg, merge(cfg, adapter), self._log.history), "merging", failed
+            )
+        unwatch()
 
 
 class _KeepLog(TrainerCallback):

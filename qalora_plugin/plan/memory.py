@@ -115,7 +115,9 @@ def _static(
         # DeepSpeed casts what is trained to its own dtype, and keeps an fp32 copy
         itemsize = settings.torch_dtype.itemsize if trained and zero else tensor.itemsize
         share = tensor.numel
-        if zero == 3 and tensor.partitioned and tensor.numel > ZERO3_PERSISTENT * hidden:
+        if zero == 3 and tensor.sharded and not trained:
+            itemsize = tensor.sharded
+        if zero == 3 and tensor.sharded and tensor.numel > ZERO3_PERSISTENT * hidden:
             share = -(-tensor.numel // gpus)
             if settings.offload == "all":
                 host += share * itemsize
@@ -154,17 +156,17 @@ def _communication(tensors: list[TensorShape], hidden: int, settings: PlanSettin
         return sum(t.nbytes for t in trained) if settings.gpus > 1 else 0  # DDP's buckets
     if settings.zero == 2:
         return 2 * ZERO2_BUCKET * itemsize
-    gathered = [t for t in tensors if t.partitioned and t.numel > ZERO3_PERSISTENT * hidden]
+    gathered = [t for t in tensors if t.sharded and t.numel > ZERO3_PERSISTENT * hidden]
     kept = kept_bytes = 0
     # a parameter that is used `d` elements before the forward ends is used again 2 d later
     for tensor in reversed(gathered):
         if kept >= ZERO3_REUSE // 2:
             break
         kept += tensor.numel
-        kept_bytes += tensor.nbytes
-    largest = max((tensor.nbytes for tensor in gathered), default=0)
-    widest = max((tensor.itemsize for tensor in gathered), default=0)
-    everything = sum(tensor.nbytes for tensor in gathered)
+        kept_bytes += tensor.numel * tensor.sharded
+    largest = max((tensor.numel * tensor.sharded for tensor in gathered), default=0)
+    widest = max((tensor.sharded for tensor in gathered), default=0)
+    everything = sum(tensor.numel * tensor.sharded for tensor in gathered)
     prefetched = int(ZERO3_PREFETCH * hidden**2) * widest
     reduction = hidden**2 * itemsize
     return min(everything, max(kept_bytes, largest) + prefetched) + reduction

@@ -203,14 +203,15 @@ class TensorShape:
         part: "linear_weights", "scales_offsets", "rest" or "adapters".
         numel: elements.
         itemsize: bytes of one.
-        partitioned: a Parameter, which ZeRO-3 partitions; buffers it leaves whole.
+        sharded: bytes of one element where ZeRO-3 partitions it: parameters, and what
+            `quant.sharded.ShardedQuantLinear` makes one; 0 for other buffers, which stay whole.
         stored: bytes of one element in a checkpoint; 0 where it is not stored.
     """
 
     part: str
     numel: int
     itemsize: int
-    partitioned: bool
+    sharded: int
     stored: int
 
     @property
@@ -240,7 +241,7 @@ def tensor_shapes(model: PeftModel) -> list[TensorShape]:
         for name, tensor in tensors:
             if id(tensor) in found:
                 continue
-            parameter = isinstance(tensor, nn.Parameter)
+            sharded = tensor.element_size() if isinstance(tensor, nn.Parameter) else 0
             part = _PARTS.get(name, "rest")
             if tensor.requires_grad:
                 part = "adapters"
@@ -250,9 +251,13 @@ def tensor_shapes(model: PeftModel) -> list[TensorShape]:
             if name in module._non_persistent_buffers_set:
                 stored = 0
             elif isinstance(module, QuantLinear) and name in ("scales", "offsets"):
-                stored = getattr(module.spec, f"{name}_dtype").itemsize
+                spec = module.spec
+                stored = getattr(spec, f"{name}_dtype").itemsize
+                sharded = torch.promote_types(spec.scales_dtype, spec.offsets_dtype).itemsize
+            elif isinstance(module, QuantLinear) and name == "g_idx":
+                sharded = tensor.element_size()
             found[id(tensor)] = TensorShape(
-                part, tensor.numel(), tensor.element_size(), parameter, stored
+                part, tensor.numel(), tensor.element_size(), sharded, stored
             )
     return list(found.values())
 

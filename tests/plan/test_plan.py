@@ -108,7 +108,8 @@ def test_zero_stages(tiny):
     # layers up to 10 * hidden_size words stay whole
     whole, shared = 4 * HIDDEN * HIDDEN // 8, 3 * HIDDEN * WIDE // 8
     assert three.memory["linear_weights"] == LAYERS * 4 * (whole + shared // 8)
-    assert three.memory["scales_offsets"] == one.memory["scales_offsets"]  # buffers
+    # each part of a grid is below that limit, and kept in fp16 under ZeRO-3
+    assert three.memory["scales_offsets"] == one.memory["scales_offsets"] // 2
     offloaded = planned(tiny, gpus=8, zero=3, offload="all")
     assert offloaded.memory["optimizer"] == offloaded.memory["gradients"] == 0
     assert offloaded.memory["linear_weights"] == LAYERS * 4 * whole

@@ -1,0 +1,320 @@
+"""Trainings on CPU ranks, one after the other: drive.py BASE_16BIT WORK_DIR [STEP...] -> JSON
+
+The ranks of a run are forked from this process, since importing TRL and DeepSpeed takes longer
+than any of the runs; like `srun` or `mpirun`, nothing here ends the ranks that outlive another.
+"""
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from train import SHARDED, Job, run, use_cpu_ranks
+
+from qalora_plugin import quantize_model, verify_merge
+from qalora_plugin.ranks import on_main_process
+
+STEPS = 20
+FORK = multiprocessing.get_context("fork")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+def rank_main(number: int, ranks: int, port: int, log: Path, work: Callable[[], None]) -> None:
+    """One rank: its environment (port 0: it is alone), its log, and its exit status."""
+    place = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+    if port:
+        os.environ |= {key: str(value) for key, value in place.items()}
+        os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    with open(f"{log}.{number}", "wb", buffering=0) as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    try:
+        work()
+    except BaseException:
+        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+        os._exit(1)
+    sys.stdout.flush()
+    os._exit(0)
+
+
+class Runs:
+    """Starts ranks, and keeps what became of them."""
+
+    def __init__(self, dense: Path, base: Path, work: Path) -> None:
+        self.dense, self.base, self.work = dense, base, work
+
+    def launch(
+        self,
+        name: str,
+        ranks: int,
+        work: Callable[[], None],
+        meddle: Callable[..., None] | None = None,
+        *,
+        grouped: bool = False,
+    ) -> dict[str, Any]:
+        """Run `work` in every rank; how each ended, and how long the last took after a kill.
+
+        One rank alone has no process group, unless it is `grouped`.
+        """
+        log, port = self.work / f"{name}.log", free_port() if ranks > 1 or grouped else 0
+        processes = [
+            FORK.Process(target=rank_main, args=(number, ranks, port, log, work))
+            for number in range(ranks)
+        ]
+        for process in processes:
+            process.start()
+        if meddle is not None:
+            meddle(processes)
+        killed, deadline = None, time.monotonic() + 240
+        while any(process.is_alive() for process in processes) and time.monotonic() < deadline:
+            if killed is None and any(p.exitcode == -signal.SIGKILL for p in processes):
+                killed = time.monotonic()
+            time.sleep(0.02)
+        seconds = None if killed is None else round(time.monotonic() - killed, 1)
+        hung = [number for number, process in enumerate(processes) if process.is_alive()]
+        for process in processes:
+            process.kill()
+            process.join()
+        texts = [Path(f"{log}.{number}").read_text(errors="replace") for number in range(ranks)]
+        codes = [process.exitcode for process in processes]
+        return {"codes": codes, "hung": hung, "seconds_after_kill": seconds, "logs": texts}
+
+    def train(self, name: str, ranks: int, mode: str, *, must_end: bool = True, **job: Any) -> Any:
+        """Train; what result.json says, or what became of the ranks."""
+        out = self.work / name
+        settings = {"base": str(self.base), "out": str(out), "mode": mode, "steps": STEPS} | job
+        ended = self.launch(name, ranks, lambda: run(Job(**settings)))
+        if must_end:
+            if ended["codes"] != [0] * ranks:
+                raise SystemExit(f"{name}: {ended['codes']}\n" + "\n".join(ended["logs"])[-6000:])
+            return json.loads((out / "result.json").read_text())
+        ended["logs"] = [text[-20000:] for text in ended["logs"]]
+        return ended
+
+    def adapter(self, name: str) -> dict[str, torch.Tensor]:
+        return load_file(self.work / name / "adapter" / "adapter_model.safetensors")
+
+    def difference(self, one: str, other: str) -> dict[str, float]:
+        """Relative, in Frobenius norm: of the whole adapter, and of the worst of its matrices."""
+        a, b = self.adapter(one), self.adapter(other)
+        if a.keys() != b.keys():
+            raise SystemExit(f"{one} and {other} trained different tensors")
+        square = sum((a[key] - b[key]).double().square().sum() for key in a)
+        whole = (square / sum(a[key].double().square().sum() for key in a)).sqrt().item()
+        worst = max(((a[key] - b[key]).norm() / a[key].norm()).item() for key in a)
+        return {"whole": whole, "worst_matrix": worst}
+
+    def verified(self, name: str) -> int:
+        """Layers whose merge `verify` found right."""
+        out = self.work / name
+        return verify_merge(out / "merged", out / "adapter", self.base).layers
+
+
+def tensors(value: Any, path: str = "") -> dict[str, torch.Tensor]:
+    """Every tensor in nested lists and dicts, by its path."""
+    if isinstance(value, torch.Tensor):
+        return {path: value}
+    if isinstance(value, list | tuple):
+        value = dict(enumerate(value))
+    found = {}
+    for key, part in value.items() if isinstance(value, dict) else ():
+        found |= tensors(part, f"{path}/{key}")
+    return found
+
+
+def optimizer_states(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of the optimizer that a Trainer saved, whole or in parts."""
+    files = [*checkpoint.glob("optimizer.pt"), *checkpoint.glob("global_step*/*optim_states.pt")]
+    if not files:
+        from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+        whole = checkpoint / "optimizer_whole.pt"
+        dcp_to_torch_save(checkpoint / "optimizer_0", whole)
+        files = [whole]
+    found = {}
+    for file in files:
+        found |= tensors(torch.load(file, weights_only=False), file.name)
+    return found
+
+
+def largest(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    """Largest difference of two sets of tensors, relative to each tensor's largest value."""
+    if one.keys() != other.keys() or not one:
+        raise SystemExit(f"different states: {sorted(one.keys() ^ other.keys())[:4]}")
+    pairs = [(one[key].double(), other[key].double()) for key in one if one[key].numel()]
+    return max(((a - b).abs().max() / a.abs().max().clamp(min=1e-30)).item() for a, b in pairs)
+
+
+def straight(runs: Runs) -> dict[str, Any]:
+    """The same data on one rank, and in every mode on two."""
+    found: dict[str, Any] = {}
+    for name, ranks, mode in [("one", 1, "ddp")] + [(mode, 2, mode) for mode in SHARDED]:
+        merged = str(runs.work / name / "merged")
+        result = runs.train(name, ranks, mode, merged=merged, save_steps=10)
+        result |= {"difference": runs.difference("one", name), "layers": runs.verified(name)}
+        found[name] = result
+    return found
+
+
+def same_bytes(runs: Runs) -> dict[str, Any]:
+    """Files of the merge after sharded training, and after one rank with the same adapter.
+
+    That rank trains a step with a learning rate of 0. config.json states where the adapter lay.
+    """
+    found = {}
+    for mode in ("zero3", "fsdp2"):
+        name = f"{mode}-one"
+        adapter, again = (runs.work / which / "adapter" for which in (mode, name))
+        merged = str(runs.work / name / "merged")
+        job = {"warm_start": str(adapter), "steps": 1, "settings": {"learning_rate": 0.0}}
+        runs.train(name, 1, "ddp", merged=merged, **job)
+        files, others = (
+            {path.name: path.read_bytes() for path in (runs.work / which / "merged").iterdir()}
+            for which in (mode, name)
+        )
+        others["config.json"] = others["config.json"].replace(
+            str(again).encode(), str(adapter).encode()
+        )
+        different = [file for file in files if files[file] != others.get(file)]
+        found[mode] = {"names": sorted(files), "again": sorted(others), "different": different}
+    return found
+
+
+def resumed(runs: Runs) -> dict[str, Any]:
+    """Killed after step 13, resumed from the checkpoint of step 10; compared with `straight`."""
+    found = {}
+    for name, ranks, mode in [("one", 1, "ddp")] + [(mode, 2, mode) for mode in SHARDED]:
+        again = f"{name}-resumed"
+        merged = str(runs.work / again / "merged")
+        job = {"merged": merged, "save_steps": 10}
+        ended = runs.train(again, ranks, mode, must_end=False, kill=[ranks - 1, 13], **job)
+        ended["left"] = sorted(path.name for path in (runs.work / again).iterdir())
+        checkpoint = runs.work / again / "checkpoint-10"
+        result = runs.train(again, ranks, mode, resume=str(checkpoint), **job)
+        before = json.loads((runs.work / name / "result.json").read_text())
+        last = "checkpoint-20"
+        found[name] = {
+            "killed": ended,
+            "losses": [before["losses"], result["losses"]],
+            "adapter": largest(runs.adapter(name), runs.adapter(again)),
+            "optimizer": largest(
+                optimizer_states(runs.work / name / last),
+                optimizer_states(runs.work / again / last),
+            ),
+            "layers": runs.verified(again),
+        }
+    return found
+
+
+def other_ranks(runs: Runs) -> dict[str, Any]:
+    """Checkpoints of two ranks on four: resumed where that is possible; and a warm start."""
+    found = {}
+    for mode in ("zero2", "zero3", "fsdp2"):
+        checkpoint, name = str(runs.work / mode / "checkpoint-10"), f"{mode}-on-four"
+        ended = runs.train(name, 4, mode, must_end=False, resume=checkpoint, steps=12)
+        found[mode] = {"resumed": ended["codes"] == [0] * 4, "log": ended["logs"][0][-900:]}
+        if found[mode]["resumed"]:
+            found[mode]["losses"] = json.loads((runs.work / name / "result.json").read_text())
+    checkpoint = str(runs.work / "zero3" / "checkpoint-10")
+    result = runs.train("warm", 1, "ddp", warm_start=checkpoint, steps=2)
+    cold = json.loads((runs.work / "one" / "result.json").read_text())["losses"]
+    return found | {"warm": result["losses"], "cold": cold[:2]}
+
+
+def killed_merge(runs: Runs) -> dict[str, Any]:
+    """Rank 0 is killed when all of the merge is written but it has not its name yet."""
+    out = runs.work / "killed-merge"
+    job = {"merged": str(out / "merged"), "save_steps": 10, "steps": 10}
+    found = runs.train(out.name, 2, "zero3", must_end=False, kill_merge=True, **job)
+    found["left"] = sorted(path.name for path in out.iterdir())
+    runs.train(out.name, 2, "zero3", resume=str(out / "checkpoint-10"), **job)
+    return found | {
+        "layers": runs.verified(out.name),
+        "after": sorted(p.name for p in out.iterdir()),
+    }
+
+
+def quantizing(runs: Runs) -> dict[str, Any]:
+    """One of two ranks quantizes, and is killed meanwhile; then again, to the end."""
+    out = runs.work / "int4"
+    calls = runs.work / "calls"
+
+    def quantize() -> None:
+        with calls.open("a") as file:
+            file.write("x")
+        quantize_model(runs.dense, out, calibration=CALIBRATION, samples=8, seq_len=64)
+
+    def every_rank() -> None:
+        use_cpu_ranks("ddp")
+        on_main_process(quantize, "quantizing", "not quantized")
+
+    def kill_first(processes: Any) -> None:
+        deadline = time.monotonic() + 100
+        while not list(runs.work.glob(".int4.partial-*/*.safetensors")):
+            if time.monotonic() > deadline or not processes[0].is_alive():
+                break
+            time.sleep(0.002)
+        processes[0].kill()
+
+    found = runs.launch("quantizing", 2, every_rank, kill_first)
+    found["result"] = out.exists()
+    again = runs.launch("quantized", 2, every_rank)
+    found |= {"again": again["codes"], "calls": len(calls.read_text()), "files": out.exists()}
+    found["logs"] = [text[-20000:] for text in found["logs"]]
+    return found
+
+
+def other_bases(runs: Runs) -> dict[str, Any]:
+    """A 16-bit base that is quantized while it loads, and a stock GPTQ one with act-order."""
+    found: dict[str, Any] = {}
+    for base, path, bits in (("dense", runs.dense, 4), ("stock", STOCK, 0)):
+        for mode, ranks in (("ddp", 1), ("zero3", 2), ("fsdp2", 2)):
+            name = f"{base}-{mode}"
+            out = runs.work / name
+            job = {"base": str(path), "quantize": bits, "merged": str(out / "merged"), "steps": 2}
+            found[name] = runs.train(name, ranks, mode, adapt="both", **job)
+            config = json.loads((out / "adapter" / "adapter_config.json").read_text())
+            found[name]["fingerprint"] = config["fingerprint"]
+            found[name]["left"] = sorted(part.name for part in out.iterdir())
+    return found
+
+
+STOCK = Path(__file__).resolve().parents[2] / "tests/fixtures/gptq_4bit_g128_actorder_asym"
+CALIBRATION = str(Path(__file__).resolve().parents[2] / "README.md")
+ALL = (straight, same_bytes, resumed, other_ranks, killed_merge, quantizing, other_bases)
+
+
+def main() -> None:
+    """Run all steps, or those that are named; `straight` comes first, others compare with it."""
+    dense, work = (Path(argument).absolute() for argument in sys.argv[1:3])
+    runs = Runs(dense, work / "base", work)
+    if not runs.base.exists():
+        quantize_model(dense, runs.base, bits=4, group_size=32, method="rtn", progress=False)
+    found = {}
+    for step in ALL:
+        if not sys.argv[3:] or step.__name__ in sys.argv[3:]:
+            start = time.monotonic()
+            try:
+                found[step.__name__] = step(runs)
+            except (Exception, SystemExit):  # the test shows what failed; the others go on
+                found[step.__name__] = {"error": traceback.format_exc()}
+            print(f"{step.__name__}: {time.monotonic() - start:.0f} s", file=sys.stderr)
+            print(json.dumps(found), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""Training on several ranks with the real TRL, Accelerate and DeepSpeed, on CPU ranks over gloo."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+BASE = ROOT / "qalora_plugin" / "quickstart" / "base_model"
+SHARDED = ("zero2", "zero3", "zero3_offload", "fsdp2")
+LIMIT = 120  # seconds in which the other ranks must have stopped
+Found = dict[str, Any]
+
+
+@pytest.fixture(scope="session")
+def run_script(
+    env_python: Callable[[str], Path], project_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Found]:
+    """Run a script of this folder in Axolotl's environment; its last line of output."""
+    environment = os.environ | {
+        "PYTHONPATH": str(project_path),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",
+    }
+
+    def run(script: str, *arguments: object) -> Found:
+        command = [str(part) for part in (env_python("axolotl"), HERE / script, *arguments)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+        sys.stderr.write(done.stderr[-4000:])
+        assert done.returncode == 0, done.stderr[-4000:]
+        return json.loads(done.stdout.strip().splitlines()[-1])
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def driven(run_script: Callable[..., Found], tmp_path_factory: pytest.TempPathFactory) -> Found:
+    """What each step of drive.py found."""
+    return run_script("drive.py", BASE, tmp_path_factory.mktemp("distributed"))
+
+
+def step(driven: Found, name: str) -> Found:
+    found = driven[name]
+    assert "error" not in found, found["error"]
+    return found
+
+
+@pytest.mark.parametrize("mode", SHARDED)
+def test_every_mode_trains_the_adapter_of_one_rank(driven: Found, mode: str) -> None:
+    """20 steps of AdamW in fp32 on the same rows: within 1e-5 of the whole adapter's norm.
+
+    Single elements differ more: where a gradient is as small as the rounding of the sum over rows,
+    Adam divides it by its own size.
+    """
+    found = step(driven, "straight")
+    assert found[mode]["ranks"] == 2
+    assert found[mode]["kind"] == ("FSDP" if mode == "fsdp2" else "DEEPSPEED")
+    assert found[mode]["difference"]["whole"] < 1e-5
+    losses = zip(found["one"]["losses"], found[mode]["losses"], strict=True)
+    assert all(abs(one - two) < 1e-5 * one for one, two in losses)
+    assert found["one"]["losses"][-1] < 0.97 * found["one"]["losses"][0]
+    assert found[mode]["layers"] == 28  # verified, merged
+
+
+@pytest.mark.parametrize("mode", ["zero3", "fsdp2"])
+def test_merging_after_sharded_training_writes_the_same_bytes(driven: Found, mode: str) -> None:
+    found = step(driven, "same_bytes")[mode]
+    assert {"model.safetensors", "config.json", "qalora_manifest.json"} <= set(found["names"])
+    assert found["again"] == found["names"]
+    assert found["different"] == []
+
+
+def test_killed_and_resumed_on_one_rank_is_bit_equal(driven: Found) -> None:
+    found = step(driven, "resumed")["one"]
+    before, after = found["losses"]
+    assert len(before) == 20
+    assert before == after
+    assert found["adapter"] == found["optimizer"] == 0
+
+
+@pytest.mark.parametrize("mode", SHARDED)
+def test_killed_and_resumed_on_two_ranks(driven: Found, mode: str) -> None:
+    found = step(driven, "resumed")[mode]
+    before, after = found["losses"]
+    assert all(abs(one - two) <= 1e-6 * one for one, two in zip(before, after, strict=True))
+    assert found["adapter"] < 1e-6
+    assert found["optimizer"] < 1e-6
+    assert found["layers"] == 28
+
+
+@pytest.mark.parametrize("mode", SHARDED)
+def test_a_rank_killed_in_training_stops_the_other(driven: Found, mode: str) -> None:
+    check_stopped(step(driven, "resumed")[mode]["killed"], killed=1, doing="training")
+    assert "merged" not in step(driven, "resumed")[mode]["killed"]["left"]
+
+
+def check_stopped(ended: Found, killed: int, doing: str) -> None:
+    """One of two ranks was killed, the other stopped in time and said why."""
+    other = 1 - killed
+    assert ended["codes"][killed] == -signal.SIGKILL
+    assert ended["codes"][other] == 1
+    assert ended["hung"] == []
+    assert ended["seconds_after_kill"] < LIMIT
+    assert f"rank {killed} (process" in ended["logs"][other]
+    assert f"was killed while {doing}" in ended["logs"][other]
+
+
+def test_rank_0_killed_in_the_merge(driven: Found) -> None:
+    found = step(driven, "killed_merge")
+    check_stopped(found, killed=0, doing="merging")
+    assert "adapter" in found["left"]
+    assert "merged" not in found["left"]
+    assert found["layers"] == 28  # merged when it was run again
+    assert [name for name in found["after"] if "merged" in name] == ["merged"]
+
+
+def test_rank_0_killed_while_quantizing(driven: Found) -> None:
+    found = step(driven, "quantizing")
+    check_stopped(found, killed=0, doing="quantizing")
+    assert not found["result"]
+    assert found["again"] == [0, 0]
+    assert found["files"]
+    assert found["calls"] == 2  # one in each run: rank 1 never quantizes
+
+
+def test_checkpoints_on_another_number_of_ranks(driven: Found) -> None:
+    """FSDP2's can be resumed, ZeRO's not; any adapter is a warm start."""
+    found = step(driven, "other_ranks")
+    assert found["fsdp2"]["resumed"], found["fsdp2"]["log"]
+    for mode in ("zero2", "zero3"):
+        assert not found[mode]["resumed"]
+        assert "world size" in found[mode]["log"].lower()
+    assert found["warm"][0] < found["cold"][0]
+
+
+@pytest.mark.parametrize("base", ["dense", "stock"])
+@pytest.mark.parametrize("mode", ["zero3", "fsdp2"])
+def test_other_bases(driven: Found, base: str, mode: str) -> None:
+    """Quantized while it loads, and stock GPTQ with act-order: the same as on one rank."""
+    found = step(driven, "other_bases")
+    one, two = found[f"{base}-ddp"], found[f"{base}-{mode}"]
+    assert two["left"] == one["left"]
+    assert "merged" in one["left"]
+    assert two["fingerprint"] == one["fingerprint"] is not None
+    assert all(abs(a - b) < 1e-5 for a, b in zip(one["losses"], two["losses"], strict=True))
+
+
+def check_memory(ranks: dict[str, list[Found]]) -> None:
+    """What a rank holds of the quantized layers is its part of them."""
+    (alone,) = ranks["1"]
+    assert alone["whole"] == 0
+    for count, parts in ranks.items():
+        assert len(parts) == int(count)
+        for part in parts:
+            assert part["whole"] == 0
+            assert part["sharded"] <= 1.01 * alone["sharded"] / int(count)
+
+
+def test_memory_of_a_rank_falls_with_their_number(
+    run_script: Callable[..., Found], tmp_path: Path
+) -> None:
+    found = run_script("memory.py", tmp_path / "memory.json", 2, 1, 2)
+    check_memory(found["ranks"])
+    assert json.loads((tmp_path / "memory.json").read_text()) == found
+
+
+def test_committed_measurement() -> None:
+    """What docs/multi_gpu.md states."""
+    found = json.loads((HERE / "results" / "memory.json").read_text())
+    check_memory(found["ranks"])
+    resident = {
+        count: max(part["loaded"] - part["before"] for part in parts)
+        for count, parts in found["ranks"].items()
+    }
+    assert resident["2"] < 0.7 * resident["1"]
+    assert resident["4"] < 0.7 * resident["2"]
