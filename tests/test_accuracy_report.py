@@ -56,16 +56,16 @@ def test_comparison_gives_mean_spread_and_rate(report: ModuleType) -> None:
 
 
 def test_step_costs_take_the_newest_run_of_each_mode(report: ModuleType) -> None:
-    def step(run: str, adapt: str, variant: str, seconds: float) -> dict[str, Any]:
+    def step(run: str, variant: str, seconds: float) -> dict[str, Any]:
         sizes = {"peak_bytes": 300 << 20, "saved_bytes": 20 << 20}
-        row = {"operator": report.STEP, "run": run, "variant": variant, "step": {"adapt": adapt}}
+        row = {"operator": report.STEP, "run": run, "variant": variant}
         return row | {"seconds_median": seconds} | sizes
 
     rows = [
-        step("1", "both", "qalora", 9.0),
-        step("1", "both", "lora", 1.0),
-        step("2", "both", "qalora", 0.3),
-        step("2", "both", "lora", 0.2),
+        step("1", "qalora_both", 9.0),
+        step("1", "lora", 1.0),
+        step("2", "qalora_both", 0.3),
+        step("2", "lora", 0.2),
     ]
     assert report.step_costs(rows).splitlines()[2:] == ["| `both` | 300 | 1.50 | 300 | 20 |"]
     assert "bench.py" in report.step_costs([])
@@ -73,7 +73,7 @@ def test_step_costs_take_the_newest_run_of_each_mode(report: ModuleType) -> None
 
 def test_the_document_holds_what_the_data_says(report: ModuleType) -> None:
     text = report.DOCUMENT.read_text()
-    for name in ("comparison", "sweep"):
+    for name in ("comparison", "sweep", "steps"):
         assert report.fill(text, name, report.tables()[name]) == text, (
             f"docs/adapt_modes.md: table {name} is out of date: "
             "run python integration/accuracy/report.py"

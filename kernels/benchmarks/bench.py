@@ -25,6 +25,8 @@ import torch
 HERE = Path(__file__).resolve().parent
 STEP_VARIANTS = [
     "qalora",
+    "qalora_scales",
+    "qalora_both",
     "lora",
     "lora_fp32",
     "frozen",
@@ -40,14 +42,13 @@ ROWS = {
     "cuda": [1, 4, 16, 64, 256, 2048, 8192],
 }
 
+TOKENS = 2048
 LLAMA_1024 = {
     "hidden": 1024,
     "intermediate": 2816,
     "layers": 4,
     "heads": 16,
     "vocab": 4096,  # a small head: it costs the same in every variant
-    "batch": 4,
-    "sequence": 512,
 }
 LLAMA_7B_LAYER = {
     "hidden": 4096,
@@ -70,7 +71,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--group-size", type=int, default=32)
-    parser.add_argument("--adapt", choices=["zeros", "scales", "both"], default="zeros")
+    parser.add_argument(
+        "--sequence", type=int, default=512, help="tokens of a sequence in the small model's step"
+    )
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device")
@@ -98,9 +101,11 @@ def main() -> int:
             "bits": 4,
             "group_size": arguments.group_size,
             "r": arguments.rank,
-            "adapt": arguments.adapt,
         }
-        wanted = {"training step, 4 layers of 1024": LLAMA_1024}
+        length = arguments.sequence
+        batch = TOKENS // length
+        name = f"training step, 4 layers of 1024, {batch} x {length}"
+        wanted = {name: LLAMA_1024 | {"batch": batch, "sequence": length}}
         if device == "cuda":
             wanted["training step, 1 layer of LLaMA-7B"] = LLAMA_7B_LAYER
         for name, shapes in wanted.items():

@@ -184,7 +184,6 @@ def main() -> int:
         "bits": a.bits,
         "group_size": a.group_size,
         "r": a.rank,
-        "adapt": "zeros",
     }
     batch = a.rows // a.sequence
     hidden = torch.randn(batch, a.sequence, a.hidden, device=a.device, dtype=torch.bfloat16)

@@ -28,6 +28,8 @@ Row = dict[str, Any]
 
 LABELS = {
     "qalora": "QA-LoRA, 4 bits (this project)",
+    "qalora_scales": "QA-LoRA of the scales",
+    "qalora_both": "QA-LoRA of scales and offsets",
     "lora": "LoRA, dense bf16 (PEFT)",
     "lora_fp32": "LoRA, fp32 adapters (PEFT's default)",
     "frozen": "dense bf16, no adapter",
@@ -65,7 +67,7 @@ def caption(row: Row) -> str:
 def bars(axes: Any, rows: list[Row], values: list[float], unit: str) -> None:
     """Horizontal bars, one a variant, ours in colour."""
     names = [LABELS[row["variant"]] for row in rows]
-    colours = ["skyblue" if row["variant"] == "qalora" else "lightgray" for row in rows]
+    colours = ["skyblue" if row["variant"].startswith("qalora") else "lightgray" for row in rows]
     axes.barh(names, values, color=colours)
     for position, value in enumerate(values):
         axes.text(value / 50, position, f"{value:.0f}", va="center", fontsize=8)

@@ -79,8 +79,8 @@ def lora_fp32(model: nn.Module, spec: dict[str, Any]) -> nn.Module:
     return get_peft_model(model, lora_config(spec))
 
 
-def qalora(model: nn.Module, spec: dict[str, Any]) -> nn.Module:
-    """QA-LoRA, folded."""
+def qalora(model: nn.Module, spec: dict[str, Any], adapt: str = "zeros") -> nn.Module:
+    """QA-LoRA, folded: offsets, as in the paper."""
     from qalora_kernels import QuantSpec
     from qalora_plugin import QALoRAConfig
     from qalora_plugin.quant.linear import QuantLinear
@@ -94,8 +94,18 @@ def qalora(model: nn.Module, spec: dict[str, Any]) -> nn.Module:
         return layer.to(linear.weight.device)
 
     replace_linears(model, make)
-    config = QALoRAConfig(r=spec["r"], lora_alpha=16, adapt=spec["adapt"])
+    config = QALoRAConfig(r=spec["r"], lora_alpha=16, adapt=adapt)
     return get_peft_model(model, config)
+
+
+def qalora_scales(model: nn.Module, spec: dict[str, Any]) -> nn.Module:
+    """QA-LoRA of the scales."""
+    return qalora(model, spec, "scales")
+
+
+def qalora_both(model: nn.Module, spec: dict[str, Any]) -> nn.Module:
+    """QA-LoRA of scales and offsets."""
+    return qalora(model, spec, "both")
 
 
 def on_gptqmodel(model: nn.Module, spec: dict[str, Any], adapters_fp32: bool) -> nn.Module:
@@ -157,7 +167,18 @@ def qlora_nf4(model: nn.Module, spec: dict[str, Any]) -> nn.Module:
 
 
 VARIANTS = {
-    f.__name__: f for f in (frozen, lora, lora_fp32, qalora, use_qalora, use_qalora_fp32, qlora_nf4)
+    f.__name__: f
+    for f in (
+        frozen,
+        lora,
+        lora_fp32,
+        qalora,
+        qalora_scales,
+        qalora_both,
+        use_qalora,
+        use_qalora_fp32,
+        qlora_nf4,
+    )
 }
 
 

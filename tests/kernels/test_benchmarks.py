@@ -18,7 +18,6 @@ TINY_STEP = {
     "bits": 4,
     "group_size": 32,
     "r": 4,
-    "adapt": "zeros",
     "hidden": 64,
     "intermediate": 96,
     "layers": 1,
