@@ -174,10 +174,10 @@ def run(job: Job) -> None:
     """Train as the job says, in this rank."""
     use_cpu_ranks(job.mode)
     trainer = make_trainer(job)
+    kind = trainer.accelerator.distributed_type.value  # at the end of training it is forgotten
     trainer.train(resume_from_checkpoint=job.resume)
     if trainer.is_world_process_zero():
         losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
-        kind = trainer.accelerator.distributed_type.value
         found = {"losses": losses, "ranks": trainer.args.world_size, "kind": kind}
         Path(job.out, "result.json").write_text(json.dumps(found))
 
