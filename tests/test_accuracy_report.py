@@ -65,6 +65,7 @@ def test_step_costs_take_the_newest_run_of_each_mode(report: ModuleType) -> None
         step("1", "qalora_both", 9.0),
         step("1", "lora", 1.0),
         step("2", "qalora_both", 0.3),
+        step("2", "lora", 7.0) | {"operator": "linear"},
         step("2", "lora", 0.2),
     ]
     assert report.step_costs(rows).splitlines()[2:] == ["| `both` | 300 | 1.50 | 300 | 20 |"]

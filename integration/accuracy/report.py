@@ -90,7 +90,8 @@ def step_costs(rows: list[plan.Row]) -> str:
         ]
         if ours:
             row = max(ours, key=lambda row: row["run"])
-            lora = next(r for r in rows if r["run"] == row["run"] and r.get("variant") == "lora")
+            same_run = [r for r in rows if (r["run"], r["operator"]) == (row["run"], STEP)]
+            lora = next(r for r in same_run if r.get("variant") == "lora")
             seconds = row["seconds_median"]
             lines.append(
                 [
