@@ -1,16 +1,18 @@
-"""The rows of compare_quantizers.py as a Markdown table: mean and standard deviation over draws.
+"""Put the rows of compare_quantizers.py into the README: mean and standard deviation over draws.
 
-python integration/peers/quantizer_table.py integration/peers/results/quantizers.json
+python integration/peers/quantizer_table.py
 """
 
 from __future__ import annotations
 
 import json
 import statistics
-import sys
 from pathlib import Path
 from typing import Any
 
+ROWS = Path(__file__).resolve().parent / "results" / "quantizers.json"
+README = Path(__file__).resolve().parents[2] / "README.md"
+START, END = "<!-- quantizers -->", "<!-- end quantizers -->"
 NAMES = {"qalora": "qalora", "gptqmodel": "GPTQModel"}
 
 
@@ -53,5 +55,11 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def fill(text: str, rows: list[dict[str, Any]]) -> str:
+    """`text` with the table between its two markers."""
+    before, rest = text.split(START)
+    return f"{before}{START}\n{table(rows)}\n{END}{rest.split(END)[1]}"
+
+
 if __name__ == "__main__":
-    print(table(json.loads(Path(sys.argv[1]).read_text())))
+    README.write_text(fill(README.read_text(), json.loads(ROWS.read_text())))
