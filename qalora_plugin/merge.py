@@ -231,7 +231,7 @@ def _merged_config(
             if (spec.bits, spec.group_size) != (config["bits"], config["group_size"]):
                 config["dynamic"][name] = {"bits": spec.bits, "group_size": spec.group_size}
     config["merged"] = {
-        "adapter": str(adapter.directory),
+        "adapter": adapter.directory.resolve().name,  # a path would be published; the hash identifies it
         "adapter_sha256": adapter.sha256(),
         "peft_type": adapter.peft_type,
         "convention": convention,
