@@ -35,6 +35,12 @@ class ShardedQuantLinear(QuantLinear):
 
     grid: nn.Parameter
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Those of `QuantLinear`."""
+        super().__init__(*args, **kwargs)
+        if self.g_idx is not None:  # on every rank, also where its numbers come from another
+            self.g_idx = nn.Parameter(self.g_idx, requires_grad=False)
+
     def _register_grid(self, device: torch.device | str | None) -> None:
         spec = self.spec
         wide = torch.promote_types(spec.scales_dtype, spec.offsets_dtype).itemsize // 2
