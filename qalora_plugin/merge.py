@@ -231,7 +231,8 @@ def _merged_config(
             if (spec.bits, spec.group_size) != (config["bits"], config["group_size"]):
                 config["dynamic"][name] = {"bits": spec.bits, "group_size": spec.group_size}
     config["merged"] = {
-        "adapter": adapter.directory.resolve().name,  # a path would be published; the hash identifies it
+        # the name alone: a path would be published, and the hash identifies it
+        "adapter": adapter.directory.resolve().name,
         "adapter_sha256": adapter.sha256(),
         "peft_type": adapter.peft_type,
         "convention": convention,

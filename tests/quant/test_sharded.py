@@ -92,3 +92,11 @@ def test_grid_has_the_stored_size(dtype: torch.dtype, words: int) -> None:
     scales, offsets = unpack_grid(grid, layer.spec)
     assert torch.equal(scales, layer.scales)
     assert torch.equal(offsets, layer.offsets)
+
+
+def test_an_empty_layer_has_the_parameters_of_a_loaded_one() -> None:
+    """Ranks that FSDP sends their part make the layer without numbers; the shards have to match."""
+    loaded = ShardedQuantLinear.of(_layer(torch.float16, desc_act=True))
+    empty = ShardedQuantLinear(loaded.spec, bias=True, desc_act=True, device="meta")
+    shapes = [{n: p.shape for n, p in m.named_parameters()} for m in (loaded, empty)]
+    assert shapes[0] == shapes[1] and "g_idx" in shapes[0]
