@@ -99,6 +99,7 @@ def _quantize_again(base: PreTrainedModel, directory: Path, fingerprint: str) ->
         bits=stored.bits,
         group_size=stored.group_size,
         method="rtn",
+        offsets_at=stored.offsets_at,
         dynamic=stored.dynamic,
         modules_to_not_convert=stored.modules_to_not_convert,
     )

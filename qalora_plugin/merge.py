@@ -156,8 +156,9 @@ def _open_base(adapter: Adapter, base: str | Path | None) -> QuantizedCheckpoint
         raise AdapterError(
             f"{directory}: is a 16-bit model, which was quantized while it was loaded for "
             f"training. Write its integers down first: `qalora quantize {found} --out DIR "
-            f"--method rtn {grid}`, then merge with --base DIR; the fingerprint in {where} shows "
-            "whether they are the same. (MergeCallback takes them from memory.)"
+            f"--method rtn {grid}` (and --offsets-at minimum where it was loaded so), then merge "
+            f"with --base DIR; the fingerprint in {where} shows whether they are the same. "
+            "(MergeCallback takes them from memory.)"
         )
     return open_quantized(directory)
 

@@ -173,16 +173,15 @@ def _gguf(path: Path) -> Subject:
     if GGUF_KEY not in reader.fields:
         raise _no_subject(path, f"It has no {GGUF_KEY}.")
     kinds = [tensor.tensor_type.name for tensor in reader.tensors]
+    facts = json.loads(reader.fields[GGUF_KEY].contents())
     if "Q4_1" in kinds:
-        exactness = (
-            f"{kinds.count('Q4_1')} matrices are Q4_1: integers and scales are exact, minima are "
-            "rounded to f16, by at most 4e-3 of a step."
-        )
+        measured = facts.pop("exactness", "Integers and scales are exact, minima rounded to f16.")
+        exactness = f"{kinds.count('Q4_1')} matrices are Q4_1. {measured}"
     elif "F16" in kinds:
         exactness = "Layers are F16, rounded from fp32."
     else:
         exactness = "Exact: everything is fp32."
-    return Subject(path, "gguf", json.loads(reader.fields[GGUF_KEY].contents()), exactness)
+    return Subject(path, "gguf", facts, exactness)
 
 
 def _loss_rows(measured: dict[str, Any]) -> dict[str, str]:

@@ -49,6 +49,7 @@ class LayerMerge:
             scale=self.change(adapter, "scales"),
             offsets_dtype=self.merged_spec.offsets_dtype,
             scales_dtype=self.merged_spec.scales_dtype,
+            minimum_below=self.merged_spec.minimum_below,
         )
         return LayerTensors(tensors.qweight, scales, offsets, tensors.g_idx)
 

@@ -279,9 +279,11 @@ def _rounding(
 ) -> torch.Tensor:
     """How far rounding scales and offsets can move outputs, given |x| [M, K] and |W| [K, N]."""
     spec = merge.merged_spec
-    allowed = formula.pool(x, merged.g_idx, spec.group_size) @ _half_ulp(
-        merged.offsets, spec.offsets_dtype
-    )
+    error = _half_ulp(merged.offsets, spec.offsets_dtype)
+    if spec.minimum_below is not None:
+        minima = merged.offsets.double() - spec.minimum_below * merged.scales.double()
+        error += _half_ulp(minima, spec.scales_dtype)
+    allowed = formula.pool(x, merged.g_idx, spec.group_size) @ error
     if "scales" in merge.layer.keys:  # a relative error of s' is one of the whole scaled weight
         share = _half_ulp(merged.scales, spec.scales_dtype) / base.scales.double()
         allowed += x @ (weight * expand(share, merged.g_idx, spec.group_size, spec.in_features))

@@ -68,7 +68,9 @@ def test_step_costs_take_the_newest_run_of_each_mode(report: ModuleType) -> None
         step("2", "lora", 7.0) | {"operator": "linear"},
         step("2", "lora", 0.2),
     ]
-    assert report.step_costs(rows).splitlines()[2:] == ["| `both` | 300 | 1.50 | 300 | 20 |"]
+    assert report.step_costs(rows).splitlines()[2:] == ["| `both` | 300 | 1.50 | 300 |  | 20 |"]
+    rows[2]["allocated_peak_bytes"] = 200 << 20
+    assert report.step_costs(rows).splitlines()[2:] == ["| `both` | 300 | 1.50 | 300 | 200 | 20 |"]
     assert "bench.py" in report.step_costs([])
 
 

@@ -65,7 +65,7 @@ def test_the_change_is_in_steps_of_the_grid(base: Path) -> None:
         layer.qalora_A["default"].weight.fill_(0.5)
         layer.qalora_B["default"].weight.fill_(0.25)
     # lora_alpha / r = 2, times a sum over r = 4 of 0.125
-    expected = (1.0 / layer.base_layer.scales).square().mean().sqrt().item()
+    expected = (1.0 / layer.base_layer.scales.float()).square().mean().sqrt().item()
     found = layer_changes(model)["offset_change"]["layers.0.self_attn.q_proj"]
     assert found == pytest.approx(expected, rel=1e-4)
 

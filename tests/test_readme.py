@@ -35,9 +35,10 @@ def test_a_line_is_the_mean_and_spread_of_its_draws(quantizer_table):
     assert lines[2:] == ["| sources | 3 | yes | qalora 1 | 2.0000 ± 1.4142 | 0.5000 ± 0.0000 | 2 |"]
 
 
-def test_the_quantizer_table_is_that_of_its_rows(quantizer_table):
-    text = quantizer_table.README.read_text()
-    rows = json.loads(quantizer_table.ROWS.read_text())
-    assert quantizer_table.fill(text, rows) == text, (
-        "README.md: the quantizer table is out of date: run integration/peers/quantizer_table.py"
-    )
+def test_the_quantizer_tables_are_those_of_their_rows(quantizer_table):
+    for document, rows in quantizer_table.TABLES.items():
+        text = document.read_text()
+        assert quantizer_table.fill(text, json.loads(rows.read_text())) == text, (
+            f"{document}: the quantizer table is out of date: run "
+            "integration/peers/quantizer_table.py"
+        )

@@ -93,18 +93,21 @@ def step_costs(rows: list[plan.Row]) -> str:
             same_run = [r for r in rows if (r["run"], r["operator"]) == (row["run"], STEP)]
             lora = next(r for r in same_run if r.get("variant") == "lora")
             seconds = row["seconds_median"]
+            allocated = row.get("allocated_peak_bytes")  # rows of earlier runs are without it
             lines.append(
                 [
                     NAMES[adapt],
                     f"{seconds * 1e3:.0f}",
                     f"{seconds / lora['seconds_median']:.2f}",
                     f"{row['peak_bytes'] / 2**20:.0f}",
+                    "" if allocated is None else f"{allocated / 2**20:.0f}",
                     f"{row['saved_bytes'] / 2**20:.0f}",
                 ]
             )
     if not lines:
         return "Not measured yet: `python kernels/benchmarks/bench.py --only steps`."
-    head = ["", "ms a step", "of bf16 LoRA's", "peak MiB", "kept for the backward, MiB"]
+    memory = ["resident peak, MiB", "allocated peak, MiB", "kept for the backward, MiB"]
+    head = ["", "ms a step", "of bf16 LoRA's", *memory]
     return markdown(head, lines)
 
 

@@ -8,12 +8,14 @@ length]. Every engine gets the same tokens and is judged by the same float32 los
 KL divergence of its next-token distributions from the 16-bit model's. What stands in ROWS.json
 already is not measured again: a run that was cut short goes on, and engines that need different
 environments fill one file: `gptqmodel` runs in the environment that
-`integration/envs/build.py gptqmodel` makes, `qalora` and `none` (the 16-bit model) in .venv.
+`integration/envs/build.py gptqmodel` makes, `qalora`, `qalora-minimum` (with offsets_at "minimum")
+and `none` (the 16-bit model) in .venv.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.metadata
 import json
 import os
@@ -22,7 +24,7 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 os.environ["TORCH_COMPILE_DISABLE"] = "1"  # compiling takes minutes here, running milliseconds
 
@@ -86,7 +88,12 @@ def quantize_gptqmodel(
     return loaded.model.float()
 
 
-def quantize_qalora(source: Path, setting: Setting, calibration: torch.Tensor) -> torch.nn.Module:
+def quantize_qalora(
+    source: Path,
+    setting: Setting,
+    calibration: torch.Tensor,
+    offsets_at: Literal["middle", "minimum"] = "middle",
+) -> torch.nn.Module:
     """This project's quantizer with its defaults; its offsets are real numbers, never `sym`."""
     from qalora_plugin import quantize_model
 
@@ -98,6 +105,7 @@ def quantize_qalora(source: Path, setting: Setting, calibration: torch.Tensor) -
         bits=setting.bits,
         group_size=setting.group_size,
         desc_act=setting.desc_act,
+        offsets_at=offsets_at,
         calibration=calibration,
         progress=False,
     )
@@ -112,6 +120,7 @@ def quantize_none(source: Path, setting: Setting, calibration: torch.Tensor) -> 
 ENGINES = {
     "none": ("transformers", quantize_none),
     "qalora": ("qalora-plugin", quantize_qalora),
+    "qalora-minimum": ("qalora-plugin", functools.partial(quantize_qalora, offsets_at="minimum")),
     "gptqmodel": ("gptqmodel", quantize_gptqmodel),
 }
 

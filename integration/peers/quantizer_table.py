@@ -1,4 +1,4 @@
-"""Put the rows of compare_quantizers.py into the README: mean and standard deviation over draws.
+"""Put the rows of compare_quantizers.py into README and docs: mean and deviation over draws.
 
 python integration/peers/quantizer_table.py
 """
@@ -10,10 +10,18 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-ROWS = Path(__file__).resolve().parent / "results" / "quantizers.json"
-README = Path(__file__).resolve().parents[2] / "README.md"
+_RESULTS, _ROOT = Path(__file__).resolve().parent / "results", Path(__file__).resolve().parents[2]
+TABLES = {
+    _ROOT / "README.md": _RESULTS / "quantizers.json",
+    _ROOT / "docs" / "export.md": _RESULTS / "offsets_at.json",
+}
+"""The rows that each document's table is made of."""
 START, END = "<!-- quantizers -->", "<!-- end quantizers -->"
-NAMES = {"qalora": "qalora", "gptqmodel": "GPTQModel"}
+NAMES = {
+    "qalora": "qalora",
+    "qalora-minimum": "qalora (minimum)",
+    "gptqmodel": "GPTQModel",
+}
 
 
 def cell(rows: list[dict[str, Any]], figure: str) -> str:
@@ -62,4 +70,5 @@ def fill(text: str, rows: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    README.write_text(fill(README.read_text(), json.loads(ROWS.read_text())))
+    for document, rows in TABLES.items():
+        document.write_text(fill(document.read_text(), json.loads(rows.read_text())))

@@ -9,9 +9,9 @@ Every case is a process of its own: random weights, three steps of transformers'
 peak of the resident memory (VmHWM; on a GPU the allocator's peak) over what the process had after
 its imports. The weights' own making is not counted. Linux only.
 
-glibc keeps freed blocks of up to 32 MiB in its heap, in an order that no plan can know. A run is
-measured with MALLOC_MMAP_THRESHOLD_ at 64 KiB, which gives them back; `--allocator default` leaves
-that out.
+Each case runs three times: what glibc's malloc keeps of freed blocks depends on addresses, which
+differ from run to run. `--allocator mmap` sets MALLOC_MMAP_THRESHOLD_ to 64 KiB, with which it
+keeps none; the prediction is then without the plan's "allocator" part, and nothing is recorded.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import argparse
 import ctypes
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -28,6 +29,7 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results" / "plan.json"
 STEPS = 3
+REPEATS = 3
 RANK = 16
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -195,21 +197,30 @@ def measure(case: dict[str, Any], device: str) -> int:
     return resident_bytes("VmHWM") - baseline
 
 
-def run_case(name: str, device: str, allocator: str = "mmap") -> dict[str, Any]:
-    """Measure a case in a process of its own, and compare."""
+def run_case(
+    name: str, device: str, allocator: str = "default", repeats: int = 1
+) -> dict[str, Any]:
+    """Measure a case in processes of its own, and compare the median with the plan."""
     command = [sys.executable, __file__, "--device", device, "--in-this-process", name]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     if allocator == "mmap":
         environment["MALLOC_MMAP_THRESHOLD_"] = environment["MALLOC_TRIM_THRESHOLD_"] = "65536"
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=True)
-    measured = json.loads(done.stdout.splitlines()[-1])["peak"]
+    peaks = []
+    for _ in range(repeats):
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, text=True, env=environment, check=True
+        )
+        peaks.append(json.loads(done.stdout.splitlines()[-1])["peak"])
     planned = predict(cases()[name], device)
     # the allocator's peak, measured on a GPU, is without the context
-    predicted = planned.total - (planned.memory["runtime"] if device == "cuda" else 0)
+    left_out = "runtime" if device == "cuda" else "allocator" if allocator == "mmap" else None
+    predicted = planned.total - planned.memory.get(left_out, 0)
+    measured = round(statistics.median(peaks))
     return {
         **cases()[name],
         "device": device,
         "allocator": allocator,
+        "peaks": sorted(peaks),
         "measured": measured,
         "predicted": predicted,
         "error": round(predicted / measured - 1, 4),
@@ -221,7 +232,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("case", nargs="?", default="", help="start of the names of cases")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--allocator", choices=("mmap", "default"), default="mmap")
+    parser.add_argument("--allocator", choices=("default", "mmap"), default="default")
+    parser.add_argument(
+        "--repeats", type=int, default=REPEATS, help="of a case (default: %(default)s)"
+    )
     parser.add_argument("--in-this-process", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.in_this_process:
@@ -230,9 +244,9 @@ def main() -> None:
     for name in cases():
         if not name.startswith(args.case):
             continue
-        row = run_case(name, args.device, args.allocator)
+        row = run_case(name, args.device, args.allocator, args.repeats)
         print(json.dumps({name: row}), flush=True)
-        if args.device == "cpu" and args.allocator == "mmap":
+        if args.device == "cpu" and args.allocator == "default":
             # after every case, so that a run may be done in pieces
             found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
             found[name] = row

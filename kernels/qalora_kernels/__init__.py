@@ -6,11 +6,12 @@ differentiable layers, `fold` the merge formula, `packing` the bit order, `refer
 
 from .autograd import folded_linear, quantized_linear
 from .backends import get_backend
-from .fold import LowRank, fold, total_delta
+from .fold import LowRank, fold, round_minimum, total_delta
 from .packing import pack, unpack
-from .spec import SCALES_DTYPE, SUPPORTED_BITS, QuantSpec
+from .spec import OFFSETS_AT, SCALES_DTYPE, SUPPORTED_BITS, QuantSpec
 
 __all__ = [
+    "OFFSETS_AT",
     "SCALES_DTYPE",
     "SUPPORTED_BITS",
     "LowRank",
@@ -20,6 +21,7 @@ __all__ = [
     "get_backend",
     "pack",
     "quantized_linear",
+    "round_minimum",
     "total_delta",
     "unpack",
 ]

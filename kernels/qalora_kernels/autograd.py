@@ -75,6 +75,7 @@ class _FoldedLinear(torch.autograd.Function):
             scale=_delta(sa, sb, scale_factor),
             offsets_dtype=spec.offsets_dtype,
             scales_dtype=spec.scales_dtype,
+            minimum_below=spec.minimum_below,
         )
         pooled = None
         if za is not None:
@@ -104,6 +105,7 @@ class _FoldedLinear(torch.autograd.Function):
                 scale=_delta(sa, sb, scale_factor),
                 offsets_dtype=spec.offsets_dtype,
                 scales_dtype=spec.scales_dtype,
+                minimum_below=spec.minimum_below,
             )
             grads[0] = ops.grad_input(
                 dy,
@@ -183,7 +185,10 @@ def quantized_linear(
     Scales and offsets are used as they are, so a merged layer and a folded one agree to the bit.
     """
     rows = _rows(x, spec)
-    y = _QuantizedLinear.apply(rows, qweight, scales, offsets, g_idx, bias, spec)
+    if torch.is_grad_enabled():
+        y = _QuantizedLinear.apply(rows, qweight, scales, offsets, g_idx, bias, spec)
+    else:  # generation: a Function costs as much as a small product
+        y = ops.linear(rows, qweight, scales, offsets, g_idx, bias, spec.bits, spec.group_size)
     return y.view(*x.shape[:-1], spec.out_features)
 
 

@@ -45,6 +45,30 @@ def total_delta(parts: "list[LowRank]") -> torch.Tensor | None:
     return total
 
 
+def round_minimum(
+    offsets: torch.Tensor, scales: torch.Tensor, steps: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """Offsets such that `dtype` holds the minimum, the weight `steps` scales below the offset.
+
+    The minimum is rounded, and that plus steps * scale returned. Rounding again changes nothing.
+    With fp16 minima and scales the returned fp32 number is exact, unless a group's weights are all
+    the same to 2^-12 of themselves: then steps * scale has bits that fp32 drops.
+
+    Args:
+        offsets: [G, N].
+        scales: [G, N], positive.
+        steps: `QuantSpec.minimum_below`, a power of two.
+        dtype: of the minimum.
+
+    Returns:
+        [G, N] in fp32, or fp64 where `scales` are.
+    """
+    scales = scales.to(torch.promote_types(scales.dtype, torch.float32))
+    minimum = torch.empty_like(scales, dtype=dtype)
+    torch.sub(offsets, scales, alpha=steps, out=minimum)
+    return minimum.to(scales.dtype).add_(scales, alpha=steps)
+
+
 @torch.no_grad()
 def fold(
     scales: torch.Tensor,
@@ -54,18 +78,21 @@ def fold(
     scale: torch.Tensor | None = None,
     offsets_dtype: torch.dtype = torch.float16,
     scales_dtype: torch.dtype = SCALES_DTYPE,
+    minimum_below: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scales and offsets with the changes folded in, rounded to what a checkpoint stores.
 
     Not differentiable: the gradients of the folded layer are `autograd`'s.
 
     Args:
-        scales: [G, N], fp32 or fp64, values that `scales_dtype` holds.
+        scales: [G, N], any float dtype, values that `scales_dtype` holds.
         offsets: [G, N], likewise for `offsets_dtype`.
         zeros: change of the offsets, [G, N]; see `LowRank.delta`.
         scale: relative change of the scales, [G, N].
         offsets_dtype: stored dtype of the offsets.
         scales_dtype: stored dtype of the scales.
+        minimum_below: `QuantSpec.minimum_below`: round the weight that many steps below the
+            offset, to `scales_dtype`, instead of the offset; None to round the offset.
 
     Returns:
         (scales', offsets') in the dtype of the inputs.
@@ -75,7 +102,10 @@ def fold(
         new_scales = (scales.double() * (1 + scale)).to(scales_dtype).to(scales.dtype)
         # (offsets / scales) is the exact mid - z of a stock base, so its integer z survives
         new_offsets = new_scales.double() * (offsets / scales.double())
-    if zeros is None:
+    if minimum_below is not None:
+        exact = new_offsets.double() if zeros is None else new_offsets + zeros
+        rounded = round_minimum(exact, new_scales, minimum_below, scales_dtype).to(offsets_dtype)
+    elif zeros is None:
         rounded = new_offsets.to(offsets_dtype)
     else:
         # added in float64 and rounded in one pass: what folding costs is passes over [G, N]

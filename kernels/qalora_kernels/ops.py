@@ -1,15 +1,32 @@
-"""The operators as torch.library custom ops, so that torch.compile and meta devices see through.
+"""The operators, registered with torch.library, so that torch.compile and meta devices see through.
 
 Each op checks its arguments (`checks`: ValueError before any kernel runs) and forwards to the
 backend of the device (`backends.get_backend`); its fake kernel states shapes and dtypes only.
 Activations are 2-D here: `autograd` flattens.
 """
 
+from collections.abc import Callable
+
 import torch
 
 from . import checks
 from .backends import get_backend
 from .spec import QuantSpec
+
+_LIBRARY = torch.library.Library("qalora", "DEF")
+
+
+def _operator(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Register `function` for every device; what is returned goes through torch's dispatcher.
+
+    As torch.library.custom_op, at a third of its cost a call, which a small product would feel:
+    derivatives are `autograd`'s, and no operator changes or returns what it was given.
+    """
+    name = function.__name__
+    _LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=()))
+    _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+    operator: Callable[..., torch.Tensor] = getattr(torch.ops.qalora, name).default
+    return operator
 
 
 def _spec(qweight: torch.Tensor, bits: int, group_size: int, in_features: int) -> QuantSpec:
@@ -21,7 +38,7 @@ def _sums_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-@torch.library.custom_op("qalora::dequantize", mutates_args=())
+@_operator
 def dequantize(
     qweight: torch.Tensor,
     scales: torch.Tensor,
@@ -39,7 +56,7 @@ def dequantize(
     return get_backend(qweight.device).dequantize(qweight, scales, offsets, g_idx, spec, dtype)
 
 
-@dequantize.register_fake
+@torch.library.register_fake("qalora::dequantize", lib=_LIBRARY)
 def _(
     qweight: torch.Tensor,
     scales: torch.Tensor,
@@ -53,7 +70,7 @@ def _(
     return qweight.new_empty(in_features, qweight.shape[1], dtype=dtype)
 
 
-@torch.library.custom_op("qalora::pool", mutates_args=())
+@_operator
 def pool(x: torch.Tensor, g_idx: torch.Tensor | None, group_size: int) -> torch.Tensor:
     """Sums over the inputs of each group: [M, K] -> [M, G] (arXiv 2309.14717, Algorithm 1)."""
     spec = QuantSpec(4, group_size, x.shape[-1], 1)
@@ -62,7 +79,7 @@ def pool(x: torch.Tensor, g_idx: torch.Tensor | None, group_size: int) -> torch.
     return get_backend(x.device).pool(x, g_idx, spec)
 
 
-@pool.register_fake
+@torch.library.register_fake("qalora::pool", lib=_LIBRARY)
 def _(
     x: torch.Tensor,
     g_idx: torch.Tensor | None,
@@ -71,7 +88,7 @@ def _(
     return x.new_empty(x.shape[0], -(-x.shape[-1] // group_size))
 
 
-@torch.library.custom_op("qalora::linear", mutates_args=())
+@_operator
 def linear(
     x: torch.Tensor,
     qweight: torch.Tensor,
@@ -90,7 +107,7 @@ def linear(
     return get_backend(x.device).linear(x, qweight, scales, offsets, g_idx, bias, spec)
 
 
-@linear.register_fake
+@torch.library.register_fake("qalora::linear", lib=_LIBRARY)
 def _(
     x: torch.Tensor,
     qweight: torch.Tensor,
@@ -104,7 +121,7 @@ def _(
     return x.new_empty(x.shape[0], qweight.shape[1])
 
 
-@torch.library.custom_op("qalora::grad_input", mutates_args=())
+@_operator
 def grad_input(
     dy: torch.Tensor,
     qweight: torch.Tensor,
@@ -122,7 +139,7 @@ def grad_input(
     return get_backend(dy.device).grad_input(dy, qweight, scales, offsets, g_idx, spec)
 
 
-@grad_input.register_fake
+@torch.library.register_fake("qalora::grad_input", lib=_LIBRARY)
 def _(
     dy: torch.Tensor,
     qweight: torch.Tensor,
@@ -136,7 +153,7 @@ def _(
     return dy.new_empty(dy.shape[0], in_features)
 
 
-@torch.library.custom_op("qalora::pooled_grad", mutates_args=())
+@_operator
 def pooled_grad(dy: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
     """dy [M, N], pool(x) [M, G] -> the gradient of the offsets [G, N], fp32 (or fp64)."""
     checks.rows("dy", dy, dy.shape[-1], dy)
@@ -144,7 +161,7 @@ def pooled_grad(dy: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
     return get_backend(dy.device).pooled_grad(dy, pooled)
 
 
-@pooled_grad.register_fake
+@torch.library.register_fake("qalora::pooled_grad", lib=_LIBRARY)
 def _(
     dy: torch.Tensor,
     pooled: torch.Tensor,
@@ -152,7 +169,7 @@ def _(
     return dy.new_empty(pooled.shape[1], dy.shape[1], dtype=_sums_dtype(dy.dtype))
 
 
-@torch.library.custom_op("qalora::weighted_group_grad", mutates_args=())
+@_operator
 def weighted_group_grad(
     dy: torch.Tensor,
     x: torch.Tensor,
@@ -173,7 +190,7 @@ def weighted_group_grad(
     return backend.weighted_group_grad(dy, x, qweight, scales, offsets, g_idx, spec)
 
 
-@weighted_group_grad.register_fake
+@torch.library.register_fake("qalora::weighted_group_grad", lib=_LIBRARY)
 def _(
     dy: torch.Tensor,
     x: torch.Tensor,

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 SUPPORTED_BITS = (2, 3, 4, 8)
+OFFSETS_AT = ("middle", "minimum")
 SCALES_DTYPE = torch.float16
 """dtype of `scales` in a checkpoint, the one of the GPTQ layout."""
 
@@ -21,6 +22,10 @@ class QuantSpec:
         out_features: N.
         offsets_dtype: dtype that the checkpoint stores offsets in; folding rounds to it.
         scales_dtype: likewise for the scales; checkpoints hold fp16, float64 serves exact checks.
+        offsets_at: which weight of a group folding rounds. "middle": the offset itself, to
+            `offsets_dtype`. "minimum": the weight at code 0, offset - mid * scale, to
+            `scales_dtype`; the offset is then computed from it and needs fp32. W = scale * q +
+            minimum is what formats with a 16-bit minimum store (GGUF's Q4_1).
 
     Raises:
         ValueError: a value is out of range.
@@ -32,6 +37,7 @@ class QuantSpec:
     out_features: int
     offsets_dtype: torch.dtype = torch.float16
     scales_dtype: torch.dtype = SCALES_DTYPE
+    offsets_at: str = "middle"
 
     def __post_init__(self) -> None:
         if self.bits not in SUPPORTED_BITS:
@@ -49,6 +55,13 @@ class QuantSpec:
             dtype = getattr(self, name)
             if not dtype.is_floating_point:
                 raise ValueError(f"{name} must be a float dtype, found {dtype}")
+        if self.offsets_at not in OFFSETS_AT:
+            raise ValueError(f"offsets_at must be one of {OFFSETS_AT}, found {self.offsets_at!r}")
+        if self.offsets_at == "minimum" and self.offsets_dtype.itemsize < 4:
+            raise ValueError(
+                "offsets_at 'minimum' needs offsets_dtype float32 (or wider), found "
+                f"{self.offsets_dtype}"
+            )
 
     @property
     def num_groups(self) -> int:
@@ -59,6 +72,11 @@ class QuantSpec:
     def mid(self) -> int:
         """The code whose weight is the offset itself: 2^(bits-1)."""
         return 1 << (self.bits - 1)
+
+    @property
+    def minimum_below(self) -> int | None:
+        """Steps from the offset down to the minimum, where that is what is rounded; else None."""
+        return self.mid if self.offsets_at == "minimum" else None
 
     @property
     def packed_rows(self) -> int:

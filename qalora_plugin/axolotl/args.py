@@ -1,6 +1,6 @@
 """The `qalora:` block of an Axolotl recipe, as pydantic models that Axolotl validates."""
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -41,6 +41,10 @@ class QALoRABlock(BaseModel):
     zero_points: Literal["real", "integer"] = Field(
         default="real",
         description="integer: a base that the stock GPTQ format can hold (for adapt: scales).",
+    )
+    offsets_at: Literal["middle", "minimum"] = Field(
+        default="middle",
+        description="Which weight of a group fp16 holds; minimum: what GGUF stores, for llama.cpp.",
     )
     modules_to_not_convert: list[str] | None = Field(
         default=None,
@@ -84,6 +88,15 @@ class QALoRABlock(BaseModel):
                 f"{', '.join(sorted(cls.model_fields))}"
             )
         return data
+
+    @model_validator(mode="after")
+    def _check_offsets_at(self) -> Self:
+        if self.offsets_at == "minimum" and self.zero_points == "integer":
+            raise ValueError(
+                "qalora: offsets_at: minimum does not go with zero_points: integer, whose minima "
+                "are in general no fp16 numbers; remove one of the two"
+            )
+        return self
 
 
 class QALoRAArgs(BaseModel):

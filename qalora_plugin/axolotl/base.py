@@ -128,6 +128,8 @@ def quantized_base(cfg: Any, train_dataset: Any, tokenize: Callable[[str], list[
         "modules_to_not_convert": block.get("modules_to_not_convert"),
         "seed": seed,
     }
+    if block["offsets_at"] != "middle":  # the default is in no key: bases made before stay valid
+        settings["offsets_at"] = block["offsets_at"]
     calibration: Any = None
     if settings["method"] == "gptq":
         settings["samples"] = block["calibration_samples"]

@@ -24,7 +24,8 @@ class LayerTensors:
     Args:
         qweight: int32 [ceil(K/32)*bits, N].
         scales: fp32 [G, N], each representable in fp16.
-        offsets: fp32 [G, N], each representable in the config's offsets_dtype.
+        offsets: fp32 [G, N], each representable in the config's offsets_dtype; with offsets_at
+            "minimum" on the grid of `qalora_kernels.round_minimum`.
         g_idx: int32 [K] with desc_act, else None.
     """
 

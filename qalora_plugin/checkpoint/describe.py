@@ -93,6 +93,7 @@ def _describe_quantized(checkpoint: QuantizedCheckpoint, total: int) -> dict[str
         "group_size": _spread(spec.group_size for spec in checkpoint.layers.values()),
         "desc_act": config.desc_act,
         "offsets_dtype": config.offsets_dtype,
+        "offsets_at": config.offsets_at,
         "method": config.method,
         "layers": len(checkpoint.layers),
         "weights_quantized": weights,

@@ -4,7 +4,8 @@ K inputs, N outputs, G groups. Per layer `<name>`:
 
     <name>.qweight  int32 [ceil(K/32)*bits, N]   GPTQ's bit order, see qalora_kernels.packing
     <name>.scales   fp16  [G, N]
-    <name>.offsets  fp16  [G, N]                 fp32 with offsets_dtype "float32"
+    <name>.offsets  fp16  [G, N]                 fp32 with offsets_dtype "float32"; with offsets_at
+                                                 "minimum" offsets - 2^(bits-1) * scales is fp16
     <name>.g_idx    int32 [K]                    only with desc_act
     <name>.bias     as in the base               only where the base has one
     <name>.weight   fp32  [1]                    the guard

@@ -218,8 +218,6 @@ def finish_layers(
         if isinstance(module, StockGPTQLinear):
             module = convert_stock_layer(module, checkpoint, layer)
             model.set_submodule(name, module)
-        module.scales = module.scales.float()
-        module.offsets = module.offsets.float()
         where = f"{checkpoint.directory}: {layer}"
         check_values(where, module.spec, module.scales, module.offsets, module.g_idx)
 
@@ -235,7 +233,7 @@ def convert_stock_layer(
     )
     quantized = QuantLinear(module.spec, desc_act=checkpoint.config.desc_act, device="meta")
     quantized.qweight = nn.Parameter(module.qweight, requires_grad=False)
-    quantized.scales, quantized.offsets = scales, offsets
+    quantized.scales, quantized.offsets = scales.to(module.spec.scales_dtype), offsets
     if quantized.g_idx is not None:
         quantized.g_idx = module.g_idx
     quantized.bias = module.bias

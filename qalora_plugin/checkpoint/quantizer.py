@@ -109,7 +109,8 @@ class QALoRAQuantizer(HfQuantizer):
             return param.element_size()
         assert self._layers is not None
         spec = self._layers.specs[param_name.removesuffix(".weight")]
-        return spec.bits / 8 + 8 / spec.group_size  # two fp32 numbers a group
+        grid = spec.scales_dtype.itemsize + spec.offsets_dtype.itemsize
+        return spec.bits / 8 + grid / spec.group_size
 
     def _process_model_after_weight_loading(
         self, model: PreTrainedModel, **kwargs: Any

@@ -32,11 +32,11 @@ def check_request(
         where: the directory, for the message.
 
     Raises:
-        ConfigError: bits or group_size differ.
+        ConfigError: bits or group_size differ, or minima are asked for and not there.
     """
-    for key in ("bits", "group_size"):
+    for key in ("bits", "group_size", "offsets_at"):
         wanted, found = getattr(requested, key), getattr(stored, key)
-        if wanted != found:
+        if wanted != found and (key, wanted) != ("offsets_at", "middle"):  # the default: not asked
             raise ConfigError(
                 f"{where}: is quantized with {key}={found}, but quantization_config asks for "
                 f"{key}={wanted}. Leave quantization_config out, or quantize the 16-bit model."

@@ -70,6 +70,14 @@ def add_parser(subparsers: Any) -> None:
         "with adapt=scales (default: real; integer with --format gptq)",
     )
     form.add_argument(
+        "--offsets-at",
+        choices=("middle", "minimum"),
+        default="middle",
+        help="which weight of a group fp16 holds, the one at the middle code or at code 0; choose "
+        "minimum to deploy with llama.cpp: `qalora export --format gguf` is then bit for bit what "
+        "was trained. Costs 2 bytes a group (default: %(default)s)",
+    )
+    form.add_argument(
         "--format",
         choices=("qalora", "gptq", "gptq_v2"),
         default="qalora",
@@ -141,6 +149,7 @@ def main(args: argparse.Namespace) -> int:
         seq_len=args.seq_len,
         seed=args.seed,
         zero_points=args.zero_points,
+        offsets_at=args.offsets_at,
         format=args.format,
         desc_act=args.desc_act,
         ordering=args.ordering,

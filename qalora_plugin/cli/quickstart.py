@@ -17,6 +17,12 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--bits", type=int, default=4, help="2, 3, 4 or 8 (default: %(default)s)")
     parser.add_argument("--group-size", type=int, default=32, help="default: %(default)s")
+    parser.add_argument(
+        "--offsets-at",
+        choices=("middle", "minimum"),
+        default="middle",
+        help="minimum: export to GGUF is bit for bit, see `qalora quantize` (default: %(default)s)",
+    )
     parser.add_argument("--model", help="name or directory of a 16-bit causal LM")
     parser.add_argument(
         "--dataset",
@@ -55,6 +61,7 @@ def main(args: argparse.Namespace) -> int:
         dataset=args.dataset,
         bits=args.bits,
         group_size=args.group_size,
+        offsets_at=args.offsets_at,
         rank=args.rank,
         learning_rate=args.learning_rate,
         steps=args.steps,

@@ -4,7 +4,8 @@ A layer of at most 4 bits becomes Q4_1 (ggml-common.h, `block_q4_1`): blocks of 
 scale d and an f16 minimum m, W = d * code + m; byte i of a block holds the codes of inputs i (low
 bits) and i + 16. d is our scale, up to its sign; m = offsets - d * (code of the offset) is rounded
 to f16, the only rounding. q may count up or down and, below 4 bits, start anywhere: each group
-takes the way whose minimum rounds least.
+takes the way whose minimum rounds least. Of a checkpoint with offsets_at "minimum" m is an f16
+number as it is, and nothing is rounded.
 A layer that blocks of 32 cannot hold, or of 8 bits (no type has 8 bits and a minimum), becomes F16.
 With `exact` everything is F32, and so are llama.cpp's products: GGUF's other types round the
 minimum too, or the weights, and with them activations. Otherwise norms are F32, and other dense
@@ -13,7 +14,7 @@ tensors keep their dtype.
 
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -54,7 +55,7 @@ def obstacle(spec: QuantSpec, act_order: bool, exact: bool = False) -> str | Non
 
 
 @dataclass
-class _Block:
+class Block:
     """How q goes into Q4_1: code = start + sign * q, W = scale * code + minimum.
 
     All are [G, N]; `error` is the rounding of the minimum in steps.
@@ -67,7 +68,7 @@ class _Block:
     error: torch.Tensor
 
 
-def _least_rounding(layer: LayerTensors, spec: QuantSpec) -> _Block:
+def least_rounding(layer: LayerTensors, spec: QuantSpec) -> Block:
     """Among all ways to put q into 0..15, upwards or downwards, the one whose minimum rounds least.
 
     Raises:
@@ -75,14 +76,14 @@ def _least_rounding(layer: LayerTensors, spec: QuantSpec) -> _Block:
     """
     scales, offsets = layer.scales.double(), layer.offsets.double()
     top = (1 << spec.bits) - 1
-    best: _Block | None = None
+    best: Block | None = None
     for sign in (1, -1):
         for shift in range(TOP_CODE - top + 1):
             start = shift if sign > 0 else top + shift
             exact = offsets - scales * (sign * start + spec.mid)
             minimum = exact.to(torch.float16)
             error = (minimum.double() - exact).abs() / scales
-            found = _Block(
+            found = Block(
                 layer.scales * sign,
                 minimum,
                 torch.full_like(minimum, start, dtype=torch.int8),
@@ -118,23 +119,19 @@ class Rounding:
 
     def as_text(self) -> str:
         """For people."""
+        if self.largest == 0:
+            return "Exact: integers, scales and minima, bit for bit."
         share = 100 * self.above / self.groups
         return (
-            f"minima are rounded to f16: by at most {self.largest:.1e} of a step, "
-            f"{self.total / self.groups:.1e} in the mean, {share:.1f}% of groups above {WANTED:g}"
+            f"Integers and scales are exact; minima are rounded to f16: by at most "
+            f"{self.largest:.1e} of a step, {self.total / self.groups:.1e} in the mean, "
+            f"{share:.1f}% of groups above {WANTED:g}."
         )
 
 
-def q4_1(layer: LayerTensors, spec: QuantSpec) -> tuple[torch.Tensor, torch.Tensor]:
-    """A layer as Q4_1 blocks.
-
-    Returns:
-        uint8 [N, K / 32 * 20], and by how much each minimum is rounded, in steps, [G, N].
-
-    Raises:
-        CheckpointError: a minimum that f16 does not hold.
-    """
-    block = _least_rounding(layer, spec)
+def q4_1(layer: LayerTensors, spec: QuantSpec) -> torch.Tensor:
+    """A layer as Q4_1 blocks, uint8 [N, K / 32 * 20]."""
+    block = least_rounding(layer, spec)
     n, blocks = spec.out_features, spec.in_features // BLOCK
     values = codes(layer, spec).view(torch.int8).view(n, blocks, BLOCK)
     values = values * regroup(block.sign, spec, BLOCK).unsqueeze(2)
@@ -144,7 +141,7 @@ def q4_1(layer: LayerTensors, spec: QuantSpec) -> tuple[torch.Tensor, torch.Tens
     for at, numbers in ((0, block.scale.to(torch.float16)), (2, block.minimum)):
         out[:, :, at : at + 2] = regroup(numbers, spec, BLOCK).view(torch.uint8).view(n, blocks, 2)
     out[:, :, 4:] = halves[:, :, 0] | (halves[:, :, 1] << 4)
-    return out.view(n, blocks * _BYTES), block.error
+    return out.view(n, blocks * _BYTES)
 
 
 @dataclass
@@ -156,7 +153,7 @@ class _Export:
     reasons: dict[str, str]
     names: dict[str, str]
     dense_dtype: torch.dtype
-    rounding: Rounding = field(default_factory=Rounding)
+    rounding: Rounding
 
 
 def export(
@@ -175,7 +172,8 @@ def export(
     reasons = {name: why for name, why in found.items() if why is not None}
     names = tensor_names(checkpoint, metadata, gguf)
     dtype = torch.float32 if exact else torch.float16
-    state = _Export(checkpoint, metadata, reasons, names, dtype)
+    rounding = _measure(checkpoint, reasons)
+    state = _Export(checkpoint, metadata, reasons, names, dtype, rounding)
     with atomic_file(target) as partial:
         writer = gguf.GGUFWriter(partial, metadata.architecture.name)
         _add_general(writer, state, gguf)
@@ -185,11 +183,26 @@ def export(
         writer.close()
     layers = len(checkpoint.layers) - len(reasons)
     exactness = (
-        f"Integers and scales are exact; {state.rounding.as_text()}."
-        if layers
-        else f"Weights are rounded to {'fp32' if exact else 'f16'}."
+        rounding.as_text() if layers else f"Weights are rounded to {'fp32' if exact else 'f16'}."
     )
     return ExportResult(target, "gguf", layers, exactness, reasons)
+
+
+def _measure(source: QuantizedCheckpoint, reasons: dict[str, str]) -> Rounding:
+    """How far the minima of all Q4_1 layers will be rounded.
+
+    Raises:
+        CheckpointError: a minimum that f16 does not hold.
+    """
+    rounding = Rounding()
+    for name, spec in source.layers.items():
+        if name in reasons:
+            continue
+        try:
+            rounding.add(least_rounding(source.layer(name), spec).error)
+        except CheckpointError as error:
+            raise CheckpointError(f"{source.directory}: {name}: {error}") from error
+    return rounding
 
 
 def tensor_names(
@@ -230,7 +243,10 @@ def _add_general(writer: Any, state: _Export, gguf: ModuleType) -> None:
     writer.add_name(source.directory.resolve().name)
     writer.add_quantized_by("qalora-plugin")
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    writer.add_string(GGUF_KEY, json.dumps(describe_source(source)))
+    facts = describe_source(source)
+    if state.rounding.groups:
+        facts["exactness"] = state.rounding.as_text()
+    writer.add_string(GGUF_KEY, json.dumps(facts))
     if len(state.reasons) < len(source.layers):
         writer.add_file_type(mostly.MOSTLY_Q4_1)
     else:
@@ -294,14 +310,9 @@ def _data(state: _Export, tensor: str) -> torch.Tensor:
             value = value.float() + 1
         return order(value).to(dtype)
     spec, numbers = source.layers[layer], source.layer(layer)
-    try:
-        if layer not in state.reasons:
-            blocks, error = q4_1(numbers, spec)
-            state.rounding.add(error)
-            return order(blocks)
-        weight = dense(numbers, spec).to(state.dense_dtype)
-        if not weight.isfinite().all():
-            raise CheckpointError("a weight is out of the range of f16")
-        return order(weight)
-    except CheckpointError as error:
-        raise CheckpointError(f"{source.directory}: {layer}: {error}") from error
+    if layer not in state.reasons:
+        return order(q4_1(numbers, spec))
+    weight = dense(numbers, spec).to(state.dense_dtype)
+    if not weight.isfinite().all():
+        raise CheckpointError(f"{source.directory}: {layer}: a weight is out of the range of f16")
+    return order(weight)

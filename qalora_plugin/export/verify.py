@@ -62,9 +62,10 @@ class ExportReport:
     def as_text(self) -> str:
         """For people."""
         unit = "of the largest change" if self.format == "lora" else "of a step"
+        largest = f"largest difference {self.largest_error:.1e} {unit}"
         text = (
             f"{self.exported}: verified, format {self.format}: {self.layers} layers are equal "
-            f"(largest difference {self.largest_error:.1e} {unit}), {self.other_tensors} other "
+            f"({largest if self.largest_error else 'bit for bit'}), {self.other_tensors} other "
             "tensors are equal"
         )
         text += f", {self.unchecked} were not compared" if self.unchecked else ""
@@ -189,7 +190,7 @@ def _check_layer(
         for values in (layer.scales, layer.offsets)
     )
     bound = _FP32 * (offset.abs() + step * 2**spec.bits)
-    if kind == "Q4_1":  # its codes go up to 15
+    if kind == "Q4_1" and spec.minimum_below is None:  # else minima are f16; codes go up to 15
         bound = _F16 * (offset.abs() + step * 16)
     elif kind == "F16":
         bound = _F16 * exact.abs() + _F16_SUBNORMAL

@@ -5,6 +5,7 @@ lifetimes are the real ones, so every architecture and attention is counted as i
 no formula per architecture can go stale.
 """
 
+import contextlib
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -25,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..errors import ConfigError
 from ..quant.linear import QuantLinear
+from .resident import AllocationLog, log_steps, resident_peak
 from .settings import PlanSettings
 
 
@@ -36,10 +38,13 @@ class StepMemory:
         activations: kept for the backward when the blocks are done, before the head.
         workspace: what the peak adds to that: logits and loss, or one block computed again, and
             temporaries; with the buffer that weights are dequantized into.
+        freed: on the CPU, freed blocks that glibc's malloc keeps resident: what the peak of some
+            steps, see `resident`, is above these two, gradients and the optimizer's states.
     """
 
     activations: int
     workspace: int
+    freed: int = 0
 
 
 class _LiveBytes(TorchDispatchMode):
@@ -102,7 +107,7 @@ def _forward(model: PeftModel, settings: PlanSettings) -> Callable[..., Any]:
 
 
 def simulate(model: PeftModel, settings: PlanSettings) -> StepMemory:
-    """Run one step of a model of the meta device, which is used up.
+    """Run one step of a model of the meta device, which is used up, and on the CPU some more.
 
     Gradients are there from the start, as when they are accumulated.
 
@@ -114,24 +119,44 @@ def simulate(model: PeftModel, settings: PlanSettings) -> StepMemory:
     with FakeTensorMode():
         _make_fake(model)
         model.train()
+        log = AllocationLog([*model.parameters(), *model.buffers()])
         if settings.gradient_checkpointing:
-            model.gradient_checkpointing_enable()
+            contexts = {"context_fn": lambda: (contextlib.nullcontext(), log.recomputing())}
+            # as transformers and the Trainer do it
+            model.gradient_checkpointing_enable({"use_reentrant": False, **contexts})
             model.enable_input_require_grads()
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.grad = torch.zeros_like(parameter)
-        ids = torch.zeros(settings.micro_batch, settings.seq_len, dtype=torch.long)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        for parameter in trained:
+            parameter.grad = torch.zeros_like(parameter)
+        loss = _loss(model, settings)
         try:
-            step = _step(model, ids, _forward(model, settings))
+            step = _step(model, loss)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise ConfigError(
                 f"{name}: what it computes depends on the data ({error.func}), as in a mixture of "
                 "experts: its memory cannot be planned from config.json. Measure a run instead"
             ) from error
-    return StepMemory(step.activations, step.workspace + _dequantized(model, settings))
+        buffer = _dequantized(model, settings)
+        freed = 0
+        if settings.device == "cpu":
+            for parameter in trained:
+                parameter.grad = None
+            states = 2 if settings.optimizer == "adamw" else 0
+            log_steps(log, loss, trained, buffer, states)
+            counted = sum(p.nbytes + 4 * states * p.numel() for p in trained)
+            counted += step.activations + step.workspace + buffer
+            freed = max(0, resident_peak(log) - counted)
+    return StepMemory(step.activations, step.workspace + buffer, freed)
 
 
-def _step(model: PeftModel, ids: torch.Tensor, forward: Callable[..., Any]) -> StepMemory:
+def _loss(model: PeftModel, settings: PlanSettings) -> Callable[[], torch.Tensor]:
+    """One forward."""
+    forward = _forward(model, settings)
+    ids = torch.zeros(settings.micro_batch, settings.seq_len, dtype=torch.long)
+    return lambda: forward(input_ids=ids, labels=ids, use_cache=False)["loss"]
+
+
+def _step(model: PeftModel, loss: Callable[[], torch.Tensor]) -> StepMemory:
     tracker = _LiveBytes()
     for tensor in [*model.parameters(), *model.buffers()]:
         tracker.add(tensor)
@@ -140,12 +165,15 @@ def _step(model: PeftModel, ids: torch.Tensor, forward: Callable[..., Any]) -> S
     static = tracker.live
     kept: list[int] = []
     head = model.get_base_model().get_output_embeddings()
+    hook = None
     if head is not None:
-        head.register_forward_pre_hook(lambda *_: kept.append(tracker.live - static))
+        hook = head.register_forward_pre_hook(lambda *_: kept.append(tracker.live - static))
     with tracker:
-        loss = forward(input_ids=ids, labels=ids, use_cache=False)["loss"]
+        value = loss()
         activations = kept[0] if kept else tracker.live - static
-        loss.backward()
+        value.backward()
+    if hook is not None:
+        hook.remove()
     return StepMemory(activations, tracker.peak - static - activations)
 
 

@@ -9,6 +9,7 @@ _LABELS = {
     "scales_offsets": "scales and offsets",
     "rest": "embeddings, norms, head",
     "workspace": "workspace (dequantized layer, logits, loss)",
+    "allocator": "freed blocks that malloc keeps",
     "communication": "communication, gathered parameters",
     "runtime": "runtime",
 }

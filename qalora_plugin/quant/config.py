@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from qalora_kernels import SUPPORTED_BITS, QuantSpec
+from qalora_kernels import OFFSETS_AT, SUPPORTED_BITS, QuantSpec
 
 from ..errors import ConfigError
 
@@ -39,13 +39,16 @@ class QALoRAQuantConfig(QuantizationConfigMixin):
         group_size: inputs that share a scale and an offset; -1 for one group per output.
         desc_act: groups follow a `g_idx` tensor (act-order) instead of k // group_size.
         offsets_dtype: "float16", or "float32" where a stock GPTQ base's scales * (mid - zero)
-            must be held exactly.
+            must be held exactly, and with offsets_at "minimum"; None for the one that fits.
         modules_to_not_convert: modules that stay unquantized: names, or the last parts of names.
             None stands for the output embeddings and other heads.
         dynamic: other `bits` and `group_size` for some modules: {name or pattern (*, ?): {...}}.
         method: "rtn" or "gptq": how the integers were found.
         base: where the integers came from (name, revision, calibration, seed); free form.
         merged: what was merged into the offsets (adapter, factor, mode); None for a base.
+        offsets_at: which weight of a group fp16 holds: "middle", the one at the middle code (more
+            exact), or "minimum", the one at code 0, as llama.cpp's files do: a model that was
+            trained so is exported to GGUF bit for bit.
 
     Raises:
         ConfigError: a value is out of range, or of a format version that is newer than ours.
@@ -56,27 +59,30 @@ class QALoRAQuantConfig(QuantizationConfigMixin):
         bits: int = 4,
         group_size: int = 32,
         desc_act: bool = False,
-        offsets_dtype: str = "float16",
+        offsets_dtype: str | None = None,
         modules_to_not_convert: list[str] | None = None,
         dynamic: dict[str, dict[str, int]] | None = None,
         method: str = "rtn",
         base: dict[str, Any] | None = None,
         merged: dict[str, Any] | None = None,
         format_version: int = FORMAT_VERSION,
+        offsets_at: str = "middle",
         **kwargs: Any,
     ):
         kwargs.pop("quant_method", None)
         if kwargs:
             raise ConfigError(
                 f"quantization_config has unknown keys {sorted(kwargs)}; known are "
-                f"{sorted(QALoRAQuantConfig().to_dict())}"
+                f"{sorted(vars(QALoRAQuantConfig()))}"
             )
         self.quant_method = QUANT_METHOD
         self.format_version = format_version
         self.bits = bits
         self.group_size = group_size
         self.desc_act = desc_act
-        self.offsets_dtype = offsets_dtype
+        fitting = "float32" if offsets_at == "minimum" else "float16"
+        self.offsets_dtype = offsets_dtype or fitting
+        self.offsets_at = offsets_at
         self.modules_to_not_convert = modules_to_not_convert
         self.dynamic = dict(dynamic or {})
         self.method = method
@@ -96,6 +102,16 @@ class QALoRAQuantConfig(QuantizationConfigMixin):
                 f"quantization_config: offsets_dtype must be one of {sorted(OFFSETS_DTYPES)}, "
                 f"found {self.offsets_dtype!r}"
             )
+        if self.offsets_at not in OFFSETS_AT:
+            raise ConfigError(
+                f"quantization_config: offsets_at must be one of {OFFSETS_AT}, "
+                f"found {self.offsets_at!r}"
+            )
+        if self.offsets_at == "minimum" and self.offsets_dtype != "float32":
+            raise ConfigError(
+                "quantization_config: offsets_at 'minimum' needs offsets_dtype 'float32', found "
+                f"{self.offsets_dtype!r}; leave offsets_dtype out"
+            )
         if self.method not in METHODS:
             raise ConfigError(
                 f"quantization_config: method must be one of {METHODS}, found {self.method!r}"
@@ -112,6 +128,13 @@ class QALoRAQuantConfig(QuantizationConfigMixin):
                 override.get("bits", self.bits),
                 override.get("group_size", self.group_size),
             )
+
+    def to_dict(self) -> dict[str, Any]:
+        """For config.json; what is as releases without it have it is left out."""
+        written = super().to_dict()
+        if self.offsets_at == "middle":
+            del written["offsets_at"]
+        return written
 
     def get(self, key: str, default: Any = None) -> Any:
         """transformers asks the config of a loaded model as if it were a dict."""
@@ -142,4 +165,5 @@ class QALoRAQuantConfig(QuantizationConfigMixin):
             in_features=in_features,
             out_features=out_features,
             offsets_dtype=OFFSETS_DTYPES[self.offsets_dtype],
+            offsets_at=self.offsets_at,
         )

@@ -116,6 +116,7 @@ def gptq(
     bits: int,
     group_size: int,
     integer_zeros: bool = False,
+    offsets_at: str = "middle",
     settings: GPTQSettings | None = None,
     name: str = "weight",
 ) -> QuantizedWeight:
@@ -127,6 +128,7 @@ def gptq(
         bits: 2, 3, 4 or 8.
         group_size: inputs a group, at least 1; the last group may be short.
         integer_zeros: restrict zero-points to integers (see `grid`).
+        offsets_at: which weight of a group fp16 holds, "middle" or "minimum".
         settings: ordering, damping, clipping, sweeps.
         name: of the layer, for error messages.
 
@@ -135,7 +137,7 @@ def gptq(
     """
     check_weight(weight, name)
     settings = settings or GPTQSettings()
-    grid = Grid(bits, integer_zeros)
+    grid = Grid(bits, integer_zeros, offsets_at)
     k = weight.shape[1]
     order, bounds = _order(hessian.diagonal(), group_size, settings.ordering)
     h = hessian[order][:, order] if order is not None else hessian.clone()

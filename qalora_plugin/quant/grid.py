@@ -5,7 +5,8 @@
 `offsets` is the weight at the middle code, so the zero-point in other formats' terms is
 z = 2^(bits-1) - offsets / scales, a real number. With `integer_zeros` z is an integer in
 [1, 2^bits - 1]: the values that both stock GPTQ formats hold (v1 stores z - 1, v2 stores z, each in
-`bits` unsigned bits); `offsets` is then scales * (2^(bits-1) - z), exact in fp32.
+`bits` unsigned bits); `offsets` is then scales * (2^(bits-1) - z), exact in fp32. With `offsets_at`
+"minimum" the weight at code 0 is an fp16 number, and not the offset (see `QuantSpec`).
 
 Weights are handled transposed, [..., g, N]: the g inputs of a group, all outputs side by side.
 """
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
+from qalora_kernels import SCALES_DTYPE, round_minimum
 from qalora_kernels.groups import expand
 
 from ..errors import QuantizationError
@@ -26,10 +28,11 @@ _REFINEMENTS = 6
 
 @dataclass(frozen=True)
 class Grid:
-    """Width of the codes, and whether zero-points are integers."""
+    """Width of the codes, whether zero-points are integers, and which weight fp16 holds."""
 
     bits: int
     integer_zeros: bool = False
+    offsets_at: str = "middle"
 
     @property
     def mid(self) -> int:
@@ -49,7 +52,8 @@ class QuantizedWeight:
     Args:
         codes: uint8 [N, K].
         scales: fp32 [G, N], positive, each representable in fp16.
-        offsets: fp32 [G, N], each representable in fp16 (any fp32 with integer zero-points).
+        offsets: fp32 [G, N], each representable in fp16 (any fp32 with integer zero-points, or
+            where the minimum is in fp16).
         g_idx: int32 [K], the group of each input, or None where that is k // group_size.
         bits: 2, 3, 4 or 8.
         group_size: inputs a group; never -1.
@@ -106,6 +110,10 @@ def round_offsets(offsets: torch.Tensor, scales: torch.Tensor, grid: Grid) -> to
     if grid.integer_zeros:
         zeros = (grid.mid - offsets / scales).round_().clamp_(1, grid.top)
         return scales * (grid.mid - zeros)
+    if grid.offsets_at == "minimum":
+        lift = scales * grid.mid
+        inside = offsets.clamp(lift - MAX_FP16, lift + MAX_FP16)
+        return round_minimum(inside, scales, grid.mid, SCALES_DTYPE)
     return offsets.clamp(-MAX_FP16, MAX_FP16).half().float()
 
 
@@ -141,7 +149,10 @@ def fit_range(
     constant = raw < MIN_SCALE
     scales = round_scales(torch.where(constant, high.abs(), raw))
     middle = (low + high + scales) / 2  # codes reach one step further down than up
-    offsets = torch.where(constant, torch.zeros_like(middle), middle)
+    flat = torch.zeros_like(middle)
+    if grid.offsets_at == "minimum":  # code 0 or 1 is the weight, whatever its size
+        flat = scales * torch.where(high < 0, grid.mid - 1, grid.mid)
+    offsets = torch.where(constant, flat, middle)
     return scales, round_offsets(offsets, scales, grid)
 
 

@@ -6,23 +6,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from qalora_kernels import LowRank, QuantSpec, folded_linear, quantized_linear
+from qalora_kernels import LowRank, QuantSpec, folded_linear, quantized_linear, round_minimum
 from qalora_kernels import ops as kernel_ops
 from qalora_kernels.groups import sum_groups
 from qalora_kernels.packing import pack
-
-
-def _as_stored(values: torch.Tensor, stored: torch.dtype) -> torch.Tensor:
-    """Round to the stored dtype, hold in at least fp32."""
-    return values.detach().to(stored).to(torch.promote_types(stored, torch.float32))
 
 
 class QuantLinear(nn.Module):
     """y = x W^T + bias with W[n, k] = scales[g, n] * (q[n, k] - 2^(bits-1)) + offsets[g, n].
 
     `qweight` is an int32 Parameter without gradient: ZeRO-3 shards it, DDP leaves it alone.
-    `scales` and `offsets` are fp32 buffers whose values the checkpoint's dtypes hold exactly; no
-    `.to(dtype)`, `.half()` or `.bfloat16()` touches them.
+    `scales` and `offsets` are buffers in the checkpoint's dtypes, which every computation widens;
+    no `.to(dtype)`, `.half()` or `.bfloat16()` touches them.
 
     Args:
         spec: shape and grid.
@@ -63,9 +58,9 @@ class QuantLinear(nn.Module):
         )
 
     def _register_grid(self, device: torch.device | str | None) -> None:
-        shape = (self.spec.num_groups, self.spec.out_features)
-        self.register_buffer("scales", torch.empty(shape, dtype=torch.float32, device=device))
-        self.register_buffer("offsets", torch.empty(shape, dtype=torch.float32, device=device))
+        spec, shape = self.spec, (self.spec.num_groups, self.spec.out_features)
+        self.register_buffer("scales", torch.empty(shape, dtype=spec.scales_dtype, device=device))
+        self.register_buffer("offsets", torch.empty(shape, dtype=spec.offsets_dtype, device=device))
 
     @classmethod
     def from_codes(
@@ -80,8 +75,10 @@ class QuantLinear(nn.Module):
         """Build a layer from integers [N, K] in [0, 2^bits), scales and offsets [G, N]."""
         layer = cls(spec, bias=bias is not None, desc_act=g_idx is not None, device="meta")
         layer.qweight = nn.Parameter(pack(codes.t(), spec.bits), requires_grad=False)
-        layer.scales = _as_stored(scales, spec.scales_dtype)
-        layer.offsets = _as_stored(offsets, spec.offsets_dtype)
+        layer.scales = scales.detach().to(spec.scales_dtype)
+        if spec.minimum_below is not None:
+            offsets = round_minimum(offsets, layer.scales, spec.minimum_below, spec.scales_dtype)
+        layer.offsets = offsets.detach().to(spec.offsets_dtype)
         layer.g_idx = None if g_idx is None else g_idx.to(torch.int32)
         layer.bias = None if bias is None else nn.Parameter(bias.detach().clone())
         return layer

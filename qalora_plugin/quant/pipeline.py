@@ -72,6 +72,7 @@ def quantize_model(
     seq_len: int | None = None,
     seed: int = 0,
     zero_points: Literal["real", "integer"] | None = None,
+    offsets_at: Literal["middle", "minimum"] = "middle",
     format: Literal["qalora", "gptq", "gptq_v2"] = "qalora",
     desc_act: bool = False,
     ordering: Literal["groups", "none"] = "groups",
@@ -104,6 +105,9 @@ def quantize_model(
         seq_len: tokens in a window; by default 512, or the model's limit where that is less.
         seed: of the choice of windows.
         zero_points: "real" offsets (default), or "integer" zero-points, which stock formats need.
+        offsets_at: which weight of a group fp16 holds: "middle", the one at the middle code, or
+            "minimum", the one at code 0: for models that will be run by llama.cpp, whose Q4_1
+            then holds what was trained bit for bit. Offsets take 4 bytes instead of 2.
         format: "qalora", or "gptq" (v1) or "gptq_v2" for a stock checkpoint that other runtimes
             load.
         desc_act: act-order: round inputs by size, groups scattered and listed in g_idx.
@@ -126,6 +130,12 @@ def quantize_model(
     """
     AtomicDirectory(out)  # a taken target is refused before the long reading
     zeros = _choose_zero_points(format, zero_points)
+    if zeros == "integer" and offsets_at == "minimum":
+        raise ConfigError(
+            "offsets_at 'minimum' needs real-valued offsets: with integer zero-points (zero_points "
+            f"'integer', format {format!r}) the minimum is a multiple of the scale, in general no "
+            "fp16 number. Leave out one of the two"
+        )
     settings = GPTQSettings(ordering="act" if desc_act else ordering, damp=damp, mse=mse)
     if method == "rtn" and desc_act:
         raise ConfigError("desc_act orders inputs by calibration data: it needs method 'gptq'")
@@ -133,7 +143,8 @@ def quantize_model(
         bits=bits,
         group_size=group_size,
         desc_act=desc_act,
-        offsets_dtype="float16" if zeros == "real" else "float32",
+        offsets_dtype="float32" if zeros == "integer" else None,
+        offsets_at=offsets_at,
         modules_to_not_convert=modules_to_not_convert,
         dynamic=dynamic,
         method=method,
@@ -395,6 +406,7 @@ class _Job:
                 group_size=spec.group_size,
                 name=self.source.layer_name(layer),
                 integer_zeros=self.integer_zeros,
+                offsets_at=spec.offsets_at,
                 search=self.settings.mse,
             )
             yield layer, fitted, None

@@ -15,6 +15,7 @@ def rtn(
     group_size: int,
     name: str,
     integer_zeros: bool = False,
+    offsets_at: str = "middle",
     search: bool = True,
 ) -> QuantizedWeight:
     """Quantize one weight matrix without calibration data.
@@ -25,6 +26,7 @@ def rtn(
         group_size: inputs a group; the last group may be short.
         name: the layer, for messages.
         integer_zeros: restrict zero-points to integers (see `grid`).
+        offsets_at: which weight of a group fp16 holds, "middle" or "minimum".
         search: False spreads the codes from the least to the greatest weight.
 
     Raises:
@@ -32,7 +34,7 @@ def rtn(
     """
     check_weight(weight, name)
     n, k = weight.shape
-    grid = Grid(bits, integer_zeros)
+    grid = Grid(bits, integer_zeros, offsets_at)
     groups = -(-k // group_size)
     scales = torch.empty(groups, n, device=weight.device)
     offsets = torch.empty_like(scales)

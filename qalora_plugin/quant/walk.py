@@ -103,6 +103,7 @@ class Walk:
                     bits=spec.bits,
                     group_size=spec.group_size,
                     integer_zeros=self._integer_zeros,
+                    offsets_at=spec.offsets_at,
                     settings=self._settings,
                     name=stored,
                 )

@@ -4,7 +4,7 @@ import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -28,6 +28,7 @@ class Settings:
         dataset: .jsonl or .txt file; None for pairs cut from the standard library.
         bits: 2, 3, 4 or 8.
         group_size: inputs that share a scale and an offset.
+        offsets_at: which weight of a group fp16 holds: "middle" or "minimum" (for llama.cpp).
         rank: of the adapter; lora_alpha is twice that.
         learning_rate: peak, AdamW with a cosine schedule.
         steps: optimizer steps.
@@ -40,6 +41,7 @@ class Settings:
     dataset: Path | None = None
     bits: int = 4
     group_size: int = 32
+    offsets_at: Literal["middle", "minimum"] = "middle"
     rank: int = 16
     learning_rate: float = 3e-3
     steps: int = 160
@@ -121,6 +123,7 @@ def run(settings: Settings, say: Callable[[str], None] = print) -> Result:
         paths["base-int"],
         bits=settings.bits,
         group_size=settings.group_size,
+        offsets_at=settings.offsets_at,
         method="gptq",
         calibration=[_as_text(row) for row in training],
         samples=_CALIBRATION_SAMPLES,

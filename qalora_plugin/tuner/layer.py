@@ -250,6 +250,7 @@ class QALoRALinear(nn.Module, BaseTunerLayer):
                 scale=None if scale is None else scale.delta(),
                 offsets_dtype=base.spec.offsets_dtype,
                 scales_dtype=base.spec.scales_dtype,
+                minimum_below=base.spec.minimum_below,
             )
         if not (scales.isfinite().all() and offsets.isfinite().all()):
             raise AdapterError(

@@ -33,6 +33,11 @@ def test_a_wrong_value_is_named(wrong: dict[str, object]) -> None:
         QALoRABlock.model_validate(wrong)
 
 
+def test_minima_do_not_go_with_integer_zero_points() -> None:
+    with pytest.raises(ValidationError, match="offsets_at: minimum does not go with zero_points"):
+        QALoRABlock(offsets_at="minimum", zero_points="integer")
+
+
 def test_merge_formats_are_what_can_be_exported() -> None:
     assert set(get_args(MergeFormat)) == {"qalora", *FORMATS}
 

@@ -79,7 +79,7 @@ def test_dtype_is_that_of_the_rest(dtype: torch.dtype, device_map: str | None, b
     model = AutoModelForCausalLM.from_pretrained(base_dir, dtype=dtype, device_map=device_map)
     assert {p.dtype for p in model.parameters()} == {dtype, torch.int32}
     layer = model.get_submodule(LAYER)
-    assert layer.scales.dtype == layer.offsets.dtype == torch.float32
+    assert layer.scales.dtype == layer.offsets.dtype == torch.float16
     assert model.dtype == dtype and logits(model).dtype == dtype
 
 
@@ -124,6 +124,20 @@ def test_other_options(dense_dir: Path, tmp_path: Path):
     assert quantized["model.layers.0.mlp.up_proj"].num_groups == 1
     model.save_pretrained(tmp_path / "q")
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "q")), logits(model))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_minima_are_saved_and_loaded_bit_for_bit(bits: int, dense_dir: Path, tmp_path: Path):
+    config = QALoRAQuantConfig(bits, 32, offsets_at="minimum")
+    model = AutoModelForCausalLM.from_pretrained(dense_dir, quantization_config=config)
+    model.save_pretrained(tmp_path / "first")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "first")
+    assert again.config.quantization_config.offsets_at == "minimum"
+    assert torch.equal(logits(again), logits(model))
+    again.save_pretrained(tmp_path / "second")
+    for file in ("model.safetensors", "config.json"):
+        first, second = (tmp_path / name / file for name in ("first", "second"))
+        assert first.read_bytes() == second.read_bytes()
 
 
 def test_dequantized_again(base_dir: Path, tmp_path: Path):
@@ -185,6 +199,9 @@ def test_requested_settings_that_contradict_the_directory(base_dir: Path):
     for config in (QALoRAQuantConfig(bits=3, group_size=32), QALoRAQuantConfig(4, 64)):
         with pytest.raises(ConfigError, match="but quantization_config asks for"):
             AutoModelForCausalLM.from_pretrained(base_dir, quantization_config=config)
+    minimum = QALoRAQuantConfig(bits=4, group_size=32, offsets_at="minimum")
+    with pytest.raises(ConfigError, match=r"with offsets_at=middle, but .*=minimum"):
+        AutoModelForCausalLM.from_pretrained(base_dir, quantization_config=minimum)
     same = QALoRAQuantConfig(bits=4, group_size=32)
     AutoModelForCausalLM.from_pretrained(base_dir, quantization_config=same)
 

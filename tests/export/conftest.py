@@ -14,10 +14,14 @@ from qalora_plugin.checkpoint.base import QuantizedCheckpoint
 from .weights import with_tokenizer
 
 
-def quantization(bits: int, group_size: int, mixed: tuple[int, int] | None) -> QALoRAQuantConfig:
+def quantization(
+    bits: int, group_size: int, mixed: tuple[int, int] | None, offsets_at: str
+) -> QALoRAQuantConfig:
     """`mixed` are other bits and another group size for the v_proj."""
     dynamic = {"*.v_proj": dict(zip(("bits", "group_size"), mixed, strict=True))} if mixed else {}
-    return QALoRAQuantConfig(bits=bits, group_size=group_size, dynamic=dynamic)
+    return QALoRAQuantConfig(
+        bits=bits, group_size=group_size, dynamic=dynamic, offsets_at=offsets_at
+    )
 
 
 @pytest.fixture(scope="session")
@@ -74,11 +78,12 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., QuantizedC
         bits: int = 4,
         group_size: int = 32,
         mixed: tuple[int, int] | None = None,
+        offsets_at: str = "middle",
     ) -> QuantizedCheckpoint:
         folder = tmp_path_factory.mktemp("family")
         torch.manual_seed(0)
         AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(folder / "16")
-        options = quantization(bits, group_size, mixed)
+        options = quantization(bits, group_size, mixed, offsets_at)
         AutoModelForCausalLM.from_pretrained(
             folder / "16", quantization_config=options
         ).save_pretrained(folder / "int")

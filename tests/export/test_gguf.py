@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import get_peft_model
 from transformers import (
+    AutoModelForCausalLM,
     Gemma2Config,
     LlamaConfig,
     Qwen2Config,
@@ -18,10 +20,11 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from qalora_kernels import QuantSpec
+from qalora_plugin import QALoRAConfig, merge_adapter, verify_merge
 from qalora_plugin.checkpoint.base import LayerTensors, QuantizedCheckpoint
-from qalora_plugin.errors import CheckpointError, ConfigError, OutputError
+from qalora_plugin.errors import CheckpointError, ConfigError, OutputError, VerificationError
 from qalora_plugin.export import export_model
-from qalora_plugin.export.gguf import q4_1
+from qalora_plugin.export.gguf import least_rounding
 from qalora_plugin.export.gguf_metadata import Metadata
 from qalora_plugin.export.verify import verify_export
 from qalora_plugin.model_card import find_subject, make_card
@@ -66,6 +69,7 @@ def dequantized(tensor: Any) -> torch.Tensor:
     return torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
 
 
+EXACT = "Exact: integers, scales and minima, bit for bit."
 # of the f16 minimum, in steps: at 4 bits half an f16 unit of 8 to 11 steps, below that chosen
 ROUNDING = {2: 2e-3, 3: 2e-3, 4: 4e-3}
 
@@ -107,10 +111,66 @@ def test_stated_rounding_is_the_measured_one(
         for name in source.layers
     )
     assert f"by at most {worst:.1e} of a step, " in result.exactness
-    errors = [q4_1(source.layer(name), spec)[1] for name, spec in source.layers.items()]
+    errors = [
+        least_rounding(source.layer(name), spec).error for name, spec in source.layers.items()
+    ]
     above = sum(int((error > 2e-3).sum()) for error in errors)
     share = 100 * above / sum(error.numel() for error in errors)
     assert above and result.exactness.endswith(f"{share:.1f}% of groups above 0.002.")
+
+
+def trained_one_step(base: Path, folder: Path) -> Any:
+    """The base with an adapter of scales and offsets, one step of AdamW away from its start."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    config = QALoRAConfig(r=4, adapt="both", task_type="CAUSAL_LM")
+    model = get_peft_model(model, config).train()
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
+    ids = torch.arange(64)[None]
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_minima_make_it_bit_for_bit(
+    bits: int, family: Callable[..., QuantizedCheckpoint], tmp_path: Path
+) -> None:
+    sizes = {**SIZES, "intermediate_size": 96}
+    base = family(Qwen3Config(**sizes), bits, offsets_at="minimum")
+    trained = trained_one_step(base.directory, tmp_path / "adapter")
+    merge_adapter(tmp_path / "adapter", tmp_path / "merged", base.directory)
+    assert (
+        verify_merge(tmp_path / "merged", tmp_path / "adapter", base.directory).max_difference == 0
+    )
+    source = QuantizedCheckpoint(tmp_path / "merged")
+    assert source.config.offsets_at == "minimum"
+    result = export_model(source.directory, tmp_path / "model.gguf", "gguf")
+    assert (result.layers, result.exactness) == (len(base.layers), EXACT)
+    tensors, _ = read(result.out)
+    trained.merge_adapter()
+    for name in source.layers:
+        weight = dequantized(tensors[gguf_name(name)])
+        layer = trained.get_submodule(f"base_model.model.{name}").base_layer
+        assert torch.equal(weight, layer.weight_t.t())
+        changed = exact_weight(base, name) - weight
+        assert changed.abs().max() > 1e-4
+    report = verify_export(result.out, source.directory)
+    assert report.largest_error == 0 and "(bit for bit)" in report.as_text()
+    assert EXACT in make_card(find_subject(result.out), "me/model", online=False).text
+
+
+def test_a_minimum_that_is_off_is_found(
+    family: Callable[..., QuantizedCheckpoint], tmp_path: Path
+) -> None:
+    """What verifying allows for the rounding of a minimum, it does not where nothing is rounded."""
+    sizes = {**SIZES, "intermediate_size": 96}
+    middle = family(Qwen3Config(**sizes))
+    out = export_model(middle.directory, tmp_path / "model.gguf", "gguf").out
+    verify_export(out, middle.directory)
+    claimed = family(Qwen3Config(**sizes), offsets_at="minimum")
+    with pytest.raises(VerificationError, match="differ by more than the rounding of Q4_1"):
+        verify_export(out, claimed.directory)
 
 
 def test_no_q4_1_block_holds_every_group_to_2e_3_of_a_step() -> None:
@@ -132,7 +192,7 @@ def test_no_q4_1_block_holds_every_group_to_2e_3_of_a_step() -> None:
     spec = QuantSpec(4, 32, 32, 1)
     numbers = (torch.tensor([[value]]) for value in (s, o))
     layer = LayerTensors(torch.zeros(4, 1, dtype=torch.int32), *numbers, None)
-    assert q4_1(layer, spec)[1].item() == best
+    assert least_rounding(layer, spec).error.item() == best
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -263,7 +323,8 @@ def test_places_that_are_taken_or_wrong(
 
 def test_model_card_of_a_file(family: Callable[..., QuantizedCheckpoint], tmp_path: Path) -> None:
     source = family(LlamaConfig(**SIZES | {"intermediate_size": 96}))
-    for exact, wanted in ((False, "7 matrices are Q4_1: integers and scales"), (True, "Exact: ")):
+    rounded = "7 matrices are Q4_1. Integers and scales are exact; minima are rounded to f16: by at"
+    for exact, wanted in ((False, rounded), (True, "Exact: ")):
         path = tmp_path / f"model-{exact}.gguf"
         export_model(source.directory, path, "gguf", exact=exact)
         subject = find_subject(path)

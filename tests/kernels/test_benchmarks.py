@@ -81,6 +81,8 @@ def test_a_step_in_two_processes(monkeypatch):
     for row in (ours, lora):
         assert "not_run" not in row, row
         assert row["seconds_median"] > 0 and row["peak_bytes"] > row["weight_bytes"]
+        assert row["allocated_peak_bytes"] > row["weight_bytes"] + row["saved_bytes"]
+        assert 0 < row["adapter_bytes"] < row["weight_bytes"]
     # the adapters are fp32 in one and bf16 in the other, the linear layers 6 bits against 16
     assert ours["saved_bytes"] < lora["saved_bytes"]
     assert [row["ratio"] for row in rows if "ratio" in row] == ["qalora / lora"]

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from qalora_kernels import OFFSETS_AT
 from qalora_plugin.errors import QuantizationError
 from qalora_plugin.quant.grid import (
     MIN_SCALE,
@@ -51,6 +52,20 @@ def test_search_is_never_worse_than_the_range_and_stays_on_the_grid(bits, intege
         assert _in_fp16(offsets)
 
 
+@pytest.mark.parametrize("bits", BITS)
+def test_minima_are_fp16_numbers_at_no_cost(bits):
+    torch.manual_seed(0)
+    w = torch.randn(9, 172) * 0.05 + 0.02
+    fits = [rtn(w, bits=bits, group_size=32, name="w", offsets_at=at) for at in OFFSETS_AT]
+    middle, minimum = (fit.dequantize() for fit in fits)
+    scales, offsets = fits[1].scales.double(), fits[1].offsets.double()
+    minima = offsets - (1 << (bits - 1)) * scales
+    assert torch.equal(minima.half().double(), minima) and _in_fp16(fits[1].scales)
+    assert not torch.equal(middle, minimum)
+    # at 8 bits the step is about that of fp16 itself
+    assert (minimum - w).norm() <= (middle - w).norm() * (1.01 if bits < 8 else 1.1)
+
+
 def test_search_comes_close_to_brute_force():
     torch.manual_seed(1)
     grid = Grid(2)
@@ -67,19 +82,20 @@ def test_search_comes_close_to_brute_force():
     assert ours <= 1.3 * best
 
 
-@pytest.mark.parametrize("integer", [False, True])
+@pytest.mark.parametrize("kind", [{}, {"integer_zeros": True}, {"offsets_at": "minimum"}], ids=str)
 @pytest.mark.parametrize("value", [0.0, 0.3, -0.3, 1e-9, -1e-6, 3e4, -6e4])
-def test_constant_groups(value, integer):
+def test_constant_groups(value, kind):
     w = torch.full((4, 40), value)
-    weight = rtn(w, bits=4, group_size=16, name="w", integer_zeros=integer)
+    weight = rtn(w, bits=4, group_size=16, name="w", **kind)
     out = weight.dequantize()
     assert out.isfinite().all() and (weight.scales >= MIN_SCALE).all()
     assert (out - w).abs().max() <= max(abs(value) * 2**-11, 2 * MIN_SCALE)
 
 
-def test_range_beyond_fp16_is_clipped_not_infinite():
+@pytest.mark.parametrize("offsets_at", OFFSETS_AT)
+def test_range_beyond_fp16_is_clipped_not_infinite(offsets_at):
     w = torch.tensor([[60000.0, -60000.0, 0.0, 1.0]])
-    weight = rtn(w, bits=2, group_size=4, name="w")
+    weight = rtn(w, bits=2, group_size=4, name="w", offsets_at=offsets_at)
     assert weight.scales.isfinite().all() and weight.offsets.isfinite().all()
     assert (weight.dequantize() - w).abs().max() <= 40000
 

@@ -174,6 +174,26 @@ def test_integer_zero_points_and_stock_formats(tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_minima_in_fp16(method, tmp_path):
+    source = save("llama", tmp_path / "source")
+    settings = {"method": method, "dynamic": {"*.v_proj": {"bits": 2}}}
+    plain = open_quantized(_quantize(source, tmp_path / "plain", **settings).out)
+    assert "offsets_at" not in plain.reader.config["quantization_config"]
+    out = _quantize(source, tmp_path / "out", offsets_at="minimum", **settings).out
+    stored = open_quantized(out)  # checks every layer's grid when it is read
+    written = stored.reader.config["quantization_config"]
+    assert (written["offsets_at"], written["offsets_dtype"]) == ("minimum", "float32")
+    for name, spec in stored.layers.items():
+        layer = stored.layer(name)
+        minima = layer.offsets - spec.mid * layer.scales
+        assert torch.equal(minima.half().float(), minima)
+    _load(out).save_pretrained(tmp_path / "again")
+    again = open_quantized(tmp_path / "again")
+    for name in stored.reader.tensors:
+        assert torch.equal(again.reader.get(name), stored.reader.get(name)), name
+
+
 def test_overrides_and_kept_layers(tmp_path):
     source = save("llama", tmp_path / "source")
     result = _quantize(
@@ -264,6 +284,9 @@ def test_half_precision_shards(tmp_path):
         ({"format": "awq"}, "format must be one of"),
         ({"format": "gptq", "zero_points": "real"}, "integer zero-points only"),
         ({"format": "gptq"}, "multiples of 32"),
+        ({"offsets_at": "zero"}, "offsets_at must be one of"),
+        ({"offsets_at": "minimum", "zero_points": "integer"}, "needs real-valued offsets"),
+        ({"offsets_at": "minimum", "format": "gptq"}, "needs real-valued offsets"),
         ({"format": "gptq", "dynamic": {"*.q_proj": {"bits": 8}}}, "one grid for all layers"),
         ({"method": "rtn", "desc_act": True}, "desc_act"),
         ({"seq_len": 4096}, "seq_len 4096 is more than the 2048"),

@@ -13,8 +13,8 @@ from qalora_plugin.quant.sharded import ShardedQuantLinear, pack_grid, unpack_gr
 K, N, R = 80, 24, 4
 
 
-def _layer(offsets_dtype: torch.dtype, desc_act: bool) -> QuantLinear:
-    spec = QuantSpec(4, 32, K, N, offsets_dtype=offsets_dtype)
+def _layer(offsets_dtype: torch.dtype, desc_act: bool, offsets_at: str = "middle") -> QuantLinear:
+    spec = QuantSpec(4, 32, K, N, offsets_dtype=offsets_dtype, offsets_at=offsets_at)
     generator = torch.Generator().manual_seed(1)
     groups = spec.num_groups
     return QuantLinear.from_codes(
@@ -27,13 +27,17 @@ def _layer(offsets_dtype: torch.dtype, desc_act: bool) -> QuantLinear:
     )
 
 
-@pytest.mark.parametrize("offsets_dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    ("offsets_dtype", "offsets_at"),
+    [(torch.float16, "middle"), (torch.float32, "middle"), (torch.float32, "minimum")],
+    ids=str,
+)
 @pytest.mark.parametrize("desc_act", [False, True])
 @pytest.mark.parametrize("adapt", ["zeros", "scales", "both", None])
 def test_outputs_and_gradients_are_the_same_bits(
-    offsets_dtype: torch.dtype, desc_act: bool, adapt: str | None
+    offsets_dtype: torch.dtype, offsets_at: str, desc_act: bool, adapt: str | None
 ) -> None:
-    plain = _layer(offsets_dtype, desc_act)
+    plain = _layer(offsets_dtype, desc_act, offsets_at)
     other = ShardedQuantLinear.of(copy.deepcopy(plain))
     assert not dict(other.named_buffers())
     assert torch.equal(other.scales, plain.scales)

@@ -56,17 +56,21 @@ def test_model_as_path(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["merged", "run"]
 
 
+@pytest.mark.parametrize("offsets_at", ["middle", "minimum"])
 def test_base_that_was_quantized_while_loading_can_be_written_down_later(
-    bases: dict[str, Path], make_trainer: Callable[..., Any], tmp_path: Path
+    offsets_at: str, bases: dict[str, Path], make_trainer: Callable[..., Any], tmp_path: Path
 ) -> None:
-    kwargs = {"quantization_config": QALoRAQuantConfig(bits=3, group_size=16), "dtype": "float32"}
+    grid: dict[str, Any] = {"bits": 3, "group_size": 16, "offsets_at": offsets_at}
+    kwargs = {"quantization_config": QALoRAQuantConfig(**grid), "dtype": "float32"}
     trainer = make_trainer(
         bases["dense"], callbacks=[MergeCallback(tmp_path / "merged")], model_init_kwargs=kwargs
     )
     trainer.train()
     # as the error says that `merge` gives for such an adapter; bf16 embeddings stay bf16
     adapter, base = tmp_path / "run" / "adapter", tmp_path / "base"
-    quantize_model(bases["dense"], base, bits=3, group_size=16, method="rtn", progress=False)
+    quantize_model(bases["dense"], base, method="rtn", progress=False, **grid)
+    assert open_quantized(tmp_path / "merged").config.offsets_at == offsets_at
+    _assert_same_model(tmp_path / "merged", trainer.model)
     assert verify_merge(tmp_path / "merged", adapter, base).layers == 14
     assert merge_adapter(adapter, tmp_path / "again", base).layers == 14
 

@@ -155,7 +155,8 @@ def test_compiles_without_a_graph_break(make_adapted, adapt):
 def test_moving_the_model_keeps_scales_and_offsets(make_adapted):
     adapted = make_adapted()
     before = adapted.base_layer.offsets.clone()
-    adapted.to(torch.bfloat16)
-    assert adapted.base_layer.offsets.dtype == torch.float32
-    assert torch.equal(adapted.base_layer.offsets, before)
+    for dtype in (torch.bfloat16, torch.float64):
+        adapted.to(dtype)
+        assert adapted.base_layer.offsets.dtype == before.dtype == torch.float16
+        assert torch.equal(adapted.base_layer.offsets, before)
     assert adapted.base_layer.qweight.dtype == torch.int32

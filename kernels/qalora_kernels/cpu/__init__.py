@@ -64,8 +64,7 @@ def linear(
     """x [M, K] -> x W^T + bias [M, N]."""
     few = x.shape[0] <= FEW_ROWS and spec.in_features * spec.out_features >= FEW_ROWS_WEIGHTS
     if few and native.multiplies(x.dtype):
-        y = native.multiply(x, qweight, scales, offsets, g_idx, spec)
-        return (y if bias is None else y.add_(bias)).to(x.dtype)
+        return native.multiply(x, qweight, scales, offsets, g_idx, bias, spec)
     weight = workspace((spec.in_features, spec.out_features), x.dtype)
     _dequantize_into(weight, qweight, scales, offsets, g_idx, spec)
     bias = None if bias is None else bias.to(x.dtype)

@@ -3,23 +3,6 @@
  * as the plain PyTorch code does, so that both give the same bits. */
 #include "layer.h"
 
-INLINE vf load_bf16(const uint16_t *p, int64_t count) {
-    return (vf)(__builtin_convertvector(load_h(p, count), vu) << 16);
-}
-
-/* To nearest even; NaN stays NaN. */
-INLINE void store_bf16(uint16_t *p, vf v, int64_t count) {
-#ifdef __AVX512BF16__ /* takes subnormals for zero: W has none, it is made of fp16 numbers */
-    const __m256bh h = _mm512_cvtneps_pbh((__m512)v);
-#else
-    const vu u = (vu)v;
-    const vu is_nan = (vu)(v != v);
-    const vu rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-    const vh h = __builtin_convertvector((rounded & ~is_nan) | (is_nan & 0x7fc0), vh);
-#endif
-    memcpy(p, &h, (count < LANES ? count : LANES) * sizeof(uint16_t));
-}
-
 /* W of input i of a stream, LANES columns; `at`: where their scales and offsets are */
 INLINE vf weight(const Layer *l, const int32_t *words, int64_t at, int64_t i, const int bits,
                  int64_t count) {
@@ -56,8 +39,7 @@ INLINE void dequantize_tile(const Layer *l, const int32_t *words, const int bits
         for (int v = 0; v < vectors; v++) {
             const vf q = centred_code(words + v * LANES, n, i, bits, count);
             const vf w = q * scale[v] + offset[v];
-            if (as_bf16) store_bf16((uint16_t *)out + row + v * LANES, w, count);
-            else store_f((float *)out + row + v * LANES, w, count);
+            store_x(out, as_bf16, row + v * LANES, w, count);
         }
     }
 }
@@ -102,8 +84,7 @@ INLINE void group_grad_block(const Layer *l, const int bits, const int is_bf16,
         FOR_COLUMNS(c, from, to, {
             const int64_t at = group + c;
             const vf w = weight(l, words + c, at, k % STREAM, bits, count);
-            const vf p = is_bf16 ? load_bf16((const uint16_t *)product + k * n + c, count)
-                                 : load_f((const float *)product + k * n + c, count);
+            const vf p = load_x(product, is_bf16, k * n + c, count);
             store_f(out + at, load_f(out + at, count) + w * p, count);
         })
     }

@@ -63,7 +63,7 @@ INLINE void store_f(float *p, vf v, int64_t count) {
 }
 
 /* Columns that a thread takes at a time: whole pages of each row, but enough blocks for all. */
-#define COLUMNS 2048
+#define COLUMNS 4096
 INLINE int64_t block_columns(int64_t n, int threads) {
     const int64_t share = ((n + threads - 1) / threads + 63) / 64 * 64;
     return share < COLUMNS ? share : COLUMNS;
@@ -78,6 +78,33 @@ INLINE vf half_to_float(vh h) {
     const vu special = (vu)((u & 0x7c00) == 0x7c00) & 0x7f800000; /* infinity and NaN */
     return (vf)((vu)rebased | special | (u & 0x8000) << 16);
 #endif
+}
+
+INLINE vf load_bf16(const uint16_t *p, int64_t count) {
+    return (vf)(__builtin_convertvector(load_h(p, count), vu) << 16);
+}
+
+/* To nearest even; NaN stays NaN. */
+INLINE void store_bf16(uint16_t *p, vf v, int64_t count) {
+#ifdef __AVX512BF16__ /* takes subnormals, below 1.2e-38, for zero */
+    const __m256bh h = _mm512_cvtneps_pbh((__m512)v);
+#else
+    const vu u = (vu)v;
+    const vu is_nan = (vu)(v != v);
+    const vu rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+    const vh h = __builtin_convertvector((rounded & ~is_nan) | (is_nan & 0x7fc0), vh);
+#endif
+    memcpy(p, &h, (count < LANES ? count : LANES) * sizeof(uint16_t));
+}
+
+/* Numbers of an activation or a result, fp32 or bf16, from index `at` on */
+INLINE vf load_x(const void *p, const int is_bf16, int64_t at, int64_t count) {
+    return is_bf16 ? load_bf16((const uint16_t *)p + at, count)
+                   : load_f((const float *)p + at, count);
+}
+INLINE void store_x(void *p, const int is_bf16, int64_t at, vf v, int64_t count) {
+    if (is_bf16) store_bf16((uint16_t *)p + at, v, count);
+    else store_f((float *)p + at, v, count);
 }
 
 /* LANES scales or offsets from index `at` on */

@@ -12,8 +12,7 @@ import torch
 from ..spec import QuantSpec
 from .build import library
 
-ROWS = 4
-"""Rows of x that share the unpacking of a weight (ROWS in multiply.c)."""
+_ROWS, _PARTS = 4, 8  # ROWS and PARTS of multiply.c
 
 _DTYPES = (torch.float32, torch.bfloat16)
 _GRAIN = 1 << 15  # elements worth a thread
@@ -35,7 +34,8 @@ def _dequantize_library() -> Any:
 
 
 def _multiply_library() -> Any:
-    return library("multiply.c", ("-ffp-contract=fast",))
+    # -O3: 1.6 times faster than -O2 at 16 rows, since more of the unpacking is unrolled
+    return library("multiply.c", ("-O3", "-ffp-contract=fast"))
 
 
 def dequantizes(dtype: torch.dtype) -> bool:
@@ -123,29 +123,30 @@ def multiply(
     scales: torch.Tensor,
     offsets: torch.Tensor,
     g_idx: torch.Tensor | None,
+    bias: torch.Tensor | None,
     spec: QuantSpec,
 ) -> torch.Tensor:
-    """x [M, K] -> x W^T [M, N] fp32, computed in fp32."""
+    """x [M, K] -> x W^T + bias [M, N] in the dtype of x, computed in fp32."""
+    if x.dtype not in _DTYPES:
+        y = multiply(x.to(torch.float32), qweight, scales, offsets, g_idx, bias, spec)
+        return y.to(x.dtype)
     packed = _Packed(qweight, scales, offsets, g_idx, spec)
-    m, k = x.shape
-    rows = 1 if m == 1 else ROWS
-    tiles = -(-m // rows)
-    if rows > 1:
-        x = torch.nn.functional.pad(x, (0, 0, 0, tiles * rows - m))
-        x = x.view(tiles, rows, k).transpose(1, 2)
-    pairs = None
-    if x.dtype == torch.bfloat16:  # two of them fit into a word, for the products of such pairs
-        pairs = torch.empty(tiles * (k // 2) * rows, dtype=torch.int32)
-    x = x.to(torch.float32).contiguous()
-    y = torch.empty(tiles * rows, spec.out_features)
-    threads = _threads(k * spec.out_features)
+    x = x.contiguous()
+    bias = None if bias is None else bias.to(torch.float32).contiguous()
+    (m, k), n = x.shape, spec.out_features
+    y = torch.empty(m, n, dtype=x.dtype)
+    rows = 1 if m == 1 else _ROWS
+    threads = _threads(k * n)
+    scratch = torch.empty(-(-m // rows) * rows * (k + k // 2 + _PARTS * n))
     _multiply_library().qalora_multiply(
         packed.pointer,
         _address(x),
-        _address(pairs),
+        _address(bias),
         _address(y),
-        ctypes.c_int64(tiles),
+        x.dtype == torch.bfloat16,
+        ctypes.c_int64(m),
         rows,
+        _address(scratch),
         threads,
     )
-    return y[:m]
+    return y
