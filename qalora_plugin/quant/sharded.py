@@ -29,7 +29,8 @@ class ShardedQuantLinear(QuantLinear):
     """A `QuantLinear` that holds scales and offsets as an int32 Parameter `grid`.
 
     DeepSpeed and FSDP shard parameters and copy buffers whole to every rank; and DeepSpeed casts
-    floating-point parameters, integers not. `scales` and `offsets` are computed when they are asked for.
+    floating-point parameters, integers not. `scales` and `offsets` are computed when they are
+    asked for.
     """
 
     grid: nn.Parameter
