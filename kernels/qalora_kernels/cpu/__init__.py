@@ -12,8 +12,8 @@ from ..spec import QuantSpec
 from . import native
 from .workspace import workspace
 
-FEW_ROWS = 16
-"""Up to so many rows unpacking in registers wins; at twice as many it is level."""
+FEW_ROWS = 32
+"""Up to so many rows unpacking in registers wins; in bf16 it loses at twice as many."""
 
 FEW_ROWS_WEIGHTS = 1 << 18
 """Weights from which on that pays: below, Python's own cost is the same either way."""
