@@ -75,6 +75,29 @@ MODELS: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 6,
         "num_attention_heads": 8,
     },
+    # 75M, norms after the sublayers; measured after the planner was finished, as the next
+    "olmo2": {
+        "model_type": "olmo2",
+        "vocab_size": 50272,
+        "hidden_size": 512,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 10,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+        "pad_token_id": 1,
+    },
+    # 76M: two norms a layer more, GeGLU, embeddings scaled and tied, sliding windows
+    "gemma3_text": {
+        "model_type": "gemma3_text",
+        "vocab_size": 64000,
+        "hidden_size": 640,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "head_dim": 128,
+        "tie_word_embeddings": True,
+    },
 }
 """config.json of each model."""
 
@@ -83,6 +106,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "qwen3": {"dtype": "bfloat16", "seq_len": 512, "micro_batch": 2},
     "qwen2": {"dtype": "float32", "seq_len": 256, "micro_batch": 2},
     "gpt_neox": {"dtype": "float32", "seq_len": 256, "micro_batch": 4},
+    "olmo2": {"dtype": "bfloat16", "seq_len": 384, "micro_batch": 3},
+    "gemma3_text": {"dtype": "float32", "seq_len": 320, "micro_batch": 2},
 }
 
 
