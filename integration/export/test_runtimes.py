@@ -65,10 +65,8 @@ def write_adapter(base: Path, out: Path, adapt: str) -> Path:
     return out
 
 
-@pytest.fixture(scope="module", params=[2, 3, 4, 8], ids="{}bit".format)
-def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
-    folder = tmp_path_factory.mktemp(f"int{request.param}")
-    config = QALoRAQuantConfig(bits=request.param, group_size=32)
+def write_model(folder: Path, config: QALoRAQuantConfig) -> Model:
+    """The three below `folder`."""
     AutoModelForCausalLM.from_pretrained(
         base_model_path(), quantization_config=config
     ).save_pretrained(folder / "base")
@@ -76,6 +74,12 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     adapter = write_adapter(folder / "base", folder / "adapter", "zeros")
     merge_adapter(adapter, folder / "merged", folder / "base")
     return Model(folder / "base", adapter, folder / "merged")
+
+
+@pytest.fixture(scope="module", params=[2, 3, 4, 8], ids="{}bit".format)
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
+    folder = tmp_path_factory.mktemp(f"int{request.param}")
+    return write_model(folder, QALoRAQuantConfig(bits=request.param, group_size=32))
 
 
 @pytest.fixture
@@ -223,6 +227,22 @@ def test_llama_cpp(
     print(f"llama.cpp: {difference[likely].max():.3f} (likely), {difference.max():.3f} (all)")
     assert difference[likely].max() < LLAMA_CPP_ROUNDING
     assert result["answer"].strip()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_gguf_of_minima_is_bit_for_bit(
+    bits: int, env_python: Callable[[str], Path], project_path: Path, tmp_path: Path
+) -> None:
+    """As `qalora quickstart` quantizes: every weight that gguf-py dequantizes is the merged one."""
+    merged = write_model(tmp_path, QALoRAQuantConfig(bits, 32, offsets_at="minimum")).merged
+    python, out = env_python("export"), tmp_path / "model.gguf"
+    export_in_environment(python, project_path, merged, "gguf", out)
+    environment = {**os.environ, "PYTHONPATH": str(project_path)}
+    command = ["-P", "-m", "qalora_plugin", "verify", out, "--against", merged, "--json"]
+    done = subprocess.run([python, *command], check=True, env=environment, stdout=subprocess.PIPE)
+    report = json.loads(done.stdout)
+    assert (report["layers"], report["largest_error"]) == (28, 0.0)
+    assert report["runtime"]["not_run"] is None  # and what llama.cpp computes is within its bound
 
 
 def write_sentencepiece_like(out: Path) -> None:

@@ -6,7 +6,7 @@ differentiable layers, `fold` the merge formula, `packing` the bit order, `refer
 
 from .autograd import folded_linear, quantized_linear
 from .backends import get_backend
-from .fold import LowRank, fold, round_minimum, total_delta
+from .fold import LowRank, fold, load_offsets, round_minimum, store_offsets, total_delta
 from .packing import pack, unpack
 from .spec import OFFSETS_AT, SCALES_DTYPE, SUPPORTED_BITS, QuantSpec
 
@@ -19,9 +19,11 @@ __all__ = [
     "fold",
     "folded_linear",
     "get_backend",
+    "load_offsets",
     "pack",
     "quantized_linear",
     "round_minimum",
+    "store_offsets",
     "total_delta",
     "unpack",
 ]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .spec import SCALES_DTYPE
+from .spec import SCALES_DTYPE, QuantSpec
 
 
 @dataclass(frozen=True)
@@ -63,10 +63,49 @@ def round_minimum(
     Returns:
         [G, N] in fp32, or fp64 where `scales` are.
     """
-    scales = scales.to(torch.promote_types(scales.dtype, torch.float32))
+    return _above(_minimum(offsets, scales, steps, dtype), scales, steps)
+
+
+def _minimum(
+    offsets: torch.Tensor, scales: torch.Tensor, steps: int, dtype: torch.dtype
+) -> torch.Tensor:
+    scales = scales.to(_wide(scales.dtype))
     minimum = torch.empty_like(scales, dtype=dtype)
-    torch.sub(offsets, scales, alpha=steps, out=minimum)
-    return minimum.to(scales.dtype).add_(scales, alpha=steps)
+    return torch.sub(offsets, scales, alpha=steps, out=minimum)
+
+
+def _above(minimum: torch.Tensor, scales: torch.Tensor, steps: int) -> torch.Tensor:
+    return minimum.to(_wide(scales.dtype), copy=True).add_(scales, alpha=steps)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def store_offsets(offsets: torch.Tensor, scales: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
+    """What a checkpoint holds as `offsets`, [G, N] in `spec.stored_dtype`.
+
+    The offsets, or with offsets_at "minimum" the minima, each `spec.mid` scales below its offset.
+
+    Args:
+        offsets: [G, N], rounded as `spec` says (`round_minimum`, `fold`).
+        scales: [G, N].
+        spec: the layer's grid.
+    """
+    if spec.minimum_below is None:
+        return offsets.to(spec.stored_dtype)
+    return _minimum(offsets, scales, spec.minimum_below, spec.stored_dtype)
+
+
+def load_offsets(stored: torch.Tensor, scales: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
+    """The inverse of `store_offsets`: the offsets, [G, N] in `spec.offsets_dtype`.
+
+    What `store_offsets` wrote comes back bit for bit. Of a minimum from elsewhere that is less than
+    2^-12 of mid * scale fp32 drops the last bits, once: storing and loading again keeps the rest.
+    """
+    if spec.minimum_below is None:
+        return stored.to(spec.offsets_dtype)
+    return _above(stored, scales, spec.minimum_below).to(spec.offsets_dtype)
 
 
 @torch.no_grad()

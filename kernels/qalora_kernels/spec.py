@@ -20,12 +20,12 @@ class QuantSpec:
             -1 means one group for all inputs and is normalised to `in_features`.
         in_features: K.
         out_features: N.
-        offsets_dtype: dtype that the checkpoint stores offsets in; folding rounds to it.
+        offsets_dtype: dtype of the offsets in memory; folding rounds to it.
         scales_dtype: likewise for the scales; checkpoints hold fp16, float64 serves exact checks.
         offsets_at: which weight of a group folding rounds. "middle": the offset itself, to
             `offsets_dtype`. "minimum": the weight at code 0, offset - mid * scale, to
-            `scales_dtype`; the offset is then computed from it and needs fp32. W = scale * q +
-            minimum is what formats with a 16-bit minimum store (GGUF's Q4_1).
+            `scales_dtype`; checkpoints store that, and the offset is computed from it and needs
+            fp32. W = scale * q + minimum is what formats with a 16-bit minimum store (GGUF's Q4_1).
 
     Raises:
         ValueError: a value is out of range.
@@ -77,6 +77,11 @@ class QuantSpec:
     def minimum_below(self) -> int | None:
         """Steps from the offset down to the minimum, where that is what is rounded; else None."""
         return self.mid if self.offsets_at == "minimum" else None
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """dtype of a checkpoint's `offsets`: of offsets, or of minima; see `fold.store_offsets`."""
+        return self.scales_dtype if self.offsets_at == "minimum" else self.offsets_dtype
 
     @property
     def packed_rows(self) -> int:

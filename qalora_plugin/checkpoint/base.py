@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from qalora_kernels import load_offsets, store_offsets
+
 from ..errors import CheckpointError, ConfigError
 from ..quant.config import QUANT_METHOD, QALoRAQuantConfig
 from . import stock_gptq
@@ -25,7 +27,7 @@ class LayerTensors:
         qweight: int32 [ceil(K/32)*bits, N].
         scales: fp32 [G, N], each representable in fp16.
         offsets: fp32 [G, N], each representable in the config's offsets_dtype; with offsets_at
-            "minimum" on the grid of `qalora_kernels.round_minimum`.
+            "minimum" computed from the stored minima, see `qalora_kernels.load_offsets`.
         g_idx: int32 [K] with desc_act, else None.
     """
 
@@ -93,7 +95,7 @@ class QuantizedCheckpoint:
         where = f"{self.reader.info(f'{name}.qweight').file}: {name}"
         if self.stock is None:
             scales = get(f"{name}.scales").float()
-            offsets = get(f"{name}.offsets").float()
+            offsets = load_offsets(get(f"{name}.offsets"), scales, spec).float()
         else:
             scales, offsets = stock_gptq.scales_and_offsets(
                 where, get(f"{name}.qzeros"), get(f"{name}.scales"), spec, self.stock
@@ -131,7 +133,7 @@ class QuantizedCheckpoint:
         spec = self.layers[name]
         yield f"{name}.qweight", layer.qweight
         yield f"{name}.scales", layer.scales.to(spec.scales_dtype)
-        yield f"{name}.offsets", layer.offsets.to(spec.offsets_dtype)
+        yield f"{name}.offsets", store_offsets(layer.offsets, layer.scales, spec)
         yield f"{name}.{GUARD}", guard_tensor(spec.in_features)
         if layer.g_idx is not None:
             yield f"{name}.g_idx", layer.g_idx

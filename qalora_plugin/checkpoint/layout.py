@@ -5,7 +5,7 @@ K inputs, N outputs, G groups. Per layer `<name>`:
     <name>.qweight  int32 [ceil(K/32)*bits, N]   GPTQ's bit order, see qalora_kernels.packing
     <name>.scales   fp16  [G, N]
     <name>.offsets  fp16  [G, N]                 fp32 with offsets_dtype "float32"; with offsets_at
-                                                 "minimum" offsets - 2^(bits-1) * scales is fp16
+                                                 "minimum" minima: offsets - 2^(bits-1) * scales
     <name>.g_idx    int32 [K]                    only with desc_act
     <name>.bias     as in the base               only where the base has one
     <name>.weight   fp32  [1]                    the guard
@@ -19,7 +19,7 @@ from collections.abc import Iterable
 
 import torch
 
-from qalora_kernels import QuantSpec, pack, unpack
+from qalora_kernels import QuantSpec, load_offsets, pack, store_offsets, unpack
 
 from ..errors import CheckpointError
 from ..quant.grid import QuantizedWeight
@@ -38,7 +38,7 @@ def layer_plan(name: str, spec: QuantSpec, desc_act: bool) -> TensorPlan:
     plan: TensorPlan = {
         f"{name}.qweight": (torch.int32, (spec.packed_rows, spec.out_features)),
         f"{name}.scales": (spec.scales_dtype, grid),
-        f"{name}.offsets": (spec.offsets_dtype, grid),
+        f"{name}.offsets": (spec.stored_dtype, grid),
         f"{name}.{GUARD}": (GUARD_DTYPE, (1,)),
     }
     if desc_act:
@@ -56,7 +56,7 @@ def pack_layer(name: str, weight: QuantizedWeight, spec: QuantSpec) -> dict[str,
     tensors = {
         f"{name}.qweight": pack(weight.codes.t(), spec.bits),
         f"{name}.scales": weight.scales.to(spec.scales_dtype),
-        f"{name}.offsets": weight.offsets.to(spec.offsets_dtype),
+        f"{name}.offsets": store_offsets(weight.offsets, weight.scales, spec),
         f"{name}.{GUARD}": guard_tensor(spec.in_features),
     }
     if weight.g_idx is not None:
@@ -66,11 +66,11 @@ def pack_layer(name: str, weight: QuantizedWeight, spec: QuantSpec) -> dict[str,
 
 def read_layer(reader: CheckpointReader, name: str, spec: QuantSpec) -> QuantizedWeight:
     """The inverse of `pack_layer`, from a checkpoint. Codes uint8 [N, K], the rest fp32."""
-    g_idx = f"{name}.g_idx"
+    g_idx, scales = f"{name}.g_idx", reader.get(f"{name}.scales").float()
     return QuantizedWeight(
         codes=unpack(reader.get(f"{name}.qweight"), spec.bits, spec.in_features).t(),
-        scales=reader.get(f"{name}.scales").float(),
-        offsets=reader.get(f"{name}.offsets").float(),
+        scales=scales,
+        offsets=load_offsets(reader.get(f"{name}.offsets"), scales, spec).float(),
         g_idx=reader.get(g_idx) if g_idx in reader else None,
         bits=spec.bits,
         group_size=spec.group_size,

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
-from qalora_kernels import QuantSpec
+from qalora_kernels import QuantSpec, load_offsets
 
 from ..errors import CheckpointError
 from ..quant.linear import QuantLinear
@@ -196,7 +196,7 @@ def _check_dense_layers(
 def finish_layers(
     model: PreTrainedModel, checkpoint: QuantizedCheckpoint, placed: dict[str, str]
 ) -> None:
-    """Check what was loaded, restore the dtypes of scales and offsets, convert stock layers.
+    """Check what was loaded, compute offsets of stored minima, convert stock layers.
 
     Args:
         model: the model with its weights.
@@ -218,6 +218,8 @@ def finish_layers(
         if isinstance(module, StockGPTQLinear):
             module = convert_stock_layer(module, checkpoint, layer)
             model.set_submodule(name, module)
+        else:
+            module.offsets = load_offsets(module.offsets, module.scales, module.spec)
         where = f"{checkpoint.directory}: {layer}"
         check_values(where, module.spec, module.scales, module.offsets, module.g_idx)
 

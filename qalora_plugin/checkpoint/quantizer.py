@@ -18,6 +18,8 @@ from transformers.quantizers.auto import (
     register_quantizer,
 )
 
+from qalora_kernels import store_offsets
+
 from ..errors import CheckpointError, ConfigError
 from ..quant.config import QUANT_METHOD, QALoRAQuantConfig
 from ..quant.fingerprint import combine
@@ -170,6 +172,8 @@ class QALoRAQuantizer(HfQuantizer):
                     f"{name}.qweight is sharded (ZeRO-3, FSDP). Save with Trainer.save_model on "
                     "all ranks, or merge from the saved adapter with `qalora merge`."
                 )
+            offsets = store_offsets(module.offsets, module.scales, module.spec)
+            state[f"{name}.offsets"] = offsets
             state[f"{name}.{GUARD}"] = guard_tensor(module.in_features)
         return state, {}
 

@@ -5,7 +5,7 @@ Shapes and dtypes come from the file headers alone; values are checked when a la
 
 import torch
 
-from qalora_kernels import SUPPORTED_BITS, QuantSpec, round_minimum
+from qalora_kernels import SUPPORTED_BITS, QuantSpec
 
 from ..errors import CheckpointError
 from ..quant.config import QALoRAQuantConfig
@@ -141,8 +141,8 @@ def check_values(
         g_idx: [K] or None.
 
     Raises:
-        CheckpointError: a scale that is not finite and positive, an offset that is not finite, one
-            whose minimum is not in fp16 though the config says so, or a group index outside [0, G).
+        CheckpointError: a scale that is not finite and positive, an offset that is not finite, or a
+            group index outside [0, G).
     """
     bad_scales = int((~(scales.isfinite() & (scales > 0))).sum())
     if bad_scales:
@@ -156,16 +156,6 @@ def check_values(
             f"{where}.offsets: expected finite numbers, found {bad_offsets} of "
             f"{offsets.numel()} that are not. The file is damaged, or was quantized wrongly."
         )
-    if spec.minimum_below is not None:
-        rounded = round_minimum(offsets, scales, spec.minimum_below, spec.scales_dtype)
-        bad_minima = int((rounded != offsets).sum())
-        if bad_minima:
-            raise CheckpointError(
-                f"{where}.offsets: expected offsets - {spec.minimum_below} * scales in fp16, as "
-                f"{CONFIG_FILE} says (offsets_at 'minimum'), found {bad_minima} of "
-                f"{offsets.numel()} that are not. The file is damaged, or {CONFIG_FILE} belongs to "
-                "another checkpoint."
-            )
     if g_idx is None:
         return
     low, high = (int(v) for v in torch.aminmax(g_idx))

@@ -75,7 +75,7 @@ def add_parser(subparsers: Any) -> None:
         default="middle",
         help="which weight of a group fp16 holds, the one at the middle code or at code 0; choose "
         "minimum to deploy with llama.cpp: `qalora export --format gguf` is then bit for bit what "
-        "was trained. Costs 2 bytes a group (default: %(default)s)",
+        "was trained. Takes 2 bytes a group more in memory (default: %(default)s)",
     )
     form.add_argument(
         "--format",

@@ -20,7 +20,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--offsets-at",
         choices=("middle", "minimum"),
-        default="middle",
+        default="minimum",
         help="minimum: export to GGUF is bit for bit, see `qalora quantize` (default: %(default)s)",
     )
     parser.add_argument("--model", help="name or directory of a 16-bit causal LM")

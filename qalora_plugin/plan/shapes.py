@@ -252,8 +252,8 @@ def tensor_shapes(model: PeftModel) -> list[TensorShape]:
                 stored = 0
             elif isinstance(module, QuantLinear) and name in ("scales", "offsets"):
                 spec = module.spec
-                stored = getattr(spec, f"{name}_dtype").itemsize
-                sharded = torch.promote_types(spec.scales_dtype, spec.offsets_dtype).itemsize
+                stored = (spec.scales_dtype if name == "scales" else spec.stored_dtype).itemsize
+                sharded = torch.promote_types(spec.scales_dtype, spec.stored_dtype).itemsize
             elif isinstance(module, QuantLinear) and name == "g_idx":
                 sharded = tensor.element_size()
             found[id(tensor)] = TensorShape(

@@ -133,8 +133,8 @@ def simulate(model: PeftModel, settings: PlanSettings) -> StepMemory:
             step = _step(model, loss)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise ConfigError(
-                f"{name}: what it computes depends on its numbers ({error.func}), as in a mixture "
-                "of experts or with LayerDrop (OPT): its memory cannot be planned from config.json. "
+                f"{name}: what it computes depends on the data ({error.func}), as in a "
+                "mixture of experts or with LayerDrop (OPT): it cannot be planned from config.json. "
                 "Measure a run instead"
             ) from error
         buffer = _dequantized(model, settings)

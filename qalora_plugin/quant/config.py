@@ -38,8 +38,8 @@ class QALoRAQuantConfig(QuantizationConfigMixin):
         bits: width of the integers: 2, 3, 4 or 8.
         group_size: inputs that share a scale and an offset; -1 for one group per output.
         desc_act: groups follow a `g_idx` tensor (act-order) instead of k // group_size.
-        offsets_dtype: "float16", or "float32" where a stock GPTQ base's scales * (mid - zero)
-            must be held exactly, and with offsets_at "minimum"; None for the one that fits.
+        offsets_dtype: of the `offsets` tensors: "float16", or "float32" where a stock GPTQ base's
+            scales * (mid - zero) must be held exactly.
         modules_to_not_convert: modules that stay unquantized: names, or the last parts of names.
             None stands for the output embeddings and other heads.
         dynamic: other `bits` and `group_size` for some modules: {name or pattern (*, ?): {...}}.
@@ -48,7 +48,7 @@ class QALoRAQuantConfig(QuantizationConfigMixin):
         merged: what was merged into the offsets (adapter, factor, mode); None for a base.
         offsets_at: which weight of a group fp16 holds: "middle", the one at the middle code (more
             exact), or "minimum", the one at code 0, as llama.cpp's files do: a model that was
-            trained so is exported to GGUF bit for bit.
+            trained so is exported to GGUF bit for bit. The `offsets` tensors hold these weights.
 
     Raises:
         ConfigError: a value is out of range, or of a format version that is newer than ours.
@@ -59,7 +59,7 @@ class QALoRAQuantConfig(QuantizationConfigMixin):
         bits: int = 4,
         group_size: int = 32,
         desc_act: bool = False,
-        offsets_dtype: str | None = None,
+        offsets_dtype: str = "float16",
         modules_to_not_convert: list[str] | None = None,
         dynamic: dict[str, dict[str, int]] | None = None,
         method: str = "rtn",
@@ -80,8 +80,7 @@ class QALoRAQuantConfig(QuantizationConfigMixin):
         self.bits = bits
         self.group_size = group_size
         self.desc_act = desc_act
-        fitting = "float32" if offsets_at == "minimum" else "float16"
-        self.offsets_dtype = offsets_dtype or fitting
+        self.offsets_dtype = offsets_dtype
         self.offsets_at = offsets_at
         self.modules_to_not_convert = modules_to_not_convert
         self.dynamic = dict(dynamic or {})
@@ -107,10 +106,10 @@ class QALoRAQuantConfig(QuantizationConfigMixin):
                 f"quantization_config: offsets_at must be one of {OFFSETS_AT}, "
                 f"found {self.offsets_at!r}"
             )
-        if self.offsets_at == "minimum" and self.offsets_dtype != "float32":
+        if self.offsets_at == "minimum" and self.offsets_dtype != "float16":
             raise ConfigError(
-                "quantization_config: offsets_at 'minimum' needs offsets_dtype 'float32', found "
-                f"{self.offsets_dtype!r}; leave offsets_dtype out"
+                "quantization_config: offsets_at 'minimum' stores minima as offsets_dtype "
+                f"'float16', found {self.offsets_dtype!r}; leave offsets_dtype out"
             )
         if self.method not in METHODS:
             raise ConfigError(
@@ -155,6 +154,7 @@ class QALoRAQuantConfig(QuantizationConfigMixin):
 
     def spec_for(self, name: str, in_features: int, out_features: int) -> QuantSpec:
         """The grid of the module `name`, with its override from `dynamic` if one matches."""
+        computed = self.offsets_at == "minimum"  # from minima, which are stored; needs fp32
         override: dict[str, int] = {}
         for pattern, values in self.dynamic.items():
             if fnmatchcase(name, pattern):
@@ -164,6 +164,6 @@ class QALoRAQuantConfig(QuantizationConfigMixin):
             group_size=override.get("group_size", self.group_size),
             in_features=in_features,
             out_features=out_features,
-            offsets_dtype=OFFSETS_DTYPES[self.offsets_dtype],
+            offsets_dtype=torch.float32 if computed else OFFSETS_DTYPES[self.offsets_dtype],
             offsets_at=self.offsets_at,
         )

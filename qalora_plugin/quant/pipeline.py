@@ -143,7 +143,7 @@ def quantize_model(
         bits=bits,
         group_size=group_size,
         desc_act=desc_act,
-        offsets_dtype="float32" if zeros == "integer" else None,
+        offsets_dtype="float32" if zeros == "integer" else "float16",
         offsets_at=offsets_at,
         modules_to_not_convert=modules_to_not_convert,
         dynamic=dynamic,

@@ -6,23 +6,25 @@ import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from qalora_kernels import LowRank, QuantSpec
+from qalora_kernels import LowRank, QuantSpec, load_offsets, store_offsets
 
 from .linear import QuantLinear
 
 
 def pack_grid(scales: torch.Tensor, offsets: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
     """Scales and offsets [G, N] as int32 [G, N], or [G, 2N] where one of them is stored in fp32."""
-    dtype = torch.promote_types(spec.scales_dtype, spec.offsets_dtype)
-    pair = torch.stack([scales.to(dtype), offsets.to(dtype)], dim=-1)
+    dtype = torch.promote_types(spec.scales_dtype, spec.stored_dtype)
+    stored = store_offsets(offsets, scales, spec)
+    pair = torch.stack([scales.to(dtype), stored.to(dtype)], dim=-1)
     return pair.view(torch.int32).reshape(spec.num_groups, -1)
 
 
 def unpack_grid(grid: torch.Tensor, spec: QuantSpec) -> tuple[torch.Tensor, torch.Tensor]:
     """Scales and offsets, fp32 [G, N], of what `pack_grid` made."""
-    dtype = torch.promote_types(spec.scales_dtype, spec.offsets_dtype)
+    dtype = torch.promote_types(spec.scales_dtype, spec.stored_dtype)
     pair = grid.view(dtype).reshape(spec.num_groups, spec.out_features, 2)
-    return pair[..., 0].float(), pair[..., 1].float()
+    scales = pair[..., 0].float()
+    return scales, load_offsets(pair[..., 1], scales, spec).float()
 
 
 class ShardedQuantLinear(QuantLinear):
@@ -43,7 +45,7 @@ class ShardedQuantLinear(QuantLinear):
 
     def _register_grid(self, device: torch.device | str | None) -> None:
         spec = self.spec
-        wide = torch.promote_types(spec.scales_dtype, spec.offsets_dtype).itemsize // 2
+        wide = torch.promote_types(spec.scales_dtype, spec.stored_dtype).itemsize // 2
         shape = (spec.num_groups, spec.out_features * wide)
         empty = torch.empty(shape, dtype=torch.int32, device=device)
         self.grid = nn.Parameter(empty, requires_grad=False)

@@ -28,7 +28,7 @@ class Settings:
         dataset: .jsonl or .txt file; None for pairs cut from the standard library.
         bits: 2, 3, 4 or 8.
         group_size: inputs that share a scale and an offset.
-        offsets_at: which weight of a group fp16 holds: "middle" or "minimum" (for llama.cpp).
+        offsets_at: which weight of a group fp16 holds: "minimum" (as llama.cpp) or "middle".
         rank: of the adapter; lora_alpha is twice that.
         learning_rate: peak, AdamW with a cosine schedule.
         steps: optimizer steps.
@@ -41,7 +41,7 @@ class Settings:
     dataset: Path | None = None
     bits: int = 4
     group_size: int = 32
-    offsets_at: Literal["middle", "minimum"] = "middle"
+    offsets_at: Literal["middle", "minimum"] = "minimum"
     rank: int = 16
     learning_rate: float = 3e-3
     steps: int = 160
@@ -234,7 +234,7 @@ def quantized_bits_per_weight(model: torch.nn.Module) -> float:
             weights += spec.in_features * spec.out_features
             stored += layer.qweight.numel() * 32
             stored += layer.scales.numel() * spec.scales_dtype.itemsize * 8
-            stored += layer.offsets.numel() * spec.offsets_dtype.itemsize * 8
+            stored += layer.offsets.numel() * spec.stored_dtype.itemsize * 8
             stored += 0 if layer.g_idx is None else layer.g_idx.numel() * 32
     return stored / weights
 

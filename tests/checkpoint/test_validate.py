@@ -99,22 +99,21 @@ VALUES = {
 }
 
 
-def test_offsets_that_are_not_at_the_minimum(base_dir: Path, altered: Callable[..., Path]):
-    def widen(state: State) -> None:
-        for name in [name for name in state if name.endswith(".offsets")]:
-            state[name] = state[name].float()
+def test_minima_that_are_not_finite(base_dir: Path, altered: Callable[..., Path]):
+    def overflow(state: State) -> None:
+        state[f"{LAYER}.offsets"][2, 3:5] = -math.inf
 
-    claimed = altered(base_dir, widen, offsets_at="minimum", offsets_dtype="float32")
-    message = rf"{LAYER}\.offsets: expected offsets - 8 \* scales in fp16.*found \d+ of 384"
+    claimed = altered(base_dir, overflow, offsets_at="minimum")
+    message = rf"{LAYER}\.offsets: expected finite numbers, found 2 of 384"
     with pytest.raises(CheckpointError, match=message):
         QuantizedCheckpoint(claimed).layer(LAYER)
     with pytest.raises(CheckpointError, match=message):
         AutoModelForCausalLM.from_pretrained(claimed)
 
 
-def test_minima_with_offsets_in_fp16(base_dir: Path, altered: Callable[..., Path]):
-    with pytest.raises(CheckpointError, match=r"config\.json.*needs offsets_dtype 'float32'"):
-        QuantizedCheckpoint(altered(base_dir, offsets_at="minimum"))
+def test_minima_with_offsets_in_fp32(base_dir: Path, altered: Callable[..., Path]):
+    with pytest.raises(CheckpointError, match=r"config\.json.*stores minima as offsets_dtype"):
+        QuantizedCheckpoint(altered(base_dir, offsets_at="minimum", offsets_dtype="float32"))
 
 
 @pytest.mark.parametrize("case", VALUES)

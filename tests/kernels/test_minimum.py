@@ -5,7 +5,16 @@ import dataclasses
 import pytest
 import torch
 
-from qalora_kernels import LowRank, QuantSpec, fold, folded_linear, quantized_linear, round_minimum
+from qalora_kernels import (
+    LowRank,
+    QuantSpec,
+    fold,
+    folded_linear,
+    load_offsets,
+    quantized_linear,
+    round_minimum,
+    store_offsets,
+)
 
 MODES = ("zeros", "scales", "both")
 
@@ -90,10 +99,9 @@ def test_gradients_are_those_of_offsets_in_the_middle(backend, bits, make_layer,
         assert ours.any() and torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("steps", [2, 4, 8, 128])
-def test_rounding_again_changes_nothing_whatever_the_exponents(steps):
-    """Every pair of exponents of scale and minimum, subnormal ones too."""
-    generator = torch.Generator().manual_seed(steps)
+def any_grid(seed):
+    """Scales and minima [200000], fp32 that fp16 holds: every pair of exponents, subnormal too."""
+    generator = torch.Generator().manual_seed(seed)
 
     def numbers():
         exponents = torch.randint(-24, 15, (200_000,), generator=generator)
@@ -102,6 +110,12 @@ def test_rounding_again_changes_nothing_whatever_the_exponents(steps):
 
     scales, minima = numbers(), numbers() * torch.randn(200_000, generator=generator).sign()
     minima[::7] = 0
+    return scales, minima
+
+
+@pytest.mark.parametrize("steps", [2, 4, 8, 128])
+def test_rounding_again_changes_nothing_whatever_the_exponents(steps):
+    scales, minima = any_grid(steps)
     offsets = (minima.double() + steps * scales.double()).float()
     once = round_minimum(offsets, scales, steps, torch.float16)
     assert torch.equal(round_minimum(once, scales, steps, torch.float16), once)
@@ -113,6 +127,52 @@ def test_rounding_again_changes_nothing_whatever_the_exponents(steps):
     assert inexact.any()
     near = (minima.abs() < 2.0**12 * scales) & (scales < 2.0**12 * minima.abs())
     assert torch.equal(once[near], offsets[near])
+
+
+def grid_spec(bits, offsets_at):
+    dtype = torch.float32 if offsets_at == "minimum" else torch.float16
+    return QuantSpec(bits, 32, 32, 200_000, offsets_dtype=dtype, offsets_at=offsets_at)
+
+
+def assert_same_bits(found, expected):
+    assert found.dtype == expected.dtype
+    assert torch.equal(found.view(torch.int16), expected.view(torch.int16))  # 0.0 is not -0.0
+
+
+def test_what_is_stored_comes_back(bits):
+    spec = grid_spec(bits, "minimum")
+    scales, minima = any_grid(bits)
+    # a real-valued offset, as folding rounds it
+    exact = (minima + 1e-9).double() + spec.mid * scales.double()
+    offsets = round_minimum(exact, scales, spec.mid, torch.float16)
+    stored = store_offsets(offsets, scales, spec)
+    assert stored.dtype == spec.stored_dtype == torch.float16
+    loaded = load_offsets(stored, scales.half(), spec)
+    assert loaded.dtype == torch.float32 and torch.equal(loaded, offsets)
+    assert_same_bits(store_offsets(loaded, scales.half(), spec), stored)
+
+
+def test_minima_from_elsewhere_lose_only_what_fp32_drops_and_only_once(bits):
+    spec = grid_spec(bits, "minimum")
+    scales, minima = any_grid(bits)
+    loaded = load_offsets(minima.half(), scales.half(), spec)
+    stored = store_offsets(loaded, scales.half(), spec)
+    changed = stored != minima
+    assert changed.any()
+    assert (minima.abs() < 2.0**-12 * spec.mid * scales)[changed].all()
+    # by at most half a unit of fp32 at the offset
+    assert ((stored - minima).abs() <= 2.0**-24 * 2 * spec.mid * scales).all()
+    again = load_offsets(stored, scales.half(), spec)
+    assert torch.equal(again, loaded)
+    assert_same_bits(store_offsets(again, scales.half(), spec), stored)
+
+
+def test_offsets_in_the_middle_are_stored_as_they_are(bits):
+    spec = grid_spec(bits, "middle")
+    scales, offsets = any_grid(bits)
+    stored = store_offsets(offsets, scales, spec)
+    assert_same_bits(stored, offsets.half())
+    assert load_offsets(stored, scales, spec) is stored
 
 
 def test_specs_that_cannot_be():

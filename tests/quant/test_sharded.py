@@ -87,9 +87,13 @@ def test_casting_the_model_leaves_the_grid_alone() -> None:
     assert torch.equal(layer.scales, before[1])
 
 
-@pytest.mark.parametrize(("dtype", "words"), [(torch.float16, 1), (torch.float32, 2)])
-def test_grid_has_the_stored_size(dtype: torch.dtype, words: int) -> None:
-    layer = _layer(dtype, False)
+@pytest.mark.parametrize(
+    ("dtype", "offsets_at", "words"),
+    [(torch.float16, "middle", 1), (torch.float32, "middle", 2), (torch.float32, "minimum", 1)],
+    ids=str,
+)
+def test_grid_has_the_stored_size(dtype: torch.dtype, offsets_at: str, words: int) -> None:
+    layer = _layer(dtype, False, offsets_at)
     grid = pack_grid(layer.scales, layer.offsets, layer.spec)
     assert grid.dtype == torch.int32
     assert grid.shape == (layer.spec.num_groups, words * N)
