@@ -133,9 +133,9 @@ def simulate(model: PeftModel, settings: PlanSettings) -> StepMemory:
             step = _step(model, loss)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise ConfigError(
-                f"{name}: what it computes depends on the data ({error.func}), as in a "
-                "mixture of experts or with LayerDrop (OPT): it cannot be planned from config.json. "
-                "Measure a run instead"
+                f"{name}: what it computes depends on the data ({error.func}), as in a mixture of "
+                "experts or with LayerDrop (OPT): it cannot be planned from config.json. Measure a "
+                "run instead"
             ) from error
         buffer = _dequantized(model, settings)
         freed = 0
