@@ -147,12 +147,6 @@ class QuantLinear(nn.Module):
                 setattr(self, name, moved)
         return self
 
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if prefix + "scales" in destination:
-            destination[prefix + "scales"] = self.scales.to(self.spec.scales_dtype)
-            destination[prefix + "offsets"] = self.offsets.to(self.spec.offsets_dtype)
-
     def extra_repr(self) -> str:
         """As nn.Linear prints itself, with the grid."""
         spec = self.spec

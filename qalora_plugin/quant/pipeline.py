@@ -107,7 +107,7 @@ def quantize_model(
         zero_points: "real" offsets (default), or "integer" zero-points, which stock formats need.
         offsets_at: which weight of a group fp16 holds: "middle", the one at the middle code, or
             "minimum", the one at code 0: for models that will be run by llama.cpp, whose Q4_1
-            then holds what was trained bit for bit. Offsets take 4 bytes instead of 2.
+            then holds what was trained bit for bit. In memory offsets take 4 bytes, not 2.
         format: "qalora", or "gptq" (v1) or "gptq_v2" for a stock checkpoint that other runtimes
             load.
         desc_act: act-order: round inputs by size, groups scattered and listed in g_idx.

@@ -151,12 +151,15 @@ static void multiply_part(const Layer *l, const float *x, const uint32_t *pairs,
 static void arrange(const void *x, int is_bf16, int64_t m, int64_t k, int rows, float *out) {
     const int64_t whole = (m + rows - 1) / rows * rows;
     for (int64_t i = 0; i < whole; i++) {
-        uint32_t *to = (uint32_t *)out + i / rows * k * rows + i % rows;
-        const uint16_t *halves = (const uint16_t *)x + i * k;
-        const uint32_t *words = (const uint32_t *)x + i * k;
-        if (i >= m) for (int64_t j = 0; j < k; j++) to[j * rows] = 0;
-        else if (is_bf16) for (int64_t j = 0; j < k; j++) to[j * rows] = (uint32_t)halves[j] << 16;
-        else for (int64_t j = 0; j < k; j++) to[j * rows] = words[j];
+        float *to = out + i / rows * k * rows + i % rows;
+        for (int64_t j = 0; j < k; j++) {
+            float value = 0;
+            if (i < m && is_bf16) {
+                const uint32_t u = (uint32_t)((const uint16_t *)x)[i * k + j] << 16;
+                memcpy(&value, &u, sizeof u);
+            } else if (i < m) value = ((const float *)x)[i * k + j];
+            to[j * rows] = value;
+        }
     }
 }
 
