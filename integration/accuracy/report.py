@@ -107,7 +107,7 @@ def step_costs(rows: list[plan.Row]) -> str:
     if not lines:
         return "Not measured yet: `python kernels/benchmarks/bench.py --only steps`."
     memory = ["resident peak, MiB", "allocated peak, MiB", "kept for the backward, MiB"]
-    head = ["", "ms a step", "of bf16 LoRA's", *memory]
+    head = ["", "ms a step (median)", "over LoRA's median, bf16", *memory]
     return markdown(head, lines)
 
 

@@ -4,12 +4,13 @@
         --engine gptqmodel [--bits 4 3 2] [--draws 0 1 2 3 4] [--group-size 32] [--desc-act] [--sym]
 
 TOKENS holds `calibration`, int64 [draws, sequences, length], and `heldout`, int64 [sequences,
-length]. Every engine gets the same tokens and is judged by the same float32 loss, and by the mean
-KL divergence of its next-token distributions from the 16-bit model's. What stands in ROWS.json
-already is not measured again: a run that was cut short goes on, and engines that need different
-environments fill one file: `gptqmodel` runs in the environment that
-`integration/envs/build.py gptqmodel` makes, `qalora`, `qalora-minimum` (with offsets_at "minimum")
-and `none` (the 16-bit model) in .venv.
+length], with `labels` of that shape where only some tokens are judged (-100: not). Every engine
+gets the same tokens and is judged by the same float32 loss, and by the mean KL divergence of its
+next-token distributions from the 16-bit model's. What stands in ROWS.json already is not measured
+again: a run that was cut short goes on, and engines that need different environments fill one file:
+`gptqmodel` runs in the environment that `integration/envs/build.py gptqmodel` makes, `qalora`,
+`qalora-minimum` (with offsets_at "minimum"), `none` (the 16-bit model) and `softened` (the same,
+less sure of itself) in .venv.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ import functools
 import importlib.metadata
 import json
 import os
-import statistics
 import tempfile
 import time
 from dataclasses import asdict, dataclass
@@ -32,6 +32,9 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
+
+IGNORED = -100  # as in transformers
+SOFTENING = 1.1
 
 
 @dataclass(frozen=True)
@@ -47,18 +50,22 @@ class Setting:
 
 @torch.no_grad()
 def judge(
-    model: torch.nn.Module, original: torch.nn.Module, heldout: torch.Tensor
+    model: torch.nn.Module,
+    original: torch.nn.Module,
+    heldout: torch.Tensor,
+    labels: torch.Tensor,
 ) -> tuple[float, float]:
-    """Mean next-token cross entropy, and KL(original || model), in nats over heldout int64
-    [sequences, length]."""
-    losses, divergences = [], []
-    for ids in heldout:
-        ours = model(input_ids=ids[None]).logits[0, :-1].float().log_softmax(-1)
-        theirs = original(input_ids=ids[None]).logits[0, :-1].float().log_softmax(-1)
-        losses.append(functional.nll_loss(ours, ids[1:]).item())
-        divergence = functional.kl_div(ours, theirs, reduction="batchmean", log_target=True)
-        divergences.append(divergence.item())
-    return statistics.fmean(losses), statistics.fmean(divergences)
+    """Mean next-token cross entropy, and KL(original || model), in nats over the tokens of
+    `heldout` that have a label; both int64 [sequences, length]."""
+    loss = divergence = 0.0
+    for ids, wanted in zip(heldout, labels[:, 1:], strict=True):
+        judged = wanted != IGNORED
+        ours = model(input_ids=ids[None]).logits[0, :-1][judged].float().log_softmax(-1)
+        theirs = original(input_ids=ids[None]).logits[0, :-1][judged].float().log_softmax(-1)
+        loss += functional.nll_loss(ours, wanted[judged], reduction="sum").item()
+        divergence += functional.kl_div(ours, theirs, reduction="sum", log_target=True).item()
+    count = int((labels[:, 1:] != IGNORED).sum())
+    return loss / count, divergence / count
 
 
 def quantize_gptqmodel(
@@ -117,8 +124,17 @@ def quantize_none(source: Path, setting: Setting, calibration: torch.Tensor) -> 
     return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
 
 
+def soften(source: Path, setting: Setting, calibration: torch.Tensor) -> torch.nn.Module:
+    """The model with its logits divided by `SOFTENING`: its loss is lower where it is too sure."""
+    model = quantize_none(source, setting, calibration)
+    head = model.get_output_embeddings()
+    head.weight = torch.nn.Parameter(head.weight / SOFTENING)  # a new one: it may be tied
+    return model
+
+
 ENGINES = {
     "none": ("transformers", quantize_none),
+    "softened": ("transformers", soften),
     "qalora": ("qalora-plugin", quantize_qalora),
     "qalora-minimum": ("qalora-plugin", functools.partial(quantize_qalora, offsets_at="minimum")),
     "gptqmodel": ("gptqmodel", quantize_gptqmodel),
@@ -142,15 +158,17 @@ def measure(engine: str, source: Path, setting: Setting, tokens: Path) -> dict[s
         start = time.monotonic()
         model = quantize(source, setting, calibration).eval()
         seconds = time.monotonic() - start
+        heldout = data["heldout"]
+        labels = data.get("labels", heldout)
         loss, divergence = judge(
-            model, quantize_none(source, setting, calibration), data["heldout"]
+            model, quantize_none(source, setting, calibration), heldout, labels
         )
     return identity(engine, source, setting, tokens) | {
         "heldout_loss": round(loss, 6),
         "heldout_kl": round(divergence, 6),
         "seconds": round(seconds, 1),
         "calibration_tokens": calibration.numel(),
-        "heldout_tokens": data["heldout"].numel(),
+        "heldout_tokens": int((labels != IGNORED).sum()),
     }
 
 
@@ -178,7 +196,7 @@ def main() -> None:
     source, tokens, rows = (
         p.resolve() for p in (arguments.model_dir, arguments.tokens, arguments.rows)
     )
-    is_quantized = arguments.engine != "none"
+    is_quantized = arguments.engine not in ("none", "softened")
     group_size = arguments.group_size if is_quantized else None
     for draw in arguments.draws if is_quantized else [0]:
         for bits in arguments.bits if is_quantized else [16]:

@@ -16,6 +16,8 @@ TABLES = {
     _ROOT / "docs" / "export.md": _RESULTS / "offsets_at.json",
 }
 """The rows that each document's table is made of."""
+TEXTS = ("sources", "completions", "prompts", "pairs")
+UNQUANTIZED = {"none": "", "softened": "logits divided by 1.1"}
 START, END = "<!-- quantizers -->", "<!-- end quantizers -->"
 NAMES = {
     "qalora": "qalora",
@@ -48,12 +50,13 @@ def table(rows: list[dict[str, Any]]) -> str:
         "| text | bits | act-order | quantizer | held-out loss | KL from 16 bits | draws |",
         "|---|---|---|---|---|---|---|",
     ]
-    for text in sorted({row["text"] for row in rows}, reverse=True):
+    for text in (text for text in TEXTS if any(row["text"] == text for row in rows)):
         here = [row for row in rows if row["text"] == text]
         for row in here:
-            if row["engine"] == "none":
-                lines.append(f"| {text} | 16 | | | {row['heldout_loss']:.4f} | 0 | |")
-        settings = {(row["desc_act"], -row["bits"]) for row in here if row["engine"] != "none"}
+            if row["bits"] == 16:
+                figures = f"{row['heldout_loss']:.4f} | {row['heldout_kl']:.4f}"
+                lines.append(f"| {text} | 16 | | {UNQUANTIZED[row['engine']]} | {figures} | |")
+        settings = {(row["desc_act"], -row["bits"]) for row in here if row["bits"] != 16}
         for desc_act, negative_bits in sorted(settings):
             for engine in NAMES:
                 key = (engine, desc_act, -negative_bits)

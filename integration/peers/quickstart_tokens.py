@@ -5,13 +5,16 @@
 `sources`: what the base was trained on, to calibrate, and the standard library's modules that it
 was not trained on, to judge: the text of the held-out loss in its model card. `pairs`: the
 instruction pairs of the quickstart's training and evaluation, in a form that the base has never
-seen. Calibration windows come in several draws.
+seen, every token of them. `completions` and `prompts`: the same, judged on one part of a pair
+alone; the quickstart's own held-out loss is that of completions. Calibration windows come in
+several draws.
 """
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -25,13 +28,31 @@ from qalora_plugin.quickstart.data import (
     load_pairs,
     pretraining_files,
 )
+from qalora_plugin.quickstart.evaluate import IGNORED, encode
+
+TEXTS = ("sources", "pairs", "completions", "prompts")
+MAX_LENGTH = 512  # tokens of a pair that are judged, as in the quickstart
+
+
+def judged_pairs(tokenizer: Any, part: str) -> dict[str, torch.Tensor]:
+    """`heldout` and `labels`, int64 [pairs, longest pair], of the quickstart's evaluation."""
+    rows = [encode(tokenizer, pair, MAX_LENGTH) for pair in load_pairs("eval")]
+    longest = max(len(ids) for ids, _ in rows)
+    heldout = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in rows])
+    labels = torch.tensor([row + [IGNORED] * (longest - len(row)) for _, row in rows])
+    if part == "prompts":
+        lengths = torch.tensor([[len(ids)] for ids, _ in rows])
+        position = torch.arange(longest)
+        prompt = (labels == IGNORED) & (position > 0) & (position < lengths)
+        labels = torch.where(prompt, heldout, IGNORED)
+    return {"heldout": heldout, "labels": labels}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--samples", type=int, default=128, help="windows of a draw; most held out")
-    parser.add_argument("--text", choices=["sources", "pairs"], required=True)
+    parser.add_argument("--text", choices=TEXTS, required=True)
     parser.add_argument("--draws", type=int, default=5)
     parser.add_argument("--seq-len", type=int, default=256)
     arguments = parser.parse_args()
@@ -50,10 +71,11 @@ def main() -> None:
         )
 
     draws = [windows(texts, arguments.samples, seed) for seed in range(arguments.draws)]
-    tokens = {
-        "calibration": torch.stack(draws),
-        "heldout": windows(heldout_texts, arguments.samples),
-    }
+    tokens = {"calibration": torch.stack(draws)}
+    if arguments.text in ("completions", "prompts"):
+        tokens |= judged_pairs(tokenizer, arguments.text)
+    else:
+        tokens["heldout"] = windows(heldout_texts, arguments.samples)
     save_file(tokens, arguments.out)
     print({name: tuple(ids.shape) for name, ids in tokens.items()})
 
