@@ -7,10 +7,12 @@ pooling elsewhere (peft_type LORA, see `tuner.foreign`). Tensor names, as PEFT s
     <layer>.qalora_A.weight        [r, G]        <layer>.qalora_B.weight        [N, r]
     <layer>.qalora_scale_A.weight  [r, G]        <layer>.qalora_scale_B.weight  [N, r]
     <layer>.lora_A.weight          [r, K // p]   <layer>.lora_B.weight          [N, r]
-    anything else                                whole tensors of modules_to_save
+    anything else                                whole tensors of modules_to_save, and embeddings
+                                                 that PEFT finds resized
 """
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +22,7 @@ import torch
 from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors import safe_open
 
+from .checkpoint.reader import CONFIG_FILE as MODEL_CONFIG
 from .checkpoint.reader import read_json, resolve_model_dir
 from .checkpoint.safetensors_header import TensorInfo, read_header
 from .errors import AdapterError, ConfigError
@@ -30,6 +33,7 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 QALORA, LORA = "QALORA", "LORA"
+_AGAIN = "Config and tensors belong to two adapters, or are damaged: save or copy them again."
 
 # (A, B) of each part, by peft_type and part
 _TENSORS = {
@@ -82,9 +86,10 @@ class Adapter:
         directory: where it lies.
         config: adapter_config.json.
         layers: the adapted layers by name in the base model.
-        saved: keys of whole tensors (modules_to_save) by tensor name in the base model.
+        saved: keys of whole tensors (see `modules_to_save`) by tensor name in the base model.
         infos: dtype and shape of every tensor by key.
-        renamed: (prefix in the model that was trained, prefix in the base), see `rename`.
+        renamed: name in the model that was trained by name in the base, see `rename`; empty where
+            the two are the same.
     """
 
     directory: Path
@@ -92,29 +97,43 @@ class Adapter:
     layers: dict[str, AdapterLayer] = field(default_factory=dict)
     saved: dict[str, str] = field(default_factory=dict)
     infos: dict[str, TensorInfo] = field(default_factory=dict)
-    renamed: tuple[str, str] = ("", "")
+    renamed: dict[str, str] = field(default_factory=dict)
 
-    def rename(self, trained: str, base: str) -> None:
-        """Take over the base's names where one of the two lacks the other's leading part.
+    def rename(self, stored: Mapping[str, str]) -> None:
+        """Take over the base's names.
 
-        transformers loads a checkpoint of `BertModel` (encoder.layer.0…) into a class with a head
-        (bert.encoder.layer.0…), and the other way round.
+        transformers gives other names to the tensors of some checkpoints: where the class lacks
+        the head that they were saved with, or has one more, and in vision-language models.
+
+        Args:
+            stored: the base's name of each tensor by its name in the model that was trained; a
+                layer's is that of its `weight`.
         """
 
-        def name_in_base(name: str) -> str:
-            return base + name.removeprefix(trained) if name.startswith(trained) else name
+        def layer_in_base(name: str) -> str:
+            return stored.get(f"{name}.weight", f"{name}.weight").removesuffix(".weight")
 
         self.layers = {
-            name_in_base(name): replace(layer, name=name_in_base(name))
+            layer_in_base(name): replace(layer, name=layer_in_base(name))
             for name, layer in self.layers.items()
         }
-        self.saved = {name_in_base(name): key for name, key in self.saved.items()}
-        self.renamed = (trained, base)
+        self.saved = {stored.get(name, name): key for name, key in self.saved.items()}
+        self.renamed = {base: trained for trained, base in stored.items()}
+
+    def trained_tensor(self, name: str) -> str:
+        """Name in the model that was trained of a tensor of the base."""
+        return self.renamed.get(name, name)
 
     def trained_name(self, name: str) -> str:
         """Name in the model that was trained of a layer of the base."""
-        trained, base = self.renamed
-        return trained + name.removeprefix(base) if name.startswith(base) else name
+        return self.trained_tensor(f"{name}.weight").removesuffix(".weight")
+
+    def asks_to_save(self, name: str) -> bool:
+        """Whether modules_to_save selects a tensor of the base, by PEFT's rule: name endings."""
+        *modules, _ = self.trained_tensor(name).split(".")
+        owners = [".".join(modules[: i + 1]) for i in range(len(modules))]
+        entries = tuple(self.config.get("modules_to_save") or ())
+        return any(owner.endswith(entries) for owner in owners)
 
     @property
     def peft_type(self) -> str:
@@ -166,7 +185,10 @@ class Adapter:
             AdapterError: the adapter's config contradicts it, or neither states one.
         """
         if wanted not in ("auto", *CONVENTIONS):
-            raise AdapterError(f"convention must be auto or one of {CONVENTIONS}, found {wanted!r}")
+            raise AdapterError(
+                f"convention must be auto or one of {CONVENTIONS}, found {wanted!r}: leave it out "
+                "for auto"
+            )
         stated = self.stated_convention()
         if wanted == "auto" and stated is None:
             raise AdapterError(
@@ -202,7 +224,7 @@ def open_adapter(path: str | Path) -> Adapter:
 
     Raises:
         AdapterError: not an adapter, another PEFT method, an option that does not merge, half of
-            a pair, a key that belongs to nothing, a wrong shape, or a number that is not finite.
+            a pair, a wrong shape, or a number that is not finite.
         CheckpointError: a damaged file.
     """
     directory = resolve_model_dir(path)
@@ -219,8 +241,15 @@ def _read_config(directory: Path) -> dict[str, Any]:
     path = directory / CONFIG_FILE
     if not path.exists():
         below = sorted(directory.glob(f"*/{CONFIG_FILE}"))
-        hint = f" Did you mean {below[0].parent}?" if below else ""
-        raise AdapterError(f"{directory}: no {CONFIG_FILE}: this is not an adapter.{hint}")
+        found = "a model, not an adapter" if (directory / MODEL_CONFIG).exists() else "no adapter"
+        raise AdapterError(
+            f"{directory}: no {CONFIG_FILE}: this is {found}. "
+            + (
+                f"Did you mean {below[0].parent}?"
+                if below
+                else "Give the directory that the adapter was saved in."
+            )
+        )
     config = read_json(path)
     if config.get("peft_type") not in _TENSORS:
         raise AdapterError(
@@ -237,7 +266,8 @@ def _read_config(directory: Path) -> dict[str, Any]:
         )
     if config.get("adapt", "zeros") not in ADAPT_PARTS:
         raise AdapterError(
-            f"{path}: adapt must be one of {sorted(ADAPT_PARTS)}, found {config['adapt']!r}"
+            f"{path}: adapt must be one of {sorted(ADAPT_PARTS)}, found {config['adapt']!r}. "
+            f"{_AGAIN}"
         )
     return config
 
@@ -261,40 +291,38 @@ def _sort_keys(adapter: Adapter) -> None:
     for key in adapter.infos:
         if not key.startswith(PREFIX):
             raise AdapterError(
-                f"{adapter.weights}: key {key}: expected names that start with {PREFIX}."
+                f"{adapter.weights}: key {key}: expected names that start with {PREFIX}. "
+                "Save the adapter with PeftModel.save_pretrained."
             )
         module, _, leaf = key.removeprefix(PREFIX).rpartition(".")
         layer, _, matrix = module.rpartition(".")
         if leaf == "weight" and matrix in matrix_names:
             found.setdefault(layer, set()).add(matrix)
-        elif _is_saved(adapter, module):
+        elif not _is_repeated(adapter, key):
             adapter.saved[key.removeprefix(PREFIX)] = key
-        else:
-            raise AdapterError(
-                f"{adapter.weights}: extra key {key}: neither a matrix of the adapter "
-                f"({', '.join(matrix_names)}) nor named in modules_to_save."
-            )
     if not found:
         raise AdapterError(
-            f"{adapter.weights}: no {' or '.join(matrix_names)} in it: nothing to merge."
+            f"{adapter.weights}: no {' or '.join(matrix_names)} in it: nothing to merge. {_AGAIN}"
         )
     scaling = _scaling_config(adapter)
     for layer in found:
         adapter.layers[layer] = _layer(adapter, layer, found[layer], scaling)
 
 
-def _is_saved(adapter: Adapter, module: str) -> bool:
-    return any(
-        module == entry or module.endswith(f".{entry}") or f".{entry}." in f".{module}"
-        for entry in adapter.config.get("modules_to_save") or []
-    )
+def _is_repeated(adapter: Adapter, key: str) -> bool:
+    """Whether PEFT, saving resized embeddings, wrote a tensor under its wrapper's name too."""
+    wrappers = (".modules_to_save.", ".original_module.")
+    return any(w in key and key.replace(w, ".") in adapter.infos for w in wrappers)
 
 
 def _scaling_config(adapter: Adapter) -> QALoRAConfig:
     """The fields that ours and LoRA's config have in common, checked."""
     config = adapter.config
+    for key in ("r", "lora_alpha"):
+        if config.get(key) is None:
+            raise AdapterError(f"{adapter.directory / CONFIG_FILE}: does not say {key}. Add it.")
     try:
-        return QALoRAConfig(**{key: config[key] for key in _SCALING if config.get(key)})
+        return QALoRAConfig(**{key: config[key] for key in _SCALING if config.get(key) is not None})
     except ConfigError as error:
         raise AdapterError(f"{adapter.directory / CONFIG_FILE}: {error}") from error
 
@@ -309,7 +337,7 @@ def _layer(
             key = f"{PREFIX}{name}.{sorted(lost)[0]}.weight"
             raise AdapterError(
                 f"{adapter.weights}: {what} key {key} (adapt={adapter.adapt!r} has "
-                f"{', '.join(sorted(expected))} in every layer)."
+                f"{', '.join(sorted(expected))} in every layer). {_AGAIN}"
             )
     keys = {
         part: (f"{PREFIX}{name}.{a}.weight", f"{PREFIX}{name}.{b}.weight")
@@ -322,15 +350,17 @@ def _layer(
         if len(shapes[a]) != 2 or shapes[a][0] != rank or shapes[a][1] < 1:
             raise AdapterError(
                 f"{adapter.weights}: {a}: expected [{rank}, groups] (rank {rank}), "
-                f"found {list(shapes[a])}."
+                f"found {list(shapes[a])}. {_AGAIN}"
             )
         if len(shapes[b]) != 2 or shapes[b][1] != rank:
             raise AdapterError(
                 f"{adapter.weights}: {b}: expected [out_features, {rank}] (rank {rank}), "
-                f"found {list(shapes[b])}."
+                f"found {list(shapes[b])}. {_AGAIN}"
             )
         if columns and (columns, out_features) != (shapes[a][1], shapes[b][0]):
-            raise AdapterError(f"{adapter.weights}: {a}: its parts differ in shape: {shapes}.")
+            raise AdapterError(
+                f"{adapter.weights}: {a}: its parts differ in shape: {shapes}. {_AGAIN}"
+            )
         columns, out_features = shapes[a][1], shapes[b][0]
     return AdapterLayer(name, keys, rank, columns, out_features, scaling)
 

@@ -1,4 +1,4 @@
-"""Push a merged checkpoint, or an export of one, to the Hugging Face Hub, with a model card."""
+"""Push a quantized model, or an export of one, to the Hugging Face Hub, with a model card."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
-from .errors import OutputError
-from .model_card import CARD_FILE, HUB_FAILURES, MERGED, find_subject, make_card
+from .checkpoint.manifest import check_manifest
+from .errors import OutputError, QALoRAError
+from .model_card import CARD_FILE, HUB_FAILURES, MERGED, Subject, find_subject, make_card
 
 _REASONS = {
     401: "you are not logged in, or the token is not valid: log in with `hf auth login`",
@@ -25,7 +27,7 @@ class PushResult:
 
     Args:
         repo_id: where to.
-        format: "qalora" for a merged checkpoint, or the export's format.
+        format: "qalora" for a model in our format, or the export's format.
         private: whether a repository that has to be made is private.
         revision: branch, or None for the main one.
         files: size in bytes of every file, by its name in the repository.
@@ -74,7 +76,7 @@ def push(
     card is uploaded in its place, and not written to the disk.
 
     Args:
-        path: a merged checkpoint, or what `export_model` wrote.
+        path: a merged checkpoint, a quantized base, or what `export_model` wrote of one.
         repo_id: `name` or `org/name`.
         private: whether a repository that has to be made is private.
         revision: branch to push to, made if needed.
@@ -83,9 +85,15 @@ def push(
         dry_run: touch no network, say what would be uploaded.
 
     Raises:
-        OutputError: it is neither merged nor exported, or the Hub refused it.
+        OutputError: it is neither ours nor exported, its weights have changed since they were
+            written, `repo_id` is no name of a repository, or the Hub refused it.
     """
-    subject = find_subject(path)
+    subject = _checked(path, repo_id)
+    if not subject.tuned and (data or log_history):
+        raise OutputError(
+            f"{path}: was not fine-tuned, so a card of it has no training data and no losses. "
+            "Leave out data (--data) and log_history (--trainer-state). Nothing was pushed."
+        )
     files = subject.files()
     if dry_run:
         card = _card(files, lambda: make_card(subject, repo_id, data, log_history, online=False))
@@ -125,11 +133,29 @@ def push_merged(
     Raises:
         OutputError: it is not merged, or the Hub refused it.
     """
-    if find_subject(directory).format != MERGED:
-        raise OutputError(f"{directory}: is not a merged checkpoint; nothing was pushed.")
+    subject = find_subject(directory)
+    if subject.format != MERGED or not subject.tuned:
+        raise OutputError(f"{directory}: is not a merged checkpoint. Nothing was pushed.")
     result = push(directory, repo_id, private=private, data=data, log_history=log_history)
     assert result.url is not None
     return result.url
+
+
+def _checked(path: str | Path, repo_id: str) -> Subject:
+    """What is to be pushed, its weights as they were written."""
+    try:
+        validate_repo_id(repo_id)
+        subject = find_subject(path)
+        if subject.path.is_dir():
+            check_manifest(subject.path)
+        return subject
+    except HFValidationError as error:
+        raise OutputError(
+            f"{repo_id}: expected NAME or ORG/NAME, of letters, digits, '-', '_' and '.', at most "
+            "96 of them, without '--' and '..'. Nothing was pushed."
+        ) from error
+    except QALoRAError as error:
+        raise OutputError(f"{error} Nothing was pushed.") from error
 
 
 def _card(files: dict[str, Path], make: Callable[[], ModelCard]) -> str:

@@ -1,7 +1,9 @@
 """Write down what a model in memory was built on: for bases that were quantized while loading."""
 
+import json
+import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import cast
 
@@ -10,20 +12,24 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from .checkpoint.base import open_quantized
 from .checkpoint.reader import CONFIG_FILE, read_json, resolve_model_dir
 from .errors import CheckpointError
 from .merge import is_dense
 from .sharding import gathered, is_sharded, plain_name
+from .tuner.layer import QALoRALinear
+
+_log = logging.getLogger(__name__)
 
 
 def quantized_base_on_disk(model: PeftModel) -> Path | None:
     """Directory of the quantized base that a model was loaded from.
 
-    None where that directory holds a 16-bit model, which was quantized while it was loaded, or
-    where there is no directory.
+    None where that directory holds a 16-bit model, which was quantized while it was loaded, where
+    something else is merged into it than into the model, or where there is no directory.
     """
     config = model.active_peft_config
     if not config.base_model_name_or_path:
@@ -32,14 +38,16 @@ def quantized_base_on_disk(model: PeftModel) -> Path | None:
         directory = resolve_model_dir(config.base_model_name_or_path, config.revision)
     except CheckpointError:
         return None
-    return None if is_dense(directory) else directory
+    if is_dense(directory) or open_quantized(directory).config.merged != config.base_merged:
+        return None
+    return directory
 
 
 def save_base(model: PeftModel, directory: Path) -> None:
     """Write the quantized base of a model with adapters, as `save_pretrained` would without them.
 
     Args:
-        model: with adapters on quantized layers.
+        model: with adapters on quantized layers, merged or not.
         directory: where to write; of several processes one calls.
 
     Raises:
@@ -54,11 +62,40 @@ def save_base(model: PeftModel, directory: Path) -> None:
     if before["use_cache"] is not None:
         config.use_cache = True  # TRL and the Trainer switch it off while they train
     try:
-        with _without_adapters(base), _as_on_disk(base):
+        with _without_adapters(base), _as_on_disk(base), _default_generation_config(base):
             base.save_pretrained(directory)
     finally:
         for name, value in before.items():
             setattr(config, name, value)
+    write_generation_config(base, directory)
+
+
+def write_generation_config(model: PreTrainedModel, directory: Path) -> None:
+    """Write generation_config.json, also one that transformers loads but refuses to save.
+
+    Such as {"temperature": 0.6, "do_sample": false}; it has come with the base.
+    """
+    generation: GenerationConfig | None = getattr(model, "generation_config", None)
+    if generation is None:
+        return
+    try:
+        generation.save_pretrained(directory)
+    except ValueError as error:
+        _log.warning("%s: as inconsistent as the base's: %s", GENERATION_CONFIG_NAME, error)
+        generation.to_json_file(directory / GENERATION_CONFIG_NAME, keys_to_pop=["compile_config"])
+
+
+def write_head_config(model: PreTrainedModel, directory: Path) -> None:
+    """Carry what a classification model was trained with, and its base does not say, into
+    config.json: names of labels, kind of problem, padding token."""
+    if not hasattr(model, "num_labels"):
+        return
+    path, trained = directory / CONFIG_FILE, model.config.to_dict()
+    config = read_json(path)
+    for key in ("id2label", "label2id", "problem_type", "pad_token_id"):
+        if trained.get(key) is not None:
+            config[key] = trained[key]
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def save_adapter(model: PeftModel, directory: Path, *, is_main_process: bool = True) -> Path:
@@ -81,6 +118,13 @@ def save_adapter(model: PeftModel, directory: Path, *, is_main_process: bool = T
                 state[key] = whole.cpu()
     if is_main_process:
         model.save_pretrained(str(directory), selected_adapters=[name], state_dict=state)
+    return adapter_directory(model, directory)
+
+
+def adapter_directory(model: PeftModel, directory: Path) -> Path:
+    """Where PEFT's `save_pretrained(directory)` puts the active adapter: below it, unless the
+    adapter is called "default"."""
+    name = model.active_adapter
     return directory if name == "default" else directory / name
 
 
@@ -114,7 +158,8 @@ def _quantize_again(base: PreTrainedModel, directory: Path, fingerprint: str) ->
 
 @contextmanager
 def _without_adapters(base: nn.Module) -> Iterator[None]:
-    """Put the layers that adapters wrap back in their places, for a while."""
+    """Put the layers that adapters wrap back in their places, with nothing merged, for a while."""
+    unmerged = ExitStack()
     wrappers: dict[str, nn.Module] = {}
     for name, module in base.named_modules():
         if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
@@ -124,11 +169,28 @@ def _without_adapters(base: nn.Module) -> Iterator[None]:
             tuned = isinstance(module, BaseTunerLayer)
             plain = module.base_layer if tuned else module.original_module
             base.set_submodule(name, cast(nn.Module, plain))
+            if isinstance(module, QALoRALinear):
+                unmerged.enter_context(module.own_grid())
         with torch.no_grad():
             yield
     finally:
+        unmerged.close()
         for name, module in wrappers.items():
             base.set_submodule(name, module)
+
+
+@contextmanager
+def _default_generation_config(base: PreTrainedModel) -> Iterator[None]:
+    """Have `save_pretrained` write a default, for a while: it may refuse the model's."""
+    before = getattr(base, "generation_config", None)
+    if before is None:
+        yield
+        return
+    base.generation_config = type(before)()
+    try:
+        yield
+    finally:
+        base.generation_config = before
 
 
 @contextmanager

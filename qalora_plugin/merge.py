@@ -22,7 +22,8 @@ from .checkpoint.reader import CONFIG_FILE, read_json, resolve_model_dir
 from .checkpoint.side_files import TOKENIZER_FILES, copy_side_files
 from .checkpoint.stock_gptq import QUANTIZE_CONFIG_FILE
 from .checkpoint.writer import CheckpointWriter, split_plan
-from .errors import AdapterError
+from .errors import AdapterError, CheckpointError
+from .modules_to_save import plan_saved
 from .pairing import LayerMerge, pair
 from .quant.config import QALoRAQuantConfig
 
@@ -35,7 +36,7 @@ class MergeResult:
         out: the merged directory.
         layers: number of adapted layers.
         convention: how the adapter pooled: "sum", "mean" or "peft".
-        replaced: whole tensors that came from the adapter (modules_to_save).
+        replaced: whole tensors that came from the adapter (see `modules_to_save`).
     """
 
     out: Path
@@ -55,6 +56,7 @@ class MergePlan:
         layers: the adapted layers.
         tensors: name, dtype and shape of every tensor of the result.
         config: config.json of the result.
+        copies: tensors that the base ties and the result does not, {name: name in the base}.
     """
 
     adapter: Adapter
@@ -63,6 +65,7 @@ class MergePlan:
     layers: dict[str, LayerMerge]
     tensors: TensorPlan
     config: dict[str, Any]
+    copies: dict[str, str]
 
     def merged_layer(self, name: str) -> LayerTensors:
         """One quantized layer of the result; an unadapted one is the base's."""
@@ -96,9 +99,9 @@ def plan_merge(
     for name, merge in layers.items():
         tensors.update(layer_plan(name, merge.merged_spec, checkpoint.config.desc_act))
     config = copy.deepcopy(checkpoint.reader.config)
-    _plan_saved(opened, checkpoint, tensors, config)
+    copies = plan_saved(opened, checkpoint, tensors, config)
     config["quantization_config"] = _merged_config(opened, checkpoint, layers, chosen).to_dict()
-    return MergePlan(opened, checkpoint, chosen, layers, tensors, config)
+    return MergePlan(opened, checkpoint, chosen, layers, tensors, config, copies)
 
 
 def merge_adapter(
@@ -148,7 +151,15 @@ def _open_base(adapter: Adapter, base: str | Path | None) -> QuantizedCheckpoint
         raise AdapterError(
             f"{where}: base_model_name_or_path is empty. Name the quantized base with --base."
         )
-    directory = resolve_model_dir(found, None if base else adapter.config.get("revision"))
+    try:
+        directory = resolve_model_dir(found, None if base else adapter.config.get("revision"))
+    except CheckpointError as error:
+        if base:
+            raise
+        raise AdapterError(
+            f"{where}: its base_model_name_or_path cannot be opened. {error} If the quantized base "
+            "is elsewhere, name it with --base."
+        ) from error
     if adapter.is_ours and is_dense(directory):
         grid = (
             f"--bits {adapter.config.get('bits')} --group-size {adapter.config.get('group_size')}"
@@ -171,51 +182,6 @@ def is_dense(directory: Path) -> bool:
         and not read_json(config).get("quantization_config")
         and not (directory / QUANTIZE_CONFIG_FILE).exists()
     )
-
-
-def _plan_saved(
-    adapter: Adapter, base: QuantizedCheckpoint, tensors: TensorPlan, config: dict[str, Any]
-) -> None:
-    """Put modules_to_save into the plan, in the adapter's dtype."""
-    for name, key in adapter.saved.items():
-        info = adapter.infos[key]
-        if name.rpartition(".")[0] in base.layers:
-            raise AdapterError(
-                f"{adapter.weights}: {key}: modules_to_save names a layer that the base holds as "
-                "integers; a checkpoint cannot hold its 16-bit copy. Adapt it instead, or keep it "
-                "out of the quantization (modules_to_not_convert)."
-            )
-        if name in base.reader and base.reader.info(name).shape != info.shape:
-            raise AdapterError(
-                f"{adapter.weights}: {key}: shape {list(info.shape)}, the base's has "
-                f"{list(base.reader.info(name).shape)}. Resize the vocabulary before quantizing."
-            )
-        if _is_tied(name, base, config):
-            _untie(adapter, name, config)
-        tensors[name] = (info.dtype, info.shape)
-
-
-def _is_tied(name: str, base: QuantizedCheckpoint, config: dict[str, Any]) -> bool:
-    """Whether a replaced tensor is one of a tied pair in the base."""
-    text = config.get("text_config", {})
-    if not config.get("tie_word_embeddings", text.get("tie_word_embeddings", True)):
-        return False
-    return "lm_head.weight" not in base.reader and (
-        name == "lm_head.weight" or name.endswith(("embed_tokens.weight", "wte.weight"))
-    )
-
-
-def _untie(adapter: Adapter, name: str, config: dict[str, Any]) -> None:
-    """PEFT trains a copy, so input and output embeddings are no longer tied."""
-    if "lm_head.weight" not in adapter.saved:
-        raise AdapterError(
-            f"{adapter.weights}: {name}: the base ties its output to this embedding, and the "
-            "adapter holds a trained copy of the embedding only. Train with "
-            "modules_to_save=['embed_tokens', 'lm_head']."
-        )
-    config["tie_word_embeddings"] = False
-    if "tie_word_embeddings" in config.get("text_config", {}):
-        config["text_config"]["tie_word_embeddings"] = False
 
 
 def _merged_config(
@@ -265,7 +231,7 @@ def _write_weights(
                         layer, parts = owner, plan.stored(owner)
                     shard.write(name, parts[name])
                 else:
-                    shard.write_raw(name, plan.base.reader.chunks(name))
+                    shard.write_raw(name, plan.base.reader.chunks(plan.copies.get(name, name)))
                 done += 1
                 if progress is not None:
                     progress(done, len(plan.tensors))

@@ -1,4 +1,4 @@
-"""Model cards of merged checkpoints and of their exports: what they hold, and how exactly."""
+"""Model cards of quantized models and of their exports: what they hold, and how exactly."""
 
 import json
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from .checkpoint.base import QuantizedCheckpoint, open_quantized
 from .checkpoint.reader import read_json
 from .checkpoint.side_files import RECORD_FILE, REPORT_FILE
 from .errors import OutputError, QALoRAError
-from .export.record import GGUF_KEY, describe_source, read_record
+from .export.record import GGUF_KEY, describe_source, public_name, read_record
 from .export.walk import require
 
 CARD_FILE = "README.md"
@@ -26,6 +26,7 @@ _EXACT_MERGE = (
     "Merging was exact: the integers are the quantized base's, and the fine-tuning is in the "
     "offsets{scales}. This is the model that was trained."
 )
+_BASE = "This is the quantized base, to train adapters on; it was not fine-tuned."
 # how a format is loaded: library_name of the Hub, and code
 _USE = {
     MERGED: (
@@ -52,7 +53,7 @@ print(pipeline("text-generation", "{repo_id}")("Once upon a time")[0])
         "mlx",
         """```
 pip install mlx-lm
-mlx_lm.generate --model {repo_id} --prompt "Once upon a time"
+mlx_lm.generate --model {repo_id} --ignore-chat-template --prompt "Once upon a time"
 ```""",
     ),
     "onnx": (
@@ -108,6 +109,11 @@ class Subject:
     exactness: str
     measured: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def tuned(self) -> bool:
+        """Whether an adapter is in it, or it is one."""
+        return bool(self.facts.get("fine_tuned", "r" in self.facts))  # older records have r alone
+
     def files(self) -> dict[str, Path]:
         """What is uploaded, {path in the repository: file}; hidden files are not."""
         if self.path.is_file():
@@ -124,7 +130,7 @@ def find_subject(path: str | Path) -> Subject:
     """Look at a directory or GGUF file.
 
     Raises:
-        OutputError: it is neither a merged checkpoint nor an export.
+        OutputError: it is neither a checkpoint in our format nor an export.
     """
     path = Path(path).expanduser().resolve()
     if path.is_file() and path.suffix == ".gguf":
@@ -143,33 +149,36 @@ def find_subject(path: str | Path) -> Subject:
         checkpoint = open_quantized(path)
     except QALoRAError as error:
         raise _no_subject(path, str(error)) from error
-    if checkpoint.config.merged is None:
-        raise _no_subject(path, "It is a quantized base.")
-    return subject_of_merged(checkpoint)
+    if checkpoint.stock is not None:
+        raise _no_subject(path, "It is a stock GPTQ model.")
+    return subject_of(checkpoint)
 
 
-def subject_of_merged(checkpoint: QuantizedCheckpoint) -> Subject:
-    """A merged checkpoint."""
+def subject_of(checkpoint: QuantizedCheckpoint) -> Subject:
+    """A merged checkpoint, or a quantized base."""
     facts = describe_source(checkpoint)
     scales = "" if facts.get("adapt") == "zeros" else " and scales"
     return Subject(
         checkpoint.directory,
         MERGED,
         facts,
-        _EXACT_MERGE.format(scales=scales),
+        _EXACT_MERGE.format(scales=scales) if checkpoint.config.merged else _BASE,
         _layer_errors(checkpoint.directory),
     )
 
 
 def _no_subject(path: Path, what: str) -> OutputError:
     return OutputError(
-        f"{path}: is not a merged checkpoint, and no export by `qalora export` (no {RECORD_FILE}); "
-        f"nothing was pushed. {what}"
+        f"{path}: is neither a model in qalora's format nor an export by `qalora export` (no "
+        f"{RECORD_FILE}). {what}"
     )
 
 
 def _gguf(path: Path) -> Subject:
-    reader = require("gguf", "gguf").GGUFReader(path)
+    try:
+        reader = require("gguf", "gguf").GGUFReader(path)
+    except (ValueError, IndexError) as error:
+        raise OutputError(f"{path}: cannot be read as GGUF ({error}).") from error
     if GGUF_KEY not in reader.fields:
         raise _no_subject(path, f"It has no {GGUF_KEY}.")
     kinds = [tensor.tensor_type.name for tensor in reader.tensors]
@@ -180,7 +189,7 @@ def _gguf(path: Path) -> Subject:
     elif "F16" in kinds:
         exactness = "Layers are F16, rounded from fp32."
     else:
-        exactness = "Exact: everything is fp32."
+        exactness = "Exact to the rounding of fp32, in which everything is stored."
     return Subject(path, "gguf", facts, exactness)
 
 
@@ -233,7 +242,7 @@ def make_card(
         online: ask the Hub for the base's licence, if the base is there.
     """
     facts = subject.facts
-    base = str(facts.get("base") or "")
+    base = public_name(facts.get("base"))  # again: older records have relative paths
     on_hub = "/" in base
     size = sum(path.stat().st_size for path in subject.files().values())
     rows = {
@@ -246,7 +255,7 @@ def make_card(
         "rank": facts.get("r"),
         "lora_alpha": facts.get("lora_alpha"),
         "adapted layers": facts.get("layers"),
-        "training data": data or "not recorded",
+        "training data": (data or "not recorded") if subject.tuned else None,
         "size": f"{size / 1e6:.1f} MB",
         **training_losses(log_history),
         **subject.measured,
@@ -264,10 +273,11 @@ def make_card(
         tags=tags if subject.format in (MERGED, "lora") else [*tags, subject.format],
     )
     name = f"`{base}`" if base else "A base model"
+    tuned = " and fine-tuned with [QA-LoRA](https://arxiv.org/abs/2309.14717)"
     text = f"""# {repo_id.rpartition("/")[2]}
 
-{name}, quantized to INT{facts.get("bits", "-n")} (groups of {facts.get("group_size")}) and \
-fine-tuned with [QA-LoRA](https://arxiv.org/abs/2309.14717).
+{name}, quantized to INT{facts.get("bits", "-n")} (groups of {facts.get("group_size")})\
+{tuned if subject.tuned else ", not fine-tuned"}.
 
 {subject.exactness}
 

@@ -1,16 +1,29 @@
 """Fit an adapter to a quantized base: every reason not to merge is found here, from headers."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+import transformers
 
 from qalora_kernels import LowRank, QuantSpec, fold
 
 from .adapter import CONFIG_FILE, Adapter, AdapterLayer
+from .checkpoint.architecture import Architecture, auto_class_names, read_architecture
 from .checkpoint.base import LayerTensors, QuantizedCheckpoint
 from .errors import AdapterError
 from .quant.fingerprint import fingerprint
 from .tuner.foreign import Regrouping, convention_factor, pool_size_of, regroup
+
+# by PEFT's task types
+_AUTO_CLASSES: dict[Any, Any] = {
+    "CAUSAL_LM": transformers.AutoModelForCausalLM,
+    "SEQ_2_SEQ_LM": transformers.AutoModelForSeq2SeqLM,
+    "SEQ_CLS": transformers.AutoModelForSequenceClassification,
+    "TOKEN_CLS": transformers.AutoModelForTokenClassification,
+    "QUESTION_ANS": transformers.AutoModelForQuestionAnswering,
+    "FEATURE_EXTRACTION": transformers.AutoModel,
+}
 
 
 @dataclass(frozen=True)
@@ -69,14 +82,17 @@ def pair(adapter: Adapter, base: QuantizedCheckpoint, convention: str) -> dict[s
         AdapterError: the adapter belongs to another base, lacks a layer, has one that the base
             has not, or pools over inputs that no offset is common to.
     """
-    _match_names(adapter, base)
-    check_base(adapter, base)
+    if not any(name in base.layers for name in adapter.layers):
+        architecture = trained_architecture(adapter, base)
+        if architecture is not None:
+            adapter.rename(architecture.stored)
     for name in adapter.layers:
         if name not in base.layers:
             raise AdapterError(
                 f"{adapter.weights}: adapts {name}, which is not a quantized layer of "
                 f"{base.directory}. It was trained on another base."
             )
+    check_base(adapter, base)
     for name in base.layers:
         if name not in adapter.layers and adapter.targets(name):
             raise AdapterError(
@@ -89,18 +105,35 @@ def pair(adapter: Adapter, base: QuantizedCheckpoint, convention: str) -> dict[s
     }
 
 
-def _match_names(adapter: Adapter, base: QuantizedCheckpoint) -> None:
-    """Rename the adapter's layers where base and trained model differ by one leading part."""
-    if any(name in base.layers for name in adapter.layers):
-        return
-    trained = {name.partition(".")[0] + "." for name in adapter.layers}
-    stored = {name.partition(".")[0] + "." for name in base.layers}
-    for source, target in ((trained, {""}), ({""}, stored)):
-        if len(source) == len(target) == 1:
-            (old,), (new,) = source, target
-            if all(new + name.removeprefix(old) in base.layers for name in adapter.layers):
-                adapter.rename(old, new)
-                return
+def trained_architecture(adapter: Adapter, base: QuantizedCheckpoint) -> Architecture | None:
+    """The model that was trained, by the class that the adapter's config or the base's names.
+
+    Returns:
+        None where transformers knows no class in which the adapter's layers exist.
+    """
+    for name in _class_names(adapter, base):
+        architecture = read_architecture(base, name)
+        if architecture is not None and all(
+            f"{adapter.trained_name(layer)}.weight" in architecture.stored
+            for layer in adapter.layers
+        ):
+            return architecture
+    return None
+
+
+def _class_names(adapter: Adapter, base: QuantizedCheckpoint) -> list[str]:
+    """Model classes to try, the likeliest first."""
+    names = [(adapter.config.get("auto_mapping") or {}).get("base_model_class")]
+    saved_from = base.reader.config.get("architectures") or []
+    auto_class = _AUTO_CLASSES.get(adapter.config.get("task_type"))
+    fitting: list[str] = []
+    if auto_class is not None:
+        fitting = auto_class_names(auto_class, base.reader.config.get("model_type"))
+    if not set(saved_from).isdisjoint(fitting) or adapter.config.get("task_type") == "CAUSAL_LM":
+        names += [*saved_from, *fitting]
+    else:
+        names += [*fitting, *saved_from]
+    return [name for name in dict.fromkeys(names) if name]
 
 
 def check_base(adapter: Adapter, base: QuantizedCheckpoint) -> None:
@@ -114,11 +147,11 @@ def check_base(adapter: Adapter, base: QuantizedCheckpoint) -> None:
     if base.config.merged != adapter.config.get("base_merged"):
         merged = base.config.merged or {}
         raise AdapterError(
-            f"{base.directory}: already merged (with {merged.get('adapter')}), and the adapter was "
-            "not trained on that. Merge into the base it was trained on: --base names it."
+            f"{base.directory}: already merged (with {merged.get('adapter')!r}), and the adapter "
+            "was not trained on that. Merge into the base it was trained on: --base names it."
             if merged
             else f"{base.directory}: the adapter was trained on a base with something merged into "
-            f"it ({adapter.config['base_merged'].get('adapter')}), this one has nothing. "
+            f"it ({adapter.config['base_merged'].get('adapter')!r}), this one has nothing. "
             "Name that base with --base."
         )
     if not adapter.is_ours:

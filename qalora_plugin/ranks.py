@@ -65,6 +65,7 @@ class Watch:
         self._state: dict[str, Any] = {
             "beat": 0,
             "host": socket.gethostname(),
+            "processes": _process_table(),
             "pid": os.getpid(),
             "doing": "training",
             "failed": None,
@@ -202,8 +203,9 @@ class Watch:
         return None
 
     def _is_alive(self, state: dict[str, Any]) -> bool:
-        """False where the process is known to be gone: it was on this machine."""
-        return state["host"] != self._state["host"] or _is_alive(state["pid"])
+        """False where the process is known to be gone: /proc here would show it."""
+        table = self._state["processes"]
+        return table is None or state["processes"] != table or _is_alive(state["pid"])
 
     def _on_exception(
         self, kind: type[BaseException], error: BaseException, trace: TracebackType | None
@@ -233,6 +235,18 @@ def _story(number: int, state: dict[str, Any], what: str) -> str:
         f"rank {number}{where} {what}{doing}. Nothing that was saved is lost: look at that rank's "
         "output, then start again (from the last checkpoint)"
     )
+
+
+def _process_table() -> str | None:
+    """What names the processes that /proc shows, or None where there is no telling.
+
+    A host name does not: containers may share it, and see each their own processes.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return None
 
 
 def _is_alive(pid: int) -> bool:

@@ -3,9 +3,7 @@
 import atexit
 import logging
 import os
-import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,10 +11,19 @@ from typing import Any
 
 from peft import PeftModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 
-from .checkpoint.atomic import AtomicDirectory
+from .adapter import CONFIG_FILE
+from .checkpoint.atomic import AtomicDirectory, ScratchDirectory
 from .errors import ConfigError
-from .in_memory import quantized_base_on_disk, save_adapter, save_base
+from .in_memory import (
+    adapter_directory,
+    quantized_base_on_disk,
+    save_adapter,
+    save_base,
+    write_generation_config,
+    write_head_config,
+)
 from .merge import MergeResult, merge_adapter
 from .ranks import on_main_process, unwatch, watch
 from .sharding import fsdp_enabled
@@ -62,8 +69,7 @@ class MergeCallback(TrainerCallback):
         Raises:
             OutputError: the target is not empty, or cannot be written.
         """
-        self.out_dir = Path(out_dir)
-        AtomicDirectory(self.out_dir)
+        self.out_dir = AtomicDirectory(out_dir).target
         self.push_to_hub = push_to_hub
         self.repo_id = repo_id
         self.private = private
@@ -86,11 +92,17 @@ class MergeCallback(TrainerCallback):
         """Check that there is something to merge, before hours of training.
 
         Raises:
-            ConfigError: the model has no QALORA adapter.
+            ConfigError: the model has no QALORA adapter, or the training writes to the target.
             OutputError: the target has been filled since.
         """
+        adapter = Path(args.output_dir).resolve() / ADAPTER_DIR
+        if adapter.is_relative_to(self.out_dir):
+            raise ConfigError(
+                f"MergeCallback: {self.out_dir} is where the training writes (its output_dir is "
+                f"{args.output_dir}, the adapter goes to {adapter}). Name another directory, such "
+                f"as {adapter.with_name('merged')}"
+            )
         AtomicDirectory(self.out_dir)
-        self._last_checkpoint = None
         model = kwargs["model"]
         kind = getattr(getattr(model, "active_peft_config", None), "peft_type", None)
         if kind != PEFT_TYPE:
@@ -100,6 +112,7 @@ class MergeCallback(TrainerCallback):
                 "Give SFTTrainer peft_config=QALoRAConfig(...)"
             )
         self._model, self._state = model, state
+        self._last_checkpoint = _resumed_checkpoint(model, args, state)
         self._processing_class = kwargs.get("processing_class")
         self._data = _data_name(kwargs.get("train_dataloader"))
         self._load_best = args.load_best_model_at_end
@@ -149,7 +162,7 @@ class MergeCallback(TrainerCallback):
         unwatch()
 
     def merge_last_checkpoint(self) -> MergeResult | None:
-        """Merge the newest checkpoint that the Trainer saved, or the best with
+        """Merge the newest checkpoint that the Trainer saved, or resumed from, or the best with
         `load_best_model_at_end`; for a training that was interrupted. In one process only.
 
         Returns:
@@ -159,10 +172,10 @@ class MergeCallback(TrainerCallback):
         if self._model is None or self._state is None or self._last_checkpoint is None:
             _log.warning("MergeCallback: no checkpoint was saved, there is nothing to merge")
             return None
-        adapter = self._last_checkpoint
+        checkpoint = self._last_checkpoint
         if self._load_best and self._state.best_model_checkpoint:
-            adapter = Path(self._state.best_model_checkpoint)
-        self._merge(adapter)
+            checkpoint = Path(self._state.best_model_checkpoint)
+        self._merge(adapter_directory(self._model, checkpoint))
         self._push()
         return self.result
 
@@ -195,12 +208,13 @@ class MergeCallback(TrainerCallback):
             )
 
     def _finish(self, partial: Path) -> None:
-        """Tokenizer and generation config as they are in this training."""
+        """Tokenizer, generation config and labels as they are in this training."""
         if self._processing_class is not None:
             self._processing_class.save_pretrained(partial)
-        generation = getattr(self._model, "generation_config", None)
-        if generation is not None:
-            generation.save_pretrained(partial)
+        assert self._model is not None
+        base = self._model.get_base_model()
+        write_generation_config(base, partial)
+        write_head_config(base, partial)
 
 
 @contextmanager
@@ -210,15 +224,30 @@ def _base_directory(model: PeftModel, out_dir: Path) -> Iterator[Path]:
     if found is not None:
         yield found
         return
-    out_dir = out_dir.absolute()
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{out_dir.name}.base-"
-    directory = Path(tempfile.mkdtemp(prefix=prefix, dir=out_dir.parent))
-    try:
-        save_base(model, directory)
-        yield directory
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
+    with ScratchDirectory(out_dir) as scratch:
+        base = scratch / "base"
+        save_base(model, base)
+        yield base
+
+
+def _resumed_checkpoint(
+    model: PeftModel, args: TrainingArguments, state: TrainerState
+) -> Path | None:
+    """The checkpoint that a training goes on from; None where it starts, or it cannot be found.
+
+    The Trainer tells callbacks its step and history only: both are compared.
+    """
+    if state.global_step == 0:
+        return None
+    usual = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+    for path in (Path(str(args.resume_from_checkpoint)), usual):
+        saved = path / TRAINER_STATE_NAME
+        if not saved.exists() or not (adapter_directory(model, path) / CONFIG_FILE).exists():
+            continue
+        found = TrainerState.load_from_json(str(saved))
+        if (found.global_step, found.log_history) == (state.global_step, state.log_history):
+            return path
+    return None
 
 
 def _data_name(dataloader: Any) -> str | None:

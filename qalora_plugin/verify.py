@@ -153,7 +153,7 @@ def verify_merge(
         merged=str(result.directory),
         layers=len(plan.layers),
         unadapted_layers=len(plan.base.layers) - len(plan.layers),
-        other_tensors=len(set(plan.base.dense_names) - set(plan.adapter.saved)),
+        other_tensors=len({*plan.base.dense_names, *plan.copies} - set(plan.adapter.saved)),
         modules_to_save=len(plan.adapter.saved),
         max_difference=difference,
         integers_equal=True,
@@ -199,18 +199,23 @@ def _check_names(plan: MergePlan, result: QuantizedCheckpoint) -> None:
 
 def _check_other_tensors(plan: MergePlan, result: QuantizedCheckpoint) -> None:
     base = plan.base.reader
-    for name in {*plan.base.dense_names, *plan.adapter.saved}:
+    for name in {*plan.base.dense_names, *plan.adapter.saved, *plan.copies}:
         if name in plan.adapter.saved:
-            wanted = plan.adapter.get(plan.adapter.saved[name]).contiguous().view(torch.uint8)
-            equal = torch.equal(wanted, result.reader.get(name).view(torch.uint8))
+            wanted, found = plan.adapter.get(plan.adapter.saved[name]), result.reader.get(name)
+            equal = torch.equal(_bytes(wanted), _bytes(found))
             owner = "adapter"
         else:
-            pieces = zip(base.chunks(name), result.reader.chunks(name), strict=True)
+            original = base.chunks(plan.copies.get(name, name))
+            pieces = zip(original, result.reader.chunks(name), strict=True)
             equal, owner = all(a == b for a, b in pieces), "base"
         if not equal:
             raise VerificationError(
                 f"{result.reader.info(name).file}: {name} differs from the {owner}'s. Merge again."
             )
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(-1).view(torch.uint8)  # one of no dimension has no view in bytes
 
 
 def _check_layer(plan: MergePlan, result: QuantizedCheckpoint, name: str) -> float:

@@ -30,7 +30,7 @@ class LogitsReport:
     Args:
         equal: whether they are equal to the bit (`torch.equal`).
         difference: the largest absolute difference.
-        effect: the largest absolute change of a logit by the adapter.
+        effect: the largest absolute change of a logit by the adapter's layers.
     """
 
     equal: bool
@@ -54,8 +54,9 @@ def compare_logits(plan: MergePlan, merged: Path) -> LogitsReport:
     """
     ids = _random_ids(plan)
     merged_logits = _logits(load_model(merged), ids)
-    base = load_model(plan.base.directory)
-    base_logits = _logits(base, ids)
+    base = _load_base(plan)
+    with _saved_tensors(base, plan):
+        base_logits = _logits(base, ids)
     if plan.adapter.is_ours:
         from peft import PeftModel
 
@@ -92,8 +93,9 @@ def compare_reference(plan: MergePlan, merged: Path, reference: Path) -> None:
             none does.
     """
     ids, wanted = _read_reference(reference)
-    base = load_model(plan.base.directory)
-    effect = _distance(wanted, _logits(base, ids))
+    base = _load_base(plan)
+    with _saved_tensors(base, plan):
+        effect = _distance(wanted, _logits(base, ids))
     distances = {}
     if not plan.adapter.is_ours:
         for convention in CONVENTIONS:
@@ -134,11 +136,13 @@ def _read_reference(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
 def added(model: nn.Module, plan: MergePlan, convention: str) -> Iterator[None]:
     """Within it, the base model's layers add what a foreign adapter adds, in one convention."""
     handles = []
-    with torch.no_grad(), _saved_modules(model, plan):
+    with torch.no_grad(), _saved_tensors(model, plan):
         for name, merge in plan.layers.items():
             a, b = plan.adapter.get_pair(merge.layer.keys["zeros"])
             change = _adding(a, b, merge.layer.scaling, merge.pool_size, convention)
-            handles.append(model.get_submodule(name).register_forward_hook(change))
+            handles.append(
+                model.get_submodule(plan.adapter.trained_name(name)).register_forward_hook(change)
+            )
         try:
             yield
         finally:
@@ -160,29 +164,62 @@ def _adding(
 
 
 @contextmanager
-def _saved_modules(model: nn.Module, plan: MergePlan) -> Iterator[None]:
-    """Put the adapter's modules_to_save in, and the base's back."""
-    before = {}
+def _saved_tensors(model: nn.Module, plan: MergePlan) -> Iterator[None]:
+    """Put the adapter's whole tensors in, and the base's back."""
+    tied, still = (c.get("tie_word_embeddings") for c in (plan.base.reader.config, plan.config))
+    before = []
     for name, key in plan.adapter.saved.items():
-        owner, _, leaf = name.rpartition(".")
+        owner, _, leaf = plan.adapter.trained_tensor(name).rpartition(".")
         module = model.get_submodule(owner)
-        before[name] = (module, leaf, getattr(module, leaf))
-        setattr(module, leaf, nn.Parameter(plan.adapter.get(key).to(before[name][2])))
+        parameter = module.get_parameter(leaf)
+        before.append((module, leaf, parameter, parameter.data))
+        value = plan.adapter.get(key).to(parameter)
+        if tied != still:
+            setattr(module, leaf, nn.Parameter(value))
+        else:  # what is tied to it changes with it
+            parameter.data = value
     try:
         yield
     finally:
-        for module, leaf, value in before.values():
-            setattr(module, leaf, value)
+        for module, leaf, parameter, data in before:
+            parameter.data = data
+            setattr(module, leaf, parameter)
 
 
-def load_model(directory: Path, **options: Any) -> nn.Module:
-    """The model in the class that config.json names, fp32; `options` for `from_pretrained`."""
+def load_model(directory: Path, class_name: str | None = None, **options: Any) -> nn.Module:
+    """The model in the class that config.json names, or `class_name`, fp32.
+
+    `options` are for `from_pretrained`.
+    """
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(directory)
-    name = (config.architectures or ["AutoModelForCausalLM"])[0]
+    name = class_name or (config.architectures or ["AutoModelForCausalLM"])[0]
     model_class: Any = getattr(transformers, name, transformers.AutoModelForCausalLM)
-    return model_class.from_pretrained(directory, dtype=torch.float32, **options).eval()
+    model = model_class.from_pretrained(directory, dtype=torch.float32, **options).eval()
+    for parameter in model.parameters():
+        if parameter.is_floating_point():  # products with views into a file round by its alignment
+            parameter.data = parameter.data.clone()
+    return model
+
+
+def _load_base(plan: MergePlan) -> Any:
+    """The base as it was trained: with the merged model's head and vocabulary."""
+    before, after = plan.base.reader.config, plan.config
+    options: dict[str, Any] = {}
+    if after.get("id2label") != before.get("id2label"):
+        options["num_labels"] = len(after["id2label"])
+    model: Any = load_model(
+        plan.base.directory, next(iter(after.get("architectures") or ()), None), **options
+    )
+    vocabulary = _text(after).get("vocab_size")
+    if vocabulary != _text(before).get("vocab_size"):
+        model.resize_token_embeddings(vocabulary, mean_resizing=False)
+    return model
+
+
+def _text(config: dict[str, Any]) -> dict[str, Any]:
+    return config.get("text_config", config)
 
 
 @torch.no_grad()
@@ -192,9 +229,8 @@ def _logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
 
 
 def _random_ids(plan: MergePlan) -> torch.Tensor:
-    config = plan.config.get("text_config", plan.config)
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, config["vocab_size"], (1, _TOKENS), generator=generator)
+    return torch.randint(0, _text(plan.config)["vocab_size"], (1, _TOKENS), generator=generator)
 
 
 def _distance(a: torch.Tensor, b: torch.Tensor) -> float:

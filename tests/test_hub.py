@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging
 import re
+import shutil
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -21,8 +22,9 @@ from qalora_plugin import QALoRAQuantConfig, export_model, merge_adapter
 from qalora_plugin.checkpoint.base import open_quantized
 from qalora_plugin.cli import main
 from qalora_plugin.errors import OutputError
+from qalora_plugin.export.record import public_name
 from qalora_plugin.hub import push, push_merged
-from qalora_plugin.model_card import find_subject, make_card, subject_of_merged
+from qalora_plugin.model_card import find_subject, make_card, subject_of
 
 TOKEN = "hf_" + "s3cret" * 5
 OWNER = "someone"
@@ -204,7 +206,7 @@ def test_public_repository_of_an_organisation_and_a_card_that_is_there(
 
 
 def test_card(hub: Hub, merged_dir: Path) -> None:
-    subject = subject_of_merged(open_quantized(merged_dir))
+    subject = subject_of(open_quantized(merged_dir))
     card = make_card(subject, f"{OWNER}/my-model", "gsm8k", LOSSES)
     assert card.data.base_model == "org/tiny-base"
     assert "qalora" in card.data.tags and card.data.library_name == "transformers"
@@ -231,7 +233,7 @@ def test_card_of_a_base_on_disk_has_its_licence_and_not_its_path(
     checkpoint = open_quantized(merged_dir)
     directory = base_dir.parent / "tiny-base"
     checkpoint.config.base["name_or_path"] = str(directory)
-    card = make_card(subject_of_merged(checkpoint), "someone/my-model")
+    card = make_card(subject_of(checkpoint), "someone/my-model")
     assert card.data.license == "cc-by-4.0" and card.data.base_model is None
     assert "| base | tiny-base |" in card.text and str(directory) not in str(card)
 
@@ -243,18 +245,18 @@ def test_licence_of_a_base_without_a_card_is_that_of_its_config(
     (tmp_path / "base-2").mkdir()
     (tmp_path / "base-2" / "config.json").write_text('{"license": "mit"}')
     checkpoint.config.base["name_or_path"] = str(tmp_path / "base-2")
-    card = make_card(subject_of_merged(checkpoint), "someone/my-model")
+    card = make_card(subject_of(checkpoint), "someone/my-model")
     assert card.data.license == "mit"
     checkpoint.config.base["name_or_path"] = "unknown"
     (merged_dir / "LICENSE").write_text("...")
-    card = make_card(subject_of_merged(checkpoint), "someone/my-model")
+    card = make_card(subject_of(checkpoint), "someone/my-model")
     assert card.data.license == "other"
 
 
 def test_refusals(
     hub: Hub, merged_dir: Path, base_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(OutputError, match="is not a merged checkpoint"):
+    with pytest.raises(OutputError, match=r"is not a merged checkpoint\. Nothing was pushed"):
         push_merged(base_dir, "my-model")
     assert hub.repos == {}
     for name, status, advice in (
@@ -318,10 +320,71 @@ def test_what_is_no_model_of_ours_is_not_pushed(
 ) -> None:
     stock = Path(__file__).parent / "fixtures" / "gptq_4bit_g32_asym"
     (tmp_path / "empty").mkdir()
-    for path in (base_dir, base_dir.parent / "tiny-base", stock, tmp_path / "empty"):
+    for path in (base_dir.parent / "tiny-base", stock, tmp_path / "empty"):
         assert main(["push", str(path), "my-model"]) == 1
-        assert "nothing was pushed" in capsys.readouterr().err
+        assert "Nothing was pushed" in capsys.readouterr().err
     assert hub.tokens == set()
+
+
+def test_a_base_and_its_exports_are_not_called_fine_tuned(base_dir: Path, tmp_path: Path) -> None:
+    export_model(base_dir, tmp_path / "export", "torchao")
+    for path in (base_dir, tmp_path / "export"):
+        card = push(path, "someone/base", dry_run=True).card
+        assert "quantized to INT3 (groups of 16), not fine-tuned." in card
+        assert "QA-LoRA" not in card and "training data" not in card and "exact:" not in card
+        with pytest.raises(OutputError, match="--data"):
+            push(path, "someone/base", data="gsm8k", dry_run=True)
+
+
+def test_several_merged_adapters_are_fine_tuning_too(merged_dir: Path) -> None:
+    """What `merge_and_unload` of two adapters records."""
+    checkpoint = open_quantized(merged_dir)
+    adapters = [{"adapter": name, "adapt": "zeros", "r": 2} for name in "ab"]
+    checkpoint.config.merged = {"adapter": "a, b", "adapters": adapters}
+    card = make_card(subject_of(checkpoint), "someone/model", online=False)
+    assert "fine-tuned with" in card.text and "fine-tuning is in the offsets." in card.text
+
+
+def test_a_relative_path_is_no_repository(
+    hub: Hub, merged_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`models/base` is one if such a directory is there, and then its last part is recorded."""
+    assert public_name("models/base") == "models/base"
+    (tmp_path / "models" / "base").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert public_name("models/base") == "base" and public_name("") == ""
+    assert public_name(".") == tmp_path.name
+    checkpoint = open_quantized(merged_dir)
+    checkpoint.config.base["name_or_path"] = "models/base"
+    card = make_card(subject_of(checkpoint), "someone/my-model")
+    assert card.data.base_model is None and "| base | base |" in card.text
+
+
+def test_a_damaged_checkpoint_is_not_pushed(hub: Hub, merged_dir: Path, tmp_path: Path) -> None:
+    damaged = shutil.copytree(merged_dir, tmp_path / "damaged")
+    path = damaged / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1000] ^= 1
+    path.write_bytes(data)
+    for dry_run in (True, False):
+        with pytest.raises(OutputError, match=r"SHA-256 .*Nothing was pushed"):
+            push(damaged, "my-model", dry_run=dry_run)
+    assert hub.repos == {}
+
+
+@pytest.mark.parametrize("name", ["bad//name", "a/b/c", "na me"])
+def test_names_that_are_no_repository(name: str, merged_dir: Path) -> None:
+    with pytest.raises(OutputError, match="expected NAME or ORG/NAME"):
+        push(merged_dir, name, dry_run=True)
+
+
+def test_trainer_state_has_to_be_one(
+    merged_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["push", str(merged_dir), "my-model", "--dry-run", "--trainer-state"]
+    for path in (merged_dir / "config.json", tmp_path / "none.json"):
+        assert main([*command, str(path)]) == 1
+        assert "takes the trainer_state.json" in capsys.readouterr().err
 
 
 def test_card_of_an_inexact_export_says_what_it_costs(merged_dir: Path, exported_dir: Path) -> None:

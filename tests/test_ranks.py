@@ -133,6 +133,35 @@ def test_a_silent_rank_counts_as_dead(tmp_path: Path) -> None:
     assert "has shown no sign of life for 2 s while training" in logs[0]
 
 
+@pytest.mark.parametrize("table", ["another container's", None])
+def test_a_rank_whose_process_cannot_be_seen_is_alive_by_its_signs_of_life(
+    table: str | None, tmp_path: Path
+) -> None:
+    def work(number: int) -> None:
+        own = ranks._process_table()
+        assert own is not None and own == ranks._process_table()
+        if number == 1 or table is None:  # same host name, another PID namespace, or no /proc
+            ranks._process_table = lambda: table
+        if number == 1:
+            real = os.getpid
+            os.getpid = lambda: 4190000  # means nothing to the others
+            watch = ranks.watch()
+            os.getpid = real
+            assert watch is not None
+        else:
+            ranks.watch()
+        time.sleep(0.5)  # many looks at each other
+        if number == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(60)
+
+    codes, logs = _launch(tmp_path, work)
+    assert codes == [1, -signal.SIGKILL, 1]
+    for number in (0, 2):
+        assert "rank 1 (process 4190000" in logs[number]
+        assert "has shown no sign of life for 2 s while training" in logs[number]
+
+
 def test_an_exception_on_one_rank_is_named_by_the_others(tmp_path: Path) -> None:
     def work(number: int) -> None:
         ranks.watch()

@@ -179,6 +179,7 @@ def resumed(driver: Driver) -> dict[str, Any]:
 WRONG = {
     "qalora.bitz": {"qalora": {"bitz": 4}},
     "qalora.bits": {"qalora": {"bits": 5}},
+    "qalora.merge_formats": {"qalora": {"merge_formats": ["gptq"], "adapt": "zeros"}},
     "load_in_4bit": {"load_in_4bit": True},
     "fsdp": {"fsdp_config": {"state_dict_type": "FULL_STATE_DICT"}},
     "peft_use_dora": {"peft_use_dora": True},
@@ -189,11 +190,14 @@ WRONG = {
 
 
 def refused(driver: Driver) -> dict[str, str]:
-    """Messages of configs that Axolotl must not load; loading one builds no model."""
-    return {
+    """Messages of configs that Axolotl must not load, or not train; no model is built."""
+    found = {
         key: refusal(lambda c=changes: load_cfg(driver.recipe, **driver.settings("wrong", **c)))
         for key, changes in WRONG.items()
     }
+    block = {"merge_formats": ["gptq"], "adapt": "scales"}
+    found["qalora.zero_points"] = refusal(lambda: driver.train("wrong", qalora=block))
+    return found
 
 
 STEPS = {step.__name__: step for step in (refused, bits2, packed, stock, dpo, resumed)}

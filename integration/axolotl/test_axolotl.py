@@ -132,6 +132,8 @@ def test_our_figures_are_logged(driven: Driven) -> None:
     [
         ("qalora.bitz", "group_size"),
         ("qalora.bits", "2, 3, 4 or 8"),
+        ("qalora.merge_formats", "Set adapt: scales"),
+        ("qalora.zero_points", "set zero_points: integer"),
         ("load_in_4bit", "remove it"),
         ("fsdp", "zero2.json"),
         ("peft_use_dora", "remove it"),

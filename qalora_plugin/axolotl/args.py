@@ -4,8 +4,16 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from ..export import ADAPTS
 from ..optimizer import SCALE_LR_RATIO
 
+_ADAPT_ADVICE = {
+    "gptq": "stock GPTQ stores integer zero-points, and training the offsets makes them "
+    "real-valued. Set adapt: scales and zero_points: integer; or remove gptq, and quantize the "
+    "merged model again with `qalora export --format gptq --requantize`",
+    "lora": "a change of scales is no low-rank change of the weights. Set adapt: zeros, or remove "
+    "lora",
+}
 MergeFormat = Literal["qalora", "gptq", "gguf", "mlx", "onnx", "torchao", "lora"]
 
 
@@ -96,6 +104,37 @@ class QALoRABlock(BaseModel):
                 "qalora: offsets_at: minimum does not go with zero_points: integer, whose minima "
                 "are in general no fp16 numbers; remove one of the two"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_quantizing(self) -> Self:
+        if self.group_size == 0:
+            raise ValueError(
+                "qalora: group_size: expected a positive number, or -1 for one group per output, "
+                "found 0"
+            )
+        if self.quantize_method == "rtn" and (self.desc_act or self.calibration):
+            key = "desc_act" if self.desc_act else "calibration"
+            raise ValueError(
+                f"qalora: {key} does not go with quantize_method: rtn, which reads no calibration "
+                f"data; remove {key}, or use quantize_method: gptq"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_formats(self) -> Self:
+        formats = [name for name in self.merge_formats if name != "qalora"]
+        if formats and not self.merge_on_finish:
+            raise ValueError(
+                f"qalora: merge_formats: {formats} are exports of the merged model, and "
+                "merge_on_finish: false makes none; remove one of the two"
+            )
+        for name in formats:
+            if name in ADAPTS and self.adapt not in ADAPTS[name]:
+                raise ValueError(
+                    f"qalora: merge_formats: {name} does not go with adapt: {self.adapt}: "
+                    + _ADAPT_ADVICE[name]
+                )
         return self
 
 

@@ -53,6 +53,20 @@ def check_base(base_model: Any) -> None:
             raise CheckpointError(f"base_model: {error}") from error
 
 
+def check_calibration(cfg: Any) -> None:
+    """Refuse a `calibration` file that is not there.
+
+    Raises:
+        ConfigError: names it.
+    """
+    chosen = cfg.qalora.get("calibration")
+    if chosen and not Path(chosen).expanduser().is_file():
+        raise ConfigError(
+            f"qalora: calibration: {chosen}: no such file; name a .txt or .jsonl file, or leave it "
+            "out to calibrate on samples of the training set"
+        )
+
+
 def calibration_from_rows(
     dataset: Any, samples: int, seq_len: int, seed: int, tokenize: Callable[[str], list[int]]
 ) -> torch.Tensor:
@@ -137,6 +151,7 @@ def quantized_base(cfg: Any, train_dataset: Any, tokenize: Callable[[str], list[
             int(cfg.sequence_len or _MAX_SEQ_LEN), _MAX_SEQ_LEN
         )
         if block.get("calibration"):
+            check_calibration(cfg)
             calibration = Path(block["calibration"]).expanduser()
         else:
             calibration = calibration_from_rows(
@@ -184,8 +199,6 @@ def _key(source: Path, settings: dict[str, Any], calibration: Any) -> str:
     }
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
     if isinstance(calibration, Path):
-        if not calibration.is_file():
-            raise ConfigError(f"qalora: calibration: {calibration}: no such file")
         digest.update(calibration.read_bytes())
     elif calibration is not None:
         digest.update(calibration.numpy().tobytes())

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.reader import read_json
-from ..errors import CheckpointError, OutputError, QALoRAError
-from ..export import export_model
+from ..errors import CheckpointError, ConfigError, OutputError, QALoRAError
+from ..export import check_format, check_libraries, export_model
 from ..hub import push_merged
 from ..merge import merge_adapter
 
@@ -45,28 +45,58 @@ def check_free(cfg: Any) -> None:
             )
 
 
-def merge(cfg: Any, adapter: Path) -> Path:
+def check_formats(cfg: Any, base: str | Path | None) -> None:
+    """Refuse to train towards an export that would be refused.
+
+    Args:
+        base: the quantized base; None before a 16-bit model is quantized.
+
+    Raises:
+        ConfigError: names the format, and why.
+    """
+    if not cfg.qalora["merge_on_finish"]:
+        return
+    for name in export_paths(cfg):
+        try:
+            if base is not None:
+                check_format(base, name)
+                continue
+            check_libraries(name)
+            if name == "gptq" and cfg.qalora["zero_points"] != "integer":
+                raise ConfigError("it stores integer zero-points: set zero_points: integer")
+            if name in ("mlx", "onnx", "torchao") and cfg.qalora["desc_act"]:
+                raise ConfigError("it has no act-order: set desc_act: false")
+        except QALoRAError as error:
+            raise ConfigError(
+                f"qalora: merge_formats: {name} could not be written after training: {error}"
+            ) from error
+
+
+def merge(cfg: Any, adapter: Path) -> None:
     """Merge an adapter into the base it names, to `output_dir/merged`; one process calls this.
 
     Raises:
-        QALoRAError: the merge failed; the adapter stays where it is. Or an export did, after all
-            that can be written has been: the merged directory stays too.
+        QALoRAError: the merge failed; the adapter stays where it is.
     """
     result = merge_adapter(adapter, merged_dir(cfg))
     LOG.info("qalora: merged %d layers into %s", result.layers, result.out)
+
+
+def export(cfg: Any, adapter: Path) -> None:
+    """Write the `merge_formats` beside our own; one process calls this, after `merge`.
+
+    Raises:
+        OutputError: some could not be written, after all that can be has been.
+    """
     failed = []
     for name, path in export_paths(cfg).items():
         try:
-            exported = export_model(adapter if name == "lora" else result.out, path, name)
+            exported = export_model(adapter if name == "lora" else merged_dir(cfg), path, name)
             LOG.info("qalora: %s", exported.as_text())
         except QALoRAError as error:
             failed.append(f"{name}: {error}")
     if failed:
-        raise OutputError(
-            f"{result.out} is complete, but of qalora: merge_formats these could not be written: "
-            + "; ".join(failed)
-        )
-    return result.out
+        raise OutputError("; ".join(failed))
 
 
 def push(cfg: Any, merged: Path, log_history: list[dict[str, Any]]) -> None:

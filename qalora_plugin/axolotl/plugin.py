@@ -9,14 +9,22 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..adapter import CONFIG_FILE as ADAPTER_CONFIG
-from ..checkpoint.reader import read_json
+from ..checkpoint.reader import read_json, resolve_model_dir
 from ..errors import ConfigError
 from ..figures import FiguresCallback
 from ..ranks import on_main_process, unwatch, watch
 from ..tuner import QALoRAConfig
-from .base import check_base, is_quantized, quantized_base
+from .base import check_base, check_calibration, is_quantized, quantized_base
 from .checks import ADAPTER, check_config
-from .finish import check_free, drop_torn_checkpoint, merge, merged_dir, push
+from .finish import (
+    check_formats,
+    check_free,
+    drop_torn_checkpoint,
+    export,
+    merge,
+    merged_dir,
+    push,
+)
 from .rates import set_scale_rate
 
 LOG = logging.getLogger(__name__)
@@ -65,7 +73,10 @@ class QALoRAPlugin(BasePlugin):
         drop_torn_checkpoint(cfg)
         watch()  # to the end: the process group is gone when rank 0 merges
         if is_quantized(cfg.base_model, cfg.revision_of_model):
+            check_formats(cfg, resolve_model_dir(cfg.base_model, cfg.revision_of_model))
             return None
+        check_calibration(cfg)
+        check_formats(cfg, None)
         from axolotl.common.datasets import load_datasets, load_preference_datasets
         from axolotl.loaders import load_tokenizer
 
@@ -73,6 +84,7 @@ class QALoRAPlugin(BasePlugin):
         tokenizer = load_tokenizer(cfg)
         directory = quantized_base(cfg, meta.train_dataset, lambda text: tokenizer(text).input_ids)
         LOG.info("qalora: quantized base in %s", directory)
+        check_formats(cfg, directory)
         _use_base(cfg, str(directory))
         return meta
 
@@ -88,7 +100,9 @@ class QALoRAPlugin(BasePlugin):
         if cfg.adapter != ADAPTER:
             return
         if cfg.merge_lora:
-            merge(cfg, _adapter_directory(cfg) or Path(cfg.output_dir))
+            adapter = _adapter_directory(cfg) or Path(cfg.output_dir)
+            merge(cfg, adapter)
+            _export(cfg, adapter)
             raise SystemExit(0)
         if not is_quantized(cfg.base_model, cfg.revision_of_model):
             raise ConfigError(
@@ -138,11 +152,19 @@ class QALoRAPlugin(BasePlugin):
             return
         if cfg.qalora["merge_on_finish"]:
             adapter = Path(cfg.output_dir).expanduser()
-            failed = f"the trained adapter is safe in {adapter}, but merging it failed"
+            safe = f"the trained adapter is safe in {adapter}, but merging it failed"
+            on_main_process(lambda: merge(cfg, adapter), "merging", safe)
+            _export(cfg, adapter)
+            unpushed = f"{merged_dir(cfg)} is merged and complete, but it was not pushed"
             on_main_process(
-                lambda: push(cfg, merge(cfg, adapter), self._log.history), "merging", failed
+                lambda: push(cfg, merged_dir(cfg), self._log.history), "pushing", unpushed
             )
         unwatch()
+
+
+def _export(cfg: Any, adapter: Path) -> None:
+    failed = f"{merged_dir(cfg)} is merged and complete, but these exports failed"
+    on_main_process(lambda: export(cfg, adapter), "exporting", failed)
 
 
 class _KeepLog(TrainerCallback):

@@ -1,6 +1,7 @@
 """Output directories that appear whole or not at all."""
 
 import fcntl
+import glob
 import os
 import secrets
 import shutil
@@ -31,7 +32,8 @@ class AtomicDirectory:
                 Use what identifies the work, such as a hash of its inputs.
 
         Raises:
-            OutputError: the target is a file, not empty, a mount point, or not writable.
+            OutputError: the target is a file, not empty, a mount point, or not writable, or its
+                name is too long.
         """
         # a link to a directory is followed: it is its target that is replaced
         self.target = Path(target).expanduser().resolve()
@@ -48,6 +50,13 @@ class AtomicDirectory:
 
     def _check_target(self) -> None:
         target = self.target
+        parent = next(p for p in target.parents if p.exists())
+        longest, length = os.pathconf(parent, "PC_NAME_MAX"), len(os.fsencode(self.partial.name))
+        if length > longest:
+            raise OutputError(
+                f"{target}: its name is {length - longest} bytes too long: with what is added to "
+                f"it while it is written it may have at most {longest} bytes. Give a shorter one."
+            )
         if target.exists() and not target.is_dir():
             raise OutputError(f"{target}: is a file. Name a new directory.")
         if target.is_dir() and any(target.iterdir()):
@@ -59,7 +68,6 @@ class AtomicDirectory:
                 f"{target}: is a mount point, which cannot be renamed into place. "
                 f"Name a directory inside it, such as {target / 'model'}."
             )
-        parent = next(p for p in target.parents if p.exists())
         if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
             raise OutputError(f"{target}: cannot be made, {parent} is not a writable directory.")
 
@@ -103,7 +111,7 @@ class AtomicDirectory:
 
     def _remove_abandoned(self) -> None:
         """Remove temporary siblings whose process is gone (its lock went with it)."""
-        for path in self.target.parent.glob(f".{self.target.name}.partial-tmp-*"):
+        for path in self.target.parent.glob(f".{glob.escape(self.target.name)}.partial-tmp-*"):
             descriptor = os.open(path, os.O_RDONLY)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -112,6 +120,24 @@ class AtomicDirectory:
                 pass  # in use, or no telling
             finally:
                 os.close(descriptor)
+
+
+class ScratchDirectory(AtomicDirectory):
+    """Context manager: a hidden sibling of `target` to work in, removed at the end.
+
+    Write below it and leave the directory itself in place: its lock says that it is in use. What a
+    killed process left behind is removed by the next one that writes to the same target.
+    """
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        shutil.rmtree(self.partial, ignore_errors=True)
+        if self._lock is not None:
+            os.close(self._lock)
 
 
 def _sync_directory(path: Path) -> None:

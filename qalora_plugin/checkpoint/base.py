@@ -15,7 +15,8 @@ from ..errors import CheckpointError, ConfigError
 from ..quant.config import QUANT_METHOD, QALoRAQuantConfig
 from . import stock_gptq
 from .layout import GUARD, QUANTIZED_TENSORS, TensorPlan, guard_tensor, layer_plan
-from .reader import CONFIG_FILE, CheckpointReader, resolve_model_dir
+from .reader import CONFIG_FILE, CheckpointReader, read_json, resolve_model_dir
+from .side_files import RECORD_FILE
 from .validate import check_layers, check_values
 
 
@@ -56,6 +57,7 @@ class QuantizedCheckpoint:
         Raises:
             CheckpointError: not quantized, damaged, or its config contradicts its tensors.
         """
+        _refuse_export(Path(directory))
         self.reader = CheckpointReader(directory)
         raw = self.reader.config.get("quantization_config")
         self.stock: stock_gptq.StockConfig | None = None
@@ -137,6 +139,16 @@ class QuantizedCheckpoint:
         yield f"{name}.{GUARD}", guard_tensor(spec.in_features)
         if layer.g_idx is not None:
             yield f"{name}.g_idx", layer.g_idx
+
+
+def _refuse_export(directory: Path) -> None:
+    record = directory / RECORD_FILE
+    format = read_json(record).get("format") if record.exists() else "gptq"
+    if format not in ("gptq", "lora"):  # the one can be read, of the other the reader says more
+        raise CheckpointError(
+            f"{directory}: is an export in format {format!r}, for other runtimes. Give the model "
+            f"that it was made from; `qalora verify {directory} --against MODEL` compares the two."
+        )
 
 
 def _own_config(reader: CheckpointReader, raw: dict) -> QALoRAQuantConfig:

@@ -11,11 +11,12 @@ from transformers.core_model_loading import WeightRenaming, rename_source_key
 from qalora_kernels import QuantSpec, load_offsets
 
 from ..errors import CheckpointError
+from ..quant.absent import AbsentWeight
 from ..quant.linear import QuantLinear
 from . import stock_gptq
 from .base import QuantizedCheckpoint
 from .layout import GUARD, QUANTIZED_TENSORS
-from .selection import keep_from_initialization, linears_in_blocks
+from .selection import linears_in_blocks, refuse_read_weights
 from .sharded_loading import PendingLayer
 from .validate import check_values
 
@@ -40,6 +41,8 @@ class StockGPTQLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.spec = spec
+        # some parents initialise their layers' weights
+        self.weight = AbsentWeight((spec.out_features, spec.in_features), torch.float32, "meta")
         groups, n = spec.num_groups, spec.out_features
         for name, shape, dtype in (
             ("qweight", (spec.packed_rows, n), torch.int32),
@@ -111,13 +114,13 @@ def place_layers(
         if surplus_bias:
             ignored.add(names.unknown(f"{layer}.bias"))
         if pending:
-            model.set_submodule(name, PendingLayer(bias))
+            model.set_submodule(name, PendingLayer(spec, bias))
             parts = (*QUANTIZED_TENSORS, "qzeros")
             ignored |= {names.unknown(f"{layer}.{part}") for part in parts}
         else:
             model.set_submodule(name, _empty_layer(checkpoint, layer, spec, bias))
-        keep_from_initialization(model, name)
         placed[name] = layer
+    refuse_read_weights(model, placed)
     if not placed:
         raise CheckpointError(
             f"{checkpoint.directory}: none of its {len(checkpoint.layers)} quantized layers "

@@ -8,12 +8,12 @@ from transformers.core_model_loading import ConversionOps
 
 from qalora_kernels import QuantSpec
 
-from ..errors import QALoRAError
+from ..errors import ConfigError, QALoRAError
 from ..quant.config import QALoRAQuantConfig
 from ..quant.fingerprint import mark
 from ..quant.linear import QuantLinear
 from ..quant.rtn import rtn
-from .selection import keep_from_initialization, linears_to_quantize
+from .selection import check_group_sizes, check_overrides, linears_to_quantize
 from .sharded_loading import loads_sharded, shard
 
 
@@ -34,17 +34,21 @@ class LayerQuantizer:
             config: of the quantization.
 
         Raises:
-            ConfigError: the model has no layer to quantize.
+            ConfigError: the model has no layer to quantize, a setting names none of them, or asks
+                for what needs calibration data.
         """
+        _check_data_free(config)
         self.specs: dict[str, QuantSpec] = {}
         self.error: QALoRAError | None = None
         self.marks: list[str] = []
-        for name, linear in linears_to_quantize(model, config).items():
+        linears = linears_to_quantize(model, config)
+        check_group_sizes(config, linears.values())
+        for name, linear in linears.items():
             self.specs[name] = config.spec_for(name, linear.in_features, linear.out_features)
-            keep_from_initialization(model, name)
             # a checkpoint's tensor is cast to this dtype before it is quantized: not to bf16
             empty = torch.empty(linear.weight.shape, dtype=torch.float32, device="meta")
             linear.weight = nn.Parameter(empty, requires_grad=False)
+        check_overrides(config, self.specs)
 
     def quantize(self, model: nn.Module, name: str, weight: torch.Tensor) -> None:
         """Replace the layer `name` of the model by its quantized form."""
@@ -80,6 +84,21 @@ class LayerQuantizer:
             module = model.get_submodule(name)
             if isinstance(module, nn.Linear):
                 module.weight = nn.Parameter(module.weight.to(dtype))
+
+
+def _check_data_free(config: QALoRAQuantConfig) -> None:
+    if config.desc_act:
+        raise ConfigError(
+            "quantization_config: desc_act orders inputs by calibration data, and there is none "
+            "while a model loads. Leave it out, or quantize with `qalora quantize MODEL --out DIR "
+            "--calibration FILE --desc-act` and load the result without quantization_config."
+        )
+    if config.method != "rtn":
+        raise ConfigError(
+            f"quantization_config: method {config.method!r} needs calibration data, and there is "
+            "none while a model loads. Leave it out (rtn), or quantize with `qalora quantize MODEL "
+            "--out DIR --calibration FILE` and load the result without quantization_config."
+        )
 
 
 class QuantizeOnLoad(ConversionOps):

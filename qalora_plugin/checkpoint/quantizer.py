@@ -4,12 +4,14 @@ Registered by `register()`, which `import qalora_plugin` calls. `from_pretrained
 checkpoints and stock GPTQ ones, and quantizes 16-bit ones; `save_pretrained` writes ours.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.core_model_loading import build_glob_alternation
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
@@ -31,7 +33,10 @@ from .layout import GUARD, guard_tensor, quantized_layers
 from .loading import finish_layers, place_layers
 from .on_the_fly import LayerQuantizer, QuantizeOnLoad
 from .reader import CheckpointReader
+from .safetensors_header import read_header
 from .sharded_loading import finish_sharding, load_layers, loads_sharded
+
+_VARIANT = re.compile(r"model\.[^.]+\.safetensors")
 
 
 class QALoRAQuantizer(HfQuantizer):
@@ -74,7 +79,7 @@ class QALoRAQuantizer(HfQuantizer):
         self._dtype = dtype or torch.get_default_dtype()
         directory = Path(checkpoint_files[0]).parent
         with torch.device("cpu"):  # this is called under the meta device
-            stored = quantized_layers(CheckpointReader(directory).tensors)
+            stored = quantized_layers(_tensor_names([Path(file) for file in checkpoint_files]))
             # an AutoGPTQ directory may have quantize_config.json only, which transformers overlooks
             if self.pre_quantized or stored:
                 self.pre_quantized: bool = True
@@ -133,6 +138,7 @@ class QALoRAQuantizer(HfQuantizer):
             finish_sharding(model)
             self.quantization_config.base.setdefault("name_or_path", _public_name(model))
             self._layers = None
+        self._set_weight_dtypes(model)
         model.config.quantization_config = self.quantization_config
         return model
 
@@ -147,6 +153,17 @@ class QALoRAQuantizer(HfQuantizer):
                 and parameter.dtype not in kept.values()
             ):
                 parameter.data = parameter.data.to(dtype)
+
+    def _set_weight_dtypes(self, model: PreTrainedModel) -> None:
+        """Quantized layers answer with the dtype of the dense layers, as T5's forward asks."""
+        assert self._dtype is not None
+        plan = model._get_dtype_plan(self._dtype)
+        kept, pattern_of, _ = build_glob_alternation(list(plan))
+        for name, module in model.named_modules():
+            if isinstance(module, QuantLinear):
+                found = kept.search(f"{name}.weight") if plan else None
+                dtype = plan[pattern_of[str(found.lastgroup)]] if found else self._dtype
+                module.weight_dtype = dtype
 
     def get_state_dict_and_metadata(
         self, model: PreTrainedModel
@@ -204,6 +221,13 @@ class QALoRAQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """The operators have fake kernels."""
         return True
+
+
+def _tensor_names(files: list[Path]) -> list[str]:
+    """Names of the tensors in the files of one directory that transformers will read."""
+    if all(_VARIANT.fullmatch(path.name) for path in files):  # from_pretrained(variant="fp16")
+        return [name for path in files for name in read_header(path)[0]]
+    return list(CheckpointReader(files[0].parent).tensors)
 
 
 def _public_name(model: PreTrainedModel) -> str:

@@ -20,6 +20,8 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 CONFIG_FILE = "config.json"
 _COPY_BYTES = 16 << 20
+_RESTORE = "Download or copy it again."
+_MIXED = "The directory mixes two checkpoints: download or copy one into an empty directory."
 _HUB_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
 
 
@@ -32,11 +34,13 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}).") from error
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}). {_RESTORE}") from error
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error}).") from error
+        raise CheckpointError(f"{path}: not valid JSON ({error}). {_RESTORE}") from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}.")
+        raise CheckpointError(
+            f"{path}: expected a JSON object, found {type(value).__name__}. {_RESTORE}"
+        )
     return value
 
 
@@ -95,7 +99,7 @@ class CheckpointReader:
         """
         self.directory = Path(directory)
         if not self.directory.is_dir():
-            raise CheckpointError(f"{self.directory}: no such directory.")
+            raise CheckpointError(f"{self.directory}: no such directory. Give that of a model.")
         self.tensors: dict[str, TensorInfo] = {}
         self.metadata: dict[str, str] = {}
         index = self.directory / INDEX_FILE
@@ -112,7 +116,7 @@ class CheckpointReader:
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(
-                f"{index}: expected an object `weight_map`, found {weight_map!r}."
+                f"{index}: expected an object `weight_map`, found {weight_map!r}. {_RESTORE}"
             )
         for name, shard in weight_map.items():
             _check_shard_name(index, name, shard)
@@ -132,14 +136,14 @@ class CheckpointReader:
                 if weight_map.get(name) != path.name:
                     raise CheckpointError(
                         f"{path}: holds tensor {name}, which {INDEX_FILE} places in "
-                        f"{weight_map.get(name, 'no shard')}. The directory mixes two checkpoints."
+                        f"{weight_map.get(name, 'no shard')}. {_MIXED}"
                     )
                 self.tensors[name] = info
         lost = [name for name in weight_map if name not in self.tensors]
         if lost:
             raise CheckpointError(
                 f"{index}: places tensor {lost[0]} in {weight_map[lost[0]]}, which does not hold "
-                f"it ({len(lost)} such). The directory mixes two checkpoints."
+                f"it ({len(lost)} such). {_MIXED}"
             )
         return files
 
@@ -153,7 +157,10 @@ class CheckpointReader:
             CheckpointError: there is no such tensor.
         """
         if name not in self.tensors:
-            raise CheckpointError(f"{self.directory}: no tensor {name}.")
+            raise CheckpointError(
+                f"{self.directory}: no tensor {name}. The checkpoint is incomplete: write or copy "
+                "it again."
+            )
         return self.tensors[name]
 
     def get(self, name: str) -> torch.Tensor:
@@ -216,14 +223,18 @@ def _check_shard_name(index: Path, name: str, shard: Any) -> None:
         )
     if not shard.endswith(".safetensors"):
         raise CheckpointError(
-            f"{index}: weight_map places {name} in {shard!r}; only .safetensors files are read."
+            f"{index}: weight_map places {name} in {shard!r}; only .safetensors files are read. "
+            "Load it with transformers in an environment that you trust, then save_pretrained."
         )
 
 
 def _no_weights(directory: Path) -> str:
     start = f"{directory}: no {SINGLE_FILE} and no {INDEX_FILE}"
     if (directory / "adapter_config.json").exists():
-        return f"{start}: this is an adapter. Give the directory of the base model."
+        return (
+            f"{start}: this is an adapter. Merge it first, `qalora merge {directory} --out DIR`, "
+            "and give DIR. (`qalora export --format lora` takes the adapter itself.)"
+        )
     if any(directory.glob("*.bin")) or any(directory.glob("*.pt")):
         return (
             f"{start}, only pickle files (.bin, .pt), which can run code and are never read. "

@@ -1,10 +1,21 @@
 """Which linear layers of a model are quantized: one rule for every way of quantizing."""
 
+from collections.abc import Iterable
+
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import ConfigError
-from ..quant.config import QALoRAQuantConfig
+from ..quant.config import QALoRAQuantConfig, matches
+
+# parents whose forward computes with the `weight` of these layers instead of calling them, by
+# class name; what is missing here is refused by `AbsentWeight` when it happens
+_READ_BY_PARENT = {
+    "MambaMixer": ("dt_proj", "x_proj", "out_proj"),
+    "RwkvSelfAttention": ("output",),
+    "RwkvFeedForward": ("value",),
+}
+_USUAL_ENTRY = "lm_head"  # in every list that was ever copied; headless models have none
 
 
 def linears_in_blocks(model: nn.Module) -> dict[str, nn.Linear]:
@@ -27,24 +38,94 @@ def _is_list(module: nn.Module) -> bool:
     return isinstance(module, nn.ModuleList)
 
 
-def keep_from_initialization(model: nn.Module, name: str) -> None:
-    """Stop transformers from initialising the module that holds the layer `name`.
+def refuse_read_weights(model: nn.Module, names: Iterable[str]) -> None:
+    """Refuse layers that the model does not call.
 
-    Some architectures (T5, ModernBERT) do it in the parent, through the layer's `weight`, which a
-    quantized layer does not have.
-    """
-    model.get_submodule(name.rpartition(".")[0])._is_hf_initialized = True  # type: ignore[assignment]
-
-
-def linears_to_quantize(model: nn.Module, config: QALoRAQuantConfig) -> dict[str, nn.Linear]:
-    """`linears_in_blocks`, less what the config's `modules_to_not_convert` excludes.
+    Args:
+        model: the model.
+        names: of the layers that are, or are to be, quantized.
 
     Raises:
-        ConfigError: nothing is left.
+        ConfigError: the model computes with the `weight` of one of them itself.
+    """
+    found: dict[str, str] = {}
+    for name in names:
+        parent, _, leaf = name.rpartition(".")
+        if leaf in _READ_BY_PARENT.get(type(model.get_submodule(parent)).__name__, ()):
+            found.setdefault(f"{parent.rpartition('.')[2]}.{leaf}", name)
+    if found:
+        first = next(iter(found.values()))
+        raise ConfigError(
+            f"{type(model).__name__} computes with the numbers of {first}.weight itself instead "
+            "of calling the layer, so this layer cannot be quantized. Quantize the 16-bit model "
+            f"with {sorted(found)} in modules_to_not_convert."
+        )
+
+
+def check_overrides(config: QALoRAQuantConfig, names: Iterable[str]) -> None:
+    """Refuse an entry of `dynamic` that changes nothing.
+
+    Args:
+        config: of the quantization.
+        names: of the layers to quantize, as `config.spec_for` is asked for them.
+
+    Raises:
+        ConfigError: an entry matches none of them.
+    """
+    names = list(names)
+    for entry in config.dynamic:
+        if not any(matches(name, entry) for name in names):
+            raise ConfigError(
+                f"dynamic: {entry!r} matches none of the layers to quantize, which are called "
+                f"like {names[0]}. Correct or remove it."
+            )
+
+
+def check_group_sizes(config: QALoRAQuantConfig, linears: Iterable[nn.Linear]) -> None:
+    """Refuse a group size that cuts no layer.
+
+    Args:
+        config: of the quantization.
+        linears: the layers to quantize.
+
+    Raises:
+        ConfigError: `group_size`, or that of an override, is larger than every layer's inputs.
+    """
+    widest = max(linear.in_features for linear in linears)
+    for size in (config.group_size, *(o.get("group_size", 1) for o in config.dynamic.values())):
+        if size > widest:
+            raise ConfigError(
+                f"group_size {size} is larger than the inputs of every layer to quantize (at most "
+                f"{widest}): give a smaller one, or -1 for one group per output"
+            )
+
+
+def linears_to_quantize(
+    model: nn.Module, config: QALoRAQuantConfig, stored: Iterable[str] = ()
+) -> dict[str, nn.Linear]:
+    """`linears_in_blocks`, less what the config's `modules_to_not_convert` excludes.
+
+    Args:
+        model: the model.
+        config: of the quantization.
+        stored: names of tensors in the model's files, which `modules_to_not_convert` may use too.
+
+    Raises:
+        ConfigError: nothing is left, an entry of `modules_to_not_convert` matches nothing, or a
+            layer cannot be quantized in this architecture.
     """
     linears = linears_in_blocks(model)
+    known = {name for name, _ in model.named_modules()} | {n for n, _ in model.named_parameters()}
+    known |= {part for name in stored for part in (name, name.removesuffix(".weight"))}
+    for entry in config.modules_to_not_convert or []:
+        if entry != _USUAL_ENTRY and not any(matches(name, entry) for name in known):
+            raise ConfigError(
+                f"modules_to_not_convert: {entry!r} matches no module of {type(model).__name__}, "
+                f"whose layers are called like {next(iter(linears), 'none')}. Correct or remove it."
+            )
     chosen = {name: module for name, module in linears.items() if config.is_converted(name)}
     if chosen:
+        refuse_read_weights(model, chosen)
         return chosen
     name = type(model).__name__
     if linears:

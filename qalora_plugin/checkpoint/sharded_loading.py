@@ -4,9 +4,13 @@ transformers loads a quantized model whole on every rank before anything can sha
 placeholders for the quantized layers, and these are filled here when the rest is loaded.
 """
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from qalora_kernels import QuantSpec
+
+from ..quant.absent import AbsentWeight
 from ..quant.fingerprint import fingerprint
 from ..quant.linear import QuantLinear
 from ..quant.sharded import ShardedQuantLinear, pack_grid
@@ -17,8 +21,10 @@ from .base import QuantizedCheckpoint
 class PendingLayer(nn.Module):
     """Stands for a quantized layer until it is loaded; transformers fills its bias."""
 
-    def __init__(self, bias: nn.Parameter | None) -> None:
+    def __init__(self, spec: QuantSpec, bias: nn.Parameter | None) -> None:
         super().__init__()
+        # some parents initialise their layers' weights
+        self.weight = AbsentWeight((spec.out_features, spec.in_features), torch.float32, "meta")
         self.bias = bias
         self._is_hf_initialized = True
 

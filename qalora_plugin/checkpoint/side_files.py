@@ -7,8 +7,20 @@ from pathlib import Path
 from .manifest import MANIFEST_FILE
 from .reader import CONFIG_FILE, INDEX_FILE
 
-MODEL_FILES = ("*.json", "*.jinja", "*.model", "*.py", "*.tiktoken", "*.txt", "LICENSE*", "NOTICE*")
+_MORE_TEMPLATES = "additional_chat_templates/*.jinja"  # all but the default one
+MODEL_FILES = (
+    "*.json",
+    "*.jinja",
+    "*.model",
+    "*.py",
+    "*.tiktoken",
+    "*.txt",
+    "LICENSE*",
+    "NOTICE*",
+    _MORE_TEMPLATES,
+)
 TOKENIZER_FILES = (
+    _MORE_TEMPLATES,
     "added_tokens.json",
     "chat_template.jinja",
     "merges.txt",
@@ -33,4 +45,6 @@ def copy_side_files(source: Path, target: Path, patterns: Iterable[str] = MODEL_
     for pattern in patterns:
         for path in sorted(source.glob(pattern)):
             if path.is_file() and path.name not in _WRITTEN_ANEW:
-                shutil.copyfile(path, target / path.name)
+                copy = target / path.relative_to(source)
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, copy)

@@ -27,6 +27,7 @@ from .reader import CONFIG_FILE, CheckpointReader, read_json
 QUANTIZE_CONFIG_FILE = "quantize_config.json"
 STOCK_TENSORS = ("qweight", "qzeros", "scales", "g_idx")
 _DYNAMIC_KEYS = {"bits", "group_size", "desc_act", "sym"}
+_QUANTIZE_AGAIN = "Quantize the 16-bit model again with `qalora quantize`."
 # What GPTQModel before 7.0 adds to the three words of 32 packed 3-bit zero-points to come from v1
 # to v2 (and subtracts on the way back): the right constants, but for words in reverse order
 # (corrected by https://github.com/ModelCloud/GPTQModel/pull/2763).
@@ -104,7 +105,9 @@ def parse_stock_config(raw: Any, path: Path) -> StockConfig:
         CheckpointError: it is not GPTQ, or names a format or an option that is not read.
     """
     if not is_stock_gptq(raw):
-        raise CheckpointError(f"{path}: expected quant_method 'gptq', found {raw!r}.")
+        raise CheckpointError(
+            f"{path}: expected quant_method 'gptq', found {raw!r}. {_QUANTIZE_AGAIN}"
+        )
     # AutoGPTQ and GPTQModel write checkpoint_format, later GPTQModel and optimum also format
     checkpoint_format = str(raw.get("checkpoint_format") or raw.get("format") or "gptq").lower()
     if checkpoint_format not in ("gptq", "gptq_v2"):
@@ -116,7 +119,9 @@ def parse_stock_config(raw: Any, path: Path) -> StockConfig:
     _check_grid(path, "", bits, group_size)
     pack_dtype = raw.get("pack_dtype") or "int32"
     if pack_dtype != "int32":
-        raise CheckpointError(f"{path}: pack_dtype {pack_dtype!r} is not read; expected 'int32'.")
+        raise CheckpointError(
+            f"{path}: pack_dtype {pack_dtype!r} is not read; expected 'int32'. {_QUANTIZE_AGAIN}"
+        )
     meta = raw.get("meta") or {}
     quantizer = meta.get("quantizer", "") if isinstance(meta, dict) else ""
     names = quantizer if isinstance(quantizer, list) else [quantizer]
@@ -135,28 +140,36 @@ def parse_stock_config(raw: Any, path: Path) -> StockConfig:
 
 def _check_grid(path: Path, where: str, bits: Any, group_size: Any) -> None:
     if bits not in SUPPORTED_BITS:
-        raise CheckpointError(f"{path}: {where}bits: expected {SUPPORTED_BITS}, found {bits!r}.")
+        raise CheckpointError(
+            f"{path}: {where}bits: expected one of {SUPPORTED_BITS}, found {bits!r}. "
+            f"{_QUANTIZE_AGAIN}"
+        )
     if not isinstance(group_size, int) or (group_size != -1 and group_size < 1):
         raise CheckpointError(
-            f"{path}: {where}group_size: expected a positive number or -1, found {group_size!r}."
+            f"{path}: {where}group_size: expected a positive number or -1, found {group_size!r}. "
+            f"{_QUANTIZE_AGAIN}"
         )
 
 
 def _check_dynamic(path: Path, dynamic: Any, bits: Any, group_size: Any) -> None:
     if not isinstance(dynamic, dict):
-        raise CheckpointError(f"{path}: dynamic: expected an object, found {dynamic!r}.")
+        raise CheckpointError(
+            f"{path}: dynamic: expected an object, found {dynamic!r}. {_QUANTIZE_AGAIN}"
+        )
     for pattern, override in dynamic.items():
         where = f"dynamic[{pattern!r}]: "
         try:
             re.compile(pattern.removeprefix("-:").removeprefix("+:"))
         except re.error as error:
-            raise CheckpointError(f"{path}: {where}not a regular expression ({error}).") from error
+            raise CheckpointError(
+                f"{path}: {where}not a regular expression ({error}). Correct it."
+            ) from error
         if pattern.startswith("-:"):
             continue
         if not isinstance(override, dict) or set(override) - _DYNAMIC_KEYS:
             raise CheckpointError(
                 f"{path}: {where}expected some of {sorted(_DYNAMIC_KEYS)}, found {override!r}. "
-                "Quantize the 16-bit model again with `qalora quantize`."
+                f"{_QUANTIZE_AGAIN}"
             )
         _check_grid(path, where, override.get("bits", bits), override.get("group_size", group_size))
 
@@ -172,7 +185,10 @@ def check_stock_layers(reader: CheckpointReader, stock: StockConfig) -> dict[str
     """
     names = [name.removesuffix(".qweight") for name in reader.tensors if name.endswith(".qweight")]
     if not names:
-        raise CheckpointError(f"{reader.directory}: no qweight: not a GPTQ checkpoint.")
+        raise CheckpointError(
+            f"{reader.directory}: no qweight: not a GPTQ checkpoint. The weights belong to another "
+            "one: copy config and weights from one."
+        )
     return {name: _check_stock_layer(reader, stock, name) for name in names}
 
 
@@ -180,13 +196,14 @@ def _check_stock_layer(reader: CheckpointReader, stock: StockConfig, name: str) 
     for part in STOCK_TENSORS:
         if f"{name}.{part}" not in reader:
             raise CheckpointError(
-                f"{reader.directory}: {name}.{part} is missing: not a whole stock GPTQ layer."
+                f"{reader.directory}: {name}.{part} is missing: not a whole stock GPTQ layer. "
+                "Download or copy the checkpoint again."
             )
     qweight, qzeros, scales, g_idx = (reader.info(f"{name}.{part}") for part in STOCK_TENSORS)
     if len(qweight.shape) != 2 or len(g_idx.shape) != 1:
         raise CheckpointError(
             f"{qweight.file}: {name}: expected qweight [rows, out_features] and g_idx "
-            f"[in_features], found shapes {qweight.shape} and {g_idx.shape}."
+            f"[in_features], found shapes {qweight.shape} and {g_idx.shape}. {_QUANTIZE_AGAIN}"
         )
     spec = stock.spec_for(name, g_idx.shape[0], qweight.shape[1])
     words = -(-spec.out_features * spec.bits // 32)
@@ -201,14 +218,17 @@ def _check_stock_layer(reader: CheckpointReader, stock: StockConfig, name: str) 
                 f"{info.file}: {info.name}: expected shape {list(shape)} for bits={spec.bits}, "
                 f"group_size={spec.group_size}, in_features={spec.in_features}, found "
                 f"{list(info.shape)}. The config contradicts the tensors, or the layer was cut off "
-                "by a quantizer that needs multiples of 32."
+                f"by a quantizer that needs multiples of 32. {_QUANTIZE_AGAIN}"
             )
     for info in (qweight, qzeros, g_idx):
         if info.dtype != torch.int32:
-            raise CheckpointError(f"{info.file}: {info.name}: expected int32, found {info.dtype}.")
+            raise CheckpointError(
+                f"{info.file}: {info.name}: expected int32, found {info.dtype}. {_QUANTIZE_AGAIN}"
+            )
     if not scales.dtype.is_floating_point:
         raise CheckpointError(
-            f"{scales.file}: {scales.name}: expected floats, found {scales.dtype}."
+            f"{scales.file}: {scales.name}: expected floats, found {scales.dtype}. "
+            f"{_QUANTIZE_AGAIN}"
         )
     return spec
 
@@ -278,7 +298,7 @@ def scales_and_offsets(
     if not torch.equal(stored, scales.float()):
         raise CheckpointError(
             f"{where}.scales: {scales.dtype} values that float16 does not hold exactly. "
-            "Quantize the 16-bit model again with `qalora quantize`."
+            f"{_QUANTIZE_AGAIN}"
         )
     return stored, stored * (spec.mid - zero_points(qzeros, spec, stock)).float()
 

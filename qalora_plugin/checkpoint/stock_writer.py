@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from qalora_kernels import QuantSpec
 from qalora_kernels.packing import pack_columns
 
 from .. import __version__
 from ..errors import CheckpointError, ConfigError
+from .architecture import read_architecture
 from .atomic import AtomicDirectory
 from .base import LayerTensors, QuantizedCheckpoint
 from .layout import TensorPlan
@@ -28,6 +28,8 @@ from .stock_gptq import QUANTIZE_CONFIG_FILE
 from .writer import CheckpointWriter, split_plan
 
 FORMATS = ("gptq", "gptq_v2")
+GPTQMODEL_GROUP_SIZES = (-1, 16, 32, 64, 128, 256, 512, 1024)
+"""What GPTQModel 5.8 loads (`SUPPORTS_GROUP_SIZE` of its TorchQuantLinear)."""
 # GPTQModel reads an asymmetric v1 checkpoint only if it names itself, from this version on, as the
 # producer: the first that stored zero-points unclipped, as we do
 _GPTQMODEL_COMPATIBLE = "gptqmodel:0.9.0"
@@ -61,7 +63,7 @@ def write_stock_gptq(
     directory = AtomicDirectory(target)
     if not isinstance(source, QuantizedCheckpoint):
         source = QuantizedCheckpoint(source)
-    symmetric = _check(source, checkpoint_format)
+    symmetric = check_writable(source, checkpoint_format)
     plan, copies = _plan(source)
     config, quantize_config = _configs(source, checkpoint_format, symmetric)
     with directory as partial:
@@ -103,8 +105,12 @@ def integer_zeros(where: str, layer: LayerTensors, spec: QuantSpec) -> torch.Ten
     return zeros.to(torch.int32)
 
 
-def _check(source: QuantizedCheckpoint, checkpoint_format: str) -> bool:
-    """Check every layer before anything is written; whether all zero-points are the middle code."""
+def check_writable(source: QuantizedCheckpoint, checkpoint_format: str = "gptq") -> bool:
+    """Check every layer before anything is written; see `write_stock_gptq` for the errors.
+
+    Returns:
+        Whether all zero-points are the middle code.
+    """
     if source.config.dynamic and checkpoint_format == "gptq":
         raise ConfigError(
             f"{source.directory / CONFIG_FILE}: layers differ in bits or group_size (dynamic), "
@@ -136,7 +142,9 @@ def _plan(source: QuantizedCheckpoint) -> tuple[TensorPlan, dict[str, str]]:
     for name in source.dense_names:
         info = source.reader.info(name)
         plan[name] = (info.dtype, info.shape)
-    for name, original in _tied_weights(source).items():
+    architecture = read_architecture(source)
+    # AutoGPTQ leaves what is tied and left out of the file random
+    for name, original in (architecture.tied if architecture else {}).items():
         if name not in plan and original in plan:
             plan[name] = plan[original]
             copies[name] = original
@@ -147,17 +155,6 @@ def _plan(source: QuantizedCheckpoint) -> tuple[TensorPlan, dict[str, str]]:
         plan[f"{name}.scales"] = (spec.scales_dtype, (groups, n))
         plan[f"{name}.g_idx"] = (torch.int32, (spec.in_features,))
     return plan, copies
-
-
-def _tied_weights(source: QuantizedCheckpoint) -> dict[str, str]:
-    """Tied parameters, {left out of the file: written}. AutoGPTQ leaves the former random."""
-    config = AutoConfig.from_pretrained(source.directory)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    if type(config) not in AutoModelForCausalLM._model_mapping:
-        return {}
-    with torch.device("meta"):
-        return dict(AutoModelForCausalLM.from_config(config).all_tied_weights_keys)
 
 
 def _write_shard(

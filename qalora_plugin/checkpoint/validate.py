@@ -13,6 +13,7 @@ from .layout import GUARD, layer_plan, quantized_layers, read_in_features
 from .reader import CONFIG_FILE, CheckpointReader
 
 _LAYER_TENSORS = {"qweight", "scales", "offsets", "g_idx", "bias", GUARD}
+_BAD_VALUES = "The file is damaged, or was quantized wrongly: copy it, or quantize, again."
 
 
 def check_layers(reader: CheckpointReader, config: QALoRAQuantConfig) -> dict[str, QuantSpec]:
@@ -33,7 +34,7 @@ def check_layers(reader: CheckpointReader, config: QALoRAQuantConfig) -> dict[st
     if not names:
         raise CheckpointError(
             f"{reader.directory}: {CONFIG_FILE} says quant_method {config.quant_method!r}, but no "
-            "tensor is a qweight. The weights belong to another checkpoint."
+            "tensor is a qweight. The weights belong to another checkpoint: copy both from one."
         )
     parts = _tensors_by_layer(reader)
     specs = {}
@@ -74,7 +75,7 @@ def _check_layer(
     if len(qweight.shape) != 2:
         raise CheckpointError(
             f"{qweight.file}: {qweight.name}: expected [rows, out_features], "
-            f"found shape {qweight.shape}."
+            f"found shape {qweight.shape}. The file is damaged: write or copy it again."
         )
     if "qzeros" in found:
         raise CheckpointError(
@@ -86,7 +87,8 @@ def _check_layer(
         surplus.append("g_idx (desc_act is false)")
     if surplus:
         raise CheckpointError(
-            f"{qweight.file}: {name} has tensors that its format does not: {', '.join(surplus)}."
+            f"{qweight.file}: {name} has tensors that its format does not: {', '.join(surplus)}. "
+            f"{CONFIG_FILE} belongs to another checkpoint: restore the original one."
         )
     in_features = read_in_features(reader, name)
     spec = config.spec_for(name, in_features, qweight.shape[1])
@@ -102,7 +104,8 @@ def _check_layer(
             raise CheckpointError(
                 f"{info.file}: {tensor}: expected {_describe(dtype, shape)} for bits={spec.bits}, "
                 f"group_size={spec.group_size}, in_features={in_features} ({CONFIG_FILE}), found "
-                f"{_describe(info.dtype, info.shape)}. {CONFIG_FILE} contradicts the tensors."
+                f"{_describe(info.dtype, info.shape)}. {CONFIG_FILE} contradicts the tensors: "
+                "restore the original one, or write the checkpoint again."
             )
     return spec
 
@@ -148,13 +151,13 @@ def check_values(
     if bad_scales:
         raise CheckpointError(
             f"{where}.scales: expected positive finite numbers, found {bad_scales} of "
-            f"{scales.numel()} that are not. The file is damaged, or was quantized wrongly."
+            f"{scales.numel()} that are not. {_BAD_VALUES}"
         )
     bad_offsets = int((~offsets.isfinite()).sum())
     if bad_offsets:
         raise CheckpointError(
             f"{where}.offsets: expected finite numbers, found {bad_offsets} of "
-            f"{offsets.numel()} that are not. The file is damaged, or was quantized wrongly."
+            f"{offsets.numel()} that are not. {_BAD_VALUES}"
         )
     if g_idx is None:
         return
@@ -162,5 +165,5 @@ def check_values(
     if low < 0 or high >= spec.num_groups:
         raise CheckpointError(
             f"{where}.g_idx: expected group numbers from 0 to {spec.num_groups - 1}, "
-            f"found {low} to {high}. The file is damaged."
+            f"found {low} to {high}. The file is damaged: write or copy it again."
         )

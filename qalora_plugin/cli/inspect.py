@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 
@@ -12,10 +13,10 @@ def add_parser(subparsers: Any) -> None:
         "inspect",
         help="say what a directory holds, and check it",
         description="Say what a directory holds (16-bit model, quantized base, merged model, stock "
-        "GPTQ model or adapter), how large its parts are, and whether its config, shapes, values "
-        "and hashes agree. Exits with 1 if they do not.",
+        "GPTQ model, adapter or export), how large its parts are, and whether its config, shapes, "
+        "values and hashes agree. Exits with 1 if they do not.",
     )
-    parser.add_argument("model", help="directory, or Hub id")
+    parser.add_argument("model", help="directory, .gguf file, or Hub id")
     parser.add_argument(
         "--quick", action="store_true", help="check config and shapes only, not values and hashes"
     )
@@ -30,15 +31,53 @@ def main(args: argparse.Namespace) -> int:
     from ..checkpoint.describe import describe
     from ..checkpoint.reader import resolve_model_dir
 
+    path = Path(args.model).expanduser()
+    is_file = path.is_file() and path.suffix == ".gguf"
+    directory = path if is_file else resolve_model_dir(args.model)
     with tqdm(desc="checking", unit="layer", file=sys.stderr, delay=1, leave=False) as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
-        found = describe(resolve_model_dir(args.model), quick=args.quick, progress=progress)
+        found = _describe_export(directory, args.quick) or describe(
+            directory, quick=args.quick, progress=progress
+        )
     print(json.dumps(found) if args.json else table(found))
     return 0 if found["valid"] else 1
+
+
+def _describe_export(path: Path, quick: bool) -> dict[str, Any] | None:
+    """What `qalora export` says of its output; None of what `describe` can read itself."""
+    from ..checkpoint.manifest import check_manifest
+    from ..errors import CheckpointError
+    from ..export.record import read_record
+    from ..model_card import find_subject
+
+    if path.is_dir() and (read_record(path) or {}).get("format") in (None, "gptq", "lora"):
+        return None
+    subject = find_subject(path)
+    files = subject.files().values()
+    found: dict[str, Any] = {
+        "kind": "export",
+        "directory" if path.is_dir() else "file": str(path),
+        "format": subject.format,
+        **{key: value for key, value in subject.facts.items() if key != "exactness"},
+        "exactness": subject.exactness,
+        **subject.measured,
+        "weights": f"not read here; `qalora verify {path} --against MODEL` compares them with the "
+        "model that it was made from",
+        "files": len(files),
+        "bytes": {"total": sum(file.stat().st_size for file in files)},
+        "valid": True,
+        "problem": None,
+    }
+    if not quick and path.is_dir():
+        try:
+            found["hashes_checked"] = check_manifest(path)
+        except CheckpointError as error:
+            found["valid"], found["problem"] = False, str(error)
+    return found
 
 
 def table(found: dict[str, Any]) -> str:

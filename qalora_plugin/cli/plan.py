@@ -2,7 +2,10 @@
 
 import argparse
 import json
+import sys
 from typing import Any
+
+from .options import bits, group_size
 
 
 def add_parser(subparsers: Any) -> None:
@@ -18,8 +21,8 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("model", metavar="MODEL", help="directory with config.json, or Hub id")
     base = parser.add_argument_group("base")
-    base.add_argument("--bits", type=int, help="2, 3, 4 or 8 (default: the model's own, or 4)")
-    base.add_argument("--group-size", type=int, help="default: the model's own, or 32")
+    base.add_argument("--bits", type=bits, help="2, 3, 4 or 8 (default: the model's own, or 4)")
+    base.add_argument("--group-size", type=group_size, help="default: the model's own, or 32")
     adapter = parser.add_argument_group("adapter")
     adapter.add_argument(
         "--adapt",
@@ -81,7 +84,7 @@ def add_parser(subparsers: Any) -> None:
         type=float,
         nargs="+",
         metavar="GIB",
-        help="sizes to say what fits on (default: 16 24 40 48 80 141)",
+        help="sizes to say what fits on (default: 16 24 40 48 80 141; none with --device cpu)",
     )
     parser.add_argument("--revision", help="branch, tag or commit of a Hub repository")
     parser.add_argument(
@@ -100,8 +103,8 @@ def main(args: argparse.Namespace) -> int:
     from ..plan.memory import USUAL_GPU_MEMORY
     from ..plan.table import table
 
-    sizes = tuple(args.gpu_memory or USUAL_GPU_MEMORY)
-    if min(sizes) <= 0:
+    sizes = tuple(args.gpu_memory or (USUAL_GPU_MEMORY if args.device == "cuda" else ()))
+    if min(sizes, default=1) <= 0:
         raise ConfigError(f"--gpu-memory: expected GiB above 0, found {min(sizes):g}")
     fields = [field.name for field in dataclasses.fields(PlanSettings)]
     chosen = {name: getattr(args, name) for name in fields}
@@ -111,15 +114,22 @@ def main(args: argparse.Namespace) -> int:
     shape = load_shape(args.model, settings, args.revision, args.trust_remote_code)
     settings = dataclasses.replace(settings, bits=shape.base.bits, group_size=shape.base.group_size)
     plans = plan(shape, settings)
+    if shape.max_tokens is not None and settings.seq_len > shape.max_tokens:
+        print(
+            f"qalora: note: the model takes {shape.max_tokens} tokens (max_position_embeddings), "
+            f"planned for rows of {settings.seq_len}: give --seq-len",
+            file=sys.stderr,
+        )
     if args.json:
         found = {name: result.as_json(sizes) for name, result in plans.items()}
         print(json.dumps({"settings": dataclasses.asdict(settings), "methods": found}))
         return 0
     stage = f", ZeRO-{settings.zero}" if settings.zero else ""
+    where = "process(es)" if settings.device == "cpu" else "GPU(s)"
     kept = "with" if settings.gradient_checkpointing else "without"
     title = (
         f"{args.model}: INT{settings.bits}, groups of {settings.group_size}, "
-        f"adapt={settings.adapt}, r={settings.r}; {settings.gpus} GPU(s){stage}, "
+        f"adapt={settings.adapt}, r={settings.r}; {settings.gpus} {where}{stage}, "
         f"{settings.micro_batch} x {settings.seq_len} tokens each, {settings.dtype}, "
         f"{kept} gradient checkpointing"
     )

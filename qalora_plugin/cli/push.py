@@ -10,12 +10,13 @@ def add_parser(subparsers: Any) -> None:
     """Add the subcommand."""
     parser = subparsers.add_parser(
         "push",
-        help="upload a merged checkpoint or an export to the Hub, with a model card",
-        description="Upload a merged checkpoint, or what `qalora export` wrote, in one commit. A "
+        help="upload a quantized model or an export to the Hub, with a model card",
+        description="Upload a merged checkpoint, a quantized base, or what `qalora export` wrote, "
+        "in one commit, after comparing its weights with their SHA-256. A "
         "model card says what it is, how exact, and how it is loaded; a README.md that is there "
         "already is kept. The token is the one of `hf auth login` or HF_TOKEN.",
     )
-    parser.add_argument("dir", metavar="DIR", help="merged checkpoint, export, or .gguf file")
+    parser.add_argument("dir", metavar="DIR", help="checkpoint, export, or .gguf file")
     parser.add_argument("repo", metavar="REPO", help="repository: NAME, or ORG/NAME")
     parser.add_argument(
         "--private",
@@ -42,10 +43,9 @@ def add_parser(subparsers: Any) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run it; the result goes to stdout."""
-    from ..checkpoint.reader import read_json
     from ..hub import push
 
-    history = read_json(args.trainer_state)["log_history"] if args.trainer_state else ()
+    history = _log_history(args.trainer_state) if args.trainer_state else ()
     result = push(
         args.dir,
         args.repo,
@@ -57,3 +57,22 @@ def main(args: argparse.Namespace) -> int:
     )
     print(json.dumps(result.as_dict()) if args.json else result.as_text())
     return 0
+
+
+def _log_history(path: Path) -> list[dict[str, Any]]:
+    """Of a Trainer's trainer_state.json.
+
+    Raises:
+        CheckpointError: it is no such file.
+    """
+    from ..checkpoint.reader import read_json
+    from ..errors import CheckpointError
+
+    advice = "--trainer-state takes the trainer_state.json of a checkpoint-N that the Trainer saved"
+    try:
+        history = read_json(path).get("log_history")
+    except CheckpointError as error:
+        raise CheckpointError(f"{error} {advice}.") from error
+    if not isinstance(history, list) or not all(isinstance(entry, dict) for entry in history):
+        raise CheckpointError(f"{path}: expected a list `log_history`, found none. {advice}.")
+    return history

@@ -7,14 +7,26 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ..errors import ConfigError
+from .options import (
+    OFFSETS_AT_HELP,
+    at_least,
+    bits,
+    fraction,
+    group_size,
+    note_what_gguf_cannot_hold,
+)
+
+_OVERRIDES = {"bits": bits, "group_size": group_size}
+
 
 def _override(text: str) -> tuple[str, dict[str, int]]:
     """`NAME=bits:8,group_size:64` as (name, overrides)."""
     name, _, values = text.partition("=")
     try:
         pairs = [value.split(":") for value in values.split(",")]
-        return name, {key: int(number) for key, number in pairs}
-    except ValueError:
+        return name, {key: _OVERRIDES[key](number) for key, number in pairs}
+    except (KeyError, ValueError):
         raise argparse.ArgumentTypeError(
             f"expected NAME=bits:B or NAME=bits:B,group_size:G, found {text!r}"
         ) from None
@@ -34,10 +46,10 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("model", metavar="MODEL", help="directory or Hub id of a 16-bit model")
     parser.add_argument("--out", type=Path, required=True, help="directory to make")
-    parser.add_argument("--bits", type=int, default=4, help="2, 3, 4 or 8 (default: %(default)s)")
+    parser.add_argument("--bits", type=bits, default=4, help="2, 3, 4 or 8 (default: %(default)s)")
     parser.add_argument(
         "--group-size",
-        type=int,
+        type=group_size,
         default=32,
         help="inputs that share a scale and an offset; -1 for one group (default: %(default)s)",
     )
@@ -55,9 +67,13 @@ def add_parser(subparsers: Any) -> None:
         help="text like that which the model will see, best the training set: .txt, or .jsonl "
         "with text, messages, prompt + completion, question + answer or instruction + output",
     )
-    data.add_argument("--samples", type=int, default=128, help="windows (default: %(default)s)")
     data.add_argument(
-        "--seq-len", type=int, help="tokens in a window (default: 512, or the model's limit)"
+        "--samples", type=at_least(1), default=128, help="windows (default: %(default)s)"
+    )
+    data.add_argument(
+        "--seq-len",
+        type=at_least(2),
+        help="tokens in a window (default: 512, or the model's limit)",
     )
     data.add_argument(
         "--seed", type=int, default=0, help="of the choice of windows (default: %(default)s)"
@@ -73,9 +89,8 @@ def add_parser(subparsers: Any) -> None:
         "--offsets-at",
         choices=("middle", "minimum"),
         default="middle",
-        help="which weight of a group fp16 holds, the one at the middle code or at code 0; choose "
-        "minimum to deploy with llama.cpp: `qalora export --format gguf` is then bit for bit what "
-        "was trained. Takes 2 bytes a group more in memory (default: %(default)s)",
+        help="which weight of a group fp16 holds, the one at the middle code or at code 0; "
+        f"{OFFSETS_AT_HELP}. Takes 2 bytes a group more in memory (default: %(default)s)",
     )
     form.add_argument(
         "--format",
@@ -109,14 +124,13 @@ def add_parser(subparsers: Any) -> None:
     solver.add_argument(
         "--ordering",
         choices=("groups", "none"),
-        default="groups",
-        help="without --desc-act: larger groups first, or as they come (default: %(default)s)",
+        help="without --desc-act: larger groups first, or as they come (default: groups)",
     )
     solver.add_argument(
         "--no-mse", dest="mse", action="store_false", help="do not search clipped ranges"
     )
     solver.add_argument(
-        "--damp", type=float, default=0.01, help="damping of the Hessian (default: %(default)s)"
+        "--damp", type=fraction, default=0.01, help="damping of the Hessian (default: %(default)s)"
     )
     solver.add_argument(
         "--dtype",
@@ -138,6 +152,7 @@ def main(args: argparse.Namespace) -> int:
 
     from ..quant.pipeline import quantize_model
 
+    _check(args)
     result = quantize_model(
         args.model,
         args.out,
@@ -152,7 +167,7 @@ def main(args: argparse.Namespace) -> int:
         offsets_at=args.offsets_at,
         format=args.format,
         desc_act=args.desc_act,
-        ordering=args.ordering,
+        ordering=args.ordering or "groups",
         mse=args.mse,
         damp=args.damp,
         dynamic=dict(args.override),
@@ -173,3 +188,24 @@ def main(args: argparse.Namespace) -> int:
         print(f"relative error on calibration: mean {mean:.2e}, {errors[worst]:.2e} in {worst}")
     print(f"in 16 bits: {', '.join(result.kept) or 'no linear layer'}", file=sys.stderr)
     return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuse options that would be ignored, in the command line's words."""
+    if args.method == "gptq" and args.calibration is None:
+        raise ConfigError(
+            "GPTQ needs text: give --calibration FILE (.txt or .jsonl, best the training set; a "
+            "few hundred kilobytes are enough), or --method rtn, which is less exact"
+        )
+    if args.method == "rtn":
+        for option in ("calibration", "desc_act", "ordering"):
+            if getattr(args, option):
+                raise ConfigError(
+                    f"--{option.replace('_', '-')} is for --method gptq, found rtn: leave out one "
+                    "of the two"
+                )
+    if args.desc_act and args.ordering:
+        raise ConfigError(
+            "--desc-act has an order of its own, by size: leave out one of it and --ordering"
+        )
+    note_what_gguf_cannot_hold(args)

@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from .options import OFFSETS_AT_HELP, bits, group_size, note_what_gguf_cannot_hold
+
 
 def add_parser(subparsers: Any) -> None:
     """Add the subcommand."""
@@ -15,13 +17,13 @@ def add_parser(subparsers: Any) -> None:
         "with TRL's SFTTrainer, merge, verify, and print what each stage measured. No network, "
         "no GPU. Or do the same with a model and data of one's own.",
     )
-    parser.add_argument("--bits", type=int, default=4, help="2, 3, 4 or 8 (default: %(default)s)")
-    parser.add_argument("--group-size", type=int, default=32, help="default: %(default)s")
+    parser.add_argument("--bits", type=bits, default=4, help="2, 3, 4 or 8 (default: %(default)s)")
+    parser.add_argument("--group-size", type=group_size, default=32, help="default: %(default)s")
     parser.add_argument(
         "--offsets-at",
         choices=("middle", "minimum"),
         default="minimum",
-        help="minimum: export to GGUF is bit for bit, see `qalora quantize` (default: %(default)s)",
+        help=f"which weight of a group fp16 holds; {OFFSETS_AT_HELP} (default: %(default)s)",
     )
     parser.add_argument("--model", help="name or directory of a 16-bit causal LM")
     parser.add_argument(
@@ -68,6 +70,7 @@ def main(args: argparse.Namespace) -> int:
         batch_size=args.batch_size,
         seed=args.seed,
     )
+    note_what_gguf_cannot_hold(args)
     result = run(settings, say=lambda line: print(line, file=sys.stderr, flush=True))
     print(report.as_json(result) if args.json else report.as_text(result))
     return 0

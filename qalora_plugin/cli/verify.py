@@ -29,11 +29,12 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--base",
         metavar="DIR",
-        help="its quantized base (default: what the adapter's config names)",
+        help="of the adapter: its quantized base (default: what the adapter's config names)",
     )
     parser.add_argument(
         "--no-run",
         action="store_true",
+        default=None,
         help="with --against: compare weights only, do not run the export in its runtime",
     )
     parser.add_argument(
@@ -43,14 +44,17 @@ def add_parser(subparsers: Any) -> None:
         "one)",
     )
     parser.add_argument(
-        "--logits", action="store_true", help="also build both models and compare their logits"
+        "--logits",
+        action="store_true",
+        default=None,
+        help="with --adapter: also build both models and compare their logits",
     )
     parser.add_argument(
         "--reference",
         metavar="FILE",
-        help=".safetensors with input_ids [B, T] and logits [B, T, V] that base and adapter gave "
-        "in the code that trained the adapter: proves the convention where the adapter's config "
-        "does not state it",
+        help="with --adapter: .safetensors with input_ids [B, T] and logits [B, T, V] that base "
+        "and adapter gave in the code that trained the adapter: proves the convention where the "
+        "adapter's config does not state it",
     )
     parser.add_argument("--json", action="store_true", help="print the report as JSON on stdout")
     parser.set_defaults(func=main)
@@ -60,6 +64,7 @@ def main(args: argparse.Namespace) -> int:
     """Run it; progress goes to stderr, the report to stdout."""
     from tqdm import tqdm
 
+    _refuse_other(args)
     with tqdm(desc="verifying", unit="layer", file=sys.stderr) as bar:
 
         def progress(done: int, total: int) -> None:
@@ -71,6 +76,20 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
+def _refuse_other(args: argparse.Namespace) -> None:
+    """Refuse options of the other kind of comparison, which would be ignored."""
+    from ..errors import ConfigError
+
+    kind, others = ("--adapter", ("no_run", "python"))
+    if args.against is not None:
+        kind, others = "--against", ("logits", "reference")
+    given = [f"--{name.replace('_', '-')}" for name in others if getattr(args, name) is not None]
+    if given:
+        raise ConfigError(f"{', '.join(given)}: has no meaning with {kind}; leave it out")
+    if args.no_run and args.python is not None:
+        raise ConfigError("--python has no meaning with --no-run; leave one of them out")
+
+
 def _verify(args: argparse.Namespace, progress: Callable[[int, int], None]) -> Any:
     if args.against is not None:
         from ..export.verify import verify_export
@@ -78,6 +97,7 @@ def _verify(args: argparse.Namespace, progress: Callable[[int, int], None]) -> A
         return verify_export(
             args.merged,
             args.against,
+            args.base,
             run=not args.no_run,
             python=args.python,
             progress=progress,

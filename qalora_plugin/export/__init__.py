@@ -5,9 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.base import open_quantized
 from ..errors import ConfigError
 from .record import write_record
-from .walk import ExportResult, Progress
+from .walk import ExportResult, Progress, require
 
 FORMATS = ("gptq", "gguf", "mlx", "onnx", "torchao", "lora")
 OPTIONS: dict[str, frozenset[str]] = {
@@ -18,7 +19,35 @@ OPTIONS: dict[str, frozenset[str]] = {
     "lora": frozenset({"base", "convention"}),
 }
 
-__all__ = ["FORMATS", "ExportResult", "export_model"]
+# what an adapter may change for a format; any other takes every `adapt`
+ADAPTS = {"gptq": frozenset({"scales"}), "lora": frozenset({"zeros"})}
+_LIBRARIES = {"gguf": ("gguf",), "onnx": ("onnx", "onnxruntime_genai", "onnx_ir")}
+
+__all__ = ["ADAPTS", "FORMATS", "ExportResult", "check_format", "check_libraries", "export_model"]
+
+
+def check_libraries(format: str) -> None:
+    """Refuse a format whose libraries are missing.
+
+    Raises:
+        ConfigError: names the library.
+    """
+    for module in _LIBRARIES.get(format, ()):
+        require(module, format)
+
+
+def check_format(base: str | Path, format: str) -> None:
+    """Refuse now what `export_model` would refuse of any model that is this base, adapted.
+
+    What the adapter may change is `ADAPTS`.
+
+    Raises:
+        CheckpointError: the base is damaged, or the format cannot hold it.
+        ConfigError: the format's library is not installed.
+    """
+    check_libraries(format)
+    if format != "lora":  # which holds any base's adapter
+        importlib.import_module(f".{format}", __name__).check(open_quantized(base))
 
 
 def export_model(

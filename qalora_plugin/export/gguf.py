@@ -41,7 +41,7 @@ _BYTES = 20  # of a Q4_1 block: d, m, 16 bytes of codes
 def obstacle(spec: QuantSpec, act_order: bool, exact: bool = False) -> str | None:
     """Why a layer becomes dense, or None where Q4_1 holds it."""
     if exact:
-        return "F32 holds it exactly, as was asked for"
+        return "fp32 was asked for"
     if spec.bits > 4:
         return f"GGUF has no type with {spec.bits} bits and an offset; written as F16"
     if act_order:
@@ -165,12 +165,10 @@ def export(
     if target.suffix != ".gguf":
         raise ConfigError(f"{target}: expected the name of a file that ends in .gguf")
     checkpoint = open_quantized(source)
-    metadata = Metadata(checkpoint.directory)
-    tokenizer = Tokenizer(checkpoint.directory, metadata.config.vocab_size)
+    metadata, tokenizer, names = check(checkpoint)
     act_order = checkpoint.config.desc_act
     found = {name: obstacle(spec, act_order, exact) for name, spec in checkpoint.layers.items()}
     reasons = {name: why for name, why in found.items() if why is not None}
-    names = tensor_names(checkpoint, metadata, gguf)
     dtype = torch.float32 if exact else torch.float16
     rounding = _measure(checkpoint, reasons)
     state = _Export(checkpoint, metadata, reasons, names, dtype, rounding)
@@ -182,10 +180,22 @@ def export(
         _write_tensors(writer, state, gguf, progress)
         writer.close()
     layers = len(checkpoint.layers) - len(reasons)
-    exactness = (
-        rounding.as_text() if layers else f"Weights are rounded to {'fp32' if exact else 'f16'}."
-    )
+    if exact:
+        exactness = "Exact to the rounding of fp32, in which everything is stored."
+    else:
+        exactness = rounding.as_text() if layers else "Weights are rounded to f16."
     return ExportResult(target, "gguf", layers, exactness, reasons)
+
+
+def check(source: QuantizedCheckpoint) -> tuple[Metadata, Tokenizer, dict[str, str]]:
+    """What the file will say of the model; see `tensor_names`.
+
+    Raises:
+        CheckpointError: llama.cpp has not its architecture, tokenizer, or a tensor.
+    """
+    metadata = Metadata(source.directory)
+    tokenizer = Tokenizer(source.directory, metadata.config.vocab_size)
+    return metadata, tokenizer, tensor_names(source, metadata, require("gguf", "gguf"))
 
 
 def _measure(source: QuantizedCheckpoint, reasons: dict[str, str]) -> Rounding:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..checkpoint.base import QuantizedCheckpoint, open_quantized
-from ..checkpoint.stock_writer import integer_zeros, write_stock_gptq
+from ..checkpoint.stock_writer import check_writable, integer_zeros, write_stock_gptq
 from ..errors import CheckpointError, ConfigError
 from ..quant.calibration import Calibration
 from .requantize import requantize as quantize_again
@@ -75,6 +75,11 @@ def export(
     reason = "it is outside the model's blocks, which alone are quantized again; written in fp32"
     dense = dict.fromkeys(sorted(set(checkpoint.layers) - written), reason)
     return ExportResult(target, "gptq", len(written), loss.as_text(), dense, loss.as_dict())
+
+
+def check(source: QuantizedCheckpoint) -> None:
+    """Refuse a model that cannot be written as it is; see `check_writable`."""
+    check_writable(source)
 
 
 def _has_integer_zeros(checkpoint: QuantizedCheckpoint) -> bool:

@@ -60,7 +60,7 @@ def export(
             "is no low-rank change of the weights, so no LoRA adapter is equal to it. Merge it "
             "and export the merged model (format gptq keeps it exact on an integer-zero base)."
         )
-    config = _config(plan)
+    config = _config(plan, str(base or adapter.config["base_model_name_or_path"]))
     with directory as partial:
         writer = ShardWriter(partial / WEIGHTS_FILE, _plan(plan))
         for done, (name, merge) in enumerate(plan.layers.items(), start=1):
@@ -118,13 +118,14 @@ def _expand(
     return expanded.contiguous(), b.clone() if factor == 1 else (b.double() * factor).to(b.dtype)
 
 
-def _config(plan: MergePlan) -> dict[str, Any]:
-    adapter = plan.adapter
+def _config(plan: MergePlan, base: str) -> dict[str, Any]:
+    """`base` as it was given: a Hub id stays one."""
+    adapter, is_local = plan.adapter, Path(base).expanduser().is_dir()
     config = {key: adapter.config[key] for key in _COPIED if key in adapter.config}
     return {
         **config,
         "peft_type": "LORA",
-        "base_model_name_or_path": str(plan.base.directory),
+        "base_model_name_or_path": str(plan.base.directory) if is_local else base,
         "target_modules": _target_modules(plan),
         "bias": "none",
         "fan_in_fan_out": False,

@@ -80,11 +80,16 @@ class MLX:
         }
 
 
+def check(source: QuantizedCheckpoint) -> dict[str, str]:
+    """Layers that become dense, and why; see `obstacles`."""
+    return obstacles(source, MLX().obstacle, MLX.name)
+
+
 def export(source: str | Path, out: str | Path, *, progress: Progress | None) -> ExportResult:
     """Write the directory; see `export_model`."""
     checkpoint = open_quantized(source)
     format = MLX()
-    reasons = obstacles(checkpoint, format.obstacle, format.name)
+    reasons = check(checkpoint)
     config = _config(checkpoint, reasons)
     metadata = {"format": "mlx"}
     target = write_directory(checkpoint, out, format, config, reasons, metadata, progress)

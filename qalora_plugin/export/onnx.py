@@ -111,6 +111,11 @@ def _blocks(per_group: torch.Tensor, spec: QuantSpec, block: int) -> torch.Tenso
     return regroup(per_group, spec, block)
 
 
+def check(source: QuantizedCheckpoint) -> dict[str, str]:
+    """Layers that become dense, and why; see `obstacles`."""
+    return obstacles(source, obstacle, "onnx")
+
+
 def export(source: str | Path, out: str | Path, *, progress: Progress | None) -> ExportResult:
     """Write the directory; see `export_model`.
 
@@ -122,7 +127,7 @@ def export(source: str | Path, out: str | Path, *, progress: Progress | None) ->
     require("onnx_ir", "onnx")
     directory = AtomicDirectory(out)
     checkpoint = open_quantized(source)
-    reasons = obstacles(checkpoint, obstacle, "onnx")
+    reasons = check(checkpoint)
     with directory as partial:
         work = partial / "build"
         _build(checkpoint, work)

@@ -1,6 +1,7 @@
 """qalora_export.json: what an export holds, kept beside it for verifying and for its model card."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,25 +14,34 @@ from .single_file import atomic_file
 from .walk import ExportResult
 
 GGUF_KEY = "qalora.source"  # a GGUF file has no files beside it
-_ADAPTER_FACTS = ("adapt", "r", "lora_alpha", "layers")
+_ADAPTER_FACTS = ("r", "lora_alpha", "layers")
 
 
 def public_name(name_or_path: Any) -> str:
-    """A Hub id as it is; of a path only its last part, which tells nothing about the machine."""
+    """A Hub id as it is; of a path only its last part, which tells nothing about the machine.
+
+    A name of two parts is a path if there is such a directory now, as when a model is loaded.
+    """
     text = str(name_or_path or "")
-    is_path = Path(text).is_absolute() or text.count("/") > 1 or text[:1] in (".", "~")
-    return Path(text).name if is_path else text
+    if not text:
+        return text
+    is_path = os.path.isabs(text) or text.count("/") > 1 or text[0] in ".~" or os.path.isdir(text)
+    return os.path.basename(os.path.abspath(text)) if is_path else text
 
 
 def describe_source(checkpoint: QuantizedCheckpoint) -> dict[str, Any]:
     """What the card of an export says about the model it was made from."""
     config, merged = checkpoint.config, checkpoint.config.merged or {}
+    adapters = merged.get("adapters", [merged])  # several, if they were merged in one step
+    adapts = sorted({adapter["adapt"] for adapter in adapters if "adapt" in adapter})
     return {
         "base": public_name(config.base.get("name_or_path")),
         "licence": licence_of(str(config.base.get("name_or_path") or "")),
         "bits": config.bits,
         "group_size": config.group_size,
         "method": config.method,
+        "fine_tuned": config.merged is not None,
+        **({"adapt": ", ".join(adapts)} if adapts else {}),
         **{key: merged[key] for key in _ADAPTER_FACTS if key in merged},
     }
 
@@ -63,9 +73,10 @@ def write_record(result: ExportResult, source: str | Path) -> None:
     """
     if result.format == "lora":
         config = read_json(resolve_model_dir(source) / ADAPTER_CONFIG)
-        base = str(config.get("base_model_name_or_path") or "")
+        # the adapter's own may be relative to where it was trained
+        base = str(read_json(result.out / ADAPTER_CONFIG)["base_model_name_or_path"])
         keys = ("bits", "group_size", "r", "lora_alpha")
-        facts = {"base": public_name(base), "licence": licence_of(base)}
+        facts = {"base": public_name(base), "licence": licence_of(base), "fine_tuned": True}
         facts |= {key: config[key] for key in keys if config.get(key) is not None}
     else:
         facts = describe_source(open_quantized(source))

@@ -34,8 +34,8 @@ from .walk import (
 )
 
 EXACTNESS = (
-    "Exact in fp32 (to its rounding, 1e-6 of a weight); the directory asks for fp32. Loaded with "
-    "dtype=bfloat16, torchao rounds the zero-points too: up to 2e-2 of a step at 4 bits."
+    "Exact in fp32 (to its rounding, 1e-6 of a weight), the dtype that config.json asks for; after "
+    "model.to(torch.bfloat16) torchao rounds scales, zero-points and weights to bf16."
 )
 
 
@@ -94,11 +94,16 @@ class TorchAO:
         )
 
 
+def check(source: QuantizedCheckpoint) -> dict[str, str]:
+    """Layers that become dense, and why; see `obstacles`."""
+    return obstacles(source, TorchAO().obstacle, TorchAO.name)
+
+
 def export(source: str | Path, out: str | Path, *, progress: Progress | None) -> ExportResult:
     """Write the directory; see `export_model`."""
     checkpoint = open_quantized(source)
     format = TorchAO()
-    reasons = obstacles(checkpoint, format.obstacle, format.name)
+    reasons = check(checkpoint)
     metadata = _metadata(checkpoint, format, reasons)
     config = dense_config(checkpoint)
     config["dtype"] = "float32"

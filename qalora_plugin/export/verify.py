@@ -21,7 +21,7 @@ from ..adapter import PREFIX, WEIGHTS_FILE
 from ..additive import dense
 from ..checkpoint.base import LayerTensors, open_quantized
 from ..checkpoint.reader import CONFIG_FILE, read_json
-from ..errors import CheckpointError, VerificationError
+from ..errors import CheckpointError, ConfigError, VerificationError
 from ..merge import plan_merge
 from . import readers
 from .onnx import MODEL_FILE
@@ -99,6 +99,7 @@ def find_format(exported: Path) -> str:
 def verify_export(
     exported: str | Path,
     against: str | Path,
+    base: str | Path | None = None,
     *,
     run: bool = False,
     python: str | Path | None = None,
@@ -109,6 +110,7 @@ def verify_export(
     Args:
         exported: what `export_model` wrote.
         against: the merged model; for a lora export the adapter.
+        base: of a lora export: the adapter's quantized base, by default what its config names.
         run: also run it in its runtime, and compare logits with ours.
         python: interpreter that has the runtime, by default this one.
         progress: called with (tensors compared, tensors in all).
@@ -117,15 +119,22 @@ def verify_export(
         VerificationError: a tensor is missing, or differs by more than the format's rounding; or
             the runtime computes something else.
         CheckpointError, AdapterError: one of the two is damaged.
-        ConfigError: the library of the format is not installed.
+        ConfigError: the library of the format is not installed, or `base` for another format.
     """
     path = Path(exported)
     format = find_format(path)
-    compare = _verify_lora if format == "lora" else _verify_weights
-    report = compare(path, against, format, progress)
+    if format == "lora":
+        report = _verify_lora(path, against, base, progress)
+    elif base is not None:
+        raise ConfigError(
+            f"{exported}: is in format {format!r}, which is compared with the merged model alone; "
+            "leave out base (--base)"
+        )
+    else:
+        report = _verify_weights(path, against, format, progress)
     if not run:
         return report
-    return dataclasses.replace(report, runtime=check_runtime(path, against, format, python))
+    return dataclasses.replace(report, runtime=check_runtime(path, against, format, python, base))
 
 
 def _verify_weights(
@@ -206,12 +215,12 @@ def _check_layer(
 
 
 def _verify_lora(
-    exported: Path, against: str | Path, format: str, progress: Progress | None
+    exported: Path, against: str | Path, base: str | Path | None, progress: Progress | None
 ) -> ExportReport:
     """Compare the change of each weight with the change of offsets by the adapter."""
     from safetensors import safe_open
 
-    plan = plan_merge(against)
+    plan = plan_merge(against, base)
     config = LoraConfig.from_pretrained(exported)
     worst = 0.0
     with safe_open(exported / WEIGHTS_FILE, framework="pt") as file:
@@ -245,4 +254,4 @@ def _verify_lora(
         raise VerificationError(
             f"{exported}: {stated} as r, lora_alpha, use_rslora, expected {wanted}."
         )
-    return ExportReport(str(exported), format, len(plan.layers), 0, 0, worst)
+    return ExportReport(str(exported), "lora", len(plan.layers), 0, 0, worst)

@@ -56,8 +56,14 @@ class ExportResult:
 
     def as_text(self) -> str:
         """For people."""
+        whys = set(self.dense.values())
+        if not self.layers and len(whys) == 1:
+            return (
+                f"{self.out}: {len(self.dense)} layers in format {self.format}, all of them dense "
+                f"({whys.pop()}). {self.exactness}"
+            )
         lines = [f"{self.out}: {self.layers} layers in format {self.format}. {self.exactness}"]
-        for why in sorted(set(self.dense.values())):
+        for why in sorted(whys):
             names = [name for name, reason in self.dense.items() if reason == why]
             lines.append(f"  {len(names)} layers dense, {names[0]} the first: {why}")
         return "\n".join(lines)

@@ -11,8 +11,9 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from ..checkpoint.routing import check_request
-from ..checkpoint.selection import linears_to_quantize
+from ..adapter import CONFIG_FILE as ADAPTER_CONFIG
+from ..checkpoint.reader import CONFIG_FILE, read_json
+from ..checkpoint.selection import check_group_sizes, linears_to_quantize
 from ..checkpoint.stock_gptq import is_stock_gptq, parse_stock_config
 from ..errors import CheckpointError, ConfigError
 from ..quant.config import QUANT_METHOD, QALoRAQuantConfig
@@ -33,10 +34,17 @@ class ModelShape:
     Args:
         config: of transformers, without its `quantization_config`.
         base: the grid of the INT-n base.
+        quantized: whether the model has this grid already.
     """
 
     config: Any
     base: QALoRAQuantConfig
+    quantized: bool = False
+
+    @property
+    def max_tokens(self) -> int | None:
+        """Tokens that the model takes, None where its config does not say."""
+        return getattr(self.config.get_text_config(), "max_position_embeddings", None)
 
 
 def load_shape(
@@ -53,8 +61,8 @@ def load_shape(
             method, or `bits` and `group_size` that differ from those of a quantized base.
     """
     directory = Path(name_or_path)
-    if directory.is_dir() and not (directory / "config.json").exists():
-        raise CheckpointError(f"{directory}: expected a config.json, found none. Give a model")
+    if directory.is_dir() and not (directory / CONFIG_FILE).exists():
+        raise CheckpointError(_no_config(directory))
     try:
         config = transformers.AutoConfig.from_pretrained(
             name_or_path, revision=revision, trust_remote_code=trust_remote_code
@@ -62,7 +70,8 @@ def load_shape(
     except OSError as error:
         raise CheckpointError(
             f"{name_or_path}: expected a directory with config.json or a Hub id, found neither: "
-            f"{str(error).splitlines()[0]}"
+            f"{str(error).splitlines()[0]} Check the name, or log in with `hf auth login` if the "
+            "repository is private"
         ) from error
     except ValueError as error:
         raise ConfigError(f"{name_or_path}: {str(error).splitlines()[0]}") from error
@@ -70,7 +79,16 @@ def load_shape(
     base = _base_grid(stored, settings, str(name_or_path))
     if stored is not None:
         del config.quantization_config
-    return ModelShape(config, base)
+    return ModelShape(config, base, quantized=stored is not None)
+
+
+def _no_config(directory: Path) -> str:
+    start = f"{directory}: expected a {CONFIG_FILE}, found none"
+    if not (directory / ADAPTER_CONFIG).exists():
+        return f"{start}. Give the directory of a model, or a Hub id"
+    base = read_json(directory / ADAPTER_CONFIG).get("base_model_name_or_path")
+    named = f", {base}" if base else ""
+    return f"{start}: it is an adapter. Give the model that it was trained on{named}"
 
 
 def _base_grid(stored: Any, settings: PlanSettings, where: str) -> QALoRAQuantConfig:
@@ -91,9 +109,14 @@ def _base_grid(stored: Any, settings: PlanSettings, where: str) -> QALoRAQuantCo
             f"{where}: is quantized with {stored.get('quant_method')!r}; expected a 16-bit model, "
             "or one that qalora quantize, AutoGPTQ or GPTQModel wrote. Give the 16-bit model"
         )
-    bits = base.bits if settings.bits is None else settings.bits
-    group_size = base.group_size if settings.group_size is None else settings.group_size
-    check_request(QALoRAQuantConfig(bits, group_size), base, where)
+    for key in ("bits", "group_size"):
+        wanted, found = getattr(settings, key), getattr(base, key)
+        if wanted not in (None, found):
+            option = f"--{key.replace('_', '-')}"
+            raise ConfigError(
+                f"{where}: is quantized with {key}={found}, {option} asks for {wanted}. Leave "
+                f"{option} out, or give the 16-bit model"
+            )
     return base
 
 
@@ -155,10 +178,13 @@ def quantized_model(shape: ModelShape, settings: PlanSettings) -> PeftModel:
     """The base in INT-n with a QA-LoRA adapter, on the meta device.
 
     Raises:
-        ConfigError: nothing to quantize, or `target_modules` does not fit.
+        ConfigError: nothing to quantize, or `group_size` or `target_modules` does not fit.
     """
     model = _empty_model(shape, settings)
-    for name, linear in linears_to_quantize(model, shape.base).items():
+    linears = linears_to_quantize(model, shape.base)
+    if not shape.quantized:
+        check_group_sizes(shape.base, linears.values())
+    for name, linear in linears.items():
         spec = shape.base.spec_for(name, linear.in_features, linear.out_features)
         layer = QuantLinear(spec, desc_act=shape.base.desc_act, device="meta")
         layer.bias = linear.bias

@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,17 +56,24 @@ def calibration_windows(
         int64 [samples, seq_len].
 
     Raises:
-        QuantizationError: nothing given, nothing readable in it, or too little for one window.
+        QuantizationError: nothing given, nothing readable in it, several splits, or too little for
+            one window.
     """
     if samples < 1 or seq_len < 2:
         raise QuantizationError(
             "calibration: expected samples of 1 or more and seq_len of 2 or more, found "
-            f"{samples} and {seq_len}"
+            f"{samples} and {seq_len}: leave both out for 128 windows of 512 tokens"
         )
     if source is None:
         raise QuantizationError(f"calibration: GPTQ needs text. {_WHAT_TO_GIVE}")
     if isinstance(source, torch.Tensor):
         return _checked_ids(source)[:samples]
+    if isinstance(source, Mapping):  # a datasets.DatasetDict would yield the names of its splits
+        splits = list(source)
+        raise QuantizationError(
+            f"calibration: expected one dataset, found a {type(source).__name__} with {splits}. "
+            "Give one of its splits" + (f", such as dataset[{splits[0]!r}]" if splits else "")
+        )
     if tokenizer is None:
         raise QuantizationError("calibration: text needs a tokenizer: pass tokenizer=")
     texts = _texts(source, tokenizer)

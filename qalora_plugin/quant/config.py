@@ -17,8 +17,17 @@ METHODS = ("rtn", "gptq")
 _LAYER_KEYS = {"bits", "group_size"}
 
 
+def matches(name: str, entry: str) -> bool:
+    """Whether the module `name` is the one that `entry` names, or lies below it.
+
+    `entry` is a whole name or the last parts of one, and may hold the wildcards of `fnmatch`.
+    """
+    patterns = (entry, f"{entry}.*", f"*.{entry}", f"*.{entry}.*")
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
 def _check_grid(where: str, bits: Any, group_size: Any) -> None:
-    if bits not in SUPPORTED_BITS or isinstance(bits, bool):
+    if type(bits) is not int or bits not in SUPPORTED_BITS:
         raise ConfigError(f"{where}bits must be one of {SUPPORTED_BITS}, found {bits!r}")
     valid = isinstance(group_size, int) and not isinstance(group_size, bool)
     if not valid or (group_size != -1 and group_size < 1):
@@ -37,13 +46,16 @@ class QALoRAQuantConfig(QuantizationConfigMixin):
     Args:
         bits: width of the integers: 2, 3, 4 or 8.
         group_size: inputs that share a scale and an offset; -1 for one group per output.
-        desc_act: groups follow a `g_idx` tensor (act-order) instead of k // group_size.
+        desc_act: groups follow a `g_idx` tensor (act-order) instead of k // group_size; only in a
+            checkpoint, as their order comes from calibration data.
         offsets_dtype: of the `offsets` tensors: "float16", or "float32" where a stock GPTQ base's
             scales * (mid - zero) must be held exactly.
-        modules_to_not_convert: modules that stay unquantized: names, or the last parts of names.
-            None stands for the output embeddings and other heads.
-        dynamic: other `bits` and `group_size` for some modules: {name or pattern (*, ?): {...}}.
-        method: "rtn" or "gptq": how the integers were found.
+        modules_to_not_convert: modules that stay unquantized, with all that is below them: names,
+            the last parts of names ("down_proj", "mlp"), or patterns (*, ?). Output embeddings and
+            other heads always do.
+        dynamic: other `bits` and `group_size` for some modules: {name, its last parts, or pattern:
+            {...}}; the last one that matches counts.
+        method: "rtn" or "gptq": how the integers were found; while loading, "rtn" only.
         base: where the integers came from (name, revision, calibration, seed); free form.
         merged: what was merged into the offsets (adapter, factor, mode); None for a base.
         offsets_at: which weight of a group fp16 holds: "middle", the one at the middle code (more
@@ -83,6 +95,8 @@ class QALoRAQuantConfig(QuantizationConfigMixin):
         self.offsets_dtype = offsets_dtype
         self.offsets_at = offsets_at
         self.modules_to_not_convert = modules_to_not_convert
+        if isinstance(modules_to_not_convert, tuple):
+            self.modules_to_not_convert = list(modules_to_not_convert)
         self.dynamic = dict(dynamic or {})
         self.method = method
         self.base = dict(base or {})
@@ -115,6 +129,14 @@ class QALoRAQuantConfig(QuantizationConfigMixin):
             raise ConfigError(
                 f"quantization_config: method must be one of {METHODS}, found {self.method!r}"
             )
+        listed = self.modules_to_not_convert
+        if listed is not None and not (
+            isinstance(listed, list) and all(isinstance(entry, str) for entry in listed)
+        ):
+            raise ConfigError(
+                "quantization_config: modules_to_not_convert must be a list of names, "
+                f"found {listed!r}"
+            )
         for pattern, override in self.dynamic.items():
             unknown = set(override) - _LAYER_KEYS
             if unknown:
@@ -140,24 +162,15 @@ class QALoRAQuantConfig(QuantizationConfigMixin):
         return getattr(self, key, default)
 
     def is_converted(self, name: str) -> bool:
-        """Whether the linear module `name` is quantized, as `modules_to_not_convert` says.
-
-        An entry excludes the module of that name, those below it, and those whose name ends in it.
-        """
-        return not any(
-            name == entry
-            or name.startswith(entry + ".")
-            or name.endswith("." + entry)
-            or fnmatchcase(name, entry)
-            for entry in self.modules_to_not_convert or []
-        )
+        """Whether the linear module `name` is quantized, as `modules_to_not_convert` says."""
+        return not any(matches(name, entry) for entry in self.modules_to_not_convert or [])
 
     def spec_for(self, name: str, in_features: int, out_features: int) -> QuantSpec:
         """The grid of the module `name`, with its override from `dynamic` if one matches."""
         computed = self.offsets_at == "minimum"  # from minima, which are stored; needs fp32
         override: dict[str, int] = {}
         for pattern, values in self.dynamic.items():
-            if fnmatchcase(name, pattern):
+            if matches(name, pattern):
                 override = values
         return QuantSpec(
             bits=override.get("bits", self.bits),

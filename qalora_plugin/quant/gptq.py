@@ -69,7 +69,9 @@ class GPTQSettings:
         if self.ordering not in ORDERINGS:
             raise ConfigError(f"ordering must be one of {ORDERINGS}, found {self.ordering!r}")
         if not 0 < self.damp < 1:
-            raise ConfigError(f"damp must lie between 0 and 1, found {self.damp}")
+            raise ConfigError(
+                f"damp must lie between 0 and 1, found {self.damp}: leave it out for 0.01"
+            )
         if self.sweeps < 0:
             raise ConfigError(f"sweeps must be 0 or more, found {self.sweeps}")
 
@@ -182,15 +184,17 @@ def gptq(
 
 def calibrated_error(
     weight: torch.Tensor, quantized: QuantizedWeight, hessian: torch.Tensor
-) -> float:
+) -> float | None:
     """Relative squared error of the layer's output on its calibration inputs.
 
-    tr(e H e^T) / tr(W H W^T) with e = W - Q, over at most about 512 evenly spaced outputs.
+    tr(e H e^T) / tr(W H W^T) with e = W - Q, over at most about 512 evenly spaced outputs; None
+    where these are all zero, as those of a layer of zeros.
     """
     step = max(1, weight.shape[0] // _ERROR_ROWS)
     w = weight[::step].float()
     e = w - quantized.dequantize()[::step]
-    return (((e @ hessian) * e).sum() / ((w @ hessian) * w).sum()).item()
+    error, whole = ((e @ hessian) * e).sum().item(), ((w @ hessian) * w).sum().item()
+    return error / whole if whole > 0 else None
 
 
 def _order(

@@ -11,6 +11,8 @@ from qalora_kernels import ops as kernel_ops
 from qalora_kernels.groups import sum_groups
 from qalora_kernels.packing import pack
 
+from .absent import AbsentWeight
+
 
 class QuantLinear(nn.Module):
     """y = x W^T + bias with W[n, k] = scales[g, n] * (q[n, k] - 2^(bits-1)) + offsets[g, n].
@@ -24,7 +26,7 @@ class QuantLinear(nn.Module):
         bias: whether the layer has a bias.
         desc_act: whether the groups follow `g_idx` instead of k // group_size.
         device: where the (uninitialised) tensors are made, e.g. "meta".
-        dtype: of the bias.
+        dtype: of the bias, and what `weight.dtype` says; torch's default dtype where None.
     """
 
     g_idx: torch.Tensor | None
@@ -44,6 +46,8 @@ class QuantLinear(nn.Module):
         self.spec = spec
         self.in_features = spec.in_features
         self.out_features = spec.out_features
+        self.weight_dtype = dtype or torch.get_default_dtype()
+        """That of the dense layer that this one stands for; `.to(dtype)` changes it."""
         self.qweight = nn.Parameter(
             torch.empty(spec.packed_rows, spec.out_features, dtype=torch.int32, device=device),
             requires_grad=False,
@@ -82,6 +86,12 @@ class QuantLinear(nn.Module):
         layer.g_idx = None if g_idx is None else g_idx.to(torch.int32)
         layer.bias = None if bias is None else nn.Parameter(bias.detach().clone())
         return layer
+
+    @property
+    def weight(self) -> AbsentWeight:
+        """Shape [N, K], dtype and device for models that look at them; it holds no numbers."""
+        shape = (self.out_features, self.in_features)
+        return AbsentWeight(shape, self.weight_dtype, self.qweight.device)
 
     @property
     def weight_t(self) -> torch.Tensor:
@@ -138,6 +148,7 @@ class QuantLinear(nn.Module):
         # keep the numbers, follow only the device
         kept = {name: self._buffers.get(name) for name in ("scales", "offsets")}
         super()._apply(fn, recurse)
+        self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype, device="cpu")).dtype
         for name, before in kept.items():
             if before is None:
                 continue

@@ -19,10 +19,10 @@ from qalora_kernels import QuantSpec
 
 from ..checkpoint.atomic import AtomicDirectory
 from ..checkpoint.reader import CONFIG_FILE, resolve_model_dir
-from ..checkpoint.selection import linears_to_quantize
+from ..checkpoint.selection import check_group_sizes, check_overrides, linears_to_quantize
 from ..checkpoint.side_files import copy_side_files
 from ..checkpoint.stock_writer import FORMATS as STOCK_FORMATS
-from ..checkpoint.stock_writer import write_stock_gptq
+from ..checkpoint.stock_writer import GPTQMODEL_GROUP_SIZES, write_stock_gptq
 from ..errors import ConfigError
 from .blocks import find_blocks
 from .calibration import Calibration, calibration_windows
@@ -48,7 +48,8 @@ class QuantizeResult:
     Args:
         out: the finished directory.
         layers: per quantized layer {"bits", "group_size", "error"}; the error is relative to the
-            layer's output on the calibration inputs, None for data-free ones.
+            layer's output on the calibration inputs, None for data-free ones and where that output
+            is all zero.
         kept: linear modules that stayed in 16 bits.
         resumed: blocks that an earlier, interrupted run had finished.
     """
@@ -114,8 +115,9 @@ def quantize_model(
         ordering: without desc_act, "groups" (larger groups first, groups contiguous) or "none".
         mse: search clipped ranges for each group.
         damp: added to the diagonal of the second moment, as a fraction of its mean.
-        dynamic: other `bits` and `group_size` for some modules, {name or pattern: {...}}.
-        modules_to_not_convert: modules in the blocks that stay in 16 bits.
+        dynamic: other `bits` and `group_size` for some modules, {name or pattern: {...}}; see
+            `QALoRAQuantConfig`.
+        modules_to_not_convert: modules in the blocks that stay in 16 bits; see there too.
         dtype: of the activations; by default the model's.
         device: where blocks are run and solved.
         revision: of a Hub repository.
@@ -136,9 +138,14 @@ def quantize_model(
             f"'integer', format {format!r}) the minimum is a multiple of the scale, in general no "
             "fp16 number. Leave out one of the two"
         )
+    if method == "rtn":
+        _check_data_free(calibration, desc_act)
+    if desc_act and ordering == "none":
+        raise ConfigError(
+            "desc_act rounds inputs by size, ordering 'none' as they come: leave out one of the two"
+        )
     settings = GPTQSettings(ordering="act" if desc_act else ordering, damp=damp, mse=mse)
-    if method == "rtn" and desc_act:
-        raise ConfigError("desc_act orders inputs by calibration data: it needs method 'gptq'")
+    device = _usable(device)
     config = QALoRAQuantConfig(
         bits=bits,
         group_size=group_size,
@@ -151,7 +158,7 @@ def quantize_model(
     )
     with _on_disk(model, out, tokenizer, revision) as directory:
         source = ModelSource(directory, trust_remote_code)
-        specs = _choose_layers(source, config)
+        specs = choose_layers(source, config)
         if format != "qalora":
             check_stock(specs, format, config)
         windows = None
@@ -175,8 +182,8 @@ def quantize_model(
             settings=settings,
             integer_zeros=zeros == "integer",
             windows=windows,
-            dtype=dtype or _compute_dtype(source.model, torch.device(device)),
-            device=torch.device(device),
+            dtype=dtype or _compute_dtype(source.model, device),
+            device=device,
             resumable=not isinstance(model, PreTrainedModel),
             progress=progress,
         )
@@ -215,8 +222,39 @@ def _choose_zero_points(format: str, zero_points: str | None) -> str:
     return zero_points or ("real" if format == "qalora" else "integer")
 
 
-def _choose_layers(source: ModelSource, config: QALoRAQuantConfig) -> dict[str, QuantSpec]:
-    """The grid of every layer to quantize, by its name in the model; the others are recorded.
+def _check_data_free(calibration: Calibration | None, desc_act: bool) -> None:
+    if desc_act:
+        raise ConfigError("desc_act orders inputs by calibration data: it needs method 'gptq'")
+    if calibration is not None:
+        raise ConfigError(
+            "calibration: method 'rtn' uses no data: leave it out, or use method 'gptq'"
+        )
+
+
+def _usable(device: str | torch.device) -> torch.device:
+    """The device, once a number has gone there and back.
+
+    Raises:
+        ConfigError: torch does not know it, was built without it, or sees none.
+    """
+    try:
+        found = torch.device(device)
+        torch.ones(1, device=found).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        gpus = torch.cuda.device_count()
+        raise ConfigError(
+            f"device {str(device)!r} cannot be used: torch {torch.__version__} sees {gpus or 'no'} "
+            f"GPU here. Use 'cpu'{' or ' + repr('cuda') if gpus else ''}"
+        ) from error
+    return found
+
+
+def choose_layers(source: ModelSource, config: QALoRAQuantConfig) -> dict[str, QuantSpec]:
+    """The grid of every layer to quantize, by its name in the model.
+
+    Args:
+        source: the model.
+        config: of the quantization; its `modules_to_not_convert` becomes the list of the others.
 
     Raises:
         ConfigError: no layer, a group size that is larger than every layer, or an override that
@@ -226,24 +264,15 @@ def _choose_layers(source: ModelSource, config: QALoRAQuantConfig) -> dict[str, 
     blocks_name, _ = find_blocks(model)
     linears = {
         name: linear
-        for name, linear in linears_to_quantize(model, config).items()
+        for name, linear in linears_to_quantize(model, config, source.reader.tensors).items()
         if name.startswith(blocks_name + ".")
     }
     specs = {
         name: config.spec_for(source.layer_name(name), linear.in_features, linear.out_features)
         for name, linear in linears.items()
     }
-    widest = max(linear.in_features for linear in linears.values())
-    for size in {config.group_size} | {o.get("group_size", 1) for o in config.dynamic.values()}:
-        if size > widest:
-            raise ConfigError(
-                f"group_size {size} is larger than the inputs of every layer to quantize (at most "
-                f"{widest}): give a smaller one, or -1 for one group per output"
-            )
-    for pattern in config.dynamic:
-        alone = QALoRAQuantConfig(modules_to_not_convert=[pattern])
-        if all(alone.is_converted(source.layer_name(name)) for name in specs):
-            raise ConfigError(f"dynamic: {pattern!r} matches none of the layers to quantize")
+    check_group_sizes(config, linears.values())
+    check_overrides(config, [source.layer_name(name) for name in specs])
     config.modules_to_not_convert = [
         name
         for name, module in model.named_modules()
@@ -264,7 +293,7 @@ def fitting_length(model_config: Any, seq_len: int | None) -> int:
     if limit is not None and seq_len > limit:
         raise ConfigError(
             f"seq_len {seq_len} is more than the {limit} tokens that the model takes "
-            "(max_position_embeddings)"
+            "(max_position_embeddings): give a smaller one, or leave it out"
         )
     return seq_len
 
@@ -275,7 +304,17 @@ def _compute_dtype(model: PreTrainedModel, device: torch.device) -> torch.dtype:
 
 
 def check_stock(specs: dict[str, QuantSpec], format: str, config: QALoRAQuantConfig) -> None:
-    """Refuse now what `write_stock_gptq` would refuse when all is quantized."""
+    """Refuse now what `write_stock_gptq` would refuse when all is quantized, or GPTQModel to load.
+
+    Raises:
+        ConfigError: an override with "gptq", a group size, or a layer's sizes.
+    """
+    for size in (config.group_size, *(o.get("group_size", -1) for o in config.dynamic.values())):
+        if size not in GPTQMODEL_GROUP_SIZES:
+            raise ConfigError(
+                f"group_size {size}: GPTQModel loads stock checkpoints with one of "
+                f"{list(GPTQMODEL_GROUP_SIZES)} only. Choose one of these, or use format 'qalora'"
+            )
     if format == "gptq" and config.dynamic:
         raise ConfigError(
             "format 'gptq' holds one grid for all layers: leave out dynamic, or use 'gptq_v2'"

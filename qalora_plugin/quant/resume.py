@@ -1,5 +1,6 @@
 """Going on after a kill: which unfinished output belongs to the same work, and what it knows."""
 
+import glob
 import hashlib
 import json
 import os
@@ -40,7 +41,7 @@ def resume_tag(settings: dict[str, Any], reader: CheckpointReader, windows: Any 
 
 def leftovers(target: Path, partial: Path) -> list[Path]:
     """Unfinished outputs for the same target that other settings, data or sources made."""
-    found = target.parent.glob(f".{target.name}.partial-resume-*")
+    found = target.parent.glob(f".{glob.escape(target.name)}.partial-resume-*")
     return sorted(path for path in found if path != partial)
 
 
@@ -61,7 +62,8 @@ class Report:
     """quantization_report.json: each layer's grid and error, kept in the output directory.
 
     `layers`: {name: {"bits", "group_size", "error"}}; the error is relative to the layer's output
-    on the calibration inputs (see `gptq.calibrated_error`), None for a data-free layer.
+    on the calibration inputs (see `gptq.calibrated_error`), None for a data-free layer, or one
+    that puts out zeros.
     """
 
     def __init__(self, directory: Path) -> None:

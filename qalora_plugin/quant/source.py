@@ -91,7 +91,8 @@ class ModelSource:
         return [name for name in self.stored if name.startswith(prefix + ".")]
 
     def fill(self, names: Iterable[str], dtype: torch.dtype, device: torch.device) -> None:
-        """Read these parameters and buffers into the model; float parameters become `dtype`."""
+        """Read these parameters and buffers, and what is tied to them, into the model; float
+        parameters become `dtype`."""
         for name in names:
             owner_name, _, leaf = name.rpartition(".")
             owner = self.model.get_submodule(owner_name)
@@ -99,7 +100,7 @@ class ModelSource:
             if leaf in owner._parameters:
                 if tensor.is_floating_point():
                     tensor = tensor.to(dtype)
-                owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+                self._put(name, nn.Parameter(tensor, requires_grad=False))
             else:
                 buffer = owner.get_buffer(leaf)
                 owner._buffers[leaf] = tensor.to(buffer.dtype)
@@ -111,7 +112,13 @@ class ModelSource:
             owner = self.model.get_submodule(owner_name)
             if leaf in owner._parameters:
                 meta = torch.empty_like(owner.get_parameter(leaf), device="meta")
-                owner._parameters[leaf] = nn.Parameter(meta, requires_grad=False)
+                self._put(name, nn.Parameter(meta, requires_grad=False))
+
+    def _put(self, name: str, parameter: nn.Parameter) -> None:
+        tied = self.model.all_tied_weights_keys.items()
+        for place in (name, *(copy for copy, original in tied if original == name)):
+            owner_name, _, leaf = place.rpartition(".")
+            self.model.get_submodule(owner_name)._parameters[leaf] = parameter
 
 
 def _empty_model(

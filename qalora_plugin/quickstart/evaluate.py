@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from ..errors import ConfigError
+
 IGNORED = -100  # torch's cross_entropy and transformers skip this label
 
 
@@ -46,7 +48,7 @@ def held_out_loss(
         batch_size: rows a forward pass; rows of similar length go together.
 
     Raises:
-        ValueError: no row has a token to predict.
+        ConfigError: no row has a token to predict.
     """
     was_training = model.training
     model.eval()
@@ -71,5 +73,8 @@ def held_out_loss(
         count += int((labels[:, 1:] != IGNORED).sum())
     model.train(was_training)
     if count == 0:
-        raise ValueError("no row has a token to predict")
+        raise ConfigError(
+            f"held-out rows: expected tokens to predict among the first {max_length} of a row, "
+            "found none: give shorter prompts"
+        )
     return total / count

@@ -1,6 +1,7 @@
 """The whole way on one machine: 16-bit base -> INT-n -> QA-LoRA -> merged INT-n, measured."""
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +35,9 @@ class Settings:
         steps: optimizer steps.
         batch_size: rows a step.
         seed: of calibration, adapter and data order.
+
+    Raises:
+        ConfigError: a number is out of range.
     """
 
     out: Path
@@ -47,6 +51,16 @@ class Settings:
     steps: int = 160
     batch_size: int = 16
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("rank", "steps", "batch_size"):
+            if getattr(self, name) < 1:
+                option = name.replace("_", "-")
+                raise ConfigError(f"--{option}: expected 1 or more, found {getattr(self, name)}")
+        if not 0 < self.learning_rate < math.inf:
+            raise ConfigError(f"--learning-rate: expected above 0, found {self.learning_rate}")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"--seed: expected 0 to 2**32 - 1, found {self.seed}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,12 +95,15 @@ def run(settings: Settings, say: Callable[[str], None] = print) -> Result:
         say: takes one line of progress at a time.
 
     Raises:
-        ConfigError: bad settings or data, before anything is written.
+        ConfigError: bad settings, before anything is written.
+        CheckpointError: the model is quantized already, incomplete or damaged; likewise.
+        QuantizationError: too little text to calibrate on; likewise.
         VerificationError: the merged model is not what was trained.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from ..checkpoint.reader import resolve_model_dir
+    from ..quant.calibration import calibration_windows
     from ..quant.pipeline import quantize_model
     from ..verify import verify_merge
 
@@ -98,12 +115,20 @@ def run(settings: Settings, say: Callable[[str], None] = print) -> Result:
         training, held_out = load_rows(settings.dataset)
     held_out = held_out[:_EVALUATION_ROWS]
     source = data.base_model_path() if settings.model is None else resolve_model_dir(settings.model)
+    _check_model(source, settings)
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     device = "cuda" if torch.cuda.is_available() else "cpu"
     paths = {name: settings.out / name for name in ("base-int", "training", "adapter", "merged")}
     paths["base-int"] = settings.out / f"base-int{settings.bits}"
     seconds: dict[str, float] = {}
     tokenizer = AutoTokenizer.from_pretrained(source)
+    windows = calibration_windows(
+        [_as_text(row) for row in training],
+        tokenizer,
+        samples=_CALIBRATION_SAMPLES,
+        seq_len=MAX_LENGTH,
+        seed=settings.seed,
+    )
 
     def load(path: Path) -> Any:
         return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
@@ -125,7 +150,7 @@ def run(settings: Settings, say: Callable[[str], None] = print) -> Result:
         group_size=settings.group_size,
         offsets_at=settings.offsets_at,
         method="gptq",
-        calibration=[_as_text(row) for row in training],
+        calibration=windows,
         samples=_CALIBRATION_SAMPLES,
         seq_len=MAX_LENGTH,
         seed=settings.seed,
@@ -178,6 +203,25 @@ def run(settings: Settings, say: Callable[[str], None] = print) -> Result:
         paths={name: str(path) for name, path in paths.items()},
         seconds=seconds,
     )
+
+
+def _check_model(source: Path, settings: Settings) -> None:
+    """Refuse at once what quantizing would refuse when the 16-bit model has been measured."""
+    from ..quant.config import QALoRAQuantConfig
+    from ..quant.pipeline import choose_layers, fitting_length
+    from ..quant.source import ModelSource
+
+    config = QALoRAQuantConfig(
+        settings.bits, settings.group_size, method="gptq", offsets_at=settings.offsets_at
+    )
+    model = ModelSource(source)
+    choose_layers(model, config)
+    limit = fitting_length(model.model.config, None)
+    if limit < MAX_LENGTH:
+        raise ConfigError(
+            f"{source}: takes {limit} tokens; the quickstart works on rows of {MAX_LENGTH}. Use a "
+            "model that takes them, or the commands one by one (qalora quantize --help)"
+        )
 
 
 def _train(

@@ -38,7 +38,7 @@ def load_rows(path: Path) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     if path.suffix == ".jsonl":
         rows = [
             _row(line, f"{path}:{number}")
-            for number, line in enumerate(text.splitlines(), 1)
+            for number, line in enumerate(text.split("\n"), 1)  # U+2028 may stand in a string
             if line.strip()
         ]
     elif path.suffix == ".txt":
@@ -47,14 +47,19 @@ def load_rows(path: Path) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
             for start in range(0, len(text), _TEXT_CHUNK)
         ]
     else:
-        raise ConfigError(f"{path}: expected a .jsonl or .txt file, found {path.suffix!r}")
+        raise ConfigError(
+            f"{path}: expected a .jsonl or .txt file, found {path.suffix!r}: convert it"
+        )
     training: list[dict[str, str]] = []
     held_out: list[dict[str, str]] = []
     for row in rows:
         digest = hashlib.sha256(json.dumps(row, sort_keys=True).encode()).digest()
         (held_out if digest[0] % _HELD_OUT_ONE_IN == 0 else training).append(row)
     if len(training) < 8 or not held_out:
-        raise ConfigError(f"{path}: expected at least a few dozen rows, found {len(rows)}")
+        raise ConfigError(
+            f"{path}: expected at least a few dozen rows, found {len(rows)}. Give more, or leave "
+            "--dataset out"
+        )
     return training, held_out
 
 
@@ -62,7 +67,7 @@ def _row(line: str, where: str) -> dict[str, str]:
     try:
         record: Any = json.loads(line)
     except json.JSONDecodeError as error:
-        raise ConfigError(f"{where}: not JSON ({error})") from None
+        raise ConfigError(f"{where}: not JSON ({error}). Correct this line") from None
     if isinstance(record, dict):
         for prompt, completion in _PAIRS:
             if prompt in record and completion in record:
@@ -76,4 +81,6 @@ def _row(line: str, where: str) -> dict[str, str]:
             return {"text": str(record["text"])}
     found = sorted(record) if isinstance(record, dict) else type(record).__name__
     fields = ", ".join(f"{p}+{c}" for p, c in _PAIRS)
-    raise ConfigError(f"{where}: expected the fields text, or one of {fields}; found {found}")
+    raise ConfigError(
+        f"{where}: expected the fields text, or one of {fields}; found {found}. Rename the fields"
+    )

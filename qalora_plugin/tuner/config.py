@@ -187,7 +187,12 @@ class QALoRAConfig(PeftConfig):
             "True or False (the initialisations that read the base's weights do not apply to "
             "integers)",
         )
-        self._require(self.bias == "none", "bias", '"none" (train biases through modules_to_save)')
+        self._require(
+            self.bias == "none",
+            "bias",
+            '"none" (biases of quantized layers stay as they are; to train one, leave its layer '
+            "unquantized with modules_to_not_convert and name the layer in modules_to_save)",
+        )
         known_bits = self.bits is None or self.bits in SUPPORTED_BITS
         self._require(known_bits, "bits", f"one of {SUPPORTED_BITS}, or left out")
         if self.lora_dropout > 0 and self.adapt != "zeros":

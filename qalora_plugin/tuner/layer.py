@@ -12,6 +12,7 @@ import hashlib
 import math
 import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -115,6 +116,18 @@ class QALoRALinear(nn.Module, BaseTunerLayer):
             getattr(self, name_b)[adapter_name] = _as_linear(b.to(device))
         self.qalora_dropout[adapter_name].train(self.training)
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """The base layer's: PEFT would answer with `qweight`, to whose dtype T5 casts inputs."""
+        return self.base_layer.weight
+
+    def _get_base_layer_device_and_dtype(
+        self, base_layer: nn.Module
+    ) -> tuple[torch.device | None, torch.dtype | None]:
+        # PEFT casts loaded adapters to this dtype, which rounds A and B
+        device, _ = super()._get_base_layer_device_and_dtype(base_layer)
+        return device, None
+
     def matrices(self, adapter_name: str) -> Iterator[tuple[str, torch.Tensor]]:
         """(attribute, weight) of each matrix that an adapter has here."""
         for attribute in self.adapter_layer_names:
@@ -198,17 +211,23 @@ class QALoRALinear(nn.Module, BaseTunerLayer):
             outputs.append(self._adapted(x[rows], [] if name == BASE else [name]))
         return torch.cat(outputs)[torch.tensor(order, device=x.device).argsort()]
 
-    def check_mergeable(self, adapter_name: str, name: str = "") -> None:
-        """Refuse to merge what is not there, or is not finite.
+    def check_merge(self, adapter_names: list[str] | None = None, name: str = "") -> None:
+        """Check that `merge` would succeed; nothing changes, and nothing is kept.
 
         Args:
-            adapter_name: the adapter.
+            adapter_names: see `merge`.
             name: of this layer, for the message.
 
         Raises:
-            AdapterError: A or B is not a whole matrix (ZeRO-3 leaves shape (0,)), or holds NaN or
-                infinity.
+            AdapterError: see `merge`.
         """
+        asked = self.active_adapters if adapter_names is None else adapter_names
+        added = [n for n in asked if n in self.scaling and n not in self.merged_adapters]
+        if added:
+            self._folded(self.merged_adapters + added, name)
+
+    def _check_matrices(self, adapter_name: str, name: str) -> None:
+        """Refuse to merge what is not there, or is not finite."""
         for attribute, weight in self.matrices(adapter_name):
             where = f"{name}.{attribute}.{adapter_name}.weight".removeprefix(".")
             if is_sharded(weight) or weight.dim() != 2 or weight.numel() == 0 or weight.is_meta:
@@ -227,39 +246,59 @@ class QALoRALinear(nn.Module, BaseTunerLayer):
         """Fold adapters into the base layer's scales and offsets; `unmerge` undoes it exactly.
 
         Args:
-            safe_merge: PEFT's switch for a check that is always made here: scales and offsets
-                that overflow are refused.
+            safe_merge: PEFT's switch for a check that is always made here.
             adapter_names: which; None for the active ones.
 
         Raises:
-            AdapterError: see `check_mergeable`; or the merged numbers overflow their stored dtype.
+            AdapterError: A or B is not a whole matrix (ZeRO-3 leaves shape (0,)), or holds NaN or
+                infinity; or the merged numbers overflow their stored dtype, or scales are not
+                positive. Nothing has changed then.
         """
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.scaling]
         if not names:
             return
-        for name in names:
-            self.check_mergeable(name)
+        base, own, merged = self.base_layer, self._own_grid(), self.merged_adapters + names
+        base.scales, base.offsets = self._folded(merged)
+        self._unmerged = own
+        self.merged_adapters = merged
+
+    def _own_grid(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The base layer's own scales and offsets, whatever is merged."""
         base = self.base_layer
-        merged = self.merged_adapters + names
-        kept = self._unmerged or (base.scales, base.offsets)
+        if self._unmerged is None:
+            return base.scales, base.offsets
+        scales, offsets = self._unmerged
+        # the model may have moved to another device since
+        return scales.to(base.qweight.device), offsets.to(base.qweight.device)
+
+    def _folded(self, adapters: list[str], name: str = "") -> tuple[torch.Tensor, torch.Tensor]:
+        """Scales and offsets with these adapters and no others; errors as in `merge`."""
+        for adapter_name in adapters:
+            self._check_matrices(adapter_name, name)
+        base = self.base_layer
         with torch.no_grad():
-            zeros, scale = self._change("zeros", merged), self._change("scales", merged)
+            zeros, scale = self._change("zeros", adapters), self._change("scales", adapters)
             scales, offsets = fold(
-                *kept,
+                *self._own_grid(),
                 zeros=None if zeros is None else zeros.delta(),
                 scale=None if scale is None else scale.delta(),
                 offsets_dtype=base.spec.offsets_dtype,
                 scales_dtype=base.spec.scales_dtype,
                 minimum_below=base.spec.minimum_below,
             )
+        where = f"{name}: merging {adapters}".removeprefix(": ")
+        advice = "training diverged. Go back to an earlier checkpoint, or lower the learning rate"
         if not (scales.isfinite().all() and offsets.isfinite().all()):
             raise AdapterError(
-                f"merging {merged}: scales or offsets overflow {base.spec.offsets_dtype}: training "
-                "diverged. Go back to an earlier checkpoint, or lower the learning rate"
+                f"{where}: scales or offsets overflow {base.spec.offsets_dtype}: {advice}"
             )
-        self._unmerged = kept
-        base.scales, base.offsets = scales, offsets
-        self.merged_adapters = merged
+        if (scales <= 0).any():
+            wrong = int((scales <= 0).sum())
+            raise AdapterError(
+                f"{where}: expected positive scales, found {wrong} of {scales.numel()} that are "
+                f"not: {advice}"
+            )
+        return scales, offsets
 
     def unmerge(self) -> None:
         """Put the base layer's own scales and offsets back, bit for bit."""
@@ -267,7 +306,40 @@ class QALoRALinear(nn.Module, BaseTunerLayer):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         base = self.base_layer
-        # the model may have moved to another device in between
-        base.scales, base.offsets = (kept.to(base.qweight.device) for kept in self._unmerged)
+        base.scales, base.offsets = self._own_grid()
         self._unmerged = None
         self.merged_adapters = []
+
+    @contextmanager
+    def own_grid(self) -> Iterator[None]:
+        """Put the base layer's own scales and offsets in place for a while, if adapters are
+        merged."""
+        base = self.base_layer
+        present = base.scales, base.offsets
+        base.scales, base.offsets = self._own_grid()
+        try:
+            yield
+        finally:
+            base.scales, base.offsets = present
+
+    def check_deletable(self, adapter_name: str) -> None:
+        """Refuse to delete a merged adapter: scales and offsets are folded anew from A and B at
+        every merge, so its change would vanish at the next one.
+
+        Raises:
+            AdapterError: the adapter is merged.
+        """
+        if adapter_name in self.merged_adapters:
+            raise AdapterError(
+                f"adapter {adapter_name!r} is merged and cannot be deleted: call unmerge_adapter() "
+                "first, or merge_and_unload() to keep its change for good"
+            )
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter from the layer; see PEFT's `BaseTunerLayer`.
+
+        Raises:
+            AdapterError: the adapter is merged.
+        """
+        self.check_deletable(adapter_name)
+        super().delete_adapter(adapter_name)

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from peft import TaskType
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
@@ -22,6 +23,8 @@ from .targets import (
     quantization_config,
     resolve_targets,
 )
+
+_HEADS_ADDED_LATER = (TaskType.TOKEN_CLS, TaskType.QUESTION_ANS)
 
 
 class QALoRAModel(BaseTuner):
@@ -44,7 +47,10 @@ class QALoRAModel(BaseTuner):
             ConfigError: see `targets.resolve_targets`.
             AdapterError: a loaded adapter belongs to another base.
         """
-        config = copy.copy(self.peft_config[adapter_name])
+        given = self.peft_config[adapter_name]
+        if given.task_type in _HEADS_ADDED_LATER and given.modules_to_save is None:
+            given.modules_to_save = []  # PEFT appends the head's name afterwards, to this list
+        config = copy.copy(given)
         resolve_targets(config, model)
         if self._base is None:
             self._base = base_identity(model)
@@ -123,12 +129,35 @@ class QALoRAModel(BaseTuner):
             for handle in handles:
                 handle.remove()
 
-    def _check_merge_allowed(self) -> None:
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter; see PEFT's `BaseTuner`.
+
+        Raises:
+            AdapterError: the adapter is merged; nothing has changed.
+        """
+        for _, layer in self._layers():
+            layer.check_deletable(adapter_name)
+        super().delete_adapter(adapter_name)
+
+    def _check_merge(self, adapter_names: list[str] | None) -> None:
         # all layers before the first one changes: a merge that stops half-way helps nobody
-        super()._check_merge_allowed()
         for name, layer in self._layers():
-            for adapter_name in layer.scaling:
-                layer.check_mergeable(adapter_name, name)
+            layer.check_merge(adapter_names, name)
+
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = False
+    ) -> None:
+        """Fold adapters into the layers that they are on; `unmerge_adapter` undoes it.
+
+        Args:
+            adapter_names: which adapters; None for the active ones.
+            safe_merge: see `QALoRALinear.merge`.
+
+        Raises:
+            AdapterError: see `QALoRALinear.merge`; raised before any layer changes.
+        """
+        self._check_merge(adapter_names)
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
     def merge_and_unload(
         self,
@@ -144,22 +173,27 @@ class QALoRAModel(BaseTuner):
             adapter_names: which adapters; None for the active ones.
 
         Raises:
-            AdapterError: see `QALoRALinear.merge`; raised before anything is merged where A or B
-                is at fault.
+            AdapterError: see `QALoRALinear.merge`; raised before any layer changes.
         """
+        self._check_merge(adapter_names)
         names = self.active_adapters if adapter_names is None else adapter_names
-        before = {name for _, layer in self._layers() for name in layer.merged_adapters}
-        records = [
+        records = self._merge_records(names)
+        return _recorded(super().merge_and_unload(progressbar, safe_merge, adapter_names), records)
+
+    def unload(self) -> nn.Module:
+        """The plain model, adapters removed. As in PEFT's LoRA, what `merge_adapter` has folded in
+        stays, and the config's `merged` says so; `unmerge_adapter()` first gives the base."""
+        records = self._merge_records([])
+        return _recorded(super().unload(), records)
+
+    def _merge_records(self, names: list[str]) -> list[dict[str, Any]]:
+        """Of the adapters that are merged already, and of these."""
+        merged = {name for _, layer in self._layers() for name in layer.merged_adapters}
+        return [
             _merge_record(name, config)
             for name, config in self.peft_config.items()
-            if name in before or name in names
+            if name in merged or name in names
         ]
-        model = super().merge_and_unload(progressbar, safe_merge, adapter_names)
-        stored = quantization_config(model)
-        if stored is not None and records:
-            stored.merged = _merged(records, stored.merged)
-            model.config.quantization_config = stored
-        return model
 
     def _load_from_state_dict(
         self, state_dict: dict[str, torch.Tensor], prefix: str, *args: Any
@@ -170,7 +204,8 @@ class QALoRAModel(BaseTuner):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _check_keys(self, state_dict: dict[str, torch.Tensor], prefix: str) -> None:
-        """Check the keys of a state dict that is about to be loaded.
+        """Check the keys of a state dict that is about to be loaded: an adapter's, the whole
+        model's, or the base's alone, which torch refuses itself unless strict=False.
 
         Raises:
             AdapterError: an adapter is incomplete, a shape is wrong, or a key belongs to nothing.
@@ -186,13 +221,18 @@ class QALoRAModel(BaseTuner):
                     expected[adapter_name][key] = weight
         parameters = self.named_parameters(remove_duplicate=False)  # tied ones have two names
         known = {plain_name(prefix + name) for name, _ in (*parameters, *self.named_buffers())}
-        unexpected = sorted(set(found) - known)
+        # PEFT also saves resized embeddings under the wrapper's name, without the adapter's
+        wrappers = [f".modules_to_save.{name}." for name in self.peft_config]
+        repeated = {k.replace(w, ".modules_to_save.") for k in found for w in wrappers if w in k}
+        unexpected = sorted(set(found) - known - repeated)
         if unexpected:
             raise AdapterError(
                 f"adapter: unexpected key {unexpected[0]} ({len(unexpected)} in all): the model "
                 "has no such tensor. Load the adapter that belongs to this model and config"
             )
         loaded = {n: keys for n, keys in expected.items() if not keys.keys().isdisjoint(found)}
+        if not loaded and any(".base_layer." in key for key in found):
+            return  # the base's: no adapter's file has these
         if not loaded:
             example = next(iter(next(iter(expected.values()))), "none")
             raise AdapterError(
@@ -213,6 +253,15 @@ class QALoRAModel(BaseTuner):
                         f"{tuple(found[key].shape)}: it was trained with another rank, or on "
                         "another base"
                     )
+
+
+def _recorded(model: Any, records: list[dict[str, Any]]) -> nn.Module:
+    """Write into the model's config what was merged into it."""
+    stored = quantization_config(model)
+    if stored is not None and records:
+        stored.merged = _merged(records, stored.merged)
+        model.config.quantization_config = stored
+    return model
 
 
 def _merge_record(name: str, config: QALoRAConfig) -> dict[str, Any]:

@@ -55,7 +55,7 @@ def _not_quantized(config: QALoRAConfig) -> ConfigError:
     return ConfigError(
         f"QALoRAConfig: {about}. Either quantize it while it loads, "
         f"from_pretrained(..., quantization_config=QALoRAQuantConfig({wanted})), or quantize it "
-        "once with calibration, which is better: qalora quantize MODEL --out DIR"
+        "once with calibration, which is better: qalora quantize MODEL --out DIR --calibration FILE"
     )
 
 

@@ -26,7 +26,17 @@ def test_an_unknown_key_is_named_with_what_is_allowed() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"bits": 5}, {"group_size": -2}, {"adapt": "all"}, {"calibration_samples": 0}]
+    "wrong",
+    [
+        {"bits": 5},
+        {"group_size": -2},
+        {"group_size": 0},
+        {"adapt": "all"},
+        {"calibration_samples": 0},
+        {"desc_act": True, "quantize_method": "rtn"},
+        {"calibration": "text.txt", "quantize_method": "rtn"},
+        {"merge_formats": ["mlx"], "merge_on_finish": False},
+    ],
 )
 def test_a_wrong_value_is_named(wrong: dict[str, object]) -> None:
     with pytest.raises(ValidationError, match=next(iter(wrong))):
@@ -36,6 +46,16 @@ def test_a_wrong_value_is_named(wrong: dict[str, object]) -> None:
 def test_minima_do_not_go_with_integer_zero_points() -> None:
     with pytest.raises(ValidationError, match="offsets_at: minimum does not go with zero_points"):
         QALoRABlock(offsets_at="minimum", zero_points="integer")
+
+
+@pytest.mark.parametrize(
+    ("format", "adapt", "advice"),
+    [("gptq", "zeros", "scales"), ("gptq", "both", "scales"), ("lora", "both", "zeros")],
+)
+def test_formats_that_cannot_hold_what_is_trained(format: str, adapt: str, advice: str) -> None:
+    with pytest.raises(ValidationError, match=rf"{format} does not go with.*Set adapt: {advice}"):
+        QALoRABlock.model_validate({"merge_formats": ["qalora", format], "adapt": adapt})
+    QALoRABlock.model_validate({"merge_formats": ["qalora", format], "adapt": advice})
 
 
 def test_merge_formats_are_what_can_be_exported() -> None:

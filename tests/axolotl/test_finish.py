@@ -1,6 +1,8 @@
 """What a run leaves and what it resumes from."""
 
 import json
+import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,7 +10,10 @@ from typing import Any
 import pytest
 
 from qalora_plugin.axolotl import finish
-from qalora_plugin.errors import OutputError
+from qalora_plugin.axolotl.base import check_calibration
+from qalora_plugin.errors import ConfigError, OutputError
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
 
 
 class Config(SimpleNamespace):
@@ -66,6 +71,55 @@ def test_an_earlier_merge_is_never_overwritten(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="nothing is overwritten"):
         finish.check_free(cfg)
     finish.check_free(Config(output_dir=str(tmp_path), qalora={"merge_on_finish": False}))
+
+
+def formats(tmp_path: Path, *names: str, **keys: Any) -> Config:
+    block = {"merge_on_finish": True, "zero_points": "real", "desc_act": False}
+    block |= {"merge_formats": list(names), **keys}
+    return Config(output_dir=str(tmp_path), qalora=block)
+
+
+def test_exports_that_would_fail_are_refused_before_training(tmp_path: Path) -> None:
+    """By the settings while the base is a 16-bit model; by the layers of a quantized one."""
+    for format, keys, why in (
+        ("gptq", {}, "zero_points: integer"),
+        ("mlx", {"desc_act": True}, "desc_act: false"),
+    ):
+        cfg = formats(tmp_path, format, **keys)
+        with pytest.raises(ConfigError, match=rf"merge_formats: {format} .*{why}"):
+            finish.check_formats(cfg, None)
+    act_order = FIXTURES / "gptq_4bit_g32_sym_actorder"
+    for format in ("mlx", "torchao"):
+        with pytest.raises(ConfigError, match=rf"merge_formats: {format} .*act-order"):
+            finish.check_formats(formats(tmp_path, format), act_order)
+    with pytest.raises(ConfigError, match=r"merge_formats: gptq .*zero-points of 0"):
+        finish.check_formats(formats(tmp_path, "gptq"), FIXTURES / "gptq_4bit_g32_asym_zero0")
+    fine = formats(tmp_path, "qalora", "gptq", "lora", "torchao", "mlx")
+    finish.check_formats(fine, FIXTURES / "gptq_4bit_g32_asym")
+    finish.check_formats(formats(tmp_path, "gptq", merge_on_finish=False), None)
+
+
+def test_a_missing_library_is_found_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ConfigError, match=r"merge_formats: gguf .*pip install"):
+        finish.check_formats(formats(tmp_path, "gguf"), None)
+
+
+def test_failed_exports_are_named_and_the_others_written(tmp_path: Path) -> None:
+    shutil.copytree(FIXTURES / "gptq_4bit_g32_sym_actorder", tmp_path / "merged")
+    with pytest.raises(OutputError, match=r"^mlx: .*act-order"):
+        finish.export(formats(tmp_path, "mlx", "gptq"), tmp_path)
+    assert (tmp_path / "merged-gptq" / "config.json").is_file()
+
+
+def test_a_calibration_file_has_to_be_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"calibration: none\.txt: no such file"):
+        check_calibration(Config(qalora={"calibration": "none.txt"}))
+    (tmp_path / "text.txt").write_text("x")
+    check_calibration(Config(qalora={"calibration": str(tmp_path / "text.txt")}))
+    check_calibration(Config(qalora={"calibration": None}))
 
 
 def test_pushing_needs_a_hub_model_id(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

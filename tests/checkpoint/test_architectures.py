@@ -1,19 +1,25 @@
 """Every kind of architecture: quantize while loading, save, load, same numbers."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import get_peft_model
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     BertConfig,
+    CodeGenConfig,
     GemmaConfig,
+    GPTJConfig,
+    GPTNeoConfig,
     GPTNeoXConfig,
     LlamaConfig,
+    MambaConfig,
     MistralConfig,
     MixtralConfig,
     ModernBertConfig,
@@ -22,11 +28,18 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
     RobertaConfig,
+    RwkvConfig,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
-from qalora_plugin import QALoRAQuantConfig
+from qalora_plugin import QALoRAConfig, QALoRAQuantConfig
+from qalora_plugin.checkpoint import quantizer, selection
 from qalora_plugin.checkpoint.base import open_quantized
+from qalora_plugin.errors import ConfigError
 from qalora_plugin.quant.linear import QuantLinear
+from qalora_plugin.quant.sharded import ShardedQuantLinear
+from qalora_plugin.tuner import QALoRALinear
 
 SIZES: dict[str, Any] = dict(
     vocab_size=64,
@@ -39,6 +52,12 @@ SIZES: dict[str, Any] = dict(
 )
 GROUPED = SIZES | {"num_key_value_heads": 2}
 OPT = SIZES | {"ffn_dim": 96, "word_embed_proj_dim": 64}
+ROTARY: dict[str, Any] = dict(
+    vocab_size=64, n_embd=64, n_layer=2, n_head=4, n_positions=64, rotary_dim=8
+)
+NEO: dict[str, Any] = dict(
+    vocab_size=64, hidden_size=64, num_layers=2, num_heads=4, max_position_embeddings=64
+)
 TOKENS: dict[str, Any] = dict(bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2)
 
 CASES = {
@@ -52,6 +71,14 @@ CASES = {
     "phi3 fused": (Phi3Config(**GROUPED), AutoModelForCausalLM, 8),
     "opt": (OPTConfig(**OPT), AutoModelForCausalLM, 12),
     "gpt-neox": (GPTNeoXConfig(**SIZES), AutoModelForCausalLM, 8),
+    # these three compute buffers in the parents of their linear layers, when they are initialised
+    "gpt-j": (GPTJConfig(**ROTARY), AutoModelForCausalLM, 12),
+    "codegen": (CodeGenConfig(**ROTARY, n_ctx=64), AutoModelForCausalLM, 8),
+    "gpt-neo": (
+        GPTNeoConfig(**NEO, attention_types=[[["global", "local"], 1]]),
+        AutoModelForCausalLM,
+        12,
+    ),
     "bert": (BertConfig(**SIZES), AutoModel, 12),
     "bert masked": (BertConfig(**SIZES), AutoModelForMaskedLM, 12),
     "bert classifier": (BertConfig(**SIZES), AutoModelForSequenceClassification, 12),
@@ -90,6 +117,9 @@ def test_round_trip(case: str, tmp_path: Path):
     assert before.keys() == after.keys()
     for name in before:
         assert torch.equal(before[name], after[name]), name
+    for name, buffer in dense.named_buffers():  # also those that are in no file
+        assert torch.equal(model.get_buffer(name), buffer), name
+        assert torch.equal(again.get_buffer(name), buffer), name
     with torch.no_grad():
         # not bit for bit: weights mapped from a file are aligned differently
         torch.testing.assert_close(again(ids)[0], found, rtol=1e-5, atol=1e-6)
@@ -113,3 +143,119 @@ def test_a_backbone_from_a_model_with_a_head_and_the_other_way_round(tmp_path: P
         again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "backbone")
         torch.testing.assert_close(again.bert(ids)[0], expected, rtol=1e-5, atol=1e-6)
     assert type(again.classifier) is torch.nn.Linear
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_model_that_asks_for_the_dtype_of_weights(dtype: torch.dtype, tmp_path: Path):
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=64, d_model=64, d_kv=16, d_ff=96, num_layers=2, num_heads=4, dropout_rate=0.0
+    )
+    config.decoder_start_token_id = 0
+    T5ForConditionalGeneration(config).save_pretrained(tmp_path / "dense")
+    dense = T5ForConditionalGeneration.from_pretrained(tmp_path / "dense", dtype=dtype)
+    ids = torch.arange(3, 15)[None]
+    inputs = {"input_ids": ids, "decoder_input_ids": ids}
+    with torch.no_grad():
+        expected = dense(**inputs).logits
+    quantized = QALoRAQuantConfig(bits=8, group_size=16)
+    T5ForConditionalGeneration.from_pretrained(
+        tmp_path / "dense", dtype=dtype, quantization_config=quantized
+    ).save_pretrained(tmp_path / "q")
+    model = T5ForConditionalGeneration.from_pretrained(tmp_path / "q", dtype=dtype)
+    for name, parameter in dense.named_parameters():
+        if name.endswith(("wi.weight", "wo.weight")):  # wo stays fp32 in fp16
+            assert model.get_submodule(name.removesuffix(".weight")).weight.dtype == parameter.dtype
+    near: dict[str, Any] = dict(rtol=0, atol=0.03 * expected.abs().max().item())
+    with torch.no_grad():
+        found = model(**inputs).logits
+        torch.testing.assert_close(found, expected, **near)
+        adapted = get_peft_model(model, QALoRAConfig(r=4, task_type="SEQ_2_SEQ_LM"))
+        layer = adapted.get_base_model().encoder.block[0].layer[1].DenseReluDense.wi
+        assert isinstance(layer, QALoRALinear) and layer.weight.dtype == dtype
+        assert torch.equal(adapted(**inputs).logits, found)  # B is zero
+
+
+def test_a_layer_whose_parent_initialises_it_and_has_no_tensor(tmp_path: Path):
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=64, d_model=64, d_kv=16, d_ff=96, num_layers=1, num_heads=4)
+    T5ForConditionalGeneration(config).save_pretrained(tmp_path / "small")
+    config.num_layers = 2  # the second block is new
+    model, info = T5ForConditionalGeneration.from_pretrained(
+        tmp_path / "small",
+        config=config,
+        quantization_config=QALoRAQuantConfig(bits=8, group_size=16),
+        output_loading_info=True,
+    )
+    name = "encoder.block.1.layer.1.DenseReluDense.wi"
+    assert f"{name}.weight" in info["missing_keys"]
+    weight = model.get_submodule(name).weight
+    assert weight.std().item() == pytest.approx(64**-0.5, rel=0.1)  # T5's own initialisation
+
+
+@pytest.mark.parametrize(
+    "config, kept",
+    [
+        (
+            MambaConfig(vocab_size=64, hidden_size=64, num_hidden_layers=2, state_size=8),
+            ["mixer.dt_proj", "mixer.out_proj", "mixer.x_proj"],
+        ),
+        (
+            RwkvConfig(vocab_size=64, hidden_size=64, num_hidden_layers=2, context_length=64),
+            ["attention.output", "feed_forward.value"],
+        ),
+    ],
+    ids=["mamba", "rwkv"],
+)
+def test_a_model_that_computes_with_weights_itself(
+    config: Any, kept: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    torch.manual_seed(0)
+    dense = AutoModelForCausalLM.from_config(config).eval()
+    dense.save_pretrained(tmp_path / "dense")
+    with pytest.raises(ConfigError, match=re.escape(f"with {kept} in modules_to_not_convert")):
+        AutoModelForCausalLM.from_pretrained(
+            tmp_path / "dense", quantization_config=QALoRAQuantConfig(bits=8, group_size=16)
+        )
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "dense",
+        quantization_config=QALoRAQuantConfig(bits=8, group_size=16, modules_to_not_convert=kept),
+    )
+    ids = torch.arange(3, 15)[None]
+    with torch.no_grad():
+        expected, found = dense(ids)[0], model(ids)[0]
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.02 * expected.abs().max().item())
+
+    with monkeypatch.context() as patch:  # a directory that an earlier release quantized whole
+        patch.setattr(selection, "_READ_BY_PARENT", {})
+        whole = AutoModelForCausalLM.from_pretrained(
+            tmp_path / "dense", quantization_config=QALoRAQuantConfig(bits=8, group_size=16)
+        )
+        whole.save_pretrained(tmp_path / "whole")
+    with pytest.raises(ConfigError, match="cannot be quantized"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
+    with pytest.raises(ConfigError, match="the layer does not hold"):
+        whole.eval()(ids)
+
+
+@pytest.mark.parametrize("case", ["gpt-j", "modernbert"])
+def test_loading_layer_by_layer_initialises_the_parents_too(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    config, kind, _ = CASES[case]
+    torch.manual_seed(0)
+    dense = kind.from_config(config).eval()
+    dense.save_pretrained(tmp_path / "dense")
+    settings = QALoRAQuantConfig(bits=8, group_size=32)
+    kind.from_pretrained(tmp_path / "dense", quantization_config=settings).save_pretrained(
+        tmp_path / "q"
+    )
+    monkeypatch.setattr(quantizer, "loads_sharded", lambda: True)  # as ZeRO-3 and FSDP load
+    model = kind.from_pretrained(tmp_path / "q")
+    assert any(isinstance(module, ShardedQuantLinear) for module in model.modules())
+    for name, buffer in dense.named_buffers():
+        assert torch.equal(model.get_buffer(name), buffer), name
+    ids = torch.arange(3, 15)[None]
+    with torch.no_grad():
+        expected, found = dense(ids)[0], model(ids)[0]
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.02 * expected.abs().max().item())

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -114,16 +115,89 @@ def test_other_options(dense_dir: Path, tmp_path: Path):
     config = QALoRAQuantConfig(
         bits=2,
         group_size=-1,
-        modules_to_not_convert=["v_proj", "model.layers.1.mlp"],
-        dynamic={"*.down_proj": {"bits": 8, "group_size": 16}},
+        modules_to_not_convert=["v_proj", "model.layers.1.mlp", "0.mlp.gate_proj", "lm_head"],
+        dynamic={"*_proj": {"bits": 4}, "down_proj": {"bits": 8, "group_size": 16}},
     )
     model = AutoModelForCausalLM.from_pretrained(dense_dir, quantization_config=config)
     quantized = {n: m.spec for n, m in model.named_modules() if isinstance(m, QuantLinear)}
-    assert len(quantized) == 14 - 2 - 3
+    assert len(quantized) == 14 - 2 - 3 - 1
     assert (quantized[LAYER].bits, quantized[LAYER].group_size) == (8, 16)
-    assert quantized["model.layers.0.mlp.up_proj"].num_groups == 1
+    up = quantized["model.layers.0.mlp.up_proj"]
+    assert (up.bits, up.num_groups) == (4, 1)
     model.save_pretrained(tmp_path / "q")
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "q")), logits(model))
+
+
+@pytest.mark.parametrize(
+    "entry, left",
+    [
+        ("mlp", 8),
+        ("layers.0.mlp", 11),
+        ("model.layers.0", 7),
+        ("*.1.self_attn", 10),
+        ("self_attn.?_proj", 6),
+        ("proj", None),
+        ("layers.0.ml", None),
+    ],
+)
+def test_an_entry_names_modules_and_what_is_below_them(
+    entry: str, left: int | None, dense_dir: Path
+):
+    config = QALoRAQuantConfig(modules_to_not_convert=[entry])
+    if left is None:
+        with pytest.raises(ConfigError, match=f"'{re.escape(entry)}' matches no module"):
+            AutoModelForCausalLM.from_pretrained(dense_dir, quantization_config=config)
+        return
+    model = AutoModelForCausalLM.from_pretrained(dense_dir, quantization_config=config)
+    assert sum(isinstance(module, QuantLinear) for module in model.modules()) == left
+    config = QALoRAQuantConfig(bits=4, group_size=32, dynamic={entry: {"bits": 8}})
+    model = AutoModelForCausalLM.from_pretrained(dense_dir, quantization_config=config)
+    bits = [module.spec.bits for module in model.modules() if isinstance(module, QuantLinear)]
+    assert bits.count(4) == left and bits.count(8) == 14 - left
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"desc_act": True}, "desc_act orders inputs by calibration data.*qalora quantize MODEL"),
+        ({"method": "gptq"}, "method 'gptq' needs calibration data.*qalora quantize MODEL"),
+        ({"group_size": 1000}, "group_size 1000 is larger than the inputs of every layer"),
+        ({"dynamic": {"mlp": {"group_size": 1000}}}, "group_size 1000 is larger than the inputs"),
+    ],
+)
+def test_what_needs_calibration_or_fits_no_layer_is_refused_while_loading(
+    settings: dict[str, Any], message: str, dense_dir: Path
+):
+    config = QALoRAQuantConfig(**settings)
+    with pytest.raises(ConfigError, match=message):
+        AutoModelForCausalLM.from_pretrained(dense_dir, quantization_config=config)
+
+
+def test_settings_that_name_nothing(dense_dir: Path, base_dir: Path):
+    config = QALoRAQuantConfig(dynamic={"down_proj": {"bits": 8}, "nonsense": {"bits": 2}})
+    with pytest.raises(ConfigError, match="'nonsense' matches none of the layers to quantize"):
+        AutoModelForCausalLM.from_pretrained(dense_dir, quantization_config=config)
+    with pytest.raises(ConfigError, match="must be a list of names, found 'down_proj'"):
+        QALoRAQuantConfig(modules_to_not_convert="down_proj")  # type: ignore[arg-type]
+    # a directory that is quantized says what it is: what its config lists need not be there
+    kept = QALoRAQuantConfig(modules_to_not_convert=["lm_head", "vision_tower"])
+    AutoModelForCausalLM.from_pretrained(base_dir, quantization_config=kept)
+    config = QALoRAQuantConfig(bits=4, modules_to_not_convert=["lm_head"])  # a habit: no head here
+    AutoModel.from_pretrained(dense_dir, quantization_config=config)
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_variant_of_the_files(shards: int, dense_dir: Path, base_dir: Path, tmp_path: Path):
+    dense = AutoModelForCausalLM.from_pretrained(dense_dir)
+    size = "1GB" if shards == 1 else "150KB"
+    dense.save_pretrained(tmp_path / "m", variant="fp16", max_shard_size=size)
+    assert (len(list((tmp_path / "m").glob("model.fp16*.safetensors"))) > 1) == (shards > 1)
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "m",
+        variant="fp16",
+        quantization_config=QALoRAQuantConfig(bits=4, group_size=32),
+    )
+    assert torch.equal(logits(model), logits(AutoModelForCausalLM.from_pretrained(base_dir)))
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from qalora_plugin.checkpoint.atomic import AtomicDirectory
+from qalora_plugin.checkpoint.atomic import AtomicDirectory, ScratchDirectory
 from qalora_plugin.checkpoint.manifest import MANIFEST_FILE, check_manifest
 from qalora_plugin.checkpoint.reader import INDEX_FILE, CheckpointReader
 from qalora_plugin.checkpoint.writer import CheckpointWriter, ShardWriter, split_plan
@@ -179,6 +179,14 @@ def test_taken_targets_are_refused_before_anything_is_written(tmp_path: Path):
     assert os.listdir(tmp_path) == ["full"] and (full / "precious").read_text() == "x"
 
 
+def test_a_name_that_is_too_long_is_refused(tmp_path: Path):
+    for length in (240, 300):
+        with pytest.raises(OutputError, match=r"bytes too long: .* at most \d+ bytes"):
+            AtomicDirectory(tmp_path / "x" / ("x" * length))
+    with AtomicDirectory(tmp_path / ("x" * 230)):
+        pass
+
+
 def test_a_mount_point_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     # mounting something needs root
     monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path)
@@ -233,27 +241,42 @@ def test_umask_is_honoured(tmp_path: Path):
         assert stat.S_IMODE(file.stat().st_mode) == 0o640, file
 
 
-def write_slowly(target: Path, ready: Event) -> None:
-    with AtomicDirectory(target) as partial:
+def write_slowly(kind: type[AtomicDirectory], target: Path, ready: Event) -> None:
+    with kind(target) as partial:
         (partial / "file").write_text("x")
         ready.set()
         time.sleep(60)
 
 
-def test_a_killed_writer_leaves_no_target_and_is_cleaned_up(tmp_path: Path):
-    target = tmp_path / "model"
+@pytest.mark.parametrize("kind", [AtomicDirectory, ScratchDirectory])
+def test_a_killed_writer_leaves_no_target_and_is_cleaned_up(
+    kind: type[AtomicDirectory], tmp_path: Path
+):
+    target = tmp_path / "mo[d]el"  # no pattern
     context = multiprocessing.get_context("fork")  # spawning would import torch again
     ready = context.Event()
-    process = context.Process(target=write_slowly, args=(target, ready))
+    process = context.Process(target=write_slowly, args=(kind, target, ready))
     process.start()
     assert ready.wait(30)
     with pytest.raises(RuntimeError), AtomicDirectory(target):
         # the other one is alive: left alone
-        assert len(list(tmp_path.glob(".model.partial-*"))) == 2
+        assert len(list(tmp_path.glob(".mo*.partial-*"))) == 2
         process.kill()
         process.join()
         raise RuntimeError
-    assert not target.exists() and len(list(tmp_path.glob(".model.partial-*"))) == 1
+    assert not target.exists() and len(list(tmp_path.glob(".mo*.partial-*"))) == 1
     with AtomicDirectory(target):
-        assert len(list(tmp_path.glob(".model.partial-*"))) == 1
+        assert len(list(tmp_path.glob(".mo*.partial-*"))) == 1
+    assert os.listdir(tmp_path) == ["mo[d]el"]
+
+
+def test_scratch_directory_is_removed_and_left_alone_while_in_use(tmp_path: Path):
+    target = tmp_path / "model"
+    with ScratchDirectory(target) as scratch:
+        (scratch / "file").write_text("x")
+        with AtomicDirectory(target) as partial:  # removes what killed processes left behind
+            (partial / "copy").write_text((scratch / "file").read_text())
+    assert os.listdir(tmp_path) == ["model"] and os.listdir(target) == ["copy"]
+    with pytest.raises(RuntimeError), ScratchDirectory(tmp_path / "other"):
+        raise RuntimeError
     assert os.listdir(tmp_path) == ["model"]

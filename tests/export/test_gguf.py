@@ -22,6 +22,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from qalora_kernels import QuantSpec
 from qalora_plugin import QALoRAConfig, merge_adapter, verify_merge
 from qalora_plugin.checkpoint.base import LayerTensors, QuantizedCheckpoint
+from qalora_plugin.cli import main
 from qalora_plugin.errors import CheckpointError, ConfigError, OutputError, VerificationError
 from qalora_plugin.export import export_model
 from qalora_plugin.export.gguf import least_rounding
@@ -324,7 +325,7 @@ def test_places_that_are_taken_or_wrong(
 def test_model_card_of_a_file(family: Callable[..., QuantizedCheckpoint], tmp_path: Path) -> None:
     source = family(LlamaConfig(**SIZES | {"intermediate_size": 96}))
     rounded = "7 matrices are Q4_1. Integers and scales are exact; minima are rounded to f16: by at"
-    for exact, wanted in ((False, rounded), (True, "Exact: ")):
+    for exact, wanted in ((False, rounded), (True, "Exact to the rounding of fp32")):
         path = tmp_path / f"model-{exact}.gguf"
         export_model(source.directory, path, "gguf", exact=exact)
         subject = find_subject(path)
@@ -332,3 +333,20 @@ def test_model_card_of_a_file(family: Callable[..., QuantizedCheckpoint], tmp_pa
         assert subject.files() == {path.name: path}
         assert wanted in card.text and f"-m {path.name}" in card.text
         assert "| bits | 4 |" in card.text and card.data.library_name == "gguf"
+
+
+def test_inspect_reads_gguf(
+    family: Callable[..., QuantizedCheckpoint],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    source = family(LlamaConfig(**SIZES)).directory
+    command = ["export", str(source), "--format", "gguf", "--exact", "--out"]
+    assert main([*command, str(tmp_path / "m.gguf")]) == 0
+    assert "all of them dense (fp32 was asked for). Exact to" in capsys.readouterr().out
+    assert main(["inspect", str(tmp_path / "m.gguf"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["kind"], found["format"], found["bits"]) == ("export", "gguf", 4)
+    (tmp_path / "m.gguf").write_bytes(b"x" * 64)
+    assert main(["inspect", str(tmp_path / "m.gguf")]) == 1
+    assert "cannot be read as GGUF" in capsys.readouterr().err

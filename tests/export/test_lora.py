@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from qalora_plugin import QALoRAConfig
 from qalora_plugin.checkpoint.base import QuantizedCheckpoint
+from qalora_plugin.cli import main
 from qalora_plugin.errors import AdapterError, OutputError
 from qalora_plugin.export import export_model
 
@@ -123,3 +125,31 @@ def test_nothing_is_overwritten(
     with pytest.raises(OutputError, match="not empty"):
         export_model(adapter, tmp_path / "lora", "lora")
     assert [path.name for path in (tmp_path / "lora").iterdir()] == ["mine"]
+
+
+def test_the_base_may_have_moved(
+    quantized: Callable[..., QuantizedCheckpoint],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The adapter's config has a path relative to where it was trained."""
+    source = quantized(4)
+    adapter = write_adapter(source, tmp_path / "adapter")
+    config = adapter / "adapter_config.json"
+    text = json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": "models/base"})
+    config.write_text(text)
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "base").symlink_to(source.directory)
+    monkeypatch.chdir(tmp_path)
+    result = export_model(adapter, tmp_path / "lora", "lora")
+    record = json.loads((result.out / "qalora_export.json").read_text())
+    assert record["source"]["base"] == "base"
+    (tmp_path / "models" / "base").rename(tmp_path / "moved")
+    command = ["verify", str(result.out), "--against", str(adapter), "--no-run"]
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert main(command) == 1
+    message = capsys.readouterr().err
+    assert "adapter_config.json: its base_model_name_or_path" in message and "--base" in message
+    assert main([*command, "--base", "moved"]) == 0
+    assert "verified, format lora" in capsys.readouterr().out

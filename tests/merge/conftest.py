@@ -51,6 +51,9 @@ def quantize_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
         model.save_pretrained(out)
         (out / "tokenizer_config.json").write_text('{"from": "base"}')
         (out / "LICENSE").write_text("a licence")
+        (out / "additional_chat_templates").mkdir()
+        for name in ("rag", "tool_use"):
+            (out / "additional_chat_templates" / f"{name}.jinja").write_text("the base's")
         return out
 
     return quantize

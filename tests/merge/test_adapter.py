@@ -1,5 +1,6 @@
 """Damaged, incomplete, unsupported adapters: one clear error each, before anything is written."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,19 @@ B = f"base_model.model.{Q_PROJ}.qalora_B.weight"
 @pytest.fixture
 def adapter_dir(base_dir: Path, make_adapter: Callable[..., Path]) -> Path:
     return make_adapter(base_dir)
+
+
+def test_a_directory_without_an_adapter_says_what_it_is(
+    base_dir: Path, adapter_dir: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(AdapterError, match=r"this is a model, not an adapter\. Give the"):
+        open_adapter(base_dir)
+    (tmp_path / "run").mkdir()
+    with pytest.raises(AdapterError, match=r"this is no adapter\. Give the directory"):
+        open_adapter(tmp_path / "run")
+    shutil.copytree(adapter_dir, tmp_path / "run" / "checkpoint-1")
+    with pytest.raises(AdapterError, match=r"this is no adapter\. Did you mean .*checkpoint-1"):
+        open_adapter(tmp_path / "run")
 
 
 def test_reads_layers_ranks_and_scaling(base_dir: Path, make_adapter: Callable[..., Path]) -> None:
@@ -46,10 +60,6 @@ BAD_TENSORS: dict[str, tuple[Callable[[dict], Any], str]] = {
         lambda t: t.update({A.replace("qalora_A", "qalora_scale_A"): torch.ones(4, 2)}),
         "extra key .*qalora_scale_A",
     ),
-    "extra key": (
-        lambda t: t.update({"base_model.model.lm_head.weight": torch.ones(2, 2)}),
-        "extra key .*lm_head.weight: .*modules_to_save",
-    ),
     "foreign name": (lambda t: t.update({"q_proj.A": torch.ones(2)}), "key q_proj.A: expected"),
     "wrong rank of A": (lambda t: t.update({A: torch.ones(5, 2)}), r"q_proj.qalora_A.*rank 4"),
     "wrong rank of B": (lambda t: t.update({B: torch.ones(64, 5)}), r"q_proj.qalora_B.*rank 4"),
@@ -75,6 +85,8 @@ BAD_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "adapt": ({"adapt": "weights"}, "adapt must be one of"),
     "no rank": ({"r": -1}, "r must be a positive integer"),
     "alpha": ({"lora_alpha": "x"}, "lora_alpha must be a positive number"),
+    "alpha of 0": ({"lora_alpha": 0}, "lora_alpha must be a positive number"),
+    "no alpha": ({"lora_alpha": None}, "does not say lora_alpha"),
 }
 
 

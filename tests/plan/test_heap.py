@@ -19,8 +19,9 @@ GLIBC = pytest.mark.skipif(
 )
 
 # The process's own heap has holes and cached chunks that would take some of the blocks: they are
-# used up first. Where the first chunk then starts, modulo the alignment, decides which ends of aligned
-# blocks are given back and wait in the tcache, which is what keeps a freed top from being merged.
+# used up first. Where the first chunk then starts, modulo the alignment, decides which ends of
+# aligned blocks are given back and wait in the tcache, which is what keeps a freed top from being
+# merged.
 REPLAY = """
 import ctypes, json, sys
 libc = ctypes.CDLL(None)

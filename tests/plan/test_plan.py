@@ -154,8 +154,9 @@ def test_a_quantized_base_states_its_grid(tmp_path):
     assert main(["quantize", str(base_model_path()), "--out", str(out), *arguments]) == 0
     shape = load_shape(str(out), PlanSettings())
     assert (shape.base.bits, shape.base.group_size) == (3, 64)
-    with pytest.raises(ConfigError, match="quantized with bits=3"):
+    with pytest.raises(ConfigError, match=r"with bits=3, --bits asks for 4\. Leave --bits out"):
         load_shape(str(out), PlanSettings(bits=4))
+    load_shape(str(out), PlanSettings(bits=3, group_size=64))
 
 
 @pytest.mark.parametrize(
@@ -217,16 +218,21 @@ def test_json(tiny, capsys):
 
 
 def test_table(tiny, capsys):
-    assert main(["plan", str(tiny), "--gradient-checkpointing", "--device", "cpu"]) == 0
-    text = capsys.readouterr().out
+    assert main(["plan", str(tiny), "--gradient-checkpointing"]) == 0
+    text, notes = capsys.readouterr()
     for words in ("QA-LoRA", "QLoRA", "integers", "activations", "on 24 GiB", "on disk: merged"):
         assert words in text
+    assert "1 GPU(s)" in text and "max_position_embeddings" not in notes
+    assert main(["plan", str(tiny), "--device", "cpu", "--seq-len", "2049"]) == 0
+    text, notes = capsys.readouterr()
+    assert "1 process(es)" in text and "GPU" not in text and "GiB  fits" not in text
+    assert "takes 2048 tokens (max_position_embeddings), planned for rows of 2049" in notes
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--bits", "5"], "bits must be one of"),
+        (["--group-size", "129"], "group_size 129 is larger than the inputs of every layer"),
         (["--offload", "all"], "needs ZeRO stage 3"),
         (["--target-modules", "nothing"], "matches no module"),
         (["--gpu-memory", "-1"], "expected GiB above 0"),
@@ -240,7 +246,15 @@ def test_bad_input_is_one_line(tiny, arguments, message, capsys):
 
 def test_no_config(tmp_path, capsys):
     assert main(["plan", str(tmp_path)]) == 1
-    assert "expected a config.json, found none" in capsys.readouterr().err
+    assert "expected a config.json, found none. Give the directory" in capsys.readouterr().err
+    adapter = {"peft_type": "QALORA", "base_model_name_or_path": "org/name"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(adapter))
+    assert main(["plan", str(tmp_path)]) == 1
+    assert "it is an adapter. Give the model that it was trained on, org/name" in (
+        capsys.readouterr().err
+    )
+    assert main(["plan", str(tmp_path / "nowhere" / "at" / "all")]) == 1
+    assert "found neither" in (error := capsys.readouterr().err) and "Check the name" in error
 
 
 def test_another_quantization_is_refused(tiny, tmp_path):

@@ -42,6 +42,10 @@ ARCHITECTURES = {
     "distilbert": lambda: tf.DistilBertForMaskedLM(
         tf.DistilBertConfig(vocab_size=96, dim=32, n_layers=2, n_heads=4, hidden_dim=48)
     ),
+    # its embedding is stored under the name that it is tied to
+    "t5_encoder": lambda: tf.T5EncoderModel(
+        tf.T5Config(vocab_size=96, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
+    ),
 }
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from transformers import AutoTokenizer
 
 from qalora_plugin.errors import QuantizationError
@@ -85,6 +85,11 @@ def test_windows_begin_with_the_tokenizers_special_tokens():
     "source, message",
     [
         (None, "GPTQ needs text"),
+        (
+            DatasetDict(train=Dataset.from_list([{"text": TEXT}] * 20), test=Dataset.from_list([])),
+            r"a DatasetDict with \['train', 'test'\]. Give one .* dataset\['train'\]",
+        ),
+        ({"text": TEXT}, r"found a dict with \['text'\]"),
         ([], "holds no text"),
         (["", "  "], "holds no text"),
         (["x"], "fewer than one window"),

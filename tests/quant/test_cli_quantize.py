@@ -9,6 +9,9 @@ from qalora_plugin.quickstart.data import base_model_path
 
 from .models import save
 
+RTN = ["--method", "rtn"]
+GPTQ = ["--calibration", __file__]
+
 
 def test_help_names_every_option(capsys):
     with pytest.raises(SystemExit, match="0"):
@@ -46,9 +49,17 @@ def test_prints_a_summary(tmp_path, capsys):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--bits", "5"], "bits must be one of"),
-        ([], "GPTQ needs text"),
-        (["--method", "rtn", "--group-size", "99"], "group_size 99 is larger"),
+        ([], "GPTQ needs text: give --calibration FILE"),
+        ([], "--method rtn"),
+        ([*RTN, "--group-size", "99"], "group_size 99 is larger"),
+        ([*RTN, "--calibration", "text.txt"], "--calibration is for --method gptq, found rtn"),
+        ([*RTN, "--desc-act"], "--desc-act is for --method gptq, found rtn"),
+        ([*RTN, "--ordering", "none"], "--ordering is for --method gptq, found rtn"),
+        ([*GPTQ, "--desc-act", "--ordering", "none"], "leave out one of it and --ordering"),
+        ([*GPTQ, "--seq-len", "4096"], "seq_len 4096 is more than the 2048"),
+        ([*RTN, "--device", "foo"], "device 'foo' cannot be used"),
+        ([*RTN, "--device", "cuda:99"], "device 'cuda:99' cannot be used"),
+        ([*RTN, "--format", "gptq", "--group-size", "20"], "[-1, 16, 32, 64, 128, 256, 512, 1024]"),
     ],
 )
 def test_bad_input_is_one_line(arguments, message, tmp_path, capsys):
@@ -57,11 +68,53 @@ def test_bad_input_is_one_line(arguments, message, tmp_path, capsys):
     assert main(["quantize", str(source), "--out", str(tmp_path / "out"), *arguments]) == 1
     lines = capsys.readouterr().err.strip().splitlines()
     assert lines[-1].startswith("qalora: error: ") and message in lines[-1]
-    assert not (tmp_path / "out").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-@pytest.mark.parametrize("value", ["bits:8", "x=bits", "x=bits:eight"])
-def test_a_malformed_override_is_wrong_usage(value, tmp_path, capsys):
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--bits", "5"], "argument --bits: expected 2, 3, 4 or 8, found '5'"),
+        (["--group-size", "0"], "argument --group-size: expected an integer of 1 or more, or -1"),
+        (["--samples", "0"], "argument --samples: expected an integer of 1 or more, found '0'"),
+        (["--seq-len", "x"], "argument --seq-len: expected an integer of 2 or more, found 'x'"),
+        (["--damp", "-1"], "argument --damp: expected a number between 0 and 1, found '-1'"),
+    ],
+)
+def test_a_value_out_of_range_names_its_option(arguments, message, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["quantize", "m", "--out", str(tmp_path / "o"), *arguments])
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments, noted",
+    [
+        (["--bits", "4", "--group-size", "32"], False),
+        (["--bits", "3", "--group-size", "-1"], False),
+        (["--bits", "8", "--group-size", "32"], True),
+        (["--bits", "4", "--group-size", "16"], True),
+    ],
+)
+def test_minima_that_gguf_cannot_hold_are_noted(arguments, noted, tmp_path, capsys):
+    source = save("llama", tmp_path / "source")
+    arguments = [*RTN, *arguments, "--offsets-at", "minimum"]
+    assert main(["quantize", str(source), "--out", str(tmp_path / "out"), *arguments]) == 0
+    notes = [line for line in capsys.readouterr().err.splitlines() if "note: --offsets-at" in line]
+    assert len(notes) == noted and all("other layers become F16" in line for line in notes)
+
+
+@pytest.mark.parametrize(
+    "value, message",
+    [
+        ("bits:8", "bits:B"),
+        ("x=bits", "bits:B"),
+        ("x=width:8", "bits:B"),
+        ("x=bits:eight", "--override: expected 2, 3, 4 or 8, found 'eight'"),
+        ("x=bits:8,group_size:0", "--override: expected an integer of 1 or more, or -1"),
+    ],
+)
+def test_a_malformed_override_is_wrong_usage(value, message, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["quantize", "m", "--out", str(tmp_path / "o"), "--override", value])
-    assert "bits:B" in capsys.readouterr().err
+    assert message in capsys.readouterr().err

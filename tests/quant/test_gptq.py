@@ -251,3 +251,10 @@ def test_inputs_are_left_alone():
 
 def test_grid_constants():
     assert (Grid(3).mid, Grid(3).top) == (4, 7)
+
+
+def test_a_layer_of_zeros_has_no_relative_error():
+    weight, hessian = torch.zeros(8, 32), torch.eye(32)
+    solved = gptq(weight, hessian, bits=4, group_size=16)
+    assert torch.equal(solved.dequantize(), weight)
+    assert calibrated_error(weight, solved, hessian) is None

@@ -37,7 +37,8 @@ def _quantize(source, out, **kwargs):
 
 def _logits(model):
     with torch.no_grad():
-        return model(input_ids=token_ids(3)).logits
+        output = model(input_ids=token_ids(3))
+    return output.logits if "logits" in output else output.last_hidden_state
 
 
 @pytest.mark.parametrize("method", ["rtn", "gptq"])
@@ -202,12 +203,13 @@ def test_overrides_and_kept_layers(tmp_path):
         source,
         tmp_path / "out",
         method="rtn",
-        dynamic={"*.down_proj": {"bits": 8, "group_size": 43}},
-        modules_to_not_convert=["o_proj"],
+        dynamic={"down_proj": {"bits": 8, "group_size": 43}},
+        modules_to_not_convert=["o_proj", "layers.1.self_attn", "lm_head", "embed_tokens"],
     )
     assert result.layers["model.layers.1.mlp.down_proj"]["bits"] == 8
     assert result.layers["model.layers.1.mlp.up_proj"]["bits"] == 4
     assert "model.layers.0.self_attn.o_proj" in result.kept and "lm_head" in result.kept
+    assert "model.layers.1.self_attn.q_proj" in result.kept
     model = _load(result.out)
     assert type(model.model.layers[0].self_attn.o_proj) is torch.nn.Linear
     assert model.model.layers[0].mlp.down_proj.spec.group_size == 43
@@ -276,6 +278,7 @@ def test_half_precision_shards(tmp_path):
     "settings, message",
     [
         ({"bits": 5}, "bits must be one of"),
+        ({"bits": 4.0}, "bits must be one of"),
         ({"group_size": 0}, "group_size must be a positive integer"),
         ({"group_size": -2}, "group_size must be a positive integer"),
         ({"group_size": 64}, r"group_size 64 is larger than .* \(at most 43\)"),
@@ -291,9 +294,15 @@ def test_half_precision_shards(tmp_path):
         ({"offsets_at": "minimum", "format": "gptq"}, "needs real-valued offsets"),
         ({"format": "gptq", "dynamic": {"*.q_proj": {"bits": 8}}}, "one grid for all layers"),
         ({"method": "rtn", "desc_act": True}, "desc_act"),
+        ({"method": "rtn", "calibration": token_ids()}, "method 'rtn' uses no data"),
+        ({"desc_act": True, "ordering": "none"}, "leave out one of the two"),
+        ({"device": "foo"}, "device 'foo' cannot be used"),
+        ({"format": "gptq", "group_size": 20}, r"group_size 20: GPTQModel loads .* \[-1, 16, 32"),
         ({"seq_len": 4096}, "seq_len 4096 is more than the 2048"),
         ({"dynamic": {"*.nothing": {"bits": 8}}}, "matches none of the layers"),
         ({"modules_to_not_convert": ["*"]}, "excludes all"),
+        ({"modules_to_not_convert": "down_proj"}, "must be a list of names, found 'down_proj'"),
+        ({"modules_to_not_convert": ["donw_proj"]}, "'donw_proj' matches no module"),
         ({"calibration": None}, "GPTQ needs text"),
     ],
 )

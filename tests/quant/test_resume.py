@@ -141,7 +141,9 @@ def test_data_free_runs_resume_too(source, tmp_path, monkeypatch):
 
     monkeypatch.setattr(pipeline, "rtn", dying)
     with pytest.raises(_StopError):
-        _run(source, tmp_path / "out", method="rtn")
-    result = _run(source, tmp_path / "out", method="rtn")
+        _run(source, tmp_path / "out", method="rtn", calibration=None)
+    result = _run(source, tmp_path / "out", method="rtn", calibration=None)
     assert result.resumed == 1
-    assert _files(result.out) == _files(_run(source, tmp_path / "whole", method="rtn").out)
+    assert _files(result.out) == _files(
+        _run(source, tmp_path / "whole", method="rtn", calibration=None).out
+    )

@@ -1,9 +1,8 @@
-"""`MergeCallback` with the real SFTTrainer: every way in which a training ends."""
+"""`MergeCallback` with the real SFTTrainer: what it merges, and what it refuses."""
 
 import json
 import multiprocessing
-import subprocess
-import sys
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,15 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig
-from transformers import AutoModelForCausalLM, EarlyStoppingCallback, TrainerCallback
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    EarlyStoppingCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from qalora_plugin import (
     MergeCallback,
@@ -105,6 +111,59 @@ def test_whole_modules_beside_the_adapter(
     _assert_same_model(tmp_path / "merged", trainer.model)
 
 
+class _MergeInMemory(TrainerCallback):
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        kwargs["model"].merge_adapter()
+
+
+def test_what_is_merged_in_memory_is_not_merged_twice(
+    bases: dict[str, Path], make_trainer: Callable[..., Any], tmp_path: Path
+) -> None:
+    """An on-the-fly base is written from memory: without the adapter that is merged there."""
+    kwargs = {"quantization_config": QALoRAQuantConfig(bits=4, group_size=32), "dtype": "float32"}
+    trainer = make_trainer(
+        bases["dense"],
+        callbacks=[_MergeInMemory(), MergeCallback(tmp_path / "merged")],
+        model_init_kwargs=kwargs,
+    )
+    trainer.train()
+    layer = trainer.model.base_model.model.model.layers[0].mlp.down_proj
+    assert layer.merged_adapters == ["default"]  # as the callback left it
+    _assert_same_model(tmp_path / "merged", trainer.model)
+    verify_merge(tmp_path / "merged", tmp_path / "run" / "adapter", bases["ours"])
+
+
+def test_second_adapter_on_a_model_merged_in_memory(
+    bases: dict[str, Path], make_trainer: Callable[..., Any], tmp_path: Path
+) -> None:
+    """The directory that the model came from is not the second adapter's base."""
+    model = AutoModelForCausalLM.from_pretrained(bases["ours"], dtype=torch.float32)
+    config = QALoRAConfig(r=4, init_lora_weights=False, lora_alpha=1, task_type="CAUSAL_LM")
+    model = get_peft_model(model, config).merge_and_unload()
+    trainer = make_trainer(model, callbacks=[MergeCallback(tmp_path / "merged")])
+    trainer.train()
+    _assert_same_model(tmp_path / "merged", trainer.model)
+    assert open_quantized(tmp_path / "merged").config.merged["base_merged"]["lora_alpha"] == 1
+
+
+@pytest.mark.parametrize("kind", ["ours", "dense"])
+def test_generation_config_that_transformers_refuses_to_save(
+    kind: str, bases: dict[str, Path], make_trainer: Callable[..., Any], tmp_path: Path
+) -> None:
+    """from_pretrained takes it with a warning, so it must not fail after the training."""
+    stored = {"temperature": 0.6, "top_p": 0.9, "do_sample": False, "eos_token_id": 2}
+    base = shutil.copytree(bases[kind], tmp_path / "base")
+    (base / "generation_config.json").write_text(json.dumps(stored))
+    kwargs: dict[str, Any] = {"dtype": "float32"}
+    if kind == "dense":
+        kwargs["quantization_config"] = QALoRAQuantConfig(bits=4, group_size=32)
+    callback = MergeCallback(tmp_path / "merged")
+    make_trainer(base, callbacks=[callback], model_init_kwargs=kwargs).train()
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert merged.generation_config.temperature == 0.6
+    assert not merged.generation_config.do_sample
+
+
 def test_packing_with_evaluation(
     bases: dict[str, Path],
     make_trainer: Callable[..., Any],
@@ -181,118 +240,6 @@ def test_resumed_training_merges_what_an_uninterrupted_one_merges(
         assert torch.equal(whole.layer(name).offsets, resumed.layer(name).offsets), name
 
 
-class _Interrupt(TrainerCallback):
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == 3:
-            raise KeyboardInterrupt
-
-
-@pytest.mark.parametrize("kind", ["ours", "dense"])
-def test_interrupted_training_merges_the_last_checkpoint(
-    kind: str, bases: dict[str, Path], make_trainer: Callable[..., Any], tmp_path: Path
-) -> None:
-    kwargs: dict[str, Any] = {"dtype": "float32"}
-    if kind == "dense":
-        kwargs["quantization_config"] = QALoRAQuantConfig(bits=4, group_size=32)
-    callback = MergeCallback(tmp_path / "merged")
-    trainer = make_trainer(
-        bases[kind],
-        callbacks=[callback, _Interrupt()],
-        model_init_kwargs=kwargs,
-        max_steps=5,
-        save_strategy="steps",
-        save_steps=2,
-    )
-    with pytest.raises(KeyboardInterrupt):
-        trainer.train()
-    assert not (tmp_path / "merged").exists()
-    result = callback.merge_last_checkpoint()
-    assert result is not None and result.out == tmp_path / "merged"
-    # "dense" and "ours" have the same integers: one is the other, quantized while loading
-    verify_merge(tmp_path / "merged", tmp_path / "run" / "checkpoint-2", bases["ours"])
-
-
-def test_nothing_saved_before_the_interrupt(
-    bases: dict[str, Path],
-    make_trainer: Callable[..., Any],
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    callback = MergeCallback(tmp_path / "merged")
-    trainer = make_trainer(bases["ours"], callbacks=[callback, _Interrupt()], max_steps=5)
-    with pytest.raises(KeyboardInterrupt):
-        trainer.train()
-    assert callback.merge_last_checkpoint() is None
-    assert "no checkpoint was saved" in caplog.text
-    assert not (tmp_path / "merged").exists()
-
-
-_SCRIPT = """
-import sys
-from datasets import Dataset
-from transformers import AutoTokenizer, TrainerCallback
-from trl import SFTConfig, SFTTrainer
-from qalora_plugin import MergeCallback, QALoRAConfig
-
-base, tokenizer, out = sys.argv[1:]
-class Stop(TrainerCallback):
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == 1:
-            raise KeyboardInterrupt
-SFTTrainer(
-    base,
-    args=SFTConfig(output_dir=out + "/run", max_steps=2, save_steps=1, max_length=16,
-                   per_device_train_batch_size=2, use_cpu=True, bf16=False, report_to="none",
-                   disable_tqdm=True),
-    train_dataset=Dataset.from_dict({"text": ["one two three"] * 4}),
-    processing_class=AutoTokenizer.from_pretrained(tokenizer),
-    peft_config=QALoRAConfig(r=4),
-    callbacks=[MergeCallback(out + "/merged"), Stop()],
-).train()
-"""
-
-
-def test_a_script_that_is_interrupted_merges_when_it_exits(
-    bases: dict[str, Path], tmp_path: Path
-) -> None:
-    arguments = [str(bases["ours"]), str(bases["stock"]), str(tmp_path)]
-    done = subprocess.run(
-        [sys.executable, "-c", _SCRIPT, *arguments], capture_output=True, text=True
-    )
-    assert done.returncode != 0
-    assert "merging the last saved checkpoint" in done.stderr
-    verify_merge(tmp_path / "merged", tmp_path / "run" / "checkpoint-1", bases["ours"])
-
-
-class _Crash(TrainerCallback):
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == 1:
-            raise RuntimeError("out of memory")
-
-
-def test_a_script_that_crashed_does_not_merge_when_it_exits(
-    bases: dict[str, Path],
-    make_trainer: Callable[..., Any],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    at_exit: list[tuple[Any, ...]] = []
-    monkeypatch.setattr("atexit.register", lambda *call: at_exit.append(call))
-    callback = MergeCallback(tmp_path / "merged")
-    trainer = make_trainer(
-        bases["ours"], callbacks=[callback, _Crash()], save_strategy="steps", save_steps=1
-    )
-    with pytest.raises(RuntimeError) as crash:
-        trainer.train()
-    monkeypatch.setattr(sys, "last_value", crash.value, raising=False)  # as the interpreter does
-    [(function, *arguments)] = at_exit
-    function(*arguments)
-    assert not (tmp_path / "merged").exists()
-    monkeypatch.setattr(sys, "last_value", KeyboardInterrupt(), raising=False)
-    function(*arguments)
-    assert (tmp_path / "merged").exists()
-
-
 class _FillTarget(TrainerCallback):
     """Somebody else writes to the target while training runs."""
 
@@ -333,6 +280,63 @@ def test_refused_before_training(
         lora.train()
 
 
+@pytest.mark.parametrize("out", ["run", "run/adapter", "."])
+def test_target_that_the_training_fills_is_refused_before_it_starts(
+    out: str, bases: dict[str, Path], make_trainer: Callable[..., Any], tmp_path: Path
+) -> None:
+    callback = MergeCallback(tmp_path / "here" / out)
+    trainer = make_trainer(bases["ours"], callbacks=[callback], run="here/run", save_steps=1)
+    with pytest.raises(ConfigError, match=r"is where the training writes .*run/merged"):
+        trainer.train()
+    assert not list((tmp_path / "here" / "run").glob("*"))
+
+
+def test_target_below_the_home_directory(
+    bases: dict[str, Path],
+    make_trainer: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also the temporary base; a later change of the working directory does not move them."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "elsewhere").mkdir()
+    kwargs = {"quantization_config": QALoRAQuantConfig(bits=4, group_size=32)}
+    callback = MergeCallback("~/models/merged")
+    trainer = make_trainer(bases["dense"], callbacks=[callback], model_init_kwargs=kwargs)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    trainer.train()
+    assert callback.result is not None
+    assert callback.result.out == tmp_path / "home" / "models" / "merged"
+    assert [path.name for path in callback.result.out.parent.iterdir()] == ["merged"]
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_base_from_memory_is_where_the_next_run_cleans_up(
+    bases: dict[str, Path],
+    make_trainer: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    sharded: bool,
+) -> None:
+    """A killed merge leaves the whole base behind: AtomicDirectory removes siblings so named, but
+    not this one while it is in use. With sharded parameters the base is quantized again."""
+    if sharded:
+        monkeypatch.setattr("qalora_plugin.in_memory.is_sharded", lambda tensor: True)
+    found: list[Path] = []
+
+    def look(adapter: Path, out: Path, base: Path, **options: Any) -> Any:
+        found.extend(out.parent.glob(f".{out.name}.partial-tmp-*"))
+        assert found == [base.parent]
+        return merge_adapter(adapter, out, base, **options)
+
+    monkeypatch.setattr("qalora_plugin.trl.merge_adapter", look)
+    kwargs = {"quantization_config": QALoRAQuantConfig(bits=4, group_size=32)}
+    callback = MergeCallback(tmp_path / "merged")
+    make_trainer(bases["dense"], callbacks=[callback], model_init_kwargs=kwargs).train()
+    assert callback.result is not None and not found[0].exists()
+
+
 def _rank(rank: int, store: str, messages: Any) -> None:
     def work() -> None:
         raise ValueError("the disk is full")
@@ -360,3 +364,30 @@ def test_other_processes_fail_with_the_main_one(tmp_path: Path) -> None:
     for process in ranks:
         process.join(timeout=60)
         assert process.exitcode == 0
+
+
+def test_classifier_keeps_its_labels(bases: dict[str, Path], tmp_path: Path) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(
+        bases["ours"],
+        dtype=torch.float32,
+        id2label={0: "bad", 1: "fair", 2: "good"},
+        label2id={"bad": 0, "fair": 1, "good": 2},
+        pad_token_id=3,
+    )
+    arguments = TrainingArguments(
+        str(tmp_path / "run"), max_steps=1, use_cpu=True, report_to=[], disable_tqdm=True
+    )
+    Trainer(
+        get_peft_model(model, QALoRAConfig(r=2, task_type="SEQ_CLS")),
+        arguments,
+        train_dataset=[{"input_ids": [5, 6, 7], "labels": i} for i in range(3)],
+        callbacks=[MergeCallback(tmp_path / "merged")],
+    ).train()
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    assert merged.config.architectures == ["LlamaForSequenceClassification"]
+    assert merged.config.id2label == {0: "bad", 1: "fair", 2: "good"}
+    assert (merged.config.pad_token_id, merged.config.problem_type) == (
+        3,
+        "single_label_classification",
+    )
+    verify_merge(tmp_path / "merged", tmp_path / "run" / "adapter", bases["ours"], logits=True)

@@ -59,7 +59,7 @@ def test_refusal_says_what_to_do():
         ({"lora_dropout": 0.1, "adapt": "both"}, "lora_dropout=0.1 needs adapt="),
         ({"adapt": "zero"}, "adapt must be one of"),
         ({"convention": "mean"}, "convention"),
-        ({"bias": "all"}, "bias"),
+        ({"bias": "all"}, 'bias must be "none" .*modules_to_not_convert'),
         ({"init_lora_weights": "pissa"}, "init_lora_weights"),
         ({"seed": -1}, "seed"),
         ({"bits": 5}, "bits"),

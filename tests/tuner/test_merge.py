@@ -7,6 +7,7 @@ from torch import nn
 
 from qalora_plugin import QALoRAConfig, QALoRAQuantConfig
 from qalora_plugin.errors import AdapterError
+from qalora_plugin.tuner import QALoRALinear
 
 
 def _last_layer(model):
@@ -38,12 +39,60 @@ def test_nan_is_refused(make_peft):
         model.merge_adapter()
 
 
-def test_overflow_of_the_stored_dtype_is_refused(make_peft):
+@pytest.mark.parametrize("method", ["merge_adapter", "merge_and_unload"])
+@pytest.mark.parametrize(
+    ("attribute", "value", "message"),
+    [
+        ("qalora_B", 1e8, r"layers\.1\.mlp\.down_proj.*overflow"),
+        (
+            "qalora_scale_B",
+            -1e3,
+            r"layers\.1\.mlp\.down_proj.*expected positive scales, found \d+ of",
+        ),
+    ],
+)
+def test_what_no_checkpoint_can_hold_is_refused_before_anything_changes(
+    make_peft, method, attribute, value, message
+):
+    """As `qalora merge` refuses it. The layer is the last: the others must not be merged."""
+    model = make_peft(adapt="both")
+    getattr(_last_layer(model), attribute)["default"].weight.data.fill_(value)
+    if attribute == "qalora_scale_B":
+        _last_layer(model).qalora_scale_A["default"].weight.data.abs_()
+    before = _buffers(model)
+    with pytest.raises(AdapterError, match=message):
+        getattr(model, method)()
+    after = _buffers(model)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    layers = [module for module in model.modules() if isinstance(module, QALoRALinear)]
+    assert len(layers) == 14 and not any(layer.merged for layer in layers)
+
+
+def test_a_diverged_adapter_does_not_keep_others_from_being_merged(make_peft):
     model = make_peft()
-    _last_layer(model).qalora_B["default"].weight.data.fill_(1e8)
-    with pytest.raises(AdapterError, match="overflow"):
-        model.merge_adapter()
-    assert not _last_layer(model).merged
+    model.add_adapter("other", QALoRAConfig(r=2))
+    _last_layer(model).qalora_A["other"].weight.data[0, 0] = float("nan")
+    model.merge_adapter(["default"])
+    assert _last_layer(model).merged_adapters == ["default"]
+
+
+@torch.no_grad()
+def test_merged_adapter_cannot_be_deleted(make_peft, fill_adapters, ids):
+    model = make_peft()
+    model.add_adapter("other", QALoRAConfig(r=2))
+    fill_adapters(model)
+    model.merge_adapter(["default"])
+    logits = model(ids).logits
+    with pytest.raises(AdapterError, match=r"'default' is merged .*unmerge_adapter"):
+        model.delete_adapter("default")
+    with pytest.raises(AdapterError, match="is merged"):
+        _last_layer(model).delete_adapter("default")
+    assert sorted(model.peft_config) == ["default", "other"]
+    model.delete_adapter("other")
+    assert torch.equal(model(ids).logits, logits)
+    model.unmerge_adapter()
+    model.delete_adapter("default")
 
 
 def test_unmerge_restores_the_bits_after_a_change_of_dtype(make_peft):
@@ -73,6 +122,30 @@ def test_merged_config_says_what_was_merged(make_llama, make_peft):
     assert again.peft_config["default"].base_merged == first
     second = again.merge_and_unload().config.quantization_config.merged
     assert second["before"] == first
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("unmerge", [False, True])
+def test_unload_keeps_what_is_merged_and_says_so(make_llama, make_peft, ids, unmerge):
+    model = make_llama()
+    model.config.quantization_config = QALoRAQuantConfig(bits=4, group_size=16)
+    base = model(ids).logits
+    model = make_peft(model)
+    model.merge_adapter()
+    merged = model(ids).logits
+    assert not torch.equal(merged, base)
+    if unmerge:
+        model.unmerge_adapter()
+    config = model.peft_config["default"]
+    plain = model.unload()
+    assert torch.equal(plain(ids).logits, base if unmerge else merged)
+    record = plain.config.quantization_config.merged
+    assert record is None if unmerge else record["adapter"] == "default"
+    if unmerge:
+        get_peft_model(plain, config)
+    else:  # the same adapter would be applied twice
+        with pytest.raises(AdapterError, match="is already merged"):
+            get_peft_model(plain, config)
 
 
 @torch.no_grad()

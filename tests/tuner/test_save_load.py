@@ -67,6 +67,15 @@ def test_adapter_in_bf16_is_fp32_in_memory(saved, make_llama):
             assert torch.equal(value, low[key].float())
 
 
+def test_adapter_on_a_bf16_model_is_not_rounded(saved, make_llama):
+    """PEFT moves a loaded adapter to the dtype of the base layer's weight, where it has one."""
+    directory, _ = saved
+    stored = load_file(directory / FILE)
+    model = PeftModel.from_pretrained(make_llama().bfloat16(), directory, low_cpu_mem_usage=True)
+    for key, value in get_peft_model_state_dict(model).items():
+        assert torch.equal(value, stored[key]), key
+
+
 def test_size_is_rank_times_groups_and_outputs(make_peft, tmp_path):
     make_peft(adapt="zeros", r=4).save_pretrained(tmp_path)
     numbers = sum(value.numel() for value in load_file(tmp_path / FILE).values())
@@ -262,6 +271,18 @@ def test_through_transformers_from_disk(fill_adapters, ids, tmp_path):
     # the same 16-bit model, quantized again in the same way, is the same base
     again = AutoModelForCausalLM.from_pretrained(plain, quantization_config=quantization)
     assert torch.equal(PeftModel.from_pretrained(again, adapter)(ids).logits, logits)
+
+
+def test_state_dict_of_the_base_alone(make_peft):
+    model = make_peft()
+    adapter = get_peft_model_state_dict(model)
+    base = {key: value for key, value in model.state_dict().items() if "qalora_" not in key}
+    result = model.load_state_dict(base, strict=False)
+    assert len(result.missing_keys) == 14 * 2 and not result.unexpected_keys
+    after = get_peft_model_state_dict(model)
+    assert all(torch.equal(after[key], value) for key, value in adapter.items())
+    with pytest.raises(RuntimeError, match=r"Missing key.*qalora_A"):
+        model.load_state_dict(base)
 
 
 def test_state_dict_of_a_model_with_tied_embeddings(make_llama, make_peft):

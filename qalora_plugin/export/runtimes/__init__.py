@@ -101,7 +101,11 @@ class RuntimeReport:
 
 
 def check_runtime(
-    exported: Path, against: str | Path, format: str, python: str | Path | None = None
+    exported: Path,
+    against: str | Path,
+    format: str,
+    python: str | Path | None = None,
+    base: str | Path | None = None,
 ) -> RuntimeReport:
     """Run random tokens through the runtime and through our model in fp32.
 
@@ -110,6 +114,7 @@ def check_runtime(
         against: the merged model; for a lora export the adapter.
         format: of the export.
         python: interpreter that has the runtime, by default this one.
+        base: for a lora export, the adapter's base; by default what its config names.
 
     Raises:
         VerificationError: the runtime fails, or its logits are others.
@@ -120,7 +125,9 @@ def check_runtime(
         return RuntimeReport(runtime.title, missing)
     with tempfile.TemporaryDirectory(prefix="qalora-verify-") as scratch:
         run = _Run(runtime, interpreter, exported, Path(scratch))
-        return _check_lora(run, against) if format == "lora" else _check(run, against, format)
+        if format == "lora":
+            return _check_lora(run, against, base)
+        return _check(run, against, format)
 
 
 @dataclass
@@ -217,9 +224,9 @@ def _below_best(model: torch.nn.Module, ids: torch.Tensor, generated: torch.Tens
     return (logits.amax(1) - chosen).max()
 
 
-def _check_lora(run: _Run, adapter: str | Path) -> RuntimeReport:
+def _check_lora(run: _Run, adapter: str | Path, base_of: str | Path | None) -> RuntimeReport:
     """The adapter in stock PEFT, on the base in stock transformers (through torchao)."""
-    plan: MergePlan = plan_merge(adapter)
+    plan: MergePlan = plan_merge(adapter, base_of)
     base = run.scratch / "base"
     try:
         torchao.export(plan.base.directory, base, progress=None)

@@ -1,0 +1,55 @@
+"""`AbsentWeight`: what a quantized layer answers where a model asks it for its `weight`."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from ..errors import ConfigError
+
+
+class AbsentWeight(torch.Tensor):
+    """A weight of the right shape, dtype and device that has no numbers and takes no memory.
+
+    Some architectures look at a layer's `weight.dtype` in their forward (T5), or initialise the
+    layer from its parent (T5, ModernBERT), which transformers skips for what is loaded already.
+
+    Args:
+        shape: [out_features, in_features].
+        dtype: of the dense layer that the quantized one stands for.
+        device: of the layer.
+
+    Raises:
+        ConfigError: by every operation that needs the numbers.
+    """
+
+    _is_hf_initialized = True
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @staticmethod
+    def __new__(
+        cls, shape: Sequence[int], dtype: torch.dtype, device: torch.device | str
+    ) -> "AbsentWeight":
+        """Make one."""
+        return torch.Tensor._make_wrapper_subclass(
+            cls, torch.Size(shape), dtype=dtype, device=torch.device(device)
+        )
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls,
+        operation: Callable[..., Any],
+        types: Any,
+        args: Any = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Refuse: there are no numbers to compute with."""
+        raise ConfigError(
+            f"{operation} needs the numbers of a quantized layer's weight, which the layer does "
+            "not hold: this model computes with them itself instead of calling the layer. Quantize "
+            "it anew with the layer's name in modules_to_not_convert."
+        )
+
+    def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
+        """Without the numbers."""
+        return f"AbsentWeight(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"

@@ -1,0 +1,61 @@
+"""What `qalora quickstart` refuses, it refuses before the first model is loaded."""
+
+import pytest
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from qalora_plugin import quantize_model
+from qalora_plugin.errors import CheckpointError, ConfigError, QuantizationError
+from qalora_plugin.quickstart.data import base_model_path
+from qalora_plugin.quickstart.run import Settings, run
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A 16-bit model that takes 64 tokens, and one that is quantized."""
+    directory = tmp_path_factory.mktemp("models")
+    config = LlamaConfig(
+        vocab_size=2048,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+    )
+    LlamaForCausalLM(config).save_pretrained(directory / "short")
+    AutoTokenizer.from_pretrained(base_model_path()).save_pretrained(directory / "short")
+    quantize_model(directory / "short", directory / "int4", method="rtn", progress=False)
+    return directory
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"rank": 0}, "--rank: expected 1 or more, found 0"),
+        ({"steps": -1}, "--steps: expected 1 or more, found -1"),
+        ({"batch_size": 0}, "--batch-size: expected 1 or more, found 0"),
+        ({"learning_rate": float("nan")}, "--learning-rate: expected above 0, found nan"),
+        ({"seed": -1}, "--seed: expected 0 to"),
+    ],
+)
+def test_a_number_out_of_range_names_its_option(settings, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        Settings(out=tmp_path / "out", **settings)
+
+
+@pytest.mark.parametrize(
+    "settings, error, message",
+    [
+        ({"bits": 5}, ConfigError, "bits must be one of"),
+        ({"group_size": 1000}, ConfigError, "group_size 1000 is larger than the inputs"),
+        ({"model": "int4"}, CheckpointError, "is quantized already"),
+        ({"model": "short"}, ConfigError, "takes 64 tokens; the quickstart works on rows of 512"),
+        ({"dataset": "few.jsonl"}, QuantizationError, "fewer than one window of 512"),
+    ],
+)
+def test_refused_before_anything_is_loaded_or_written(settings, error, message, models, tmp_path):
+    (models / "few.jsonl").write_text("".join(f'{{"text": "{n}"}}\n' for n in range(60)))
+    places = {key: models / settings[key] for key in ("model", "dataset") if key in settings}
+    said = []
+    with pytest.raises(error, match=message):
+        run(Settings(out=tmp_path / "out", **{**settings, **places}), say=said.append)
+    assert not said and not (tmp_path / "out").exists()

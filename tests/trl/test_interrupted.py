@@ -1,0 +1,166 @@
+"""`MergeCallback` when a training does not get to its end: Ctrl-C, resuming, a crash."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+from qalora_plugin import MergeCallback, QALoRAConfig, QALoRAQuantConfig, verify_merge
+
+
+class _Interrupt(TrainerCallback):
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 3:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("kind", ["ours", "dense"])
+def test_interrupted_training_merges_the_last_checkpoint(
+    kind: str, bases: dict[str, Path], make_trainer: Callable[..., Any], tmp_path: Path
+) -> None:
+    kwargs: dict[str, Any] = {"dtype": "float32"}
+    if kind == "dense":
+        kwargs["quantization_config"] = QALoRAQuantConfig(bits=4, group_size=32)
+    callback = MergeCallback(tmp_path / "merged")
+    trainer = make_trainer(
+        bases[kind],
+        callbacks=[callback, _Interrupt()],
+        model_init_kwargs=kwargs,
+        max_steps=5,
+        save_strategy="steps",
+        save_steps=2,
+    )
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert not (tmp_path / "merged").exists()
+    result = callback.merge_last_checkpoint()
+    assert result is not None and result.out == tmp_path / "merged"
+    # "dense" and "ours" have the same integers: one is the other, quantized while loading
+    verify_merge(tmp_path / "merged", tmp_path / "run" / "checkpoint-2", bases["ours"])
+
+
+def test_nothing_saved_before_the_interrupt(
+    bases: dict[str, Path],
+    make_trainer: Callable[..., Any],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    callback = MergeCallback(tmp_path / "merged")
+    trainer = make_trainer(bases["ours"], callbacks=[callback, _Interrupt()], max_steps=5)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert callback.merge_last_checkpoint() is None
+    assert "no checkpoint was saved" in caplog.text
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_interrupted_before_the_first_new_checkpoint(
+    told: bool, bases: dict[str, Path], make_trainer: Callable[..., Any], tmp_path: Path
+) -> None:
+    """After resuming, the checkpoint that was resumed from is the last; of an adapter with a name
+    of its own it lies one directory below."""
+
+    def trainer(callbacks: list[Any], **settings: Any) -> Any:
+        model = AutoModelForCausalLM.from_pretrained(bases["ours"], dtype=torch.float32)
+        config = QALoRAConfig(r=4, task_type="CAUSAL_LM")
+        model = get_peft_model(model, config, adapter_name="tuned")
+        settings |= {"save_strategy": "steps", "save_steps": 3}
+        return make_trainer(model, callbacks=callbacks, adapter=None, **settings)
+
+    trainer([], max_steps=3).train()
+    checkpoint = tmp_path / "run" / "checkpoint-3"
+    settings: dict[str, Any] = {"run": "other", "resume_from_checkpoint": str(checkpoint)}
+    callback = MergeCallback(tmp_path / "merged")
+    resumed = trainer([callback, _Interrupt()], max_steps=5, **(settings if told else {}))
+    with pytest.raises(KeyboardInterrupt):
+        resumed.train(resume_from_checkpoint=str(checkpoint))
+    result = callback.merge_last_checkpoint()
+    assert result is not None and result.layers == 14
+    verify_merge(tmp_path / "merged", checkpoint / "tuned", bases["ours"])
+
+
+def test_checkpoint_of_another_training_is_not_taken_for_the_resumed_one(
+    bases: dict[str, Path], make_trainer: Callable[..., Any], tmp_path: Path
+) -> None:
+    saving = {"max_steps": 3, "save_strategy": "steps", "save_steps": 3}
+    make_trainer(bases["ours"], run="first", **saving).train()
+    make_trainer(bases["ours"], learning_rate=1e-3, **saving).train()
+    callback = MergeCallback(tmp_path / "merged")
+    saving["max_steps"] = 5
+    trainer = make_trainer(bases["ours"], callbacks=[callback, _Interrupt()], **saving)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "first" / "checkpoint-3"))
+    assert callback.merge_last_checkpoint() is None
+
+
+_SCRIPT = """
+import sys
+from datasets import Dataset
+from transformers import AutoTokenizer, TrainerCallback
+from trl import SFTConfig, SFTTrainer
+from qalora_plugin import MergeCallback, QALoRAConfig
+
+base, tokenizer, out = sys.argv[1:]
+class Stop(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 1:
+            raise KeyboardInterrupt
+SFTTrainer(
+    base,
+    args=SFTConfig(output_dir=out + "/run", max_steps=2, save_steps=1, max_length=16,
+                   per_device_train_batch_size=2, use_cpu=True, bf16=False, report_to="none",
+                   disable_tqdm=True),
+    train_dataset=Dataset.from_dict({"text": ["one two three"] * 4}),
+    processing_class=AutoTokenizer.from_pretrained(tokenizer),
+    peft_config=QALoRAConfig(r=4),
+    callbacks=[MergeCallback(out + "/merged"), Stop()],
+).train()
+"""
+
+
+def test_a_script_that_is_interrupted_merges_when_it_exits(
+    bases: dict[str, Path], tmp_path: Path
+) -> None:
+    arguments = [str(bases["ours"]), str(bases["stock"]), str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, "-c", _SCRIPT, *arguments], capture_output=True, text=True
+    )
+    assert done.returncode != 0
+    assert "merging the last saved checkpoint" in done.stderr
+    verify_merge(tmp_path / "merged", tmp_path / "run" / "checkpoint-1", bases["ours"])
+
+
+class _Crash(TrainerCallback):
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 1:
+            raise RuntimeError("out of memory")
+
+
+def test_a_script_that_crashed_does_not_merge_when_it_exits(
+    bases: dict[str, Path],
+    make_trainer: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    at_exit: list[tuple[Any, ...]] = []
+    monkeypatch.setattr("atexit.register", lambda *call: at_exit.append(call))
+    callback = MergeCallback(tmp_path / "merged")
+    trainer = make_trainer(
+        bases["ours"], callbacks=[callback, _Crash()], save_strategy="steps", save_steps=1
+    )
+    with pytest.raises(RuntimeError) as crash:
+        trainer.train()
+    monkeypatch.setattr(sys, "last_value", crash.value, raising=False)  # as the interpreter does
+    [(function, *arguments)] = at_exit
+    function(*arguments)
+    assert not (tmp_path / "merged").exists()
+    monkeypatch.setattr(sys, "last_value", KeyboardInterrupt(), raising=False)
+    function(*arguments)
+    assert (tmp_path / "merged").exists()
