@@ -19,7 +19,8 @@ from ..checkpoint.base import QuantizedCheckpoint
 from ..errors import QuantizationError
 from ..quant.calibration import Calibration, calibration_windows
 from ..quant.config import QALoRAQuantConfig
-from ..quant.pipeline import check_stock, fitting_length, quantize_model
+from ..quant.pipeline import quantize_model
+from ..quant.settings import check_stock, fitting_length
 from ..quickstart.data import calibration_texts
 from ..verify_logits import load_model
 from .torchao import TorchAO

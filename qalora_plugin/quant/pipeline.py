@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedModel
 
@@ -19,24 +18,27 @@ from qalora_kernels import QuantSpec
 
 from ..checkpoint.atomic import AtomicDirectory
 from ..checkpoint.reader import CONFIG_FILE, resolve_model_dir
-from ..checkpoint.selection import check_group_sizes, check_overrides, linears_to_quantize
 from ..checkpoint.side_files import copy_side_files
-from ..checkpoint.stock_writer import FORMATS as STOCK_FORMATS
-from ..checkpoint.stock_writer import GPTQMODEL_GROUP_SIZES, write_stock_gptq
+from ..checkpoint.stock_writer import write_stock_gptq
 from ..errors import ConfigError
-from .blocks import find_blocks
 from .calibration import Calibration, calibration_windows
 from .config import QALoRAQuantConfig
 from .gptq import GPTQSettings
 from .memory import release_freed_memory
 from .resume import Report, leftovers, resume_tag
 from .rtn import rtn
+from .settings import (
+    check_data_free,
+    check_stock,
+    choose_layers,
+    choose_zero_points,
+    compute_dtype,
+    fitting_length,
+    usable_device,
+)
 from .shards import BlockShards, Solved
 from .source import ModelSource
 from .walk import Walk
-
-FORMATS = ("qalora", *STOCK_FORMATS)
-DEFAULT_SEQ_LEN = 512
 
 log = logging.getLogger(__name__)
 
@@ -131,7 +133,7 @@ def quantize_model(
         OutputError: the output is not empty, or cannot be written.
     """
     AtomicDirectory(out)  # a taken target is refused before the long reading
-    zeros = _choose_zero_points(format, zero_points)
+    zeros = choose_zero_points(format, zero_points)
     if zeros == "integer" and offsets_at == "minimum":
         raise ConfigError(
             "offsets_at 'minimum' needs real-valued offsets: with integer zero-points (zero_points "
@@ -139,13 +141,13 @@ def quantize_model(
             "fp16 number. Leave out one of the two"
         )
     if method == "rtn":
-        _check_data_free(calibration, desc_act)
+        check_data_free(calibration, desc_act)
     if desc_act and ordering == "none":
         raise ConfigError(
             "desc_act rounds inputs by size, ordering 'none' as they come: leave out one of the two"
         )
     settings = GPTQSettings(ordering="act" if desc_act else ordering, damp=damp, mse=mse)
-    device = _usable(device)
+    device = usable_device(device)
     config = QALoRAQuantConfig(
         bits=bits,
         group_size=group_size,
@@ -182,7 +184,7 @@ def quantize_model(
             settings=settings,
             integer_zeros=zeros == "integer",
             windows=windows,
-            dtype=dtype or _compute_dtype(source.model, device),
+            dtype=dtype or compute_dtype(source.model, device),
             device=device,
             resumable=not isinstance(model, PreTrainedModel),
             progress=progress,
@@ -207,124 +209,6 @@ def _on_disk(
         if tokenizer is not None:
             tokenizer.save_pretrained(directory)
         yield directory
-
-
-def _choose_zero_points(format: str, zero_points: str | None) -> str:
-    if format not in FORMATS:
-        raise ConfigError(f"format must be one of {FORMATS}, found {format!r}")
-    if zero_points not in (None, "real", "integer"):
-        raise ConfigError(f"zero_points must be 'real' or 'integer', found {zero_points!r}")
-    if format != "qalora" and zero_points == "real":
-        raise ConfigError(
-            f"format {format!r} holds integer zero-points only: use zero_points 'integer', or "
-            "format 'qalora'"
-        )
-    return zero_points or ("real" if format == "qalora" else "integer")
-
-
-def _check_data_free(calibration: Calibration | None, desc_act: bool) -> None:
-    if desc_act:
-        raise ConfigError("desc_act orders inputs by calibration data: it needs method 'gptq'")
-    if calibration is not None:
-        raise ConfigError(
-            "calibration: method 'rtn' uses no data: leave it out, or use method 'gptq'"
-        )
-
-
-def _usable(device: str | torch.device) -> torch.device:
-    """The device, once a number has gone there and back.
-
-    Raises:
-        ConfigError: torch does not know it, was built without it, or sees none.
-    """
-    try:
-        found = torch.device(device)
-        torch.ones(1, device=found).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        gpus = torch.cuda.device_count()
-        raise ConfigError(
-            f"device {str(device)!r} cannot be used: torch {torch.__version__} sees {gpus or 'no'} "
-            f"GPU here. Use 'cpu'{' or ' + repr('cuda') if gpus else ''}"
-        ) from error
-    return found
-
-
-def choose_layers(source: ModelSource, config: QALoRAQuantConfig) -> dict[str, QuantSpec]:
-    """The grid of every layer to quantize, by its name in the model.
-
-    Args:
-        source: the model.
-        config: of the quantization; its `modules_to_not_convert` becomes the list of the others.
-
-    Raises:
-        ConfigError: no layer, a group size that is larger than every layer, or an override that
-            matches none.
-    """
-    model = source.model
-    blocks_name, _ = find_blocks(model)
-    linears = {
-        name: linear
-        for name, linear in linears_to_quantize(model, config, source.reader.tensors).items()
-        if name.startswith(blocks_name + ".")
-    }
-    specs = {
-        name: config.spec_for(source.layer_name(name), linear.in_features, linear.out_features)
-        for name, linear in linears.items()
-    }
-    check_group_sizes(config, linears.values())
-    check_overrides(config, [source.layer_name(name) for name in specs])
-    config.modules_to_not_convert = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name not in specs
-    ]
-    return specs
-
-
-def fitting_length(model_config: Any, seq_len: int | None) -> int:
-    """Tokens in a calibration window.
-
-    Raises:
-        ConfigError: more than the model takes.
-    """
-    limit = getattr(model_config.get_text_config(), "max_position_embeddings", None)
-    if seq_len is None:
-        return min(DEFAULT_SEQ_LEN, limit or DEFAULT_SEQ_LEN)
-    if limit is not None and seq_len > limit:
-        raise ConfigError(
-            f"seq_len {seq_len} is more than the {limit} tokens that the model takes "
-            "(max_position_embeddings): give a smaller one, or leave it out"
-        )
-    return seq_len
-
-
-def _compute_dtype(model: PreTrainedModel, device: torch.device) -> torch.dtype:
-    # few CPU operators exist in fp16, none is fast
-    return torch.float32 if model.dtype == torch.float16 and device.type == "cpu" else model.dtype
-
-
-def check_stock(specs: dict[str, QuantSpec], format: str, config: QALoRAQuantConfig) -> None:
-    """Refuse now what `write_stock_gptq` would refuse when all is quantized, or GPTQModel to load.
-
-    Raises:
-        ConfigError: an override with "gptq", a group size, or a layer's sizes.
-    """
-    for size in (config.group_size, *(o.get("group_size", -1) for o in config.dynamic.values())):
-        if size not in GPTQMODEL_GROUP_SIZES:
-            raise ConfigError(
-                f"group_size {size}: GPTQModel loads stock checkpoints with one of "
-                f"{list(GPTQMODEL_GROUP_SIZES)} only. Choose one of these, or use format 'qalora'"
-            )
-    if format == "gptq" and config.dynamic:
-        raise ConfigError(
-            "format 'gptq' holds one grid for all layers: leave out dynamic, or use 'gptq_v2'"
-        )
-    for name, spec in specs.items():
-        if spec.in_features % 32 or spec.out_features % 32:
-            raise ConfigError(
-                f"{name} has {spec.in_features} inputs and {spec.out_features} outputs; stock GPTQ "
-                "needs multiples of 32. List it in modules_to_not_convert, or use format 'qalora'"
-            )
 
 
 def _describe(

@@ -208,7 +208,7 @@ def run(settings: Settings, say: Callable[[str], None] = print) -> Result:
 def _check_model(source: Path, settings: Settings) -> None:
     """Refuse at once what quantizing would refuse when the 16-bit model has been measured."""
     from ..quant.config import QALoRAQuantConfig
-    from ..quant.pipeline import choose_layers, fitting_length
+    from ..quant.settings import choose_layers, fitting_length
     from ..quant.source import ModelSource
 
     config = QALoRAQuantConfig(
