@@ -4,9 +4,8 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import httpx
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -18,8 +17,12 @@ from .export.record import GGUF_KEY, describe_source, public_name, read_record
 from .export.walk import require
 
 CARD_FILE = "README.md"
+# what connections raise comes from httpx, or from httpx2 with huggingface_hub 2
+_HTTP_ERROR = cast(
+    type[Exception], next(b for b in HfHubHTTPError.__mro__ if b.__name__ == "HTTPError")
+)
 # huggingface_hub 1.17 retries on a client that it has closed, a RuntimeError
-HUB_FAILURES = (HfHubHTTPError, HFValidationError, httpx.HTTPError, OSError, RuntimeError)
+HUB_FAILURES = (HfHubHTTPError, _HTTP_ERROR, HFValidationError, OSError, RuntimeError)
 MERGED = "qalora"
 
 _EXACT_MERGE = (

@@ -120,7 +120,9 @@ class _Handler(BaseHTTPRequestHandler):
                 hub.files[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
                 hub.files[value["path"]] = hub.objects[value["oid"]]
-        self._reply({"success": True, "commitOid": "0" * 40, "commitUrl": hub.url})
+        repo, oid = self.path.removeprefix("/api/models/").partition("/commit/")[0], "0" * 40
+        url = f"{hub.url}/{repo}/commit/{oid}"
+        self._reply({"success": True, "commitOid": oid, "commitUrl": url})
 
 
 @pytest.fixture
