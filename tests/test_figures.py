@@ -17,7 +17,7 @@ from transformers import (
 from transformers.integrations import TensorBoardCallback
 
 from qalora_plugin import QALoRAConfig, QALoRAQuantConfig
-from qalora_plugin.figures import FiguresCallback, layer_changes
+from qalora_plugin.training.figures import FiguresCallback, layer_changes
 
 
 class Report(TensorBoardCallback):

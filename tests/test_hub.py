@@ -19,12 +19,12 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from qalora_plugin import QALoRAQuantConfig, export_model, merge_adapter
-from qalora_plugin.checkpoint.base import open_quantized
+from qalora_plugin.checkpoint.checkpoint import open_quantized
 from qalora_plugin.cli import main
 from qalora_plugin.errors import OutputError
-from qalora_plugin.export.record import public_name
-from qalora_plugin.hub import push, push_merged
-from qalora_plugin.model_card import find_subject, make_card, subject_of
+from qalora_plugin.formats.record import public_name
+from qalora_plugin.hub.card import find_subject, make_card, subject_of
+from qalora_plugin.hub.push import push, push_merged
 
 TOKEN = "hf_" + "s3cret" * 5
 OWNER = "someone"

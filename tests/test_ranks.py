@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qalora_plugin import ranks
+from qalora_plugin.distributed import ranks
 from qalora_plugin.errors import OutputError
 
 FORK = multiprocessing.get_context("fork")  # importing everything again would take long

@@ -13,10 +13,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from qalora_plugin import QALoRAConfig, parameter_groups, quantize_model
-from qalora_plugin.optimizer import SCALE_LR_RATIO
-from qalora_plugin.quant.linear import QuantLinear
-from qalora_plugin.quickstart.data import base_model_path
+from qalora_plugin.layers.linear import QuantLinear
+from qalora_plugin.quickstart.embedded import base_model_path
 from qalora_plugin.tuner.layer import QALoRALinear
+from qalora_plugin.tuner.parameter_groups import SCALE_LR_RATIO
 
 
 @dataclass(frozen=True)

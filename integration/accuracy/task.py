@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer
 
-from qalora_plugin.quant.calibration import calibration_windows
-from qalora_plugin.quickstart.data import base_model_path
+from qalora_plugin.quantize.calibration import calibration_windows
+from qalora_plugin.quickstart.embedded import base_model_path
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from qalora_plugin.optimizer import SCALE_LR_RATIO
+from qalora_plugin.tuner.parameter_groups import SCALE_LR_RATIO
 
 Axolotl = Any  # the fixture's class, in conftest.py
 Driven = dict[str, Any]

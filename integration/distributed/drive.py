@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from train import SHARDED, Job, run, use_cpu_ranks
 
 from qalora_plugin import quantize_model, verify_merge
-from qalora_plugin.ranks import on_main_process
+from qalora_plugin.distributed.ranks import on_main_process
 
 STEPS = 20
 FORK = multiprocessing.get_context("fork")

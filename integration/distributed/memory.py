@@ -27,9 +27,9 @@ from train import Job, make_trainer, use_cpu_ranks
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from qalora_plugin import QALoRAQuantConfig
+from qalora_plugin.architecture.selection import linears_to_quantize
 from qalora_plugin.checkpoint.layout import guard_tensor
-from qalora_plugin.checkpoint.selection import linears_to_quantize
-from qalora_plugin.quant.linear import QuantLinear
+from qalora_plugin.layers.linear import QuantLinear
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKENIZER = ROOT / "qalora_plugin" / "quickstart" / "base_model"

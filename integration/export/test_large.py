@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from qalora_kernels import QuantSpec
 from qalora_plugin import QALoRAConfig, QALoRAQuantConfig
 from qalora_plugin.checkpoint.layout import TensorPlan, guard_tensor, layer_plan
-from qalora_plugin.checkpoint.writer import CheckpointWriter, split_plan
+from qalora_plugin.files.writer import CheckpointWriter, split_plan
 
 SECONDS, MEMORY = 60.0, 1.0e9
 FREE_DISK = 6e9

@@ -23,8 +23,8 @@ from transformers import (
 )
 
 from qalora_plugin import QALoRAQuantConfig
-from qalora_plugin.export import runtimes
-from qalora_plugin.quickstart.data import base_model_path
+from qalora_plugin.quickstart.embedded import base_model_path
+from qalora_plugin.verify.merge import runtimes
 
 RUNNER = Path(runtimes.__file__).with_name("run_llama_cpp.py")
 # of log-probabilities with a spread of 1.2; llama.cpp rounds activations to 8 bits

@@ -16,11 +16,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qalora_kernels.groups import group_index
 from qalora_plugin import QALoRAConfig, QALoRAQuantConfig, merge_adapter
-from qalora_plugin.additive import dense
-from qalora_plugin.checkpoint.base import QuantizedCheckpoint
+from qalora_plugin.checkpoint.checkpoint import open_quantized
 from qalora_plugin.cli import main as qalora
-from qalora_plugin.export import export_model, runtimes
-from qalora_plugin.quickstart.data import base_model_path
+from qalora_plugin.formats.export import export_model
+from qalora_plugin.merge.additive import dense
+from qalora_plugin.quickstart.embedded import base_model_path
+from qalora_plugin.verify.merge import runtimes
 
 HERE = Path(__file__).resolve().parent
 RUNTIMES = Path(runtimes.__file__).parent
@@ -41,7 +42,7 @@ class Model(NamedTuple):
 
 def write_adapter(base: Path, out: Path, adapt: str) -> Path:
     """An adapter of random numbers for every quantized layer."""
-    source = QuantizedCheckpoint(base)
+    source = open_quantized(base)
     generator = torch.Generator().manual_seed(0)
     part = {"zeros": "qalora_", "scales": "qalora_scale_"}[adapt]
     tensors = {}
@@ -150,7 +151,7 @@ def test_lora_in_stock_peft(
 
     expected = AutoModelForCausalLM.from_pretrained(base_model_path(), dtype=torch.float32)
     source, adapter = (
-        QuantizedCheckpoint(model.base),
+        open_quantized(model.base),
         load_file(model.adapter / "adapter_model.safetensors"),
     )
     for name, spec in source.layers.items():

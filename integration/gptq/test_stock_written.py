@@ -10,11 +10,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qalora_plugin import QALoRAConfig, QALoRAQuantConfig, merge_adapter, quantize_model
-from qalora_plugin.checkpoint.base import QuantizedCheckpoint
+from qalora_plugin.checkpoint.checkpoint import open_quantized
 from qalora_plugin.errors import CheckpointError
-from qalora_plugin.export import export_model, runtimes
-from qalora_plugin.export.verify import verify_export
-from qalora_plugin.quickstart.data import base_model_path, calibration_texts
+from qalora_plugin.formats.export import export_model
+from qalora_plugin.quantize.stdlib_text import calibration_texts
+from qalora_plugin.quickstart.embedded import base_model_path
+from qalora_plugin.verify.export import verify_export
+from qalora_plugin.verify.merge import runtimes
 
 RUN = Path(runtimes.__file__).with_name("run_gptq.py")
 TOLERANCE = {"autogptq": 1e-5, "gptqmodel": 2e-3}  # GPTQModel dequantizes to fp16 here
@@ -100,7 +102,7 @@ def write_adapter(base: Path, out: Path) -> None:
     """A random adapter of rank 4 for every layer."""
     generator = torch.Generator().manual_seed(0)
     tensors = {}
-    source = QuantizedCheckpoint(base)
+    source = open_quantized(base)
     for name, spec in source.layers.items():
         key = f"base_model.model.{name}.qalora_"
         tensors[f"{key}A.weight"] = torch.randn(4, spec.num_groups, generator=generator) * 0.02

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, BertConfig, BertModel
 
 from qalora_plugin import QALoRAQuantConfig
-from qalora_plugin.quickstart.data import base_model_path
+from qalora_plugin.quickstart.embedded import base_model_path
 
 LOADER = Path(__file__).with_name("load_without_plugin.py")
 

@@ -44,7 +44,7 @@ def run_measured(*args: object) -> tuple[float, float]:
 def write_adapter(base: Path, out: Path) -> None:
     """An adapter of random numbers for every quantized layer, as PEFT lays it out."""
     from qalora_plugin import QALoRAConfig
-    from qalora_plugin.checkpoint.reader import CheckpointReader
+    from qalora_plugin.files.reader import CheckpointReader
 
     reader = CheckpointReader(base)
     config = reader.config["quantization_config"]

@@ -20,14 +20,14 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
-from qalora_plugin.quant.calibration import calibration_windows
-from qalora_plugin.quickstart.data import (
-    base_model_path,
+from qalora_plugin.quantize.calibration import calibration_windows
+from qalora_plugin.quantize.stdlib_text import (
     calibration_texts,
     held_out_files,
     load_pairs,
     pretraining_files,
 )
+from qalora_plugin.quickstart.embedded import base_model_path
 from qalora_plugin.quickstart.evaluate import IGNORED, encode
 
 TEXTS = ("sources", "pairs", "completions", "prompts")

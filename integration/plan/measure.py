@@ -167,8 +167,8 @@ def measure(case: dict[str, Any], device: str) -> int:
 
     from qalora_kernels import QuantSpec
     from qalora_plugin import QALoRAConfig
-    from qalora_plugin.checkpoint.selection import linears_in_blocks
-    from qalora_plugin.quant.linear import QuantLinear
+    from qalora_plugin.architecture.selection import linears_in_blocks
+    from qalora_plugin.layers.linear import QuantLinear
 
     baseline = resident_bytes("VmRSS")
     torch.manual_seed(0)

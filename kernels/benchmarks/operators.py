@@ -13,7 +13,7 @@ import torch
 from measure import first_line, interleave, ratio, spread
 
 from qalora_kernels import LowRank, QuantSpec, fold, folded_linear, ops, quantized_linear
-from qalora_plugin.quant.linear import QuantLinear
+from qalora_plugin.layers.linear import QuantLinear
 
 DTYPE = torch.bfloat16
 # bytes of packed weights that take turns, so that no cache holds the next one

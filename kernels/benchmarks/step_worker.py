@@ -85,7 +85,7 @@ def qalora(model: nn.Module, spec: dict[str, Any], adapt: str = "zeros") -> nn.M
     """QA-LoRA, folded: offsets, as in the paper."""
     from qalora_kernels import QuantSpec
     from qalora_plugin import QALoRAConfig
-    from qalora_plugin.quant.linear import QuantLinear
+    from qalora_plugin.layers.linear import QuantLinear
 
     def make(linear: nn.Linear) -> nn.Module:
         k, n = linear.in_features, linear.out_features

@@ -7,6 +7,7 @@ differentiable layers, `fold` the merge formula, `packing` the bit order, `refer
 from .autograd import folded_linear, quantized_linear
 from .backends import get_backend
 from .fold import LowRank, fold, load_offsets, round_minimum, store_offsets, total_delta
+from .packed import PackedWeight
 from .packing import pack, unpack
 from .spec import OFFSETS_AT, SCALES_DTYPE, SUPPORTED_BITS, QuantSpec
 
@@ -15,6 +16,7 @@ __all__ = [
     "SCALES_DTYPE",
     "SUPPORTED_BITS",
     "LowRank",
+    "PackedWeight",
     "QuantSpec",
     "fold",
     "folded_linear",

@@ -4,8 +4,8 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from ..export import ADAPTS
-from ..optimizer import SCALE_LR_RATIO
+from ..formats.export import ADAPTS
+from ..tuner.parameter_groups import SCALE_LR_RATIO
 
 _ADAPT_ADVICE = {
     "gptq": "stock GPTQ stores integer zero-points, and training the offsets makes them "

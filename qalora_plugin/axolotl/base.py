@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
-from ..checkpoint.reader import CheckpointReader, resolve_model_dir
+from ..distributed.ranks import on_main_process
 from ..errors import CheckpointError, ConfigError, QuantizationError
-from ..ranks import on_main_process
+from ..files.hub import resolve_model_dir
+from ..files.reader import CheckpointReader
 
 _MAX_SEQ_LEN = 2048
 _DEFAULT_CACHE = "quantized_bases"
@@ -165,7 +166,7 @@ def quantized_base(cfg: Any, train_dataset: Any, tokenize: Callable[[str], list[
     def quantize() -> None:
         with _exclusive(directory.with_name(f".{name}.lock")):  # against other runs
             if not (directory / "config.json").is_file():
-                from ..quant.pipeline import quantize_model
+                from ..quantize.pipeline import quantize_model
 
                 quantize_model(source, directory, calibration=calibration, **settings)
 

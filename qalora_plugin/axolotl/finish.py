@@ -4,11 +4,11 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.reader import read_json
 from ..errors import CheckpointError, ConfigError, OutputError, QALoRAError
-from ..export import check_format, check_libraries, export_model
-from ..hub import push_merged
-from ..merge import merge_adapter
+from ..files.json import read_json
+from ..formats.export import check_format, check_libraries, export_model
+from ..hub.push import push_merged
+from ..merge.merge import merge_adapter
 
 LOG = logging.getLogger(__name__)
 MERGED_DIR = "merged"

@@ -8,23 +8,16 @@ from axolotl.integrations.base import AdapterCapabilities, BasePlugin
 from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..adapter import CONFIG_FILE as ADAPTER_CONFIG
-from ..checkpoint.reader import read_json, resolve_model_dir
+from ..distributed.ranks import on_main_process, unwatch, watch
 from ..errors import ConfigError
-from ..figures import FiguresCallback
-from ..ranks import on_main_process, unwatch, watch
+from ..files.hub import resolve_model_dir
+from ..files.json import read_json
+from ..files.names import ADAPTER_CONFIG_FILE
+from ..training.figures import FiguresCallback
 from ..tuner import QALoRAConfig
 from .base import check_base, check_calibration, is_quantized, quantized_base
 from .checks import ADAPTER, check_config
-from .finish import (
-    check_formats,
-    check_free,
-    drop_torn_checkpoint,
-    export,
-    merge,
-    merged_dir,
-    push,
-)
+from .finish import check_formats, check_free, drop_torn_checkpoint, export, merge, merged_dir, push
 from .rates import set_scale_rate
 
 LOG = logging.getLogger(__name__)
@@ -228,10 +221,10 @@ def _base_of(adapter: Path) -> str | None:
     Raises:
         ConfigError: there is no adapter.
     """
-    config = adapter / ADAPTER_CONFIG
+    config = adapter / ADAPTER_CONFIG_FILE
     if not config.is_file():
         raise ConfigError(
-            f"lora_model_dir: {adapter} holds no {ADAPTER_CONFIG}; expected a trained adapter "
+            f"lora_model_dir: {adapter} holds no {ADAPTER_CONFIG_FILE}; expected a trained adapter "
             "(an output_dir, or one of its checkpoints)"
         )
     return read_json(config).get("base_model_name_or_path")

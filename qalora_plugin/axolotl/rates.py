@@ -3,7 +3,7 @@
 from typing import Any
 
 from ..errors import ConfigError
-from ..optimizer import SCALE_LR_RATIO, SCALE_PARAMETERS
+from ..tuner.parameter_groups import SCALE_LR_RATIO, SCALE_PARAMETERS
 
 GROUP = "qalora_scales"
 _WITHOUT_GROUPS = ("dion", "muon", "polora", "sinkgd")  # made from the model, not from groups

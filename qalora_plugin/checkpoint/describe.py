@@ -6,15 +6,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.checkpoint import open_quantized
 from ..errors import CheckpointError
-from .base import QuantizedCheckpoint
+from ..files.json import read_json
+from ..files.manifest import check_manifest
+from ..files.names import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
+from ..files.reader import CheckpointReader
+from ..files.safetensors import read_header
+from .checkpoint import QuantizedCheckpoint
 from .layout import GUARD
-from .manifest import check_manifest
-from .reader import CheckpointReader, read_json
-from .safetensors_header import read_header
 
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _ADAPTER_KEYS = ("peft_type", "adapt", "r", "lora_alpha", "bits", "group_size", "fingerprint")
 _PARTS = {
     "qweight": "integers",
@@ -44,7 +45,7 @@ def describe(
         CheckpointError: it holds neither a model nor an adapter that can be read at all.
     """
     directory = Path(directory)
-    if (directory / ADAPTER_CONFIG).exists():
+    if (directory / ADAPTER_CONFIG_FILE).exists():
         return _describe_adapter(directory)
     reader = CheckpointReader(directory)
     raw = reader.config.get("quantization_config")
@@ -64,7 +65,7 @@ def describe(
     found["kind"] = "quantized model"
     found["bytes"] = {"total": total}
     try:
-        checkpoint = QuantizedCheckpoint(directory)
+        checkpoint = open_quantized(directory)
         found.update(_describe_quantized(checkpoint, total))
         if not quick:
             for done, name in enumerate(checkpoint.layers):
@@ -86,7 +87,7 @@ def _describe_quantized(checkpoint: QuantizedCheckpoint, total: int) -> dict[str
             if f"{name}.{part}" in checkpoint.reader:
                 sizes[kind] += checkpoint.reader.info(f"{name}.{part}").nbytes
     packed = sum(sizes.values())
-    kind = "stock GPTQ model" if checkpoint.stock else "quantized base"
+    kind = "stock GPTQ model" if checkpoint.is_foreign else "quantized base"
     found = {
         "kind": "merged model" if config.merged else kind,
         "bits": _spread(spec.bits for spec in checkpoint.layers.values()),
@@ -102,10 +103,7 @@ def _describe_quantized(checkpoint: QuantizedCheckpoint, total: int) -> dict[str
         "base": config.base,
         "merged": config.merged,
     }
-    if checkpoint.stock:
-        found["checkpoint_format"] = checkpoint.stock.checkpoint_format
-        found["sym"] = checkpoint.stock.sym
-    return found
+    return found | checkpoint.facts
 
 
 def _spread(values: Any) -> int | dict[str, int]:
@@ -117,12 +115,12 @@ def _spread(values: Any) -> int | dict[str, int]:
 
 
 def _describe_adapter(directory: Path) -> dict[str, Any]:
-    config = read_json(directory / ADAPTER_CONFIG)
-    weights = directory / ADAPTER_WEIGHTS
+    config = read_json(directory / ADAPTER_CONFIG_FILE)
+    weights = directory / ADAPTER_WEIGHTS_FILE
     if not weights.exists():
         raise CheckpointError(
-            f"{directory}: {ADAPTER_CONFIG} but no {ADAPTER_WEIGHTS}. Adapters in pickle files are "
-            "never read: save it again with safetensors."
+            f"{directory}: {ADAPTER_CONFIG_FILE} but no {ADAPTER_WEIGHTS_FILE}. Adapters in pickle "
+            "files are never read: save it again with safetensors."
         )
     tensors, _ = read_header(weights)
     return {

@@ -19,11 +19,10 @@ from collections.abc import Iterable
 
 import torch
 
-from qalora_kernels import QuantSpec, load_offsets, pack, store_offsets, unpack
+from qalora_kernels import PackedWeight, QuantSpec, load_offsets, store_offsets
 
 from ..errors import CheckpointError
-from ..quant.grid import QuantizedWeight
-from .reader import CheckpointReader
+from ..files.reader import CheckpointReader
 
 GUARD = "weight"
 GUARD_DTYPE = torch.float32
@@ -51,10 +50,10 @@ def guard_tensor(in_features: int) -> torch.Tensor:
     return torch.tensor([in_features], dtype=GUARD_DTYPE)
 
 
-def pack_layer(name: str, weight: QuantizedWeight, spec: QuantSpec) -> dict[str, torch.Tensor]:
-    """A quantized weight as the tensors that `layer_plan` names."""
+def pack_layer(name: str, weight: PackedWeight, spec: QuantSpec) -> dict[str, torch.Tensor]:
+    """Return a layer's tensors as `layer_plan` names them, in their stored dtypes."""
     tensors = {
-        f"{name}.qweight": pack(weight.codes.t(), spec.bits),
+        f"{name}.qweight": weight.qweight,
         f"{name}.scales": weight.scales.to(spec.scales_dtype),
         f"{name}.offsets": store_offsets(weight.offsets, weight.scales, spec),
         f"{name}.{GUARD}": guard_tensor(spec.in_features),
@@ -64,16 +63,15 @@ def pack_layer(name: str, weight: QuantizedWeight, spec: QuantSpec) -> dict[str,
     return tensors
 
 
-def read_layer(reader: CheckpointReader, name: str, spec: QuantSpec) -> QuantizedWeight:
-    """The inverse of `pack_layer`, from a checkpoint. Codes uint8 [N, K], the rest fp32."""
+def read_layer(reader: CheckpointReader, name: str, spec: QuantSpec) -> PackedWeight:
+    """Return the layer that `pack_layer` stored, its scales and offsets in fp32."""
     g_idx, scales = f"{name}.g_idx", reader.get(f"{name}.scales").float()
-    return QuantizedWeight(
-        codes=unpack(reader.get(f"{name}.qweight"), spec.bits, spec.in_features).t(),
+    return PackedWeight(
+        qweight=reader.get(f"{name}.qweight"),
         scales=scales,
         offsets=load_offsets(reader.get(f"{name}.offsets"), scales, spec).float(),
         g_idx=reader.get(g_idx) if g_idx in reader else None,
-        bits=spec.bits,
-        group_size=spec.group_size,
+        spec=spec,
     )
 
 

@@ -4,8 +4,14 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from .manifest import MANIFEST_FILE
-from .reader import CONFIG_FILE, INDEX_FILE
+from ..files.names import (
+    CONFIG_FILE,
+    INDEX_FILE,
+    MANIFEST_FILE,
+    QUANTIZE_CONFIG_FILE,
+    RECORD_FILE,
+    REPORT_FILE,
+)
 
 _MORE_TEMPLATES = "additional_chat_templates/*.jinja"  # all but the default one
 MODEL_FILES = (
@@ -28,15 +34,13 @@ TOKENIZER_FILES = (
     "tokenizer*",
     "vocab.*",
 )
-REPORT_FILE = "quantization_report.json"
-RECORD_FILE = "qalora_export.json"
 _WRITTEN_ANEW = {
     CONFIG_FILE,
     INDEX_FILE,
     MANIFEST_FILE,
     RECORD_FILE,
     REPORT_FILE,
-    "quantize_config.json",
+    QUANTIZE_CONFIG_FILE,
 }
 
 

@@ -8,9 +8,10 @@ import torch
 from qalora_kernels import SUPPORTED_BITS, QuantSpec
 
 from ..errors import CheckpointError
-from ..quant.config import QALoRAQuantConfig
+from ..files.names import CONFIG_FILE
+from ..files.reader import CheckpointReader
+from .config import QALoRAQuantConfig
 from .layout import GUARD, layer_plan, quantized_layers, read_in_features
-from .reader import CONFIG_FILE, CheckpointReader
 
 _LAYER_TENSORS = {"qweight", "scales", "offsets", "g_idx", "bias", GUARD}
 _BAD_VALUES = "The file is damaged, or was quantized wrongly: copy it, or quantize, again."

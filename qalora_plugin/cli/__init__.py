@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
     if args.version:
-        from qalora_plugin import __version__
+        from qalora_plugin._version import __version__
 
         print(__version__)
         return 0

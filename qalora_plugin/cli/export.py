@@ -8,7 +8,7 @@ from typing import Any
 
 def add_parser(subparsers: Any) -> None:
     """Add the subcommand."""
-    from ..export import FORMATS
+    from ..formats.export import FORMATS
 
     parser = subparsers.add_parser(
         "export",
@@ -75,7 +75,7 @@ def main(args: argparse.Namespace) -> int:
     """Run it; progress goes to stderr, the result to stdout."""
     from tqdm import tqdm
 
-    from ..export import OPTIONS, export_model
+    from ..formats.export import OPTIONS, export_model
 
     given = sorted(set().union(*OPTIONS.values()))
     options = {key: getattr(args, key) for key in given if getattr(args, key) is not None}

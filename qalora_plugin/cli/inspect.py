@@ -29,7 +29,7 @@ def main(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from ..checkpoint.describe import describe
-    from ..checkpoint.reader import resolve_model_dir
+    from ..files.hub import resolve_model_dir
 
     path = Path(args.model).expanduser()
     is_file = path.is_file() and path.suffix == ".gguf"
@@ -49,10 +49,10 @@ def main(args: argparse.Namespace) -> int:
 
 def _describe_export(path: Path, quick: bool) -> dict[str, Any] | None:
     """What `qalora export` says of its output; None of what `describe` can read itself."""
-    from ..checkpoint.manifest import check_manifest
     from ..errors import CheckpointError
-    from ..export.record import read_record
-    from ..model_card import find_subject
+    from ..files.manifest import check_manifest
+    from ..formats.record import read_record
+    from ..hub.card import find_subject
 
     if path.is_dir() and (read_record(path) or {}).get("format") in (None, "gptq", "lora"):
         return None

@@ -38,7 +38,7 @@ def main(args: argparse.Namespace) -> int:
     """Run it; progress goes to stderr, the result to stdout."""
     from tqdm import tqdm
 
-    from ..merge import merge_adapter
+    from ..merge.merge import merge_adapter
 
     with tqdm(desc="merging", unit="tensor", file=sys.stderr) as bar:
 

@@ -60,7 +60,7 @@ def note_what_gguf_cannot_hold(args: argparse.Namespace) -> None:
     Args:
         args: with `offsets_at`, `bits`, `group_size`, and `desc_act` where the command has it.
     """
-    from ..export.gguf import BLOCK, obstacle
+    from ..formats.gguf.write import BLOCK, obstacle
 
     if args.offsets_at != "minimum":
         return

@@ -43,7 +43,7 @@ def add_parser(subparsers: Any) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run it; the result goes to stdout."""
-    from ..hub import push
+    from ..hub.push import push
 
     history = _log_history(args.trainer_state) if args.trainer_state else ()
     result = push(
@@ -65,8 +65,8 @@ def _log_history(path: Path) -> list[dict[str, Any]]:
     Raises:
         CheckpointError: it is no such file.
     """
-    from ..checkpoint.reader import read_json
     from ..errors import CheckpointError
+    from ..files.json import read_json
 
     advice = "--trainer-state takes the trainer_state.json of a checkpoint-N that the Trainer saved"
     try:

@@ -150,7 +150,7 @@ def main(args: argparse.Namespace) -> int:
     """Run it; progress goes to stderr, the result to stdout."""
     import torch
 
-    from ..quant.pipeline import quantize_model
+    from ..quantize.pipeline import quantize_model
 
     _check(args)
     result = quantize_model(

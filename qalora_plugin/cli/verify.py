@@ -92,7 +92,7 @@ def _refuse_other(args: argparse.Namespace) -> None:
 
 def _verify(args: argparse.Namespace, progress: Callable[[int, int], None]) -> Any:
     if args.against is not None:
-        from ..export.verify import verify_export
+        from ..verify.export import verify_export
 
         return verify_export(
             args.merged,
@@ -102,7 +102,7 @@ def _verify(args: argparse.Namespace, progress: Callable[[int, int], None]) -> A
             python=args.python,
             progress=progress,
         )
-    from ..verify import verify_merge
+    from ..verify.merge import verify_merge
 
     return verify_merge(
         args.merged,

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..checkpoint.layout import GUARD_DTYPE
-from ..quant.linear import QuantLinear
+from ..layers.linear import QuantLinear
 from .settings import PlanSettings
 from .shapes import METHODS, ModelShape, NF4Linear, TensorShape, tensor_shapes
 from .simulate import simulate

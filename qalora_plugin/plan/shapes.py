@@ -11,13 +11,13 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from ..adapter import CONFIG_FILE as ADAPTER_CONFIG
-from ..checkpoint.reader import CONFIG_FILE, read_json
-from ..checkpoint.selection import check_group_sizes, linears_to_quantize
-from ..checkpoint.stock_gptq import is_stock_gptq, parse_stock_config
+from ..architecture.selection import check_group_sizes, linears_to_quantize
+from ..checkpoint.config import QUANT_METHOD, QALoRAQuantConfig
+from ..checkpoint.format import foreign_config
 from ..errors import CheckpointError, ConfigError
-from ..quant.config import QUANT_METHOD, QALoRAQuantConfig
-from ..quant.linear import QuantLinear
+from ..files.json import read_json
+from ..files.names import ADAPTER_CONFIG_FILE, CONFIG_FILE
+from ..layers.linear import QuantLinear
 from ..tuner.config import QALoRAConfig
 from .settings import PlanSettings
 
@@ -84,9 +84,9 @@ def load_shape(
 
 def _no_config(directory: Path) -> str:
     start = f"{directory}: expected a {CONFIG_FILE}, found none"
-    if not (directory / ADAPTER_CONFIG).exists():
+    if not (directory / ADAPTER_CONFIG_FILE).exists():
         return f"{start}. Give the directory of a model, or a Hub id"
-    base = read_json(directory / ADAPTER_CONFIG).get("base_model_name_or_path")
+    base = read_json(directory / ADAPTER_CONFIG_FILE).get("base_model_name_or_path")
     named = f", {base}" if base else ""
     return f"{start}: it is an adapter. Give the model that it was trained on{named}"
 
@@ -99,16 +99,15 @@ def _base_grid(stored: Any, settings: PlanSettings, where: str) -> QALoRAQuantCo
         )
     if stored.get("quant_method") == QUANT_METHOD:
         base = QALoRAQuantConfig(**stored)
-    elif is_stock_gptq(stored):
-        stock = parse_stock_config(stored, Path(where, "config.json"))
-        base = QALoRAQuantConfig(
-            stock.bits, stock.group_size, stock.desc_act, offsets_dtype="float32", method="gptq"
-        )
     else:
-        raise ConfigError(
-            f"{where}: is quantized with {stored.get('quant_method')!r}; expected a 16-bit model, "
-            "or one that qalora quantize, AutoGPTQ or GPTQModel wrote. Give the 16-bit model"
-        )
+        foreign = foreign_config(stored, Path(where, CONFIG_FILE))
+        if foreign is None:
+            raise ConfigError(
+                f"{where}: is quantized with {stored.get('quant_method')!r}; expected a 16-bit "
+                "model, or one that qalora quantize, AutoGPTQ or GPTQModel wrote. Give the 16-bit "
+                "model"
+            )
+        base = foreign
     for key in ("bits", "group_size"):
         wanted, found = getattr(settings, key), getattr(base, key)
         if wanted not in (None, found):
@@ -181,9 +180,9 @@ def quantized_model(shape: ModelShape, settings: PlanSettings) -> PeftModel:
         ConfigError: nothing to quantize, or `group_size` or `target_modules` does not fit.
     """
     model = _empty_model(shape, settings)
-    linears = linears_to_quantize(model, shape.base)
+    linears = linears_to_quantize(model, shape.base.modules_to_not_convert)
     if not shape.quantized:
-        check_group_sizes(shape.base, linears.values())
+        check_group_sizes(shape.base.group_sizes, linears.values())
     for name, linear in linears.items():
         spec = shape.base.spec_for(name, linear.in_features, linear.out_features)
         layer = QuantLinear(spec, desc_act=shape.base.desc_act, device="meta")
@@ -198,7 +197,9 @@ def quantized_model(shape: ModelShape, settings: PlanSettings) -> PeftModel:
 def lora_model(shape: ModelShape, settings: PlanSettings) -> PeftModel:
     """The 16-bit base with PEFT's LoRA on the same layers, on the meta device."""
     model = _empty_model(shape, settings)
-    targets = list(settings.target_modules or linears_to_quantize(model, shape.base))
+    targets = list(
+        settings.target_modules or linears_to_quantize(model, shape.base.modules_to_not_convert)
+    )
     with torch.device("meta"):
         return get_peft_model(model, LoraConfig(r=settings.r, target_modules=targets))
 
@@ -206,7 +207,7 @@ def lora_model(shape: ModelShape, settings: PlanSettings) -> PeftModel:
 def qlora_model(shape: ModelShape, settings: PlanSettings) -> PeftModel:
     """The base in NF4 with PEFT's LoRA on the same layers, on the meta device."""
     model = _empty_model(shape, settings)
-    linears = linears_to_quantize(model, shape.base)
+    linears = linears_to_quantize(model, shape.base.modules_to_not_convert)
     targets = list(settings.target_modules or linears)
     for name, linear in linears.items():
         model.set_submodule(name, NF4Linear(linear))

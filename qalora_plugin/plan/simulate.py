@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..errors import ConfigError
-from ..quant.linear import QuantLinear
+from ..layers.linear import QuantLinear
 from .resident import AllocationLog, log_steps, resident_peak
 from .settings import PlanSettings
 

@@ -1,14 +1,14 @@
 """How a quickstart result is printed."""
 
-import json
 from dataclasses import asdict
 
+from ..files.json import json_text
 from .run import Result
 
 
 def as_json(result: Result) -> str:
     """The result for machines."""
-    return json.dumps(asdict(result), indent=2)
+    return json_text(asdict(result), sort_keys=False).rstrip()
 
 
 def as_text(result: Result) -> str:

@@ -10,7 +10,8 @@ from typing import Any, Literal
 import torch
 
 from ..errors import ConfigError, VerificationError
-from . import data
+from ..quantize.stdlib_text import load_pairs
+from .embedded import base_model_path
 from .evaluate import held_out_loss
 from .user_data import load_rows
 
@@ -102,19 +103,19 @@ def run(settings: Settings, say: Callable[[str], None] = print) -> Result:
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from ..checkpoint.reader import resolve_model_dir
-    from ..quant.calibration import calibration_windows
-    from ..quant.pipeline import quantize_model
-    from ..verify import verify_merge
+    from ..files.hub import resolve_model_dir
+    from ..quantize.calibration import calibration_windows
+    from ..quantize.pipeline import quantize_model
+    from ..verify.merge import verify_merge
 
     if settings.out.exists():
         raise ConfigError(f"{settings.out}: exists already; give another directory with --out")
     if settings.dataset is None:
-        training, held_out = data.load_pairs("train"), data.load_pairs("eval")
+        training, held_out = load_pairs("train"), load_pairs("eval")
     else:
         training, held_out = load_rows(settings.dataset)
     held_out = held_out[:_EVALUATION_ROWS]
-    source = data.base_model_path() if settings.model is None else resolve_model_dir(settings.model)
+    source = base_model_path() if settings.model is None else resolve_model_dir(settings.model)
     _check_model(source, settings)
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -207,9 +208,9 @@ def run(settings: Settings, say: Callable[[str], None] = print) -> Result:
 
 def _check_model(source: Path, settings: Settings) -> None:
     """Refuse at once what quantizing would refuse when the 16-bit model has been measured."""
-    from ..quant.config import QALoRAQuantConfig
-    from ..quant.settings import choose_layers, fitting_length
-    from ..quant.source import ModelSource
+    from ..checkpoint.config import QALoRAQuantConfig
+    from ..quantize.options import choose_layers, fitting_length
+    from ..quantize.source import ModelSource
 
     config = QALoRAQuantConfig(
         settings.bits, settings.group_size, method="gptq", offsets_at=settings.offsets_at
@@ -235,7 +236,7 @@ def _train(
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    from ..trl import MergeCallback
+    from ..training.callback import MergeCallback
     from ..tuner import QALoRAConfig
 
     trainer = SFTTrainer(
@@ -269,7 +270,7 @@ def _train(
 
 def quantized_bits_per_weight(model: torch.nn.Module) -> float:
     """Stored bits (integers, scales, offsets, g_idx) a weight of the quantized layers."""
-    from ..quant.linear import QuantLinear
+    from ..layers.linear import QuantLinear
 
     stored = weights = 0
     for layer in model.modules():

@@ -21,9 +21,9 @@ from torch import nn
 from qalora_kernels import LowRank, fold
 from qalora_kernels.groups import expand
 
+from ..distributed.sharding import is_sharded
 from ..errors import AdapterError
-from ..quant.linear import QuantLinear
-from ..sharding import is_sharded
+from ..layers.linear import QuantLinear
 from .config import ADAPT_PARTS, QALoRAConfig
 
 BASE = "__base__"  # PEFT's name, in mixed batches, for no adapter at all

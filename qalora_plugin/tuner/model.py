@@ -11,18 +11,12 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from ..distributed.sharding import plain_name
 from ..errors import AdapterError, ConfigError
-from ..quant.linear import QuantLinear
-from ..sharding import plain_name
+from ..layers.linear import QuantLinear
 from .config import PEFT_TYPE, QALoRAConfig
 from .layer import BASE, QALoRALinear
-from .targets import (
-    BaseIdentity,
-    base_identity,
-    check_base,
-    quantization_config,
-    resolve_targets,
-)
+from .targets import BaseIdentity, base_identity, check_base, quantization_config, resolve_targets
 
 _HEADS_ADDED_LATER = (TaskType.TOKEN_CLS, TaskType.QUESTION_ANS)
 

@@ -10,10 +10,10 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import nn
 
+from ..checkpoint.config import QUANT_METHOD, QALoRAQuantConfig
+from ..checkpoint.fingerprint import fingerprint
 from ..errors import AdapterError, ConfigError
-from ..quant.config import QUANT_METHOD, QALoRAQuantConfig
-from ..quant.fingerprint import fingerprint
-from ..quant.linear import QuantLinear
+from ..layers.linear import QuantLinear
 from .config import ALL_LINEAR, QALoRAConfig
 
 _SHOWN = 8  # names in an error message

@@ -9,7 +9,7 @@ import argparse
 import json
 from pathlib import Path
 
-from qalora_plugin.quickstart.data import load_pairs
+from qalora_plugin.quantize.stdlib_text import load_pairs
 
 
 def main() -> None:

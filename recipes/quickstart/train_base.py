@@ -18,13 +18,13 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from qalora_plugin.quickstart import data
+from qalora_plugin.quantize import stdlib_text
 
 VOCAB_SIZE = 2048
 CONTEXT = 512
 HELD_OUT_WINDOWS = 128
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
-# The headings of data.PROMPT_TEMPLATE: a chat turn and an instruction pair are the same tokens.
+# The headings of PROMPT_TEMPLATE: a chat turn and an instruction pair are the same tokens.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'assistant' %}{{ message['content'] + eos_token }}"
@@ -174,7 +174,7 @@ def save(
 def model_card(facts: dict[str, str]) -> str:
     """Return the model card; every number in it was measured by this run."""
     rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
-    held_out = ", ".join(f"`{name}`" for name in sorted(data.HELD_OUT_MODULES))
+    held_out = ", ".join(f"`{name}`" for name in sorted(stdlib_text.HELD_OUT_MODULES))
     return f"""---
 license: apache-2.0
 language: en
@@ -225,11 +225,11 @@ def main() -> None:
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.threads)
     generator = torch.Generator().manual_seed(args.seed)
-    files = data.pretraining_files()
+    files = stdlib_text.pretraining_files()
     texts = read_texts(files)
     tokenizer = train_tokenizer(texts)
     documents = encode(tokenizer, texts)
-    held_out = encode(tokenizer, read_texts(data.held_out_files()))
+    held_out = encode(tokenizer, read_texts(stdlib_text.held_out_files()))
     corpus_tokens = sum(map(len, documents))
     model = build_model(tokenizer)
     parameters = sum(p.numel() for p in model.parameters())

@@ -11,7 +11,7 @@ from qalora_plugin.axolotl import QALoRAArgs, QALoRABlock
 from qalora_plugin.axolotl.args import MergeFormat
 from qalora_plugin.axolotl.checks import check_config
 from qalora_plugin.errors import ConfigError
-from qalora_plugin.export import FORMATS
+from qalora_plugin.formats.export import FORMATS
 
 
 def test_defaults_are_the_papers_mode() -> None:

@@ -7,7 +7,7 @@ import pytest
 from qalora_plugin.axolotl import QALoRABlock
 from qalora_plugin.axolotl.rates import GROUP, set_scale_rate
 from qalora_plugin.errors import ConfigError
-from qalora_plugin.optimizer import SCALE_LR_RATIO
+from qalora_plugin.tuner.parameter_groups import SCALE_LR_RATIO
 
 
 def _config(block: dict[str, Any], **keys: Any) -> dict[str, Any]:

@@ -34,11 +34,12 @@ from transformers import (
 )
 
 from qalora_plugin import QALoRAConfig, QALoRAQuantConfig
-from qalora_plugin.checkpoint import quantizer, selection
-from qalora_plugin.checkpoint.base import open_quantized
+from qalora_plugin.architecture import selection
+from qalora_plugin.checkpoint.checkpoint import open_quantized
 from qalora_plugin.errors import ConfigError
-from qalora_plugin.quant.linear import QuantLinear
-from qalora_plugin.quant.sharded import ShardedQuantLinear
+from qalora_plugin.hf import quantizer
+from qalora_plugin.layers.linear import QuantLinear
+from qalora_plugin.layers.sharded import ShardedQuantLinear
 from qalora_plugin.tuner import QALoRALinear
 
 SIZES: dict[str, Any] = dict(

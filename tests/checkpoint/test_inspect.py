@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from qalora_plugin.checkpoint.describe import describe
-from qalora_plugin.checkpoint.manifest import file_sha256, write_manifest
 from qalora_plugin.cli import main
 from qalora_plugin.errors import CheckpointError
+from qalora_plugin.files.manifest import file_sha256, write_manifest
 
 from .conftest import FIXTURES
 

@@ -25,11 +25,11 @@ from transformers import (
 )
 
 from qalora_plugin import QALoRAQuantConfig
-from qalora_plugin.checkpoint.base import open_quantized
-from qalora_plugin.checkpoint.quantizer import QALoRAQuantizer, register
+from qalora_plugin.checkpoint.checkpoint import open_quantized
 from qalora_plugin.errors import CheckpointError, ConfigError, QuantizationError
-from qalora_plugin.quant.linear import QuantLinear
-from qalora_plugin.quant.rtn import rtn
+from qalora_plugin.hf.quantizer import QALoRAQuantizer, register
+from qalora_plugin.layers.linear import QuantLinear
+from qalora_plugin.quantize.rtn import rtn
 
 LAYER = "model.layers.0.mlp.down_proj"
 IDS = torch.arange(12)[None]

@@ -12,10 +12,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from qalora_plugin.checkpoint import reader as reader_module
-from qalora_plugin.checkpoint.reader import INDEX_FILE, CheckpointReader, resolve_model_dir
-from qalora_plugin.checkpoint.safetensors_header import DTYPES
 from qalora_plugin.errors import CheckpointError
+from qalora_plugin.files import reader as reader_module
+from qalora_plugin.files.hub import resolve_model_dir
+from qalora_plugin.files.names import INDEX_FILE
+from qalora_plugin.files.reader import CheckpointReader
+from qalora_plugin.files.safetensors import DTYPES
 
 FLOAT = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 

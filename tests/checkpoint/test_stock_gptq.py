@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 
 from qalora_kernels import reference
 from qalora_plugin import QALoRAQuantConfig
-from qalora_plugin.checkpoint.base import QuantizedCheckpoint, open_quantized
-from qalora_plugin.checkpoint.routing import merge_configs
+from qalora_plugin.checkpoint.checkpoint import open_quantized
 from qalora_plugin.errors import CheckpointError, ConfigError
+from qalora_plugin.hf.routing import merge_configs
 
 from .conftest import FIXTURES, STOCK
 
@@ -126,7 +126,7 @@ def test_saved_again_in_our_format(tmp_path: Path):
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     model.save_pretrained(tmp_path / "ours")
     old, new = open_quantized(source), open_quantized(tmp_path / "ours")
-    assert new.stock is None and new.config.base["producer"] == "gptqmodel:5.8.0"
+    assert not new.is_foreign and new.config.base["producer"] == "gptqmodel:5.8.0"
     for name in old.layers:
         a, b = old.layer(name), new.layer(name)
         assert torch.equal(a.scales, b.scales) and torch.equal(a.offsets, b.offsets)
@@ -165,8 +165,8 @@ def test_quantize_config_json_alone(stock: Callable[..., Path]):
 def test_where_gptqmodel_is_installed_it_is_asked_first(monkeypatch: pytest.MonkeyPatch):
     stored = {"quant_method": "gptq", "bits": 4, "group_size": 128}
     assert merge_configs(stored, None).group_size == 128
-    monkeypatch.setattr("qalora_plugin.checkpoint.routing.is_gptqmodel_available", lambda: True)
-    monkeypatch.setattr("qalora_plugin.checkpoint.routing.is_optimum_available", lambda: True)
+    monkeypatch.setattr("qalora_plugin.hf.routing.is_gptqmodel_available", lambda: True)
+    monkeypatch.setattr("qalora_plugin.hf.routing.is_optimum_available", lambda: True)
     assert merge_configs(stored, None) is None
     assert merge_configs(stored, QALoRAQuantConfig(4, 128)).group_size == 128
     assert merge_configs({"quant_method": "awq", "bits": 4}, QALoRAQuantConfig()) is None
@@ -190,7 +190,7 @@ REFUSED = {
 def test_what_is_not_read_is_refused_by_name(case: str, stock: Callable[..., Path]):
     config, message = REFUSED[case]
     with pytest.raises(CheckpointError, match=message):
-        QuantizedCheckpoint(stock(**config))
+        open_quantized(stock(**config))
 
 
 DAMAGE: dict[str, tuple[Callable[[dict], None], str]] = {
@@ -210,7 +210,7 @@ def test_damaged_layers(case: str, tmp_path: Path):
     damage(state)
     save_file(state, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match=message):
-        QuantizedCheckpoint(tmp_path)
+        open_quantized(tmp_path)
 
 
 def test_scales_that_fp16_does_not_hold(tmp_path: Path):
@@ -218,11 +218,11 @@ def test_scales_that_fp16_does_not_hold(tmp_path: Path):
     state = load_file(tmp_path / "model.safetensors")
     state["a.scales"] = state["a.scales"].float()
     save_file(state, tmp_path / "model.safetensors")
-    QuantizedCheckpoint(tmp_path).layer("a")  # fp32, but still the fp16 numbers
+    open_quantized(tmp_path).layer("a")  # fp32, but still the fp16 numbers
     state["a.scales"][0, 0] += 1e-7
     save_file(state, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match="float16 does not hold"):
-        QuantizedCheckpoint(tmp_path).layer("a")
+        open_quantized(tmp_path).layer("a")
 
 
 def test_dynamic_overrides(tmp_path: Path):
@@ -235,7 +235,7 @@ def test_dynamic_overrides(tmp_path: Path):
         "dynamic": {"-:.*lm_head.*": {}, "+:^a$": {"bits": 8, "group_size": 16}},
     }
     path.write_text(json.dumps(config))
-    checkpoint = QuantizedCheckpoint(tmp_path)
+    checkpoint = open_quantized(tmp_path)
     assert checkpoint.config.dynamic == {"a": {"bits": 8, "group_size": 16}}
     assert checkpoint.config.spec_for("a", K, N) == checkpoint.layers["a"]
     assert dense.shape == (N, K)

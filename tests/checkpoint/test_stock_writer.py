@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from qalora_plugin.checkpoint.base import open_quantized
+from qalora_plugin.checkpoint.checkpoint import open_quantized
+from qalora_plugin.checkpoint.config import QALoRAQuantConfig
 from qalora_plugin.checkpoint.layout import pack_layer
-from qalora_plugin.checkpoint.stock_writer import write_stock_gptq
 from qalora_plugin.errors import CheckpointError, ConfigError, OutputError
-from qalora_plugin.quant.config import QALoRAQuantConfig
-from qalora_plugin.quant.rtn import rtn
+from qalora_plugin.formats.gptq.write import write_stock_gptq
+from qalora_plugin.quantize.rtn import rtn
 
 from .conftest import FIXTURES, STOCK
 
@@ -62,10 +62,10 @@ def integer_base(directory: Path, bits: int = 4, tied: bool = False) -> Path:
 def test_stock_to_stock_is_exact(source: Path, version: str, tmp_path: Path):
     out = write_stock_gptq(source, tmp_path / "out", version)
     old, new = open_quantized(source), open_quantized(out)
-    assert new.stock is not None and new.stock.checkpoint_format == version
+    assert new.facts["checkpoint_format"] == version
     # at 3 bits GPTQModel would misread v1 and is made to refuse it, see the writer
     refused = new.config.bits == 3 and version == "gptq"
-    assert new.stock.sym == ("_sym" in source.name and not refused)
+    assert new.facts["sym"] == ("_sym" in source.name and not refused)
     for name in old.layers:
         a, b = old.layer(name), new.layer(name)
         for field in ("qweight", "scales", "offsets"):

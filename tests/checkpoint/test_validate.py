@@ -1,5 +1,6 @@
 """config.json against the tensors, in our own format."""
 
+import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -11,11 +12,11 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from qalora_kernels import QuantSpec
-from qalora_plugin.checkpoint.base import QuantizedCheckpoint, open_quantized
+from qalora_plugin.checkpoint.checkpoint import QuantizedCheckpoint, open_quantized
 from qalora_plugin.checkpoint.layout import pack_layer, read_layer
-from qalora_plugin.checkpoint.reader import CheckpointReader
 from qalora_plugin.errors import CheckpointError, ConfigError
-from qalora_plugin.quant.rtn import rtn
+from qalora_plugin.files.reader import CheckpointReader
+from qalora_plugin.quantize.rtn import rtn
 
 LAYER = "model.layers.0.mlp.down_proj"  # 172 inputs: six groups of 32, the last one short
 
@@ -154,13 +155,13 @@ def test_a_16_bit_model_is_not_a_base(dense_dir: Path):
 
 def test_layers_and_plan(base_dir: Path):
     checkpoint = open_quantized(base_dir)
-    assert len(checkpoint.layers) == 14 and checkpoint.stock is None
+    assert len(checkpoint.layers) == 14 and not checkpoint.is_foreign
     spec = checkpoint.layers[LAYER]
     assert (spec.in_features, spec.out_features, spec.num_groups) == (172, 64, 6)
     assert {"lm_head.weight", "model.norm.weight"} < set(checkpoint.dense_names)
     stored = {n: (i.dtype, i.shape) for n, i in checkpoint.reader.tensors.items()}
     assert checkpoint.plan() == stored
-    found = dict(checkpoint.stored(LAYER, checkpoint.layer(LAYER)))
+    found = pack_layer(LAYER, checkpoint.layer(LAYER), checkpoint.layers[LAYER])
     assert found.keys() == {n for n in stored if n.startswith(LAYER + ".")}
     for name, tensor in found.items():
         assert torch.equal(tensor, checkpoint.reader.get(name)), name
@@ -171,8 +172,8 @@ def test_pack_layer_and_read_layer_are_inverse(bits: int, tmp_path: Path):
     torch.manual_seed(0)
     spec = QuantSpec(bits, 32, 172, 64)
     weight = rtn(torch.randn(64, 172), bits=bits, group_size=32, name="w")
-    weight.g_idx = torch.randperm(172).to(torch.int32) // 32
+    weight = dataclasses.replace(weight, g_idx=torch.randperm(172).to(torch.int32) // 32)
     save_file(pack_layer("w", weight, spec), tmp_path / "model.safetensors")
     found = read_layer(CheckpointReader(tmp_path), "w", spec)
-    for field in ("codes", "scales", "offsets", "g_idx"):
+    for field in ("qweight", "scales", "offsets", "g_idx"):
         assert torch.equal(getattr(found, field), getattr(weight, field)), field

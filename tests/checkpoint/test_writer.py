@@ -13,11 +13,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from qalora_plugin.checkpoint.atomic import AtomicDirectory, ScratchDirectory
-from qalora_plugin.checkpoint.manifest import MANIFEST_FILE, check_manifest
-from qalora_plugin.checkpoint.reader import INDEX_FILE, CheckpointReader
-from qalora_plugin.checkpoint.writer import CheckpointWriter, ShardWriter, split_plan
 from qalora_plugin.errors import CheckpointError, OutputError
+from qalora_plugin.files.atomic import AtomicDirectory, ScratchDirectory
+from qalora_plugin.files.manifest import check_manifest
+from qalora_plugin.files.names import INDEX_FILE, MANIFEST_FILE
+from qalora_plugin.files.reader import CheckpointReader
+from qalora_plugin.files.writer import CheckpointWriter, ShardWriter, split_plan
 
 TENSORS = {
     "guard": torch.tensor([3.0], dtype=torch.float16),

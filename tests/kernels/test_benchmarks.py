@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from qalora_kernels import QuantSpec
-from qalora_plugin.quant.linear import QuantLinear
+from qalora_plugin.layers.linear import QuantLinear
 
 BENCHMARKS = Path(__file__).parents[2] / "kernels" / "benchmarks"
 TINY_STEP = {

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from qalora_plugin import QALoRAQuantConfig
-from qalora_plugin.checkpoint.base import open_quantized
+from qalora_plugin.checkpoint.checkpoint import open_quantized
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 PREFIX = "base_model.model."

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from qalora_plugin.adapter import open_adapter
 from qalora_plugin.errors import AdapterError, CheckpointError
+from qalora_plugin.merge.adapter import open_adapter
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 A = f"base_model.model.{Q_PROJ}.qalora_A.weight"

@@ -21,12 +21,12 @@ from transformers import (
 )
 
 from qalora_plugin import QALoRAConfig, QALoRAQuantConfig, merge_adapter
-from qalora_plugin.adapter import open_adapter
-from qalora_plugin.checkpoint.base import open_quantized
-from qalora_plugin.checkpoint.manifest import check_manifest
-from qalora_plugin.checkpoint.reader import CheckpointReader
+from qalora_plugin.checkpoint.checkpoint import open_quantized
 from qalora_plugin.errors import AdapterError, CheckpointError, OutputError
-from qalora_plugin.verify import verify_merge
+from qalora_plugin.files.manifest import check_manifest
+from qalora_plugin.files.reader import CheckpointReader
+from qalora_plugin.merge.adapter import open_adapter
+from qalora_plugin.verify.merge import verify_merge
 
 PREFIX = "base_model.model."
 ATTENTION = "self_attn"
@@ -94,7 +94,7 @@ def test_act_order_stock_base(
     base = stock_dir("gptq_4bit_g128_actorder_asym")
     out = merge_adapter(make_adapter(base), tmp_path / "merged").out
     stock, merged = open_quantized(base), open_quantized(out)
-    assert merged.stock is None and merged.config.offsets_dtype == "float32"
+    assert not merged.is_foreign and merged.config.offsets_dtype == "float32"
     for name in stock.layers:
         assert _bytes(base, f"{name}.qweight") == _bytes(out, f"{name}.qweight")
         assert _bytes(base, f"{name}.g_idx") == _bytes(out, f"{name}.g_idx")
@@ -368,8 +368,8 @@ def test_shards(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from qalora_plugin import merge
-    from qalora_plugin.checkpoint.writer import split_plan
+    from qalora_plugin.files.writer import split_plan
+    from qalora_plugin.merge.merge import merge
 
     adapter = make_adapter(base_dir)
     merge_adapter(adapter, tmp_path / "one")

@@ -28,8 +28,8 @@ from transformers import (
 )
 
 from qalora_plugin import QALoRAConfig, QALoRAQuantConfig, merge_adapter, verify_merge
-from qalora_plugin.checkpoint.reader import CheckpointReader
 from qalora_plugin.errors import AdapterError
+from qalora_plugin.files.reader import CheckpointReader
 
 PREFIX = "base_model.model."
 IDS = torch.arange(10)[None]

@@ -24,9 +24,9 @@ from qalora_plugin import (
     quantize_model,
     verify_merge,
 )
-from qalora_plugin.adapter import open_adapter
-from qalora_plugin.checkpoint.base import open_quantized
+from qalora_plugin.checkpoint.checkpoint import open_quantized
 from qalora_plugin.errors import AdapterError
+from qalora_plugin.merge.adapter import open_adapter
 
 IDS = torch.arange(10)[None]
 TEXT: dict[str, Any] = {

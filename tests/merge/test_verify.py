@@ -13,10 +13,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from qalora_plugin import merge_adapter, verify_merge
-from qalora_plugin.adapter import open_adapter
-from qalora_plugin.checkpoint.base import open_quantized
+from qalora_plugin.checkpoint.checkpoint import open_quantized
 from qalora_plugin.cli import main
 from qalora_plugin.errors import CheckpointError, VerificationError
+from qalora_plugin.merge.adapter import open_adapter
 
 LAYER = "model.layers.1.mlp.down_proj"
 STOCK = "gptq_4bit_g32_asym"

@@ -10,7 +10,7 @@ from qalora_plugin.cli import main
 from qalora_plugin.errors import ConfigError
 from qalora_plugin.plan import PlanSettings, load_shape, plan_method
 from qalora_plugin.plan.memory import PARTS, ZERO2_BUCKET
-from qalora_plugin.quickstart.data import base_model_path
+from qalora_plugin.quickstart.embedded import base_model_path
 
 LAYERS, HIDDEN, WIDE, VOCAB, TOKENS, R = 2, 64, 128, 256, 64, 8
 WEIGHTS = LAYERS * (4 * HIDDEN * HIDDEN + 3 * HIDDEN * WIDE)

@@ -11,29 +11,32 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qalora_plugin.errors import QALoRAError
-from qalora_plugin.quickstart import data
+from qalora_plugin.quantize import stdlib_text
+from qalora_plugin.quantize.stdlib_text import load_pairs
+from qalora_plugin.quickstart import embedded
+from qalora_plugin.quickstart.embedded import base_model_path
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return AutoTokenizer.from_pretrained(data.base_model_path())
+    return AutoTokenizer.from_pretrained(base_model_path())
 
 
 @pytest.fixture(scope="module")
 def model():
-    return AutoModelForCausalLM.from_pretrained(data.base_model_path(), dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(base_model_path(), dtype=torch.float32).eval()
 
 
 @pytest.fixture(scope="module")
 def train_pairs():
-    return data.load_pairs("train")
+    return load_pairs("train")
 
 
 @pytest.fixture(scope="module")
 def eval_pairs():
-    return data.load_pairs("eval")
+    return load_pairs("eval")
 
 
 @pytest.fixture
@@ -67,16 +70,16 @@ def test_splits_do_not_overlap(train_pairs, eval_pairs):
 
 
 def test_calibration_texts_are_the_training_split(small_stdlib):
-    texts = data.calibration_texts(small_stdlib)
-    train = data.load_pairs("train", stdlib=small_stdlib)
+    texts = stdlib_text.calibration_texts(small_stdlib)
+    train = load_pairs("train", stdlib=small_stdlib)
     assert texts == [pair["prompt"] + pair["completion"] for pair in train]
-    for pair in data.load_pairs("eval", stdlib=small_stdlib):
+    for pair in load_pairs("eval", stdlib=small_stdlib):
         assert pair["prompt"] + pair["completion"] not in texts
 
 
 def test_held_out_modules_are_not_pretrained_on():
-    pretraining = data.pretraining_files()
-    held_out = data.held_out_files()
+    pretraining = stdlib_text.pretraining_files()
+    held_out = stdlib_text.held_out_files()
     assert {"calendar.py", "logging", "mailbox.py"} <= {
         path.name if path.name != "__init__.py" else path.parent.name for path in held_out
     }
@@ -89,9 +92,7 @@ def test_held_out_modules_are_not_pretrained_on():
 
 
 def test_pair_of_a_known_function(small_stdlib):
-    pairs = data.load_pairs("train", stdlib=small_stdlib) + data.load_pairs(
-        "eval", stdlib=small_stdlib
-    )
+    pairs = load_pairs("train", stdlib=small_stdlib) + load_pairs("eval", stdlib=small_stdlib)
     assert len(pairs) == 60  # those of calendar.py alone
     assert {
         "prompt": "### Task\nReturn number 7.\nName: f7\nArguments: a, b=2\n### Answer\n",
@@ -100,50 +101,50 @@ def test_pair_of_a_known_function(small_stdlib):
 
 
 def test_split_does_not_depend_on_the_other_functions(small_stdlib):
-    before = data.load_pairs("eval", stdlib=small_stdlib)
+    before = load_pairs("eval", stdlib=small_stdlib)
     source = small_stdlib / "calendar.py"
     functions = source.read_text().split("\n\ndef ")
     source.write_text("\n\n".join(reversed([functions[0], *("def " + f for f in functions[1:])])))
-    after = data.load_pairs("eval", stdlib=small_stdlib)
+    after = load_pairs("eval", stdlib=small_stdlib)
     assert before and after != before
     assert sorted(map(str, after)) == sorted(map(str, before))
 
 
 def test_long_functions_are_left_out(small_stdlib):
-    every = data.load_pairs("train", stdlib=small_stdlib)
+    every = load_pairs("train", stdlib=small_stdlib)
     shortest = min(max(map(len, pair.values())) for pair in every)
-    pairs = data.load_pairs("train", max_chars=shortest, stdlib=small_stdlib)
+    pairs = load_pairs("train", max_chars=shortest, stdlib=small_stdlib)
     assert 0 < len(pairs) < len(every)
     assert all(max(map(len, pair.values())) == shortest for pair in pairs)
 
 
 def test_missing_source_is_one_clear_error(tmp_path):
     with pytest.raises(QALoRAError, match=r"expected the Python sources.*--dataset"):
-        data.load_pairs(stdlib=tmp_path)
+        load_pairs(stdlib=tmp_path)
     (tmp_path / "calendar.py").write_text("x = 1\n")
     with pytest.raises(QALoRAError, match="expected functions with docstrings"):
-        data.load_pairs(stdlib=tmp_path)
+        load_pairs(stdlib=tmp_path)
 
 
 def test_unknown_split_is_refused():
     with pytest.raises(QALoRAError, match="found 'test'"):
-        data.load_pairs("test")
+        load_pairs("test")
 
 
 def test_incomplete_installation_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "__file__", str(tmp_path / "data.py"))
+    monkeypatch.setattr(embedded, "__file__", str(tmp_path / "embedded.py"))
     with pytest.raises(QALoRAError, match=r"lacks config\.json, model\.safetensors"):
-        data.base_model_path()
+        base_model_path()
 
 
 def test_base_model_size(model):
     assert sum(p.numel() for p in model.parameters()) == 3_672_320
-    files = [path for path in data.base_model_path().rglob("*") if path.is_file()]
+    files = [path for path in base_model_path().rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 8.0e6
 
 
 def test_base_model_card_has_the_measured_loss():
-    card = (data.base_model_path() / "README.md").read_text()
+    card = (base_model_path() / "README.md").read_text()
     assert "held-out loss" in card and "tokens seen" in card
 
 
@@ -169,7 +170,7 @@ def test_chat_template_writes_the_pairs_format(tokenizer, train_pairs):
 
 
 def test_base_model_has_learned_python(model, tokenizer):
-    text = next(p for p in data.held_out_files() if p.name == "mailbox.py").read_text()
+    text = next(p for p in stdlib_text.held_out_files() if p.name == "mailbox.py").read_text()
     ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"][:2048]).view(4, 512)
     with torch.no_grad():
         loss = model(input_ids=ids, labels=ids).loss.item()
@@ -196,7 +197,7 @@ def test_training_script_explains_itself(train_base, monkeypatch, capsys):
 def test_training_script_writes_a_model_that_loads(
     train_base, small_stdlib, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(data, "_stdlib_directory", lambda stdlib: small_stdlib)
+    monkeypatch.setattr(stdlib_text, "_stdlib_directory", lambda stdlib: small_stdlib)
     out = tmp_path / "out"
     options = ["--out", str(out), "--steps", "2", "--batch-size", "1", "--threads", "1"]
     monkeypatch.setattr(sys, "argv", ["train_base.py", *options])

@@ -5,7 +5,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from qalora_plugin import quantize_model
 from qalora_plugin.errors import CheckpointError, ConfigError, QuantizationError
-from qalora_plugin.quickstart.data import base_model_path
+from qalora_plugin.quickstart.embedded import base_model_path
 from qalora_plugin.quickstart.run import Settings, run
 
 

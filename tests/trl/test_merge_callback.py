@@ -28,9 +28,9 @@ from qalora_plugin import (
     quantize_model,
     verify_merge,
 )
-from qalora_plugin.checkpoint.base import open_quantized
+from qalora_plugin.checkpoint.checkpoint import open_quantized
+from qalora_plugin.distributed.ranks import on_main_process
 from qalora_plugin.errors import ConfigError, OutputError
-from qalora_plugin.ranks import on_main_process
 
 IDS = torch.arange(5, 25)[None]
 
@@ -322,7 +322,7 @@ def test_base_from_memory_is_where_the_next_run_cleans_up(
     """A killed merge leaves the whole base behind: AtomicDirectory removes siblings so named, but
     not this one while it is in use. With sharded parameters the base is quantized again."""
     if sharded:
-        monkeypatch.setattr("qalora_plugin.in_memory.is_sharded", lambda tensor: True)
+        monkeypatch.setattr("qalora_plugin.training.save.is_sharded", lambda tensor: True)
     found: list[Path] = []
 
     def look(adapter: Path, out: Path, base: Path, **options: Any) -> Any:
@@ -330,7 +330,7 @@ def test_base_from_memory_is_where_the_next_run_cleans_up(
         assert found == [base.parent]
         return merge_adapter(adapter, out, base, **options)
 
-    monkeypatch.setattr("qalora_plugin.trl.merge_adapter", look)
+    monkeypatch.setattr("qalora_plugin.training.callback.merge_adapter", look)
     kwargs = {"quantization_config": QALoRAQuantConfig(bits=4, group_size=32)}
     callback = MergeCallback(tmp_path / "merged")
     make_trainer(bases["dense"], callbacks=[callback], model_init_kwargs=kwargs).train()

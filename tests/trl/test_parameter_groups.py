@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from qalora_plugin import QALoRAConfig, QALoRAError, parameter_groups
-from qalora_plugin.optimizer import SCALE_LR_RATIO
+from qalora_plugin.tuner.parameter_groups import SCALE_LR_RATIO
 
 
 def _names(model: torch.nn.Module, group: dict[str, Any]) -> set[str]:

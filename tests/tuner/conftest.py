@@ -10,8 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from qalora_kernels import QuantSpec
 from qalora_plugin import QALoRAConfig
-from qalora_plugin.quant.linear import QuantLinear
-from qalora_plugin.quant.rtn import rtn
+from qalora_plugin.layers.linear import QuantLinear
+from qalora_plugin.quantize.rtn import rtn
 from qalora_plugin.tuner import QALoRALinear
 
 
@@ -97,7 +97,7 @@ def quantize(
         back = order.argsort()
         g_idx = (torch.arange(k) // spec.group_size)[back] if act_order else None
         layer = QuantLinear.from_codes(
-            spec, found.codes[:, back], found.scales, found.offsets, g_idx, linear.bias
+            spec, found.codes()[:, back], found.scales, found.offsets, g_idx, linear.bias
         )
         model.set_submodule(name, layer)
     return model.eval()

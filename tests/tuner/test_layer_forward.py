@@ -7,7 +7,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from qalora_plugin import QALoRAConfig
-from qalora_plugin.quant.linear import QuantLinear
+from qalora_plugin.layers.linear import QuantLinear
 from qalora_plugin.tuner import QALoRALinear
 
 

@@ -1,0 +1,1 @@
+"""What transformers knows of a model: its empty modules, their names, and which are quantized."""

@@ -1,0 +1,101 @@
+"""A checkpoint's model as transformers builds it, without weights: for what its class knows."""
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import transformers
+from accelerate import init_empty_weights
+from transformers import PreTrainedModel
+from transformers.initialization import no_init_weights
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from ..distributed.sharding import in_one_process
+from .names import LayerNames
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A model class, its tensors on the meta device, and where a checkpoint stores them.
+
+    Args:
+        model: without weights.
+        stored: the checkpoint's name of each of the model's parameters and buffers that it has, by
+            the model's name. A quantized layer's is that of its `weight`.
+        is_converted: whether transformers also fuses or splits tensors, so that some that the
+            checkpoint has are not in `stored`.
+    """
+
+    model: PreTrainedModel
+    stored: dict[str, str]
+    is_converted: bool
+
+    @property
+    def class_name(self) -> str:
+        """Name of the model class."""
+        return type(self.model).__name__
+
+    @property
+    def tied(self) -> dict[str, str]:
+        """Tied parameters by the checkpoint's names, {usually left out of files: written}."""
+        tied = self.model.all_tied_weights_keys
+        return {self.stored_name(copy): self.stored_name(name) for copy, name in tied.items()}
+
+    @property
+    def embeddings(self) -> set[str]:
+        """Names of the input and output embeddings' parameters, by the checkpoint's names."""
+        modules = (self.model.get_input_embeddings(), self.model.get_output_embeddings())
+        return {
+            self.stored_name(f"{name}.{leaf}")
+            for name, module in self.model.named_modules(remove_duplicate=False)
+            if any(module is embedding for embedding in modules)
+            for leaf, _ in module.named_parameters(recurse=False)
+        }
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every parameter by the checkpoint's name; what is tied has two names."""
+        parameters = self.model.named_parameters(remove_duplicate=False)
+        return {self.stored_name(name): tuple(value.shape) for name, value in parameters}
+
+    def stored_name(self, name: str) -> str:
+        """The checkpoint's name of a tensor of the model; the model's own where it has none."""
+        return self.stored.get(name, name)
+
+
+def auto_class_names(auto_class: Any, model_type: Any) -> list[str]:
+    """Model classes that one of transformers' Auto classes may choose for a `model_type`."""
+    found = auto_class._model_mapping._model_mapping.get(model_type)
+    return [found] if isinstance(found, str) else list(found or ())
+
+
+def read_architecture(
+    config: dict[str, Any], names: Iterable[str], class_name: str | None = None
+) -> Architecture | None:
+    """Build a checkpoint's model on the meta device.
+
+    Args:
+        config: config.json.
+        names: of the checkpoint's tensors, which are translated; a quantized layer's is that of its
+            `weight`.
+        class_name: of transformers; by default what config.json names.
+
+    Returns:
+        None where transformers has no such class (a model with code of its own).
+    """
+    raw = copy.deepcopy(config)
+    raw.pop("quantization_config", None)
+    model_type = raw.get("model_type")
+    classes = [class_name] if class_name else raw.get("architectures")
+    classes = classes or auto_class_names(transformers.AutoModelForCausalLM, model_type)
+    model_class: Any = getattr(transformers, str(classes[0]), None) if classes else None
+    if not hasattr(model_class, "_from_config") or model_type not in CONFIG_MAPPING:
+        return None
+    parsed = CONFIG_MAPPING[model_type].from_dict(raw)
+    with in_one_process(), init_empty_weights(include_buffers=False), no_init_weights():
+        model = model_class._from_config(parsed)
+    translate = LayerNames(model)
+    found = {translate.parameter(name): name for name in names}
+    found = {name: stored_name for name, stored_name in found.items() if translate.has(name)}
+    return Architecture(model, found, translate.are_converted)

@@ -1,0 +1,51 @@
+"""Names of modules and tensors: a checkpoint's, a model's, and those that a user writes."""
+
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+
+def matches(name: str, entry: str) -> bool:
+    """Whether the module `name` is the one that `entry` names, or lies below it.
+
+    `entry` is a whole name or the last parts of one, and may hold the wildcards of `fnmatch`.
+    """
+    patterns = (entry, f"{entry}.*", f"*.{entry}", f"*.{entry}.*")
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def is_excluded(name: str, entries: Iterable[str]) -> bool:
+    """Say whether the module `name` is among those that `modules_to_not_convert` lists."""
+    return any(matches(name, entry) for entry in entries)
+
+
+class LayerNames:
+    """Translates names of a checkpoint's tensors into those of a model, as transformers does.
+
+    Attributes:
+        are_converted: whether transformers also fuses or splits tensors of this architecture.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._prefix: str = model.base_model_prefix
+        self._state = model.state_dict()
+        mapping = get_model_conversion_mapping(model)
+        self._renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        self.are_converted = len(self._renamings) < len(mapping)
+
+    def parameter(self, name: str) -> str:
+        """Name that the model gives to a tensor of the checkpoint."""
+        if name in self._state:
+            return name
+        return rename_source_key(name, self._renamings, [], self._prefix, self._state)[0]
+
+    def unknown(self, name: str) -> str:
+        """Name under which transformers reports a tensor that the model does not have."""
+        return rename_source_key(name, self._renamings, [])[0]
+
+    def has(self, name: str) -> bool:
+        """Whether the model has a parameter or buffer of this name."""
+        return name in self._state

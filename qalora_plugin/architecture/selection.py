@@ -1,0 +1,142 @@
+"""Which linear layers of a model are quantized: one rule for every way of quantizing."""
+
+from collections.abc import Iterable
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ..errors import ConfigError
+from .names import is_excluded, matches
+
+# parents whose forward computes with the `weight` of these layers instead of calling them, by
+# class name; what is missing here is refused by `AbsentWeight` when it happens
+_READ_BY_PARENT = {
+    "MambaMixer": ("dt_proj", "x_proj", "out_proj"),
+    "RwkvSelfAttention": ("output",),
+    "RwkvFeedForward": ("value",),
+}
+_USUAL_ENTRY = "lm_head"  # in every list that was ever copied; headless models have none
+
+
+def linears_in_blocks(model: nn.Module) -> dict[str, nn.Linear]:
+    """The `nn.Linear` layers inside a model's repeated blocks (`nn.ModuleList`s), by name.
+
+    Embeddings, heads, poolers and projections outside the blocks are not among them, nor are
+    output embeddings and subclasses of `nn.Linear`, whose forward may do something else.
+    """
+    blocks = [name + "." for name, module in model.named_modules() if _is_list(module)]
+    get_head = getattr(model, "get_output_embeddings", lambda: None)
+    head = get_head()
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear and module is not head and name.startswith(tuple(blocks))
+    }
+
+
+def _is_list(module: nn.Module) -> bool:
+    return isinstance(module, nn.ModuleList)
+
+
+def refuse_read_weights(model: nn.Module, names: Iterable[str]) -> None:
+    """Refuse layers that the model does not call.
+
+    Args:
+        model: the model.
+        names: of the layers that are, or are to be, quantized.
+
+    Raises:
+        ConfigError: the model computes with the `weight` of one of them itself.
+    """
+    found: dict[str, str] = {}
+    for name in names:
+        parent, _, leaf = name.rpartition(".")
+        if leaf in _READ_BY_PARENT.get(type(model.get_submodule(parent)).__name__, ()):
+            found.setdefault(f"{parent.rpartition('.')[2]}.{leaf}", name)
+    if found:
+        first = next(iter(found.values()))
+        raise ConfigError(
+            f"{type(model).__name__} computes with the numbers of {first}.weight itself instead "
+            "of calling the layer, so this layer cannot be quantized. Quantize the 16-bit model "
+            f"with {sorted(found)} in modules_to_not_convert."
+        )
+
+
+def check_overrides(entries: Iterable[str], names: Iterable[str]) -> None:
+    """Refuse an entry of `dynamic` that changes nothing.
+
+    Args:
+        entries: the keys of `dynamic`.
+        names: of the layers to quantize, as the config's `spec_for` is asked for them.
+
+    Raises:
+        ConfigError: an entry matches none of them.
+    """
+    names = list(names)
+    for entry in entries:
+        if not any(matches(name, entry) for name in names):
+            raise ConfigError(
+                f"dynamic: {entry!r} matches none of the layers to quantize, which are called "
+                f"like {names[0]}. Correct or remove it."
+            )
+
+
+def check_group_sizes(sizes: Iterable[int], linears: Iterable[nn.Linear]) -> None:
+    """Refuse a group size that cuts no layer.
+
+    Args:
+        sizes: every group size that the config names, see its `group_sizes`.
+        linears: the layers to quantize.
+
+    Raises:
+        ConfigError: one of them is larger than every layer's inputs.
+    """
+    widest = max(linear.in_features for linear in linears)
+    for size in sizes:
+        if size > widest:
+            raise ConfigError(
+                f"group_size {size} is larger than the inputs of every layer to quantize (at most "
+                f"{widest}): give a smaller one, or -1 for one group per output"
+            )
+
+
+def linears_to_quantize(
+    model: nn.Module, excluded: Iterable[str] | None = None, stored: Iterable[str] = ()
+) -> dict[str, nn.Linear]:
+    """Return `linears_in_blocks`, less what `modules_to_not_convert` excludes.
+
+    Args:
+        model: the model.
+        excluded: entries of `modules_to_not_convert`.
+        stored: names of tensors in the model's files, which `modules_to_not_convert` may use too.
+
+    Raises:
+        ConfigError: nothing is left, an entry of `modules_to_not_convert` matches nothing, or a
+            layer cannot be quantized in this architecture.
+    """
+    excluded = list(excluded or ())
+    linears = linears_in_blocks(model)
+    known = {name for name, _ in model.named_modules()} | {n for n, _ in model.named_parameters()}
+    known |= {part for name in stored for part in (name, name.removesuffix(".weight"))}
+    for entry in excluded:
+        if entry != _USUAL_ENTRY and not any(matches(name, entry) for name in known):
+            raise ConfigError(
+                f"modules_to_not_convert: {entry!r} matches no module of {type(model).__name__}, "
+                f"whose layers are called like {next(iter(linears), 'none')}. Correct or remove it."
+            )
+    chosen = {name: module for name, module in linears.items() if not is_excluded(name, excluded)}
+    if chosen:
+        refuse_read_weights(model, chosen)
+        return chosen
+    name = type(model).__name__
+    if linears:
+        raise ConfigError(
+            f"{name}: modules_to_not_convert {excluded} excludes all "
+            f"{len(linears)} linear layers of its blocks. Shorten the list."
+        )
+    conv = sum(isinstance(module, Conv1D) for module in model.modules())
+    found = f"{conv} transformers Conv1D layers (as in GPT-2)" if conv else "none"
+    raise ConfigError(
+        f"{name}: no layer to quantize: expected torch.nn.Linear layers inside nn.ModuleList "
+        f"blocks, found {found}. This architecture is not supported."
+    )

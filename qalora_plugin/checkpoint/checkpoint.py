@@ -1,0 +1,175 @@
+"""`QuantizedCheckpoint`: one view of a quantized model on disk, in our format or a foreign one.
+
+Merging, verifying and exporting walk its layers through this, one in memory at a time.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qalora_kernels import PackedWeight, QuantSpec, load_offsets
+
+from ..errors import CheckpointError, ConfigError
+from ..files.hub import resolve_model_dir
+from ..files.json import read_json
+from ..files.names import CONFIG_FILE, RECORD_FILE
+from ..files.reader import CheckpointReader
+from .config import QUANT_METHOD, QALoRAQuantConfig
+from .format import base_format, formats
+from .layout import QUANTIZED_TENSORS, TensorPlan, layer_plan
+from .validate import check_layers, check_values
+
+
+class QuantizedCheckpoint:
+    """A quantized base or merged model in our format, its headers checked against its config.
+
+    `open_quantized` opens a directory in any format that can be a base: a foreign one gives a
+    subclass that reads layers in its own way.
+
+    Attributes:
+        format: "qalora", or the name of the foreign format.
+        reader: the directory's tensors.
+        config: our quantization config; derived for a foreign format.
+        layers: the grid of every quantized layer by name.
+        facts: what `qalora inspect` says of a foreign format beyond the config.
+    """
+
+    format = QUANT_METHOD
+    foreign_parts: tuple[str, ...] = ()
+    """Names of tensors of a quantized layer that only the foreign format has, such as "qzeros"."""
+
+    def __init__(self, directory: str | Path) -> None:
+        """Read and check config.json and the headers; no layer is read.
+
+        Args:
+            directory: a local directory (see `open_quantized` for Hub ids).
+
+        Raises:
+            CheckpointError: not quantized, damaged, or its config contradicts its tensors.
+        """
+        self.reader = CheckpointReader(directory)
+        self.facts: dict[str, Any] = {}
+        self.config, self.layers = self._read_config()
+
+    def _read_config(self) -> tuple[QALoRAQuantConfig, dict[str, QuantSpec]]:
+        raw = self.reader.config.get("quantization_config")
+        if not isinstance(raw, dict) or raw.get("quant_method") != QUANT_METHOD:
+            method = raw.get("quant_method") if isinstance(raw, dict) else None
+            raise CheckpointError(
+                f"{self.directory / CONFIG_FILE}: expected a model quantized by qalora or GPTQ, "
+                f"found {f'quant_method {method!r}' if method else 'a model that is not quantized'}"
+                ". Quantize the 16-bit model with `qalora quantize`."
+            )
+        config = _own_config(self.reader, raw)
+        return config, check_layers(self.reader, config)
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether the model is stored in a format that is not ours."""
+        return self.format != QUANT_METHOD
+
+    @property
+    def directory(self) -> Path:
+        """Where it lies."""
+        return self.reader.directory
+
+    def layer(self, name: str) -> PackedWeight:
+        """Read one layer, its values checked.
+
+        Returns:
+            Scales [G, N] in fp32, each representable in fp16, and offsets [G, N] in fp32, each
+            representable in the config's offsets_dtype (with offsets_at "minimum" computed from
+            the stored minima, see `qalora_kernels.load_offsets`).
+
+        Raises:
+            CheckpointError: a scale or offset that is not finite, or a group index out of range.
+        """
+        spec = self.layers[name]
+        scales, offsets = self._grid(name, spec)
+        g_idx = self.reader.get(f"{name}.g_idx") if self.config.desc_act else None
+        check_values(self.where(name), spec, scales, offsets, g_idx)
+        return PackedWeight(self.reader.get(f"{name}.qweight"), scales, offsets, g_idx, spec)
+
+    def _grid(self, name: str, spec: QuantSpec) -> tuple[torch.Tensor, torch.Tensor]:
+        """Read a layer's scales and offsets, fp32 [G, N]."""
+        scales = self.reader.get(f"{name}.scales").float()
+        return scales, load_offsets(self.reader.get(f"{name}.offsets"), scales, spec).float()
+
+    def where(self, name: str) -> str:
+        """Return file and name of a layer, for messages."""
+        return f"{self.reader.info(f'{name}.qweight').file}: {name}"
+
+    @property
+    def packed_parts(self) -> tuple[str, ...]:
+        """Last parts of the names of a quantized layer's tensors, the bias left out."""
+        return (*QUANTIZED_TENSORS, *self.foreign_parts)
+
+    @property
+    def weight_names(self) -> list[str]:
+        """Names of all tensors as if no layer were quantized: a quantized one has its `weight`."""
+        return [*self.dense_names, *(f"{layer}.weight" for layer in self.layers)]
+
+    @property
+    def dense_names(self) -> list[str]:
+        """Tensors that are in no quantized layer's packed form: embeddings, norms, biases, ..."""
+        packed = {f"{name}.{part}" for name in self.layers for part in self.packed_parts}
+        return [name for name in self.reader.tensors if name not in packed]
+
+    def plan(self) -> TensorPlan:
+        """Names, dtypes and shapes of this checkpoint written in our format, layer by layer."""
+        plan: TensorPlan = {}
+        for name in self.dense_names:
+            info = self.reader.info(name)
+            plan[name] = (info.dtype, info.shape)
+        for name, spec in self.layers.items():
+            plan.update(layer_plan(name, spec, self.config.desc_act))
+        # a layer's parts side by side, in the order of the files
+        order = {name: i for i, name in enumerate(self.reader.tensors)}
+        return dict(sorted(plan.items(), key=lambda item: self._place(item[0], order)))
+
+    def _place(self, tensor: str, order: dict[str, int]) -> int:
+        layer = tensor.rpartition(".")[0]
+        return order[f"{layer}.qweight" if layer in self.layers else tensor]
+
+
+def _refuse_export(directory: Path) -> None:
+    record = directory / RECORD_FILE
+    if not record.exists():
+        return
+    format = read_json(record).get("format")
+    readable = [known.name for known in formats() if known.quant_methods]
+    if format not in (*readable, "lora"):  # of an adapter the reader says more
+        raise CheckpointError(
+            f"{directory}: is an export in format {format!r}, for other runtimes. Give the model "
+            f"that it was made from; `qalora verify {directory} --against MODEL` compares the two."
+        )
+
+
+def _own_config(reader: CheckpointReader, raw: dict) -> QALoRAQuantConfig:
+    try:
+        return QALoRAQuantConfig(**raw)
+    except (ConfigError, TypeError) as error:
+        raise CheckpointError(f"{reader.directory / CONFIG_FILE}: {error}") from error
+
+
+def open_quantized(name_or_path: str | Path, revision: str | None = None) -> QuantizedCheckpoint:
+    """Open a quantized checkpoint, in our format or in a foreign one that can be a base.
+
+    Args:
+        name_or_path: a directory, or a Hub id.
+        revision: branch, tag or commit of the Hub repository.
+
+    Raises:
+        CheckpointError: it cannot be found, is not quantized, is an export that cannot be a base,
+            or is damaged.
+    """
+    directory = resolve_model_dir(name_or_path, revision)
+    _refuse_export(directory)
+    config = directory / CONFIG_FILE
+    raw = read_json(config).get("quantization_config") if config.exists() else None
+    found = base_format(raw, directory)
+    if found is None:
+        return QuantizedCheckpoint(directory)
+    checkpoint: QuantizedCheckpoint = found.module("read").open_checkpoint(directory)
+    return checkpoint

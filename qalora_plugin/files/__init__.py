@@ -1,0 +1,1 @@
+"""Files and directories: names, JSON, safetensors, atomic output, hashes, the Hub's cache."""

@@ -1,0 +1,39 @@
+"""Find a model's directory: a local one, or a snapshot from the Hugging Face Hub."""
+
+from pathlib import Path
+
+from ..errors import CheckpointError
+
+_HUB_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
+
+
+def resolve_model_dir(name_or_path: str | Path, revision: str | None = None) -> Path:
+    """Local directory of a model: the path itself, or a snapshot of a Hub repository.
+
+    Only safetensors, JSON and tokenizer files are downloaded, into the Hub's own cache.
+
+    Args:
+        name_or_path: a directory, or a Hub id such as `org/name`.
+        revision: branch, tag or commit of the Hub repository.
+
+    Raises:
+        CheckpointError: neither a directory nor a repository that can be reached.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        return path
+    text = str(name_or_path)
+    if path.exists() or isinstance(name_or_path, Path) or text.count("/") > 1 or text[:1] in "./~":
+        raise CheckpointError(f"{name_or_path}: not a directory. Give a model directory or Hub id.")
+    # imported here: reading a local directory needs no network library
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(text, revision=revision, allow_patterns=_HUB_PATTERNS))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointError(
+            f"{text}: no such directory, and the Hub did not give it "
+            f"({type(error).__name__}: {str(error).splitlines()[0]}). "
+            "Check the name, or log in with `hf auth login` if the repository is private."
+        ) from error

@@ -1,0 +1,190 @@
+"""Read tensors of a checkpoint directory one by one, never holding more than what was asked for.
+
+Files are read by offset into fresh memory, not mapped: resident memory falls again as soon as a
+tensor is dropped, so a whole 70B checkpoint can be walked in the memory of its largest tensor.
+"""
+
+from collections.abc import Iterator
+from functools import cached_property
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import CheckpointError
+from .json import read_json
+from .names import ADAPTER_CONFIG_FILE, CONFIG_FILE, INDEX_FILE, SINGLE_FILE
+from .safetensors import TensorInfo, read_header
+
+_COPY_BYTES = 16 << 20
+_RESTORE = "Download or copy it again."
+_MIXED = "The directory mixes two checkpoints: download or copy one into an empty directory."
+
+
+class CheckpointReader:
+    """Tensors of a directory with model.safetensors, or with shards and their index.
+
+    All headers are read and checked at once; data are read by `get` only.
+
+    Attributes:
+        directory: the directory read.
+        tensors: every tensor's `TensorInfo` by name, in the order of the files.
+        files: the weight files, in order.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        """Read and check the headers.
+
+        Args:
+            directory: a local directory (see `resolve_model_dir` for Hub ids).
+
+        Raises:
+            CheckpointError: no safetensors weights, a missing, truncated or damaged shard, or an
+                index that contradicts the shards.
+        """
+        self.directory = Path(directory)
+        if not self.directory.is_dir():
+            raise CheckpointError(f"{self.directory}: no such directory. Give that of a model.")
+        self.tensors: dict[str, TensorInfo] = {}
+        self.metadata: dict[str, str] = {}
+        index = self.directory / INDEX_FILE
+        # transformers prefers the single file where both are there
+        if (self.directory / SINGLE_FILE).exists():
+            self.files = [self.directory / SINGLE_FILE]
+            self.tensors, self.metadata = read_header(self.files[0])
+        elif index.exists():
+            self.files = self._read_shards(index)
+        else:
+            raise CheckpointError(_no_weights(self.directory))
+
+    def _read_shards(self, index: Path) -> list[Path]:
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(
+                f"{index}: expected an object `weight_map`, found {weight_map!r}. {_RESTORE}"
+            )
+        for name, shard in weight_map.items():
+            _check_shard_name(index, name, shard)
+        files = [self.directory / shard for shard in sorted(set(weight_map.values()))]
+        for path in files:
+            if not path.exists():
+                raise CheckpointError(
+                    f"{path}: missing, but {INDEX_FILE} names it. Download or copy it again."
+                )
+            tensors, self.metadata = read_header(path)
+            for name, info in tensors.items():
+                if name in self.tensors:
+                    raise CheckpointError(
+                        f"{path}: tensor {name} is also in {self.tensors[name].file.name}. "
+                        "Each tensor belongs in one shard: remove the stale one."
+                    )
+                if weight_map.get(name) != path.name:
+                    raise CheckpointError(
+                        f"{path}: holds tensor {name}, which {INDEX_FILE} places in "
+                        f"{weight_map.get(name, 'no shard')}. {_MIXED}"
+                    )
+                self.tensors[name] = info
+        lost = [name for name in weight_map if name not in self.tensors]
+        if lost:
+            raise CheckpointError(
+                f"{index}: places tensor {lost[0]} in {weight_map[lost[0]]}, which does not hold "
+                f"it ({len(lost)} such). {_MIXED}"
+            )
+        return files
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.tensors
+
+    def info(self, name: str) -> TensorInfo:
+        """Dtype, shape and place of a tensor.
+
+        Raises:
+            CheckpointError: there is no such tensor.
+        """
+        if name not in self.tensors:
+            raise CheckpointError(
+                f"{self.directory}: no tensor {name}. The checkpoint is incomplete: write or copy "
+                "it again."
+            )
+        return self.tensors[name]
+
+    def get(self, name: str) -> torch.Tensor:
+        """Read one tensor into fresh memory, in its stored dtype.
+
+        Raises:
+            CheckpointError: there is no such tensor, or its file changed since it was opened.
+        """
+        info = self.info(name)
+        data = torch.empty(info.nbytes, dtype=torch.uint8, device="cpu")
+        view = memoryview(data.numpy())  # type: ignore[arg-type]
+        with info.file.open("rb", buffering=0) as file:
+            file.seek(info.start)
+            done = 0
+            while done < info.nbytes:
+                done += self._read(file, view[done:], info)
+        return data.view(info.dtype).reshape(info.shape)
+
+    def chunks(self, name: str) -> Iterator[memoryview]:
+        """The raw bytes of a tensor, piece by piece, for copying it in bounded memory.
+
+        A piece is valid until the next one is asked for.
+        """
+        info = self.info(name)
+        buffer = memoryview(bytearray(min(info.nbytes, _COPY_BYTES)))
+        with info.file.open("rb", buffering=0) as file:
+            file.seek(info.start)
+            left = info.nbytes
+            while left:
+                count = self._read(file, buffer[: min(left, len(buffer))], info)
+                yield buffer[:count]
+                left -= count
+
+    @staticmethod
+    def _read(file: FileIO, view: memoryview, info: TensorInfo) -> int:
+        count = file.readinto(view) or 0
+        if count == 0:
+            raise CheckpointError(
+                f"{info.file}: ended while tensor {info.name} was read. "
+                "It changed while it was in use: run again."
+            )
+        return count
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The directory's config.json.
+
+        Raises:
+            CheckpointError: it is missing or not a JSON object.
+        """
+        return read_json(self.directory / CONFIG_FILE)
+
+
+def _check_shard_name(index: Path, name: str, shard: Any) -> None:
+    # a name with a separator could point anywhere on the disk
+    if not isinstance(shard, str) or Path(shard).name != shard or "\\" in shard or ":" in shard:
+        raise CheckpointError(
+            f"{index}: weight_map places {name} in {shard!r}; expected the bare name of a file "
+            "in the same directory. Do not use this checkpoint unless you trust its origin."
+        )
+    if not shard.endswith(".safetensors"):
+        raise CheckpointError(
+            f"{index}: weight_map places {name} in {shard!r}; only .safetensors files are read. "
+            "Load it with transformers in an environment that you trust, then save_pretrained."
+        )
+
+
+def _no_weights(directory: Path) -> str:
+    start = f"{directory}: no {SINGLE_FILE} and no {INDEX_FILE}"
+    if (directory / ADAPTER_CONFIG_FILE).exists():
+        return (
+            f"{start}: this is an adapter. Merge it first, `qalora merge {directory} --out DIR`, "
+            "and give DIR. (`qalora export --format lora` takes the adapter itself.)"
+        )
+    if any(directory.glob("*.bin")) or any(directory.glob("*.pt")):
+        return (
+            f"{start}, only pickle files (.bin, .pt), which can run code and are never read. "
+            "Convert them in an environment that you trust: load with transformers, then "
+            "save_pretrained."
+        )
+    return f"{start}. Give a directory written by save_pretrained."

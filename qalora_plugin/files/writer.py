@@ -1,0 +1,296 @@
+"""Write a sharded safetensors checkpoint tensor by tensor, in the memory of one tensor.
+
+Names, dtypes and shapes are planned first, so headers are written before any data and tensors may
+come in any order. A shard gets its real name only when it is complete: after a kill, the shards
+that are there can be kept.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+from ..errors import OutputError
+from ..files.atomic import replace_file
+from ..files.json import write_json
+from .manifest import file_sha256, write_manifest
+from .names import INDEX_FILE, SINGLE_FILE
+from .safetensors import DTYPE_NAMES, LENGTH_BYTES, TensorInfo, read_header, tensor_nbytes
+
+Plan = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+"""dtype and shape of every tensor of a shard, by name."""
+
+MAX_SHARD_BYTES = 5 << 30
+DEFAULT_METADATA = {"format": "pt"}  # what transformers asks of a file
+_ALIGNMENT = 8
+
+
+def split_plan(plan: Plan, max_bytes: int = MAX_SHARD_BYTES) -> list[dict]:
+    """Cut a plan into shards of at most `max_bytes` of data (or one larger tensor), in order."""
+    shards: list[dict] = [{}]
+    size = 0
+    for name, (dtype, shape) in plan.items():
+        nbytes = tensor_nbytes(dtype, tuple(shape))
+        if shards[-1] and size + nbytes > max_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = (dtype, tuple(shape))
+        size += nbytes
+    return shards
+
+
+class ShardWriter:
+    """One safetensors file, written to `<path>.part` and renamed when it is closed."""
+
+    def __init__(
+        self, path: Path, plan: Plan, metadata: Mapping[str, str] = DEFAULT_METADATA
+    ) -> None:
+        """Write the header and reserve the space.
+
+        Args:
+            path: the file.
+            plan: its tensors.
+            metadata: the header's `__metadata__`.
+
+        Raises:
+            OutputError: the file cannot be written, or the disk is full.
+        """
+        self.path = path
+        self._part = path.with_name(path.name + ".part")
+        header, self._infos = _layout(path, plan, metadata)
+        self._missing = set(plan)
+        end = max((info.start + info.nbytes for info in self._infos.values()), default=len(header))
+        try:
+            self._file = open(self._part, "wb", buffering=0)  # noqa: SIM115, closed by close()
+            _write_all(self._file.fileno(), memoryview(header), 0)
+            self._file.truncate(end)
+        except OSError as error:
+            raise _cannot_write(self._part, error) from error
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Write one planned tensor.
+
+        Args:
+            name: its name in the plan.
+            tensor: dtype and shape as planned; any device.
+
+        Raises:
+            ValueError: not planned, written before, or another dtype or shape than planned.
+            OutputError: the disk is full.
+        """
+        info = self._take(name)
+        found = (tensor.dtype, tuple(tensor.shape))
+        if found != (info.dtype, info.shape):
+            raise ValueError(f"{name}: planned {(info.dtype, info.shape)}, found {found}")
+        data = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
+        self._write_at(info.start, memoryview(data.numpy()))  # type: ignore[arg-type]
+
+    def write_raw(self, name: str, chunks: Iterable[memoryview]) -> None:
+        """Write one planned tensor from pieces of its bytes (`CheckpointReader.chunks`).
+
+        Raises:
+            ValueError: not planned, written before, or of another size than planned.
+            OutputError: the disk is full.
+        """
+        info = self._take(name)
+        done = 0
+        for chunk in chunks:
+            if done + len(chunk) > info.nbytes:
+                break
+            self._write_at(info.start + done, chunk)
+            done += len(chunk)
+        else:
+            if done == info.nbytes:
+                return
+        raise ValueError(f"{name}: planned {info.nbytes} bytes, found another number")
+
+    def _take(self, name: str) -> TensorInfo:
+        if name not in self._missing:
+            raise ValueError(f"{name}: not in the plan of {self.path.name}, or written before")
+        self._missing.remove(name)
+        return self._infos[name]
+
+    def _write_at(self, start: int, view: memoryview) -> None:
+        try:
+            _write_all(self._file.fileno(), view, start)
+        except OSError as error:
+            raise _cannot_write(self._part, error) from error
+
+    def close(self) -> str:
+        """Sync the file, give it its name, and return its SHA-256.
+
+        Raises:
+            ValueError: a planned tensor was not written.
+            OutputError: the file cannot be synced or renamed.
+        """
+        if self._missing:
+            raise ValueError(f"{self.path.name}: not written: {sorted(self._missing)[:5]}")
+        try:
+            os.fsync(self._file.fileno())
+            self._file.close()
+            digest = file_sha256(self._part)
+            replace_file(self._part, self.path)
+        except OSError as error:
+            raise _cannot_write(self._part, error) from error
+        return digest
+
+    def abort(self) -> None:
+        """Drop what was written."""
+        self._file.close()
+        self._part.unlink(missing_ok=True)
+
+
+class CheckpointWriter:
+    """All weight files of one directory.
+
+    with AtomicDirectory(target) as partial:
+        writer = CheckpointWriter(partial, split_plan(plan))
+        for index in range(len(writer.plans)):
+            with writer.shard(index) as shard:
+                for name in writer.plans[index]:
+                    shard.write(name, ...)
+        writer.finish()
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        plans: Sequence[Plan],
+        metadata: Mapping[str, str] = DEFAULT_METADATA,
+    ) -> None:
+        """Plan the files; nothing is written yet.
+
+        Args:
+            directory: where the files go, usually a partial directory.
+            plans: tensors of each shard. One shard becomes model.safetensors, more get an index.
+            metadata: `__metadata__` of every shard's header.
+
+        Raises:
+            ValueError: a tensor is planned in two shards.
+        """
+        names = [name for plan in plans for name in plan]
+        if len(set(names)) != len(names):
+            raise ValueError("a tensor is planned in two shards")
+        self.directory = directory
+        self.plans = list(plans)
+        self.metadata = metadata
+        self._hashes: dict[str, str] = {}
+
+    def file_name(self, index: int) -> str:
+        """Name of the shard with this number (from 0)."""
+        if len(self.plans) == 1:
+            return SINGLE_FILE
+        return f"model-{index + 1:05d}-of-{len(self.plans):05d}.safetensors"
+
+    def is_done(self, index: int) -> bool:
+        """Whether an earlier run wrote this shard, with the tensors that are planned now.
+
+        Raises:
+            CheckpointError: the file is there, but damaged.
+        """
+        path = self.directory / self.file_name(index)
+        if not path.exists():
+            return False
+        tensors, _ = read_header(path)
+        found = {name: (info.dtype, info.shape) for name, info in tensors.items()}
+        return found == {
+            name: (dtype, tuple(shape)) for name, (dtype, shape) in self.plans[index].items()
+        }
+
+    def shard(self, index: int) -> "_OpenShard":
+        """Context manager that gives the shard's `ShardWriter` and closes it."""
+        return _OpenShard(self, index)
+
+    def record(self, index: int, digest: str) -> None:
+        """Remember the SHA-256 of a finished shard."""
+        self._hashes[self.file_name(index)] = digest
+
+    def finish(self) -> None:
+        """Write the index (of more than one shard) and the manifest of hashes.
+
+        Raises:
+            ValueError: a shard was not written.
+        """
+        for index in range(len(self.plans)):
+            name = self.file_name(index)
+            if not (self.directory / name).exists():
+                raise ValueError(f"{name} was not written")
+            if name not in self._hashes:  # written by an earlier run
+                self.record(index, file_sha256(self.directory / name))
+        if len(self.plans) > 1:
+            self._write_index()
+        write_manifest(self.directory, self._hashes)
+
+    def _write_index(self) -> None:
+        sizes = (tensor_nbytes(*entry) for plan in self.plans for entry in plan.values())
+        weight_map = {
+            name: self.file_name(index) for index, plan in enumerate(self.plans) for name in plan
+        }
+        index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
+        write_json(self.directory / INDEX_FILE, index)
+
+
+class _OpenShard:
+    def __init__(self, checkpoint: CheckpointWriter, index: int) -> None:
+        self._checkpoint, self._index = checkpoint, index
+
+    def __enter__(self) -> ShardWriter:
+        checkpoint = self._checkpoint
+        path = checkpoint.directory / checkpoint.file_name(self._index)
+        self._shard = ShardWriter(path, checkpoint.plans[self._index], checkpoint.metadata)
+        return self._shard
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            self._checkpoint.record(self._index, self._shard.close())
+        else:
+            self._shard.abort()
+
+
+def _layout(
+    path: Path, plan: Plan, metadata: Mapping[str, str]
+) -> tuple[bytes, dict[str, TensorInfo]]:
+    """Header bytes and the place of every tensor."""
+    # wide dtypes first: every tensor is then aligned, which readers that map the file rely on
+    order = sorted(plan, key=lambda name: -plan[name][0].itemsize)
+    entries: dict[str, object] = {"__metadata__": dict(metadata)}
+    spans, end = {}, 0
+    for name in order:
+        dtype, shape = plan[name]
+        nbytes = tensor_nbytes(dtype, tuple(shape))
+        entries[name] = {
+            "dtype": DTYPE_NAMES[dtype],
+            "shape": list(shape),
+            "data_offsets": [end, end + nbytes],
+        }
+        spans[name] = (end, nbytes)
+        end += nbytes
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    data_start = LENGTH_BYTES + len(text)
+    infos = {
+        name: TensorInfo(name, plan[name][0], tuple(plan[name][1]), path, data_start + start, n)
+        for name, (start, n) in spans.items()
+    }
+    return len(text).to_bytes(LENGTH_BYTES, "little") + text, infos
+
+
+def _write_all(descriptor: int, view: memoryview, start: int) -> None:
+    view = view.cast("B")
+    while view:
+        count = os.pwrite(descriptor, view, start)
+        view, start = view[count:], start + count
+
+
+def _cannot_write(path: Path, error: OSError) -> OutputError:
+    return OutputError(
+        f"{path}: cannot be written ({error.strerror}). Free space or choose another place."
+    )

@@ -1,0 +1,147 @@
+"""What llama.cpp has to know of an architecture, as its convert_hf_to_gguf.py writes it."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+from ...errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How one family is written.
+
+    Args:
+        name: llama.cpp's name.
+        permuted: rows of q_proj and k_proj go from halves (Hugging Face) to pairs (llama.cpp).
+        norm_plus_one: norms are stored without their 1 (Gemma).
+    """
+
+    name: str
+    permuted: bool = False
+    norm_plus_one: bool = False
+
+
+ARCHITECTURES = {
+    "llama": Architecture("llama", permuted=True),
+    "mistral": Architecture("llama", permuted=True),
+    "qwen2": Architecture("qwen2"),
+    "qwen3": Architecture("qwen3"),
+    "gemma": Architecture("gemma", norm_plus_one=True),
+    "gemma2": Architecture("gemma2", norm_plus_one=True),
+    "gemma3_text": Architecture("gemma3", norm_plus_one=True),
+}
+
+
+class Metadata:
+    """config.json of a model that llama.cpp can run.
+
+    Attributes:
+        config: transformers' config, with its defaults.
+        architecture: the family.
+        head_dim: of the attention.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        """Read and check it.
+
+        Raises:
+            CheckpointError: an architecture or position encoding that is not written.
+        """
+        self.config: Any = AutoConfig.from_pretrained(directory)
+        kind = self.config.model_type
+        if kind not in ARCHITECTURES:
+            raise CheckpointError(
+                f"{directory / 'config.json'}: model_type {kind!r} cannot be written to GGUF; "
+                f"{', '.join(ARCHITECTURES)} can."
+            )
+        self.architecture = ARCHITECTURES[kind]
+        self.head_dim: int = (
+            getattr(self.config, "head_dim", None)
+            or self.config.hidden_size // self.config.num_attention_heads
+        )
+        rope = self.config.rope_parameters
+        self._rope: dict[str, Any] = rope.get("full_attention", rope)
+        self._rope_type = self._rope.get("rope_type", "default")
+        if self._rope_type not in ("default", "linear", "llama3", "yarn"):
+            raise CheckpointError(
+                f"{directory / 'config.json'}: rope_type {self._rope_type!r} cannot be written to "
+                "GGUF; default, linear, llama3 and yarn can."
+            )
+
+    def add_to(self, writer: Any) -> None:
+        """Write the architecture's numbers."""
+        config = self.config
+        heads = config.num_attention_heads
+        writer.add_context_length(config.max_position_embeddings)
+        writer.add_block_count(config.num_hidden_layers)
+        writer.add_embedding_length(config.hidden_size)
+        writer.add_feed_forward_length(config.intermediate_size)
+        writer.add_head_count(heads)
+        writer.add_head_count_kv(getattr(config, "num_key_value_heads", None) or heads)
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+        writer.add_key_length(self.head_dim)
+        writer.add_value_length(self.head_dim)
+        writer.add_vocab_size(config.vocab_size)
+        writer.add_rope_freq_base(float(self._rope["rope_theta"]))
+        if self.architecture.permuted:
+            writer.add_rope_dimension_count(self.head_dim)
+        if self.architecture.name in ("gemma2", "gemma3") and config.sliding_window:
+            writer.add_sliding_window(config.sliding_window)
+        if self.architecture.name == "gemma2":
+            writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
+            writer.add_final_logit_softcapping(config.final_logit_softcapping)
+        self._add_rope_scaling(writer)
+
+    def _add_rope_scaling(self, writer: Any) -> None:
+        if self._rope_type not in ("linear", "yarn"):
+            return
+        from gguf import RopeScalingType
+
+        writer.add_rope_scaling_type(
+            RopeScalingType.YARN if self._rope_type == "yarn" else RopeScalingType.LINEAR
+        )
+        writer.add_rope_scaling_factor(float(self._rope["factor"]))
+        if self._rope_type == "yarn":
+            original = self._rope["original_max_position_embeddings"]
+            writer.add_rope_scaling_orig_ctx_len(original)
+
+    def rope_factors(self) -> torch.Tensor | None:
+        """Llama 3's stretch of each frequency, fp32 [head_dim / 2], or None without.
+
+        As `_compute_llama3_parameters` of transformers has it.
+        """
+        if self._rope_type != "llama3":
+            return None
+        rope = self._rope
+        low, high = rope.get("low_freq_factor", 1.0), rope.get("high_freq_factor", 4.0)
+        original, factor = rope["original_max_position_embeddings"], rope["factor"]
+        exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float64) / self.head_dim
+        factors = []
+        for frequency in (rope["rope_theta"] ** -exponents).tolist():
+            wavelength = 2 * math.pi / frequency
+            smooth = (original / wavelength - low) / (high - low)
+            smooth = min(max(smooth, 0.0), 1.0)
+            factors.append(1 / ((1 - smooth) / factor + smooth))
+        return torch.tensor(factors, dtype=torch.float32)
+
+    def rows(self, name: str) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The order of a tensor's rows in llama.cpp: rotary pairs are neighbours there."""
+        heads = {
+            "q_proj": self.config.num_attention_heads,
+            "k_proj": getattr(self.config, "num_key_value_heads", None)
+            or self.config.num_attention_heads,
+        }.get(name.split(".")[-2])
+        if heads is None or not self.architecture.permuted:
+            return lambda tensor: tensor
+
+        def permute(tensor: torch.Tensor) -> torch.Tensor:
+            halves = tensor.reshape(heads, 2, tensor.shape[0] // heads // 2, *tensor.shape[1:])
+            return halves.transpose(1, 2).reshape(tensor.shape)
+
+        return permute

@@ -1,0 +1,143 @@
+"""A Hugging Face tokenizer as GGUF metadata: without a right one llama.cpp mis-tokenizes or aborts.
+
+Two kinds are read from tokenizer.json, as llama.cpp's convert_hf_to_gguf.py knows them:
+
+    byte-level BPE (GPT-2, Llama 3, Qwen): tokens and merges; `tokenizer.ggml.pre` names the
+        expression that splits text, which llama.cpp has built in
+    BPE with byte fallback (Llama 2, Mistral, Gemma; once SentencePiece): tokens and scores.
+        SentencePiece's score of a merged token is minus the rank of its merge
+"""
+
+import json
+import re
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ...errors import CheckpointError
+
+TOKENIZER_FILE = "tokenizer.json"
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# expression that splits text -> llama.cpp's name (llama-vocab.cpp, llm_tokenizer_bpe)
+_SPLITS = {
+    _CONTRACTIONS + r"\p{N}{1,3}" + _REST: "llama-bpe",
+    _CONTRACTIONS + r"\p{N}" + _REST: "qwen2",
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|"
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|"
+    r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+": "tekken",
+}
+
+
+class Tokenizer:
+    """tokenizer.json of a model directory, checked to be one that GGUF can hold.
+
+    Attributes:
+        is_bpe: byte-level BPE; else BPE with byte fallback.
+        pre: llama.cpp's name of the expression that splits text.
+    """
+
+    def __init__(self, directory: Path, vocab_size: int) -> None:
+        """Read and check it.
+
+        Args:
+            directory: the model's.
+            vocab_size: rows of the embedding.
+
+        Raises:
+            CheckpointError: it is missing, of another kind, or has more tokens than the model.
+        """
+        path = directory / TOKENIZER_FILE
+        if not path.exists():
+            raise CheckpointError(
+                f"{path}: missing, and llama.cpp needs the tokenizer in its file. Save it with "
+                "AutoTokenizer.from_pretrained(...).save_pretrained(...)."
+            )
+        self.directory, self.path, self.vocab_size = directory, path, vocab_size
+        self._json: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        model = self._json["model"]
+        if model.get("type", "BPE") != "BPE" or "merges" not in model:
+            raise CheckpointError(
+                f"{path}: a tokenizer of type {model.get('type')}; only BPE (Llama, Qwen, Mistral, "
+                "Gemma) can be written to GGUF."
+            )
+        self.is_bpe = not model.get("byte_fallback")
+        self.pre = self._split() if self.is_bpe else "default"
+        self.added = {token["id"]: token for token in self._json.get("added_tokens", [])}
+        largest = max([*model["vocab"].values(), *self.added])
+        if largest >= vocab_size:
+            raise CheckpointError(
+                f"{path}: has a token {largest}, the model's vocabulary {vocab_size} rows."
+            )
+
+    def _split(self) -> str:
+        steps = self._json.get("pre_tokenizer") or {}
+        steps = steps.get("pretokenizers", [steps])
+        kinds = [step.get("type") for step in steps]
+        splits = [
+            step["pattern"].get("Regex", step["pattern"].get("String"))
+            for step in steps
+            if step.get("type") == "Split"
+        ]
+        if kinds == ["ByteLevel"] and steps[0].get("use_regex", True):
+            return "gpt-2"
+        if kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits"):
+            return "smollm"
+        if kinds == ["Split", "ByteLevel"] and splits[0] in _SPLITS:
+            return _SPLITS[splits[0]]
+        raise CheckpointError(
+            f"{self.path}: splits text by {splits or kinds}, which is none of the ways that are "
+            f"known to be llama.cpp's ({', '.join(['gpt-2', 'smollm', *_SPLITS.values()])}). "
+            "Another one would mis-tokenize."
+        )
+
+    def add_to(self, writer: Any, gguf: ModuleType) -> None:
+        """Write tokens, scores or merges, special tokens and the chat template."""
+        tokens, scores, types = self._tokens(gguf.TokenType)
+        writer.add_tokenizer_model("gpt2" if self.is_bpe else "llama")
+        writer.add_tokenizer_pre(self.pre)
+        writer.add_token_list(tokens)
+        if not self.is_bpe:
+            writer.add_token_scores(scores)
+            writer.add_add_space_prefix(self._adds_space())
+        writer.add_token_types(types)
+        special = gguf.SpecialVocab(
+            self.directory, load_merges=self.is_bpe, n_vocab=self.vocab_size
+        )
+        # llama.cpp would add them by its own default
+        special.add_special_token.setdefault("bos", False)
+        special.add_special_token.setdefault("eos", False)
+        special.add_to_gguf(writer, quiet=True)
+
+    def _tokens(self, kinds: Any) -> tuple[list[str], list[float], list[int]]:
+        """Text, score and type of every row of the embedding; rows without a token are unused."""
+        names = [f"[PAD{i}]" for i in range(self.vocab_size)]
+        types = [int(kinds.UNUSED)] * self.vocab_size
+        scores = [-1e6] * self.vocab_size
+        vocab = self._json["model"]["vocab"]
+        unknown = self._json["model"].get("unk_token")
+        for token, i in vocab.items():
+            names[i], types[i] = token, int(kinds.NORMAL)
+            if not self.is_bpe and re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", token):
+                types[i] = int(kinds.BYTE)
+            elif token == unknown:
+                types[i] = int(kinds.UNKNOWN)
+        for i, token in self.added.items():
+            names[i] = token["content"]
+            if types[i] != int(kinds.UNKNOWN):
+                types[i] = int(kinds.CONTROL if token.get("special") else kinds.USER_DEFINED)
+        if not self.is_bpe:
+            for rank, merge in enumerate(self._json["model"]["merges"]):
+                merged = vocab.get("".join(merge.split(" ") if isinstance(merge, str) else merge))
+                if merged is not None and scores[merged] == -1e6:
+                    scores[merged] = -float(rank)
+        return names, scores, types
+
+    def _adds_space(self) -> bool:
+        """Whether text gets a space in front, as Llama 2 does and Gemma does not."""
+        normalizer = self._json.get("normalizer") or {}
+        steps = normalizer.get("normalizers", [normalizer])
+        pre = self._json.get("pre_tokenizer") or {}
+        return any(step.get("type") == "Prepend" for step in steps) or (
+            pre.get("type") == "Metaspace" and pre.get("prepend_scheme", "always") != "never"
+        )

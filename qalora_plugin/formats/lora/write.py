@@ -1,0 +1,146 @@
+"""A plain PEFT LoRA adapter for the quantized base as it is, from an adapter that pools.
+
+    pool(x) A^T = x A'^T   with A'[:, k] = A[:, group of k]
+
+so A' [r, K] beside the same B computes the same output with any LoRA code: PEFT, vLLM, SGLang, with
+their own kernels for the base and several adapters on one base. Exact, and nothing is rounded;
+the merged model differs from it only by the rounding of its stored offsets.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qalora_kernels.groups import group_index
+
+from ...checkpoint.layout import TensorPlan
+from ...checkpoint.side_files import TOKENIZER_FILES, copy_side_files
+from ...errors import AdapterError
+from ...files.atomic import AtomicDirectory
+from ...files.json import write_json
+from ...files.names import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
+from ...files.writer import ShardWriter
+from ...merge.adapter import PREFIX, Adapter
+from ...merge.merge import MergePlan, plan_merge
+from ...merge.pairing import LayerMerge
+from ..walk import ExportResult, Progress
+
+# fields of LoRA's config that the adapter's own config has as well
+_COPIED = (
+    "lora_alpha",
+    "modules_to_save",
+    "r",
+    "rank_pattern",
+    "alpha_pattern",
+    "revision",
+    "task_type",
+    "use_rslora",
+)
+
+
+def export(
+    source: str | Path,
+    out: str | Path,
+    *,
+    progress: Progress | None,
+    base: str | Path | None = None,
+    convention: str = "auto",
+) -> ExportResult:
+    """Write the adapter; see `export_model`.
+
+    Raises:
+        AdapterError: it changes scales, which is no low-rank change of the weight.
+    """
+    directory = AtomicDirectory(out)
+    plan = plan_merge(source, base, convention)
+    adapter = plan.adapter
+    if adapter.adapt != "zeros":
+        raise AdapterError(
+            f"{adapter.directory / ADAPTER_CONFIG_FILE}: adapt={adapter.adapt!r} changes "
+            "scales, which is no low-rank change of the weights, so no LoRA adapter is equal to "
+            "it. Merge it and export the merged model (format gptq keeps it exact on an "
+            "integer-zero base)."
+        )
+    config = _config(plan, str(base or adapter.config["base_model_name_or_path"]))
+    with directory as partial:
+        writer = ShardWriter(partial / ADAPTER_WEIGHTS_FILE, _plan(plan))
+        for done, (name, merge) in enumerate(plan.layers.items(), start=1):
+            a, b = _expand(adapter, merge, _g_idx(plan, name))
+            writer.write(f"{_key(adapter, name)}.lora_A.weight", a)
+            writer.write(f"{_key(adapter, name)}.lora_B.weight", b)
+            if progress is not None:
+                progress(done, len(plan.layers))
+        for key in adapter.saved.values():
+            writer.write(key, adapter.get(key))
+        writer.close()
+        write_json(partial / ADAPTER_CONFIG_FILE, config)
+        copy_side_files(adapter.directory, partial, TOKENIZER_FILES)
+    exactness = (
+        "Exact: the same output as base and adapter. The merged model differs by the rounding of "
+        "its stored offsets."
+    )
+    return ExportResult(directory.target, "lora", len(plan.layers), exactness)
+
+
+def _key(adapter: Adapter, name: str) -> str:
+    return f"{PREFIX}{adapter.trained_name(name)}"
+
+
+def _plan(plan: MergePlan) -> TensorPlan:
+    """Names, dtypes and shapes of the adapter's tensors."""
+    adapter = plan.adapter
+    tensors: TensorPlan = {}
+    for name, merge in plan.layers.items():
+        a, b = (adapter.infos[key] for key in merge.layer.keys["zeros"])
+        tensors[f"{_key(adapter, name)}.lora_A.weight"] = (
+            a.dtype,
+            (merge.layer.rank, merge.spec.in_features),
+        )
+        tensors[f"{_key(adapter, name)}.lora_B.weight"] = (b.dtype, b.shape)
+    for key in adapter.saved.values():
+        tensors[key] = (adapter.infos[key].dtype, adapter.infos[key].shape)
+    return tensors
+
+
+def _g_idx(plan: MergePlan, name: str) -> torch.Tensor | None:
+    return plan.base.reader.get(f"{name}.g_idx") if plan.base.config.desc_act else None
+
+
+def _expand(
+    adapter: Adapter, merge: LayerMerge, g_idx: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A' [r, K] and B [N, r], B times the factor of the convention (1 for ours)."""
+    a, b = adapter.get_pair(merge.layer.keys["zeros"])
+    spec = merge.merged_spec
+    index = group_index(g_idx, spec.group_size, spec.in_features, a.device).long()
+    expanded = merge.regrouping.spread(a).index_select(1, index)
+    factor = merge.factor / merge.layer.scaling
+    return expanded.contiguous(), b.clone() if factor == 1 else (b.double() * factor).to(b.dtype)
+
+
+def _config(plan: MergePlan, base: str) -> dict[str, Any]:
+    """`base` as it was given: a Hub id stays one."""
+    adapter, is_local = plan.adapter, Path(base).expanduser().is_dir()
+    config = {key: adapter.config[key] for key in _COPIED if key in adapter.config}
+    return {
+        **config,
+        "peft_type": "LORA",
+        "base_model_name_or_path": str(plan.base.directory) if is_local else base,
+        "target_modules": _target_modules(plan),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_dropout": 0.0,
+    }
+
+
+def _target_modules(plan: MergePlan) -> list[str]:
+    """Last parts of the names, as vLLM and SGLang want them, where these mean the same layers."""
+    short = {name.rpartition(".")[2] for name in plan.layers}
+    dense = {name.rpartition(".")[0] for name in plan.base.dense_names}
+    selected = {n for n in dense | set(plan.base.layers) if n.rpartition(".")[2] in short}
+    if selected == set(plan.layers):
+        return sorted(short)
+    return sorted(plan.adapter.trained_name(name) for name in plan.layers)

@@ -1,0 +1,146 @@
+"""Directories that stock transformers loads with torchao installed, without this package.
+
+Each quantized weight is a torchao `IntxUnpackedToInt8Tensor` (torchao 0.17,
+`quantization/quantize_/workflows/intx/`), flattened into safetensors as
+`torchao/prototype/safetensors` does:
+
+    <name>._weight_qdata       int8 [N, K]      q - mid
+    <name>._weight_scale       fp32 [N, blocks]
+    <name>._weight_zero_point  fp32 [N, blocks] -offsets / scales, so W = (qdata - zero) * scale
+
+The metadata of the file names the type, the block and the dtype of every tensor.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qalora_kernels import PackedWeight, QuantSpec
+
+from ...checkpoint.checkpoint import QuantizedCheckpoint, open_quantized
+from ...checkpoint.layout import TensorPlan
+from ...files.safetensors import TensorInfo
+from ..walk import ExportResult, Progress, codes, dense_config, obstacles, regroup, write_directory
+
+EXACTNESS = (
+    "Exact in fp32 (to its rounding, 1e-6 of a weight), the dtype that config.json asks for; after "
+    "model.to(torch.bfloat16) torchao rounds scales, zero-points and weights to bf16."
+)
+
+
+class TorchAO:
+    """`LayerFormat` of torchao."""
+
+    name = "torchao"
+
+    def dense_dtype(self, info: TensorInfo) -> torch.dtype:
+        """As it is."""
+        return info.dtype
+
+    @staticmethod
+    def block(spec: QuantSpec) -> int:
+        """Inputs a block: torchao has no short last group, so groups are cut where K needs it."""
+        return math.gcd(spec.group_size, spec.in_features)
+
+    def obstacle(self, spec: QuantSpec, act_order: bool) -> str | None:
+        """Why the layer cannot be held as integers, or None."""
+        return (
+            "its groups follow act-order (g_idx), torchao's are neighbours" if act_order else None
+        )
+
+    def plan(self, name: str, spec: QuantSpec) -> TensorPlan:
+        """Names, dtypes and shapes of the layer's tensors."""
+        n, k = spec.out_features, spec.in_features
+        grid = (torch.float32, (n, k // self.block(spec)))
+        return {
+            f"{name}._weight_qdata": (torch.int8, (n, k)),
+            f"{name}._weight_scale": grid,
+            f"{name}._weight_zero_point": grid,
+        }
+
+    def convert(self, name: str, spec: QuantSpec, layer: PackedWeight) -> dict[str, torch.Tensor]:
+        """These tensors."""
+        zeros = -(layer.offsets.double() / layer.scales.double()).float()
+        block = self.block(spec)
+        centred = codes(layer, spec).to(torch.int16) - spec.mid
+        return {
+            f"{name}._weight_qdata": centred.to(torch.int8),
+            f"{name}._weight_scale": regroup(layer.scales, spec, block),
+            f"{name}._weight_zero_point": regroup(zeros, spec, block),
+        }
+
+    def attributes(self, spec: QuantSpec) -> str:
+        """The metadata of one quantized weight, as JSON."""
+        data = {
+            "target_dtype": _dtype(f"int{spec.bits}"),
+            "block_size": [1, self.block(spec)],
+            "dtype": _dtype("float32"),
+            "activation_quantization": None,
+        }
+        names = ["qdata", "scale", "zero_point"]
+        return json.dumps(
+            {"_type": "IntxUnpackedToInt8Tensor", "_data": data, "_tensor_data_names": names}
+        )
+
+
+def check(source: QuantizedCheckpoint) -> dict[str, str]:
+    """Layers that become dense, and why; see `obstacles`."""
+    return obstacles(source, TorchAO().obstacle, TorchAO.name)
+
+
+def export(source: str | Path, out: str | Path, *, progress: Progress | None) -> ExportResult:
+    """Write the directory; see `export_model`."""
+    checkpoint = open_quantized(source)
+    format = TorchAO()
+    reasons = check(checkpoint)
+    metadata = _metadata(checkpoint, format, reasons)
+    config = dense_config(checkpoint)
+    config["dtype"] = "float32"
+    config["quantization_config"] = _quantization_config(checkpoint, reasons)
+    target = write_directory(checkpoint, out, format, config, reasons, metadata, progress)
+    layers = len(checkpoint.layers) - len(reasons)
+    return ExportResult(target, format.name, layers, EXACTNESS, reasons)
+
+
+def _metadata(
+    source: QuantizedCheckpoint, format: TorchAO, reasons: dict[str, str]
+) -> dict[str, str]:
+    plain = json.dumps({"_type": "Tensor"})
+    tensors = dict.fromkeys(source.dense_names, plain)
+    for name, spec in source.layers.items():
+        tensors[f"{name}.weight"] = plain if name in reasons else format.attributes(spec)
+    return {"format": "pt", "tensor_names": json.dumps(list(tensors)), **tensors}
+
+
+def _quantization_config(source: QuantizedCheckpoint, reasons: dict[str, str]) -> dict[str, Any]:
+    """What transformers needs to know; the tensors' own metadata say how each is quantized."""
+    data = {
+        "weight_dtype": _dtype(f"int{source.config.bits}"),
+        "granularity": {
+            "_type": "PerGroup",
+            "_version": 1,
+            "_data": {"group_size": max(source.config.group_size, 1)},
+        },
+        "mapping_type": {"_type": "MappingType", "_data": "ASYMMETRIC"},
+        "scale_dtype": _dtype("float32"),
+        "intx_packing_format": {"_type": "IntxPackingFormat", "_data": "UNPACKED_TO_INT8"},
+        "intx_choose_qparams_algorithm": {
+            "_type": "IntxChooseQParamsAlgorithm",
+            "_data": "AFFINE",
+        },
+    }
+    kept = set(source.config.modules_to_not_convert or []) | set(reasons)
+    return {
+        "quant_method": "torchao",
+        "quant_type": {"default": {"_type": "IntxWeightOnlyConfig", "_version": 2, "_data": data}},
+        "modules_to_not_convert": sorted(kept),
+        "include_input_output_embeddings": False,
+        "untie_embedding_weights": False,
+    }
+
+
+def _dtype(name: str) -> dict[str, str]:
+    return {"_type": "torch.dtype", "_data": name}

@@ -1,0 +1,1 @@
+"""The transformers quantizer "qalora": load quantized models, and quantize while loading."""

@@ -1,0 +1,89 @@
+"""Let `from_pretrained` hand stock GPTQ directories to our quantizer.
+
+transformers gives a directory to the quantizer that its config.json names: for "gptq" that is
+GPTQModel's, which is refused where GPTQModel is not installed, and a `quantization_config` of
+another class is refused before any quantizer is asked. Its one decision point is replaced by one
+that asks us first.
+"""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+from transformers.quantizers.auto import AutoHfQuantizer
+from transformers.utils import is_gptqmodel_available, is_optimum_available
+
+from ..checkpoint.config import QUANT_METHOD, QALoRAQuantConfig
+from ..checkpoint.format import base_format, foreign_config
+from ..errors import ConfigError
+from ..files.names import CONFIG_FILE
+
+_INSTALLED = "_qalora_original"
+
+
+def check_request(
+    requested: QALoRAQuantConfig, stored: QALoRAQuantConfig, where: str = CONFIG_FILE
+) -> None:
+    """Refuse to load a quantized directory as something that it is not.
+
+    Args:
+        requested: what the caller, or the model's config object, says.
+        stored: what the directory says.
+        where: the directory, for the message.
+
+    Raises:
+        ConfigError: bits or group_size differ, or minima are asked for and not there.
+    """
+    for key in ("bits", "group_size", "offsets_at"):
+        wanted, found = getattr(requested, key), getattr(stored, key)
+        if wanted != found and (key, wanted) != ("offsets_at", "middle"):  # the default: not asked
+            raise ConfigError(
+                f"{where}: is quantized with {key}={found}, but quantization_config asks for "
+                f"{key}={wanted}. Leave quantization_config out, or quantize the 16-bit model."
+            )
+
+
+def _as_dict(config: Any) -> Any:
+    return config if isinstance(config, dict) else config.to_dict()
+
+
+def merge_configs(stored: Any, requested: Any) -> QALoRAQuantConfig | None:
+    """The config to load a directory with, or None to leave the decision to transformers.
+
+    Args:
+        stored: `quantization_config` of config.json, as a dict or an object.
+        requested: `quantization_config` given to from_pretrained, or None.
+
+    Raises:
+        ConfigError: the two contradict each other.
+        CheckpointError: a stock GPTQ config that is not supported.
+    """
+    stored = _as_dict(stored)
+    ours = isinstance(requested, QALoRAQuantConfig)
+    config = None
+    if base_format(stored) and (ours or (requested is None and not _gptqmodel_can_load())):
+        config = foreign_config(stored, Path(CONFIG_FILE))
+    elif ours and isinstance(stored, dict) and stored.get("quant_method") == QUANT_METHOD:
+        config = QALoRAQuantConfig(**stored)
+    if ours and config is not None:
+        check_request(requested, config)
+    return config
+
+
+def _gptqmodel_can_load() -> bool:
+    return is_gptqmodel_available() and is_optimum_available()
+
+
+def install() -> None:
+    """Wrap `AutoHfQuantizer.merge_quantization_configs`; a second call does nothing."""
+    original = AutoHfQuantizer.merge_quantization_configs
+    if hasattr(original, _INSTALLED):
+        return
+
+    @functools.wraps(original)
+    def merge_quantization_configs(stored: Any, requested: Any) -> Any:
+        config = merge_configs(stored, requested)
+        return original(stored, requested) if config is None else config
+
+    setattr(merge_quantization_configs, _INSTALLED, original)
+    AutoHfQuantizer.merge_quantization_configs = staticmethod(merge_quantization_configs)

@@ -1,0 +1,184 @@
+"""Push a quantized model, or an export of one, to the Hugging Face Hub, with a model card."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from ..errors import OutputError, QALoRAError
+from ..files.manifest import check_manifest
+from .card import CARD_FILE, HUB_FAILURES, MERGED, Subject, find_subject, make_card
+
+_REASONS = {
+    401: "you are not logged in, or the token is not valid: log in with `hf auth login`",
+    403: "your token may not write there: use one with write access, or push to another name",
+    404: "there is no such account, organisation or repository: check the name",
+}
+
+
+@dataclass(frozen=True)
+class PushResult:
+    """What was uploaded, or would be.
+
+    Args:
+        repo_id: where to.
+        format: "qalora" for a model in our format, or the export's format.
+        private: whether a repository that has to be made is private.
+        revision: branch, or None for the main one.
+        files: size in bytes of every file, by its name in the repository.
+        card: the model card.
+        url: address of the repository; None in a dry run.
+    """
+
+    repo_id: str
+    format: str
+    private: bool
+    revision: str | None
+    files: dict[str, int]
+    card: str
+    url: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return dataclasses.asdict(self)
+
+    def as_text(self) -> str:
+        """For people."""
+        total = sum(self.files.values())
+        what = f"{len(self.files)} files, {total / 1e6:.1f} MB, format {self.format}"
+        if self.url is not None:
+            return f"{self.url}: pushed {what}"
+        kind = "private" if self.private else "public"
+        lines = [f"{self.repo_id} ({kind}, branch {self.revision or 'main'}): would push {what}"]
+        lines += [f"  {size:>14,}  {name}" for name, size in self.files.items()]
+        return "\n".join([*lines, "", self.card])
+
+
+def push(
+    path: str | Path,
+    repo_id: str,
+    *,
+    private: bool = True,
+    revision: str | None = None,
+    data: str | None = None,
+    log_history: Sequence[dict[str, Any]] = (),
+    dry_run: bool = False,
+) -> PushResult:
+    """Create the repository if needed, and upload everything in one commit.
+
+    The token is what huggingface_hub finds (`hf auth login`, HF_TOKEN); it is never taken as an
+    argument, printed, or stored. A README.md that is there already is kept; otherwise the model
+    card is uploaded in its place, and not written to the disk.
+
+    Args:
+        path: a merged checkpoint, a quantized base, or what `export_model` wrote of one.
+        repo_id: `name` or `org/name`.
+        private: whether a repository that has to be made is private.
+        revision: branch to push to, made if needed.
+        data: name of the training data, for the card.
+        log_history: the Trainer's, for the losses in the card.
+        dry_run: touch no network, say what would be uploaded.
+
+    Raises:
+        OutputError: it is neither ours nor exported, its weights have changed since they were
+            written, `repo_id` is no name of a repository, or the Hub refused it.
+    """
+    subject = _checked(path, repo_id)
+    if not subject.tuned and (data or log_history):
+        raise OutputError(
+            f"{path}: was not fine-tuned, so a card of it has no training data and no losses. "
+            "Leave out data (--data) and log_history (--trainer-state). Nothing was pushed."
+        )
+    files = subject.files()
+    if dry_run:
+        card = _card(files, lambda: make_card(subject, repo_id, data, log_history, online=False))
+        return PushResult(repo_id, subject.format, private, revision, _sizes(files, card), card)
+    api = HfApi()
+    try:
+        repo = api.create_repo(repo_id, private=private, exist_ok=True)
+        name = repo.repo_id
+        card = _card(files, lambda: make_card(subject, name, data, log_history))
+        operations = [CommitOperationAdd(key, str(file)) for key, file in files.items()]
+        if CARD_FILE not in files:
+            operations.append(CommitOperationAdd(CARD_FILE, card.encode()))
+        if revision is not None:
+            api.create_branch(name, branch=revision, exist_ok=True)
+        api.create_commit(
+            name,
+            operations,
+            commit_message=f"Upload QA-LoRA model, format {subject.format}",
+            revision=revision,
+        )
+    except HUB_FAILURES as error:
+        raise OutputError(_refusal(repo_id, subject.path, error)) from error
+    sizes = _sizes(files, card)
+    return PushResult(name, subject.format, private, revision, sizes, card, str(repo))
+
+
+def push_merged(
+    directory: str | Path,
+    repo_id: str,
+    *,
+    private: bool = True,
+    data: str | None = None,
+    log_history: Sequence[dict[str, Any]] = (),
+) -> str:
+    """`push` of a merged checkpoint and nothing else; returns the address of the repository.
+
+    Raises:
+        OutputError: it is not merged, or the Hub refused it.
+    """
+    subject = find_subject(directory)
+    if subject.format != MERGED or not subject.tuned:
+        raise OutputError(f"{directory}: is not a merged checkpoint. Nothing was pushed.")
+    result = push(directory, repo_id, private=private, data=data, log_history=log_history)
+    assert result.url is not None
+    return result.url
+
+
+def _checked(path: str | Path, repo_id: str) -> Subject:
+    """What is to be pushed, its weights as they were written."""
+    try:
+        validate_repo_id(repo_id)
+        subject = find_subject(path)
+        if subject.path.is_dir():
+            check_manifest(subject.path)
+        return subject
+    except HFValidationError as error:
+        raise OutputError(
+            f"{repo_id}: expected NAME or ORG/NAME, of letters, digits, '-', '_' and '.', at most "
+            "96 of them, without '--' and '..'. Nothing was pushed."
+        ) from error
+    except QALoRAError as error:
+        raise OutputError(f"{error} Nothing was pushed.") from error
+
+
+def _card(files: dict[str, Path], make: Callable[[], ModelCard]) -> str:
+    """The card that is there already, or a new one."""
+    if CARD_FILE in files:
+        return files[CARD_FILE].read_text(encoding="utf-8")
+    return str(make())
+
+
+def _sizes(files: dict[str, Path], card: str) -> dict[str, int]:
+    sizes = {name: path.stat().st_size for name, path in files.items()}
+    sizes.setdefault(CARD_FILE, len(card.encode()))
+    return sizes
+
+
+def _refusal(repo_id: str, path: Path, error: BaseException) -> str:
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+    what = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    reason = _REASONS.get(
+        status or 0, f"{what}; check the connection and log in with `hf auth login`"
+    )
+    where = f"HTTP {status}, " if status is not None else ""
+    return (
+        f"{repo_id}: the Hub did not take it ({where}{reason}). It is complete in {path}: push it "
+        f"again with `qalora push {path} {repo_id}`."
+    )

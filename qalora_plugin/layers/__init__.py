@@ -1,0 +1,1 @@
+"""The quantized linear layer as a torch module."""

@@ -1,0 +1,1 @@
+"""Merge an adapter into its quantized base, on files alone."""

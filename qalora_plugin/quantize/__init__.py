@@ -1,0 +1,1 @@
+"""Quantize a 16-bit model to n bits, with calibration (GPTQ) or without."""

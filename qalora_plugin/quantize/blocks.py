@@ -1,0 +1,242 @@
+"""Run a transformer block by block: find the blocks, record what each is called with, drive them.
+
+No architecture is known here. The model's own forward runs once per batch of token ids with every
+block's forward replaced by a recorder that hands the hidden states through; masks, position
+embeddings and whatever else a block gets are recorded with it. The real blocks are then called with
+these arguments, one after the other.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import ConfigError
+
+
+class _StopForwardError(Exception):
+    """What is wanted of this forward pass has been seen."""
+
+
+@dataclass
+class Call:
+    """One call of a block: its arguments but for the hidden states, which are put in again."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def with_hidden(self, hidden: torch.Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments to call the block with."""
+        if "hidden_states" in self.kwargs:
+            return self.args, {**self.kwargs, "hidden_states": hidden}
+        return (hidden, *self.args[1:]), self.kwargs
+
+
+@dataclass
+class Recording:
+    """What the blocks are called with.
+
+    Args:
+        calls: for every block, one `Call` a batch.
+        hidden: input of the first block, one tensor [B, T, H] a batch.
+    """
+
+    calls: list[list[Call]]
+    hidden: list[torch.Tensor]
+
+
+@torch.no_grad()
+def record(
+    model: nn.Module, blocks: nn.ModuleList, batches: list[torch.Tensor], device: torch.device
+) -> Recording:
+    """Run everything before and between the blocks, and record the blocks' arguments.
+
+    Args:
+        model: with weights wherever its forward needs them before the last block; the first
+            block's too, which is run once to see what a block returns.
+        blocks: the blocks, in the order of their calls.
+        batches: token ids [B, T].
+
+    Raises:
+        ConfigError: the model does not call its blocks one after the other, each once, on the
+            hidden states that the one before returned.
+    """
+    recording = Recording([[] for _ in blocks], [])
+    wrap: Callable[[torch.Tensor], Any] | None = None
+    shared: list[torch.Tensor] = []
+    expected: torch.Tensor | None = None
+    called = 0
+
+    def recorder(index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            nonlocal wrap, expected, called
+            hidden = kwargs.get("hidden_states", args[0] if args else None)
+            in_order = called == index and (index == 0 or hidden is expected)
+            if not in_order or not isinstance(hidden, torch.Tensor):
+                raise ConfigError(
+                    f"{type(model).__name__}: expected its blocks to be called in order, each on "
+                    f"the hidden states of the one before; block {index} is not. GPTQ cannot go "
+                    "through this architecture block by block: use method rtn"
+                )
+            called += 1
+            recording.calls[index].append(_share(_without_hidden(args, kwargs), shared))
+            if index == 0:
+                recording.hidden.append(hidden)
+                if wrap is None:
+                    wrap = _same_form(forward(*args, **kwargs))
+            if index == len(blocks) - 1:
+                raise _StopForwardError
+            assert wrap is not None
+            # a new object, so that the next block is seen to get this one
+            expected = hidden.view_as(hidden)
+            return wrap(expected)
+
+        return run
+
+    for index, block in enumerate(blocks):
+        block.forward = recorder(index, block.forward)  # type: ignore[method-assign]
+    try:
+        for ids in batches:
+            called = 0
+            try:
+                model(input_ids=ids.to(device))
+            except _StopForwardError:
+                continue
+            raise ConfigError(
+                f"{type(model).__name__}: {called} of its {len(blocks)} blocks were called. GPTQ "
+                "cannot go through this architecture block by block: use method rtn"
+            )
+    finally:
+        for block in blocks:
+            del block.forward  # the class's own again
+    return recording
+
+
+def _without_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    """The call without its hidden states, so that they are not kept alive."""
+    if "hidden_states" in kwargs:
+        return Call(args, {**kwargs, "hidden_states": None})
+    return Call((None, *args[1:]), kwargs)
+
+
+def _share(call: Call, seen: list[torch.Tensor]) -> Call:
+    """Replace tensors by equal ones seen before: masks and positions are the same everywhere."""
+
+    def share(value: Any) -> Any:
+        if isinstance(value, tuple | list):
+            return type(value)(share(item) for item in value)
+        if isinstance(value, dict):
+            return {key: share(item) for key, item in value.items()}
+        if not isinstance(value, torch.Tensor):
+            return value
+        for other in seen:
+            same_kind = other.shape == value.shape and other.dtype == value.dtype
+            if other is value or (same_kind and torch.equal(other, value)):
+                return other
+        seen.append(value)
+        return value
+
+    return Call(share(call.args), share(call.kwargs))
+
+
+def _same_form(output: Any) -> Callable[[torch.Tensor], Any]:
+    """How a block returns its hidden states: bare, or first in a tuple."""
+    if isinstance(output, tuple):
+        return lambda hidden: (hidden, *output[1:])
+    return lambda hidden: hidden
+
+
+@torch.no_grad()
+def call_block(block: nn.Module, call: Call, hidden: torch.Tensor) -> torch.Tensor:
+    """The block's hidden states [B, T, H] for these."""
+    args, kwargs = call.with_hidden(hidden)
+    output = block(*args, **kwargs)
+    return output[0] if isinstance(output, tuple) else output
+
+
+@dataclass
+class Stage:
+    """Linear layers of a block that read the same tensor, which depends on earlier stages.
+
+    Args:
+        names: of the layers, in the block.
+        calls: times that the first of them is called in one forward pass; 0 where it was not
+            called on the first batch.
+    """
+
+    names: list[str]
+    calls: int
+
+
+@torch.no_grad()
+def find_stages(
+    block: nn.Module, linears: dict[str, nn.Linear], call: Call, hidden: torch.Tensor
+) -> list[Stage]:
+    """Run the block once and see which of its layers read what, in the order of execution."""
+    inputs: list[torch.Tensor] = []  # kept alive: an id must not be used twice
+    readers: list[list[str]] = []
+    counts = dict.fromkeys(linears, 0)
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            counts[name] += 1
+            if counts[name] > 1:
+                return
+            for tensor, names in zip(inputs, readers, strict=True):
+                if tensor is args[0]:
+                    names.append(name)
+                    return
+            inputs.append(args[0])
+            readers.append([name])
+
+        return hook
+
+    with _hooks({linear: watch(name) for name, linear in linears.items()}):
+        call_block(block, call, hidden)
+    # layers called more than once may share a tensor in one call only: each for itself
+    stages = []
+    for names in readers:
+        once = [name for name in names if counts[name] == 1]
+        if once:
+            stages.append(Stage(once, 1))
+        stages += [Stage([name], counts[name]) for name in names if counts[name] > 1]
+    return stages + [Stage([name], 0) for name, count in counts.items() if count == 0]
+
+
+@torch.no_grad()
+def watch_inputs(
+    block: nn.Module,
+    linear: nn.Linear,
+    stage: Stage,
+    calls: list[Call],
+    hidden: list[torch.Tensor],
+    see: Callable[[torch.Tensor], None],
+) -> None:
+    """Give `see` the inputs [..., K] of `linear` over all batches, running no further than that."""
+    seen = 0
+
+    def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        nonlocal seen
+        see(args[0])
+        seen += 1
+        if seen == stage.calls:
+            raise _StopForwardError
+
+    with _hooks({linear: hook}):
+        for call, states in zip(calls, hidden, strict=True):
+            seen = 0
+            with suppress(_StopForwardError):
+                call_block(block, call, states)
+
+
+@contextmanager
+def _hooks(hooks: dict[nn.Module, Callable[..., None]]) -> Iterator[None]:
+    handles = [module.register_forward_pre_hook(hook) for module, hook in hooks.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

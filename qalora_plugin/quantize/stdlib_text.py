@@ -1,0 +1,188 @@
+"""Text that every machine has: instruction pairs cut from the Python standard library.
+
+The quickstart's base model was pretrained on `pretraining_files()`; the modules in
+`HELD_OUT_MODULES` were kept out, and the pairs (docstring and signature -> function) come from
+those alone. They are also what a model is calibrated on when no text is given.
+"""
+
+import ast
+import copy
+import hashlib
+import sysconfig
+from pathlib import Path
+
+from ..errors import QALoRAError
+
+# Top-level names, so that a module which becomes a package later (pathlib in 3.13) stays held out.
+# A name that the running Python does not have is skipped: tkinter where it is packaged apart,
+# _pydatetime (datetime's code since 3.12).
+HELD_OUT_MODULES = frozenset(
+    {
+        "_pydatetime",
+        "calendar",
+        "datetime",
+        "fractions",
+        "ftplib",
+        "http",
+        "imaplib",
+        "ipaddress",
+        "logging",
+        "mailbox",
+        "pathlib",
+        "statistics",
+        "tarfile",
+        "tkinter",
+    }
+)
+
+# Tests and vendored programs say little about library code; encodings is mostly character tables.
+EXCLUDED_DIRECTORIES = frozenset(
+    {
+        "__phello__",
+        "__pycache__",
+        "dist-packages",
+        "encodings",
+        "ensurepip",
+        "idle_test",
+        "idlelib",
+        "lib-dynload",
+        "lib2to3",
+        "site-packages",
+        "test",
+        "tests",
+        "turtledemo",
+    }
+)
+
+# The model card's chat template writes the same two headings around a user message.
+PROMPT_TEMPLATE = "### Task\n{instruction}\n### Answer\n"
+EVALUATION_BUCKETS = 8  # one pair in eight is held out for evaluation
+
+
+def pretraining_files(stdlib: Path | None = None) -> list[Path]:
+    """Return the standard library's sources that the base model may be trained on, sorted by name.
+
+    Args:
+        stdlib: directory of the standard library; by default that of the running Python.
+
+    Raises:
+        QALoRAError: the directory holds no Python source.
+    """
+    return _source_files(stdlib, held_out=False)
+
+
+def held_out_files(stdlib: Path | None = None) -> list[Path]:
+    """Return the sources of `HELD_OUT_MODULES`, sorted by name.
+
+    Arguments and errors as `pretraining_files`.
+    """
+    return _source_files(stdlib, held_out=True)
+
+
+def load_pairs(
+    split: str = "train", *, max_chars: int = 800, stdlib: Path | None = None
+) -> list[dict[str, str]]:
+    """Cut instruction pairs from the held-out modules of the standard library.
+
+    A pair's prompt holds the first paragraph of a function's docstring and its signature; the
+    completion is the function without its docstring, dedented. The split depends on the function's
+    name alone (SHA-256), so neither the order of the files nor the other functions move a pair.
+
+    Args:
+        split: "train" or "eval".
+        max_chars: functions whose prompt or completion is longer are left out. The embedded model's
+            tokenizer makes about 3 characters a token, its context is 512 tokens.
+        stdlib: directory of the standard library; by default that of the running Python.
+
+    Returns:
+        Dicts `{"prompt": str, "completion": str}` (TRL's prompt-completion format), in order.
+
+    Raises:
+        QALoRAError: unknown split, or no source was found to cut from.
+    """
+    if split not in ("train", "eval"):
+        raise QALoRAError(f"split: expected 'train' or 'eval', found {split!r}.")
+    root = _stdlib_directory(stdlib)
+    pairs: list[dict[str, str]] = []
+    seen: set[str] = set()
+    for path in held_out_files(root):
+        module = ".".join(path.relative_to(root).with_suffix("").parts)
+        for name, pair in _pairs_in(path):
+            # Functions repeated in several classes would leak from train into eval.
+            if seen.isdisjoint(pair.values()) and max(map(len, pair.values())) <= max_chars:
+                seen.update(pair.values())
+                digest = hashlib.sha256(f"{module}:{name}".encode()).digest()
+                bucket = int.from_bytes(digest[:4], "big") % EVALUATION_BUCKETS
+                if (split == "eval") == (bucket == 0):
+                    pairs.append(pair)
+    if not pairs:
+        raise QALoRAError(
+            f"{root}: expected functions with docstrings in {', '.join(sorted(HELD_OUT_MODULES))}, "
+            "found none. Use a Python installation with its sources, or pass --dataset."
+        )
+    return pairs
+
+
+def calibration_texts(stdlib: Path | None = None) -> list[str]:
+    """Return the training pairs as plain texts (prompt + completion), to calibrate GPTQ on.
+
+    Arguments and errors as `load_pairs`; the evaluation split is never among them.
+    """
+    return [pair["prompt"] + pair["completion"] for pair in load_pairs("train", stdlib=stdlib)]
+
+
+def _stdlib_directory(stdlib: Path | None) -> Path:
+    return Path(stdlib) if stdlib is not None else Path(sysconfig.get_path("stdlib"))
+
+
+def _source_files(stdlib: Path | None, *, held_out: bool) -> list[Path]:
+    root = _stdlib_directory(stdlib)
+    files = []
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).parts
+        # config-3.x-<platform> holds build scripts of this machine.
+        if any(part in EXCLUDED_DIRECTORIES or part.startswith("config-") for part in parts):
+            continue
+        if parts[0].removesuffix(".py").startswith("_sysconfigdata"):
+            continue
+        if (parts[0].removesuffix(".py") in HELD_OUT_MODULES) == held_out:
+            files.append(path)
+    if not files:
+        raise QALoRAError(
+            f"{root}: expected the Python sources of the standard library, found none. "
+            "Use a Python installation with its sources, or pass --dataset."
+        )
+    return files
+
+
+def _pairs_in(path: Path) -> list[tuple[str, dict[str, str]]]:
+    """Return (qualified name, pair) of every function that has a docstring and a body."""
+    source = path.read_text(encoding="utf-8")
+    found: list[tuple[str, dict[str, str]]] = []
+
+    def visit(node: ast.AST, prefix: str) -> None:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                name = f"{prefix}{child.name}"
+                if not isinstance(child, ast.ClassDef) and len(child.body) > 1:
+                    docstring = ast.get_docstring(child)
+                    if docstring:
+                        found.append((name, _pair(child, docstring)))
+                visit(child, f"{name}.")
+
+    visit(ast.parse(source, filename=str(path)), "")
+    return found
+
+
+def _pair(function: ast.FunctionDef | ast.AsyncFunctionDef, docstring: str) -> dict[str, str]:
+    summary = docstring.strip().split("\n\n")[0]
+    # unparse gives one style, without comments, and the same text whatever the indentation was.
+    arguments = ast.unparse(function.args)
+    instruction = f"{summary}\nName: {function.name}\nArguments: {arguments}"
+    without_docstring = copy.copy(function)
+    without_docstring.body = function.body[1:]
+    without_docstring.decorator_list = []
+    return {
+        "prompt": PROMPT_TEMPLATE.format(instruction=instruction),
+        "completion": ast.unparse(without_docstring) + "\n",
+    }

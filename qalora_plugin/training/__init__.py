@@ -1,0 +1,1 @@
+"""The end of a training: save, merge, push; and figures on the way."""

@@ -1,0 +1,259 @@
+"""`MergeCallback`: the merged INT-n checkpoint at the end of a TRL or transformers training."""
+
+import atexit
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+
+from ..distributed.ranks import on_main_process, unwatch, watch
+from ..distributed.sharding import fsdp_enabled
+from ..errors import ConfigError
+from ..files.atomic import AtomicDirectory, ScratchDirectory
+from ..files.names import ADAPTER_CONFIG_FILE
+from ..merge.merge import MergeResult, merge_adapter
+from ..tuner.config import PEFT_TYPE
+from .save import (
+    adapter_directory,
+    quantized_base_on_disk,
+    save_adapter,
+    save_base,
+    write_generation_config,
+    write_head_config,
+)
+
+ADAPTER_DIR = "adapter"
+_log = logging.getLogger(__name__)
+
+
+class MergeCallback(TrainerCallback):
+    """Writes the merged checkpoint when training ends, with tokenizer and generation config.
+
+        SFTTrainer(..., peft_config=QALoRAConfig(r=64), callbacks=[MergeCallback("out/merged")])
+
+    "Ends" is the last step, `max_steps`, or early stopping; with `load_best_model_at_end` the best
+    adapter is merged. The adapter itself is saved first, to `<output_dir>/adapter`: if the merge
+    fails, nothing is lost. The main process writes, the others wait; where one of several
+    processes dies, in training or merging, the others stop with an error that names it.
+
+    After Ctrl-C the last saved checkpoint (or the best, as above) is merged when the process ends.
+    Where it does not end, in a notebook, call `merge_last_checkpoint()`.
+
+    The base may lie on disk quantized, ours or stock GPTQ, or be a 16-bit one that was quantized
+    while it loaded: then its integers are taken from memory.
+    """
+
+    def __init__(
+        self,
+        out_dir: str | Path,
+        *,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        private: bool = True,
+    ) -> None:
+        """Check the target; nothing is written yet.
+
+        Args:
+            out_dir: directory to make. It must not exist, or be empty.
+            push_to_hub: also push the merged checkpoint, with a model card.
+            repo_id: where to: `name` or `org/name`; by default the directory's name.
+            private: whether a repository that has to be made is private.
+
+        Raises:
+            OutputError: the target is not empty, or cannot be written.
+        """
+        self.out_dir = AtomicDirectory(out_dir).target
+        self.push_to_hub = push_to_hub
+        self.repo_id = repo_id
+        self.private = private
+        self.result: MergeResult | None = None
+        """What was written, None before."""
+        self._model: PeftModel | None = None
+        self._processing_class: Any = None
+        self._data: str | None = None
+        self._state: TrainerState | None = None
+        self._load_best = False
+        self._last_checkpoint: Path | None = None
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Check that there is something to merge, before hours of training.
+
+        Raises:
+            ConfigError: the model has no QALORA adapter, or the training writes to the target.
+            OutputError: the target has been filled since.
+        """
+        adapter = Path(args.output_dir).resolve() / ADAPTER_DIR
+        if adapter.is_relative_to(self.out_dir):
+            raise ConfigError(
+                f"MergeCallback: {self.out_dir} is where the training writes (its output_dir is "
+                f"{args.output_dir}, the adapter goes to {adapter}). Name another directory, such "
+                f"as {adapter.with_name('merged')}"
+            )
+        AtomicDirectory(self.out_dir)
+        model = kwargs["model"]
+        kind = getattr(getattr(model, "active_peft_config", None), "peft_type", None)
+        if kind != PEFT_TYPE:
+            found = "no adapter" if kind is None else f"the PEFT method {kind.value}"
+            raise ConfigError(
+                f"MergeCallback: expected a model with a QALORA adapter, found {found}. "
+                "Give SFTTrainer peft_config=QALoRAConfig(...)"
+            )
+        self._model, self._state = model, state
+        self._last_checkpoint = _resumed_checkpoint(model, args, state)
+        self._processing_class = kwargs.get("processing_class")
+        self._data = _data_name(kwargs.get("train_dataloader"))
+        self._load_best = args.load_best_model_at_end
+        if state.is_world_process_zero:
+            atexit.register(self._at_exit, os.getpid())
+        watch()
+
+    def on_save(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Remember the checkpoint, for `merge_last_checkpoint`.
+
+        Under FSDP the Trainer saves shards alone: the adapter is put beside them.
+        """
+        self._last_checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if self._model is not None and fsdp_enabled():
+            main = state.is_world_process_zero
+            save_adapter(self._model, self._last_checkpoint, is_main_process=main)
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Save the adapter, merge it, and push.
+
+        Raises:
+            OutputError: the merge failed, on every process; the message says where the adapter is.
+            RankError: another process has died.
+        """
+        atexit.unregister(self._at_exit)
+        model, main = self._model, state.is_world_process_zero
+        assert model is not None
+        adapter = save_adapter(model, Path(args.output_dir) / ADAPTER_DIR, is_main_process=main)
+        failed = (
+            f"the trained adapter is safe in {adapter}, but merging it failed (repeat with "
+            f"`qalora merge {adapter} --out DIR`)"
+        )
+        on_main_process(lambda: self._merge(adapter), "merging", failed)
+        on_main_process(self._push, "pushing", f"merged into {self.out_dir}, but not pushed")
+        unwatch()
+
+    def merge_last_checkpoint(self) -> MergeResult | None:
+        """Merge the newest checkpoint that the Trainer saved, or resumed from, or the best with
+        `load_best_model_at_end`; for a training that was interrupted. In one process only.
+
+        Returns:
+            What was written; None, with a warning, where no checkpoint had been saved.
+        """
+        atexit.unregister(self._at_exit)
+        if self._model is None or self._state is None or self._last_checkpoint is None:
+            _log.warning("MergeCallback: no checkpoint was saved, there is nothing to merge")
+            return None
+        checkpoint = self._last_checkpoint
+        if self._load_best and self._state.best_model_checkpoint:
+            checkpoint = Path(self._state.best_model_checkpoint)
+        self._merge(adapter_directory(self._model, checkpoint))
+        self._push()
+        return self.result
+
+    def _at_exit(self, pid: int) -> None:
+        crashed = isinstance(getattr(sys, "last_value", None), Exception)
+        if os.getpid() == pid and not crashed and self._last_checkpoint is not None:
+            print(
+                f"MergeCallback: training was interrupted, merging the last saved checkpoint into "
+                f"{self.out_dir}",
+                file=sys.stderr,
+            )
+            self.merge_last_checkpoint()
+
+    def _merge(self, adapter: Path) -> None:
+        assert self._model is not None
+        with _base_directory(self._model, self.out_dir) as base:
+            self.result = merge_adapter(adapter, self.out_dir, base, finish=self._finish)
+        _log.info("merged checkpoint: %s", self.result.out)
+
+    def _push(self) -> None:
+        if self.push_to_hub and self.result is not None and self._state is not None:
+            from ..hub.push import push_merged
+
+            push_merged(
+                self.result.out,
+                self.repo_id or self.out_dir.name,
+                private=self.private,
+                data=self._data,
+                log_history=self._state.log_history,
+            )
+
+    def _finish(self, partial: Path) -> None:
+        """Tokenizer, generation config and labels as they are in this training."""
+        if self._processing_class is not None:
+            self._processing_class.save_pretrained(partial)
+        assert self._model is not None
+        base = self._model.get_base_model()
+        write_generation_config(base, partial)
+        write_head_config(base, partial)
+
+
+@contextmanager
+def _base_directory(model: PeftModel, out_dir: Path) -> Iterator[Path]:
+    """The quantized base on disk: where it was loaded from, or a temporary copy from memory."""
+    found = quantized_base_on_disk(model)
+    if found is not None:
+        yield found
+        return
+    with ScratchDirectory(out_dir) as scratch:
+        base = scratch / "base"
+        save_base(model, base)
+        yield base
+
+
+def _resumed_checkpoint(
+    model: PeftModel, args: TrainingArguments, state: TrainerState
+) -> Path | None:
+    """The checkpoint that a training goes on from; None where it starts, or it cannot be found.
+
+    The Trainer tells callbacks its step and history only: both are compared.
+    """
+    if state.global_step == 0:
+        return None
+    usual = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+    for path in (Path(str(args.resume_from_checkpoint)), usual):
+        saved = path / TRAINER_STATE_NAME
+        if (
+            not saved.exists()
+            or not (adapter_directory(model, path) / ADAPTER_CONFIG_FILE).exists()
+        ):
+            continue
+        found = TrainerState.load_from_json(str(saved))
+        if (found.global_step, found.log_history) == (state.global_step, state.log_history):
+            return path
+    return None
+
+
+def _data_name(dataloader: Any) -> str | None:
+    """Name of a `datasets` data set, where it has one."""
+    info = getattr(getattr(dataloader, "dataset", None), "info", None)
+    return getattr(info, "dataset_name", None)

@@ -1,0 +1,221 @@
+"""Compare whole models: the merged one, and base with adapter, built the way each is used."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from ..errors import VerificationError
+from ..hf.load import load_model
+from ..merge.additive import pooled
+from ..merge.conventions import CONVENTIONS
+from ..merge.merge import MergePlan
+
+_TOKENS = 32
+# Merged and additive models differ by the rounding of offsets and by fp32 arithmetic, a reference
+# perhaps by bf16 arithmetic; a wrong convention is off by the adapter's whole effect, or more.
+_ADDITIVE_SHARE = 0.1
+_REFERENCE_SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class LogitsReport:
+    """Logits of merged and unmerged model on the same random tokens, fp32.
+
+    Args:
+        equal: whether they are equal to the bit (`torch.equal`).
+        difference: the largest absolute difference.
+        effect: the largest absolute change of a logit by the adapter's layers.
+    """
+
+    equal: bool
+    difference: float
+    effect: float
+
+    def as_text(self) -> str:
+        """One line for people."""
+        how = "equal to the bit" if self.equal else f"differ by at most {self.difference:.3g}"
+        return f"logits, merged against unmerged: {how} (adapter's effect {self.effect:.3g})"
+
+
+def compare_logits(plan: MergePlan, merged: Path) -> LogitsReport:
+    """Load both models in fp32 and compare their logits on random tokens.
+
+    An adapter of ours runs through PEFT, folded as in training: the logits must be equal to the
+    bit. One from elsewhere runs by the additive formula of the code that trained it.
+
+    Raises:
+        VerificationError: they differ by more than rounding explains.
+    """
+    ids = _random_ids(plan)
+    merged_logits = _logits(load_model(merged), ids)
+    base = _load_base(plan)
+    with _saved_tensors(base, plan):
+        base_logits = _logits(base, ids)
+    if plan.adapter.is_ours:
+        from peft import PeftModel
+
+        unmerged = PeftModel.from_pretrained(base, str(plan.adapter.directory)).eval()
+        unmerged_logits = _logits(unmerged, ids)
+    else:
+        with added(base, plan, plan.convention):
+            unmerged_logits = _logits(base, ids)
+    report = LogitsReport(
+        equal=torch.equal(merged_logits, unmerged_logits),
+        difference=_distance(merged_logits, unmerged_logits),
+        effect=_distance(unmerged_logits, base_logits),
+    )
+    allowed = 0.0 if plan.adapter.is_ours else _ADDITIVE_SHARE * report.effect
+    if not report.equal and not report.difference <= allowed:
+        raise VerificationError(
+            f"{merged}: logits differ from those of base plus adapter by up to "
+            f"{report.difference:.3g} (the adapter changes them by up to {report.effect:.3g}). "
+            "Merge again."
+        )
+    return report
+
+
+def compare_reference(plan: MergePlan, merged: Path, reference: Path) -> None:
+    """Hold the merged model against logits that the code which trained the adapter computed.
+
+    Args:
+        plan: the merge.
+        merged: the merged directory.
+        reference: .safetensors with `input_ids` int64 [B, T] and `logits` [B, T, V].
+
+    Raises:
+        VerificationError: another convention explains them better than the one merged with, or
+            none does.
+    """
+    ids, wanted = _read_reference(reference)
+    base = _load_base(plan)
+    with _saved_tensors(base, plan):
+        effect = _distance(wanted, _logits(base, ids))
+    distances = {}
+    if not plan.adapter.is_ours:
+        for convention in CONVENTIONS:
+            with added(base, plan, convention):
+                distances[convention] = _distance(wanted, _logits(base, ids))
+    distances["merged"] = _distance(wanted, _logits(load_model(merged), ids))
+    best = min(distances, key=distances.__getitem__)
+    found = ", ".join(f"{name} {value:.3g}" for name, value in distances.items())
+    found += f"; the adapter's effect: {effect:.3g}"
+    if not distances[best] <= _REFERENCE_SHARE * effect:
+        raise VerificationError(
+            f"{reference}: its logits are not those of this base with this adapter under any "
+            f"convention (distances: {found})."
+        )
+    if distances["merged"] > _REFERENCE_SHARE * effect:
+        raise VerificationError(
+            f"{reference}: its logits are those of the convention {best!r}, but the adapter was "
+            f"merged with {plan.convention!r} (distances: {found}). Merge again with "
+            f"--convention {best}."
+        )
+
+
+def _read_reference(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise VerificationError(f"{path}: cannot be read as safetensors ({error}).") from error
+    missing = {"input_ids", "logits"} - tensors.keys()
+    if missing:
+        raise VerificationError(
+            f"{path}: expected tensors input_ids [B, T] and logits [B, T, V], found "
+            f"{sorted(tensors)}."
+        )
+    return tensors["input_ids"].long(), tensors["logits"].float()
+
+
+@contextmanager
+def added(model: nn.Module, plan: MergePlan, convention: str) -> Iterator[None]:
+    """Within it, the base model's layers add what a foreign adapter adds, in one convention."""
+    handles = []
+    with torch.no_grad(), _saved_tensors(model, plan):
+        for name, merge in plan.layers.items():
+            a, b = plan.adapter.get_pair(merge.layer.keys["zeros"])
+            change = _adding(a, b, merge.layer.scaling, merge.pool_size, convention)
+            handles.append(
+                model.get_submodule(plan.adapter.trained_name(name)).register_forward_hook(change)
+            )
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _adding(
+    a: torch.Tensor, b: torch.Tensor, scaling: float, pool_size: int, convention: str
+) -> Callable[[nn.Module, tuple[torch.Tensor, ...], torch.Tensor], torch.Tensor]:
+    def hook(
+        module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor
+    ) -> torch.Tensor:
+        features = pooled(args[0].reshape(-1, args[0].shape[-1]), convention, pool_size)
+        change = features @ a.to(features).t() @ b.to(features).t() * scaling
+        return output + change.view_as(output)
+
+    return hook
+
+
+@contextmanager
+def _saved_tensors(model: nn.Module, plan: MergePlan) -> Iterator[None]:
+    """Put the adapter's whole tensors in, and the base's back."""
+    tied, still = (c.get("tie_word_embeddings") for c in (plan.base.reader.config, plan.config))
+    before = []
+    for name, key in plan.adapter.saved.items():
+        owner, _, leaf = plan.adapter.trained_tensor(name).rpartition(".")
+        module = model.get_submodule(owner)
+        parameter = module.get_parameter(leaf)
+        before.append((module, leaf, parameter, parameter.data))
+        value = plan.adapter.get(key).to(parameter)
+        if tied != still:
+            setattr(module, leaf, nn.Parameter(value))
+        else:  # what is tied to it changes with it
+            parameter.data = value
+    try:
+        yield
+    finally:
+        for module, leaf, parameter, data in before:
+            parameter.data = data
+            setattr(module, leaf, parameter)
+
+
+def _load_base(plan: MergePlan) -> Any:
+    """The base as it was trained: with the merged model's head and vocabulary."""
+    before, after = plan.base.reader.config, plan.config
+    options: dict[str, Any] = {}
+    if after.get("id2label") != before.get("id2label"):
+        options["num_labels"] = len(after["id2label"])
+    model: Any = load_model(
+        plan.base.directory, next(iter(after.get("architectures") or ()), None), **options
+    )
+    vocabulary = _text(after).get("vocab_size")
+    if vocabulary != _text(before).get("vocab_size"):
+        model.resize_token_embeddings(vocabulary, mean_resizing=False)
+    return model
+
+
+def _text(config: dict[str, Any]) -> dict[str, Any]:
+    return config.get("text_config", config)
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    output = model(input_ids=ids)
+    return (output.logits if "logits" in output else output[0]).float()
+
+
+def _random_ids(plan: MergePlan) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, _text(plan.config)["vocab_size"], (1, _TOKENS), generator=generator)
+
+
+def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).abs().max())

@@ -1,0 +1,302 @@
+"""Prove that a merged checkpoint is its base with its adapter, and say how far the proof goes.
+
+1. Tensors. The merge is recomputed from base and adapter, and every tensor of the merged
+   checkpoint compared bit for bit: integers and g_idx with the base's, folded scales and offsets
+   with the recomputed ones, everything else with the base's (or the adapter's modules_to_save).
+2. Outputs. Each adapted layer is run on random inputs in float64, as the merged layer and as base
+   plus adapter by the additive formula of the code that trained the adapter (`additive`, which
+   shares nothing with the merge). They may differ by the rounding of the stored scales and
+   offsets, a bound that is computed, and by nothing else.
+3. The convention. 1 and 2 use the convention that the adapter's own config states. Where the
+   config is silent (the authors' released code) they can only show that the merge did what it
+   declares; whether the declaration is true needs what that code computed: `reference`.
+4. Logits, on request (`verify_logits`).
+"""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qalora_kernels import PackedWeight
+from qalora_kernels import reference as formula
+from qalora_kernels.groups import expand
+
+from ..checkpoint.checkpoint import QuantizedCheckpoint, open_quantized
+from ..errors import VerificationError
+from ..files.manifest import check_manifest
+from ..merge.adapter import open_adapter
+from ..merge.additive import added_output, columns, dense
+from ..merge.merge import MergePlan, plan_merge
+from ..merge.pairing import LayerMerge
+from .logits import LogitsReport, compare_logits, compare_reference
+
+_ROWS = 4  # random inputs a layer
+_COLUMNS = 1024  # outputs held in float64 at a time
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What was compared, and what was found. A report exists only where everything held.
+
+    Args:
+        merged: the merged directory.
+        layers: adapted layers.
+        unadapted_layers: quantized layers that no adapter touches, equal to the base's.
+        other_tensors: tensors outside of quantized layers, equal to the base's.
+        modules_to_save: tensors that equal the adapter's.
+        max_difference: of scales and offsets from the recomputed ones: 0.0, they are bit-equal.
+        integers_equal: qweight and g_idx equal the base's in every layer.
+        hashes: whether the directory has a manifest, whose hashes then hold.
+        convention: how the adapter pools.
+        convention_from: "adapter config", "reference" (measured), or "declaration": stated when
+            merging, and not provable from the adapter alone.
+        output_error: largest difference between merged and additive outputs, as a share of what
+            the rounding of scales and offsets allows.
+        output_change: largest change of an output by the adapter, in the same unit.
+        logits: of the whole models, if asked for.
+    """
+
+    merged: str
+    layers: int
+    unadapted_layers: int
+    other_tensors: int
+    modules_to_save: int
+    max_difference: float
+    integers_equal: bool
+    hashes: bool
+    convention: str
+    convention_from: str
+    output_error: float
+    output_change: float
+    logits: LogitsReport | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return dataclasses.asdict(self)
+
+    def as_text(self) -> str:
+        """A few lines for people."""
+        lines = [
+            f"{self.merged}: verified",
+            f"  {self.layers} adapted layers: integers equal the base's, scales and offsets equal "
+            f"the recomputed ones (largest difference {self.max_difference})",
+            f"  {self.unadapted_layers} other quantized layers and {self.other_tensors} other "
+            f"tensors equal the base's; {self.modules_to_save} equal the adapter's",
+            f"  merged against additive outputs, float64: {self.output_error:.2g} of what rounding "
+            f"allows (the adapter changes outputs by {self.output_change:.2g} of it)",
+            f"  convention {self.convention!r}, from: {self.convention_from}",
+        ]
+        if self.convention_from == "declaration":
+            lines.append(
+                "  NOT PROVEN: the adapter's config does not say how it pools. To prove it, save "
+                "input_ids and logits from the code that trained it, and give --reference FILE."
+            )
+        if not self.hashes:
+            lines.append("  no qalora_manifest.json: file hashes not checked")
+        if self.logits is not None:
+            lines.append("  " + self.logits.as_text())
+        return "\n".join(lines)
+
+
+def verify_merge(
+    merged: str | Path,
+    adapter: str | Path,
+    base: str | Path | None = None,
+    *,
+    logits: bool = False,
+    reference: str | Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> VerifyReport:
+    """Compare a merged checkpoint with its base and its adapter.
+
+    Args:
+        merged: directory that `merge_adapter` or `MergeCallback` wrote.
+        adapter: the adapter that was merged.
+        base: the quantized base; by default what the adapter's config names.
+        logits: also build both models and compare their logits.
+        reference: a .safetensors file with `input_ids` int64 [B, T] and `logits` [B, T, V] that
+            base and adapter gave in the code that trained the adapter; also builds both models.
+        progress: called with (layers compared, layers in all).
+
+    Raises:
+        VerificationError: the merged checkpoint is not what base and adapter make.
+        AdapterError, CheckpointError: one of the three is damaged, or does not belong here.
+    """
+    result = open_quantized(merged)
+    declared = result.config.merged
+    if declared is None:
+        raise VerificationError(
+            f"{result.directory}: its quantization_config says nothing of a merge: it is a base."
+        )
+    plan = _plan(adapter, base, declared, result)
+    hashes = check_manifest(result.directory)
+    _check_names(plan, result)
+    _check_other_tensors(plan, result)
+    difference = error = change = 0.0
+    for done, name in enumerate(plan.base.layers, start=1):
+        difference = max(difference, _check_layer(plan, result, name))
+        if name in plan.layers:
+            layer_error, layer_change = _check_outputs(plan, result, name)
+            error, change = max(error, layer_error), max(change, layer_change)
+        if progress is not None:
+            progress(done, len(plan.base.layers))
+    stated = plan.adapter.stated_convention()
+    source = "adapter config" if stated else "declaration"
+    logits_report = compare_logits(plan, result.directory) if logits else None
+    if reference is not None:
+        compare_reference(plan, result.directory, Path(reference))
+        source = "reference"
+    return VerifyReport(
+        merged=str(result.directory),
+        layers=len(plan.layers),
+        unadapted_layers=len(plan.base.layers) - len(plan.layers),
+        other_tensors=len({*plan.base.dense_names, *plan.copies} - set(plan.adapter.saved)),
+        modules_to_save=len(plan.adapter.saved),
+        max_difference=difference,
+        integers_equal=True,
+        hashes=hashes,
+        convention=plan.convention,
+        convention_from=source,
+        output_error=error,
+        output_change=change,
+        logits=logits_report,
+    )
+
+
+def _plan(
+    adapter: str | Path,
+    base: str | Path | None,
+    declared: dict[str, Any],
+    result: QuantizedCheckpoint,
+) -> MergePlan:
+    """The merge as it should have been: in the convention that the adapter states, if it does."""
+    used = str(declared.get("convention"))
+    stated = open_adapter(adapter).stated_convention()
+    if stated is not None and stated != used:
+        raise VerificationError(
+            f"{result.directory}: merged with the convention {used!r}, but the adapter's config "
+            f"says that it was trained with {stated!r}: every change is off by a constant factor. "
+            "Merge again without --convention."
+        )
+    return plan_merge(adapter, base, used)
+
+
+def _check_names(plan: MergePlan, result: QuantizedCheckpoint) -> None:
+    found = {name: (info.dtype, info.shape) for name, info in result.reader.tensors.items()}
+    for name in sorted(found.keys() ^ plan.tensors.keys()):
+        what = "missing" if name in plan.tensors else "not one that base and adapter give"
+        raise VerificationError(f"{result.directory}: tensor {name} is {what}.")
+    for name, expected in plan.tensors.items():
+        if found[name] != expected:
+            raise VerificationError(
+                f"{result.reader.info(name).file}: {name}: expected {expected}, "
+                f"found {found[name]}."
+            )
+
+
+def _check_other_tensors(plan: MergePlan, result: QuantizedCheckpoint) -> None:
+    base = plan.base.reader
+    for name in {*plan.base.dense_names, *plan.adapter.saved, *plan.copies}:
+        if name in plan.adapter.saved:
+            wanted, found = plan.adapter.get(plan.adapter.saved[name]), result.reader.get(name)
+            equal = torch.equal(_bytes(wanted), _bytes(found))
+            owner = "adapter"
+        else:
+            original = base.chunks(plan.copies.get(name, name))
+            pieces = zip(original, result.reader.chunks(name), strict=True)
+            equal, owner = all(a == b for a, b in pieces), "base"
+        if not equal:
+            raise VerificationError(
+                f"{result.reader.info(name).file}: {name} differs from the {owner}'s. Merge again."
+            )
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(-1).view(torch.uint8)  # one of no dimension has no view in bytes
+
+
+def _check_layer(plan: MergePlan, result: QuantizedCheckpoint, name: str) -> float:
+    """Compare one quantized layer bit for bit; the largest difference of scales and offsets."""
+    wanted, found = plan.merged_layer(name), result.layer(name)
+    where = f"{result.reader.info(f'{name}.qweight').file}: {name}"
+    for part in ("qweight", "g_idx"):
+        a, b = getattr(wanted, part), getattr(found, part)
+        if (a is None) != (b is None) or (a is not None and not torch.equal(a, b)):
+            raise VerificationError(
+                f"{where}.{part} differs from the base's: it must stay as it is. Merge again, "
+                "into the base that the adapter was trained on."
+            )
+    difference = 0.0
+    for part in ("scales", "offsets"):
+        a, b = getattr(wanted, part), getattr(found, part)
+        if not torch.equal(a, b):
+            off = float((a.double() - b.double()).abs().max())
+            raise VerificationError(
+                f"{where}.{part} is not what base and adapter give with the convention "
+                f"{plan.convention!r}: {int((a != b).sum())} of {a.numel()} numbers differ, by up "
+                f"to {off:.3g}. It was merged from another adapter or with another factor: "
+                "merge again."
+            )
+        difference = max(difference, float((a.double() - b.double()).abs().max()))
+    return difference
+
+
+def _check_outputs(plan: MergePlan, result: QuantizedCheckpoint, name: str) -> tuple[float, float]:
+    """Run one adapted layer both ways; (largest error, largest change), in units of rounding."""
+    merge = plan.layers[name]
+    base, merged = plan.base.layer(name), result.layer(name)
+    matrices = {part: plan.adapter.get_pair(keys) for part, keys in merge.layer.keys.items()}
+    convention = None if plan.adapter.is_ours else plan.convention
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(_ROWS, merge.spec.in_features, generator=generator, dtype=torch.float64)
+    error = change = 0.0
+    for start in range(0, merge.spec.out_features, _COLUMNS):
+        part = slice(start, start + _COLUMNS)
+        some = {key: (a, b[part]) for key, (a, b) in matrices.items()}
+        base_part, merged_part = columns(base, part), columns(merged, part)
+        added = added_output(x, merge, some, base_part, convention)
+        weight, merged_weight = dense(base_part, merge.spec), dense(merged_part, merge.merged_spec)
+        difference = (x @ merged_weight - x @ weight - added).abs()
+        # the rounding of what is stored, and what float64 itself loses in sums of K terms
+        allowed = _rounding(x.abs(), merge, base_part, merged_part, weight.abs())
+        terms = x.abs() @ (weight.abs() + merged_weight.abs())
+        allowed += 4 * torch.finfo(x.dtype).eps * merge.spec.in_features * terms
+        error = max(error, float((difference / allowed).max()))
+        change = max(change, float((added.abs() / allowed).max()))
+    if not error <= 1:
+        raise VerificationError(
+            f"{result.reader.info(f'{name}.qweight').file}: {name}: outputs differ from those of "
+            f"base plus adapter (convention {plan.convention!r}) by {error:.3g} times what "
+            "rounding explains. It was merged with another factor: merge again."
+        )
+    return error, change
+
+
+def _rounding(
+    x: torch.Tensor,
+    merge: LayerMerge,
+    base: PackedWeight,
+    merged: PackedWeight,
+    weight: torch.Tensor,
+) -> torch.Tensor:
+    """How far rounding scales and offsets can move outputs, given |x| [M, K] and |W| [K, N]."""
+    spec = merge.merged_spec
+    error = _half_ulp(merged.offsets, spec.offsets_dtype)
+    if spec.minimum_below is not None:
+        minima = merged.offsets.double() - spec.minimum_below * merged.scales.double()
+        error += _half_ulp(minima, spec.scales_dtype)
+    allowed = formula.pool(x, merged.g_idx, spec.group_size) @ error
+    if "scales" in merge.layer.keys:  # a relative error of s' is one of the whole scaled weight
+        share = _half_ulp(merged.scales, spec.scales_dtype) / base.scales.double()
+        allowed += x @ (weight * expand(share, merged.g_idx, spec.group_size, spec.in_features))
+    return allowed
+
+
+def _half_ulp(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Upper bound of the error made when `values` were rounded to `dtype`, float64."""
+    info = torch.finfo(dtype)
+    return (values.double().abs() + info.smallest_normal) * info.eps / 2

@@ -1,0 +1,156 @@
+"""Stock GPTQ from a merged model: exact with adapt="scales", refused with changed offsets."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from qalora_plugin import merge_adapter
+from qalora_plugin.checkpoint.checkpoint import QuantizedCheckpoint, open_quantized
+from qalora_plugin.cli import main
+from qalora_plugin.errors import CheckpointError, ConfigError, QuantizationError
+from qalora_plugin.formats.export import export_model
+from qalora_plugin.formats.gptq.write import integer_zeros
+from qalora_plugin.quickstart.embedded import base_model_path
+
+from .test_lora import write_adapter
+from .weights import SIZES, error_in_steps, exact_weight
+
+STOCK = Path(__file__).parent.parent / "fixtures" / "gptq_4bit_g32_asym"
+
+
+def test_merged_scales_keep_integers_and_zero_points(tmp_path: Path) -> None:
+    base = open_quantized(STOCK)
+    adapter = write_adapter(base, tmp_path / "adapter", "scales")
+    merge_adapter(adapter, tmp_path / "merged", STOCK)
+    result = export_model(tmp_path / "merged", tmp_path / "gptq", "gptq")
+    assert (result.layers, result.dense) == (len(base.layers), {})
+    merged, exported = open_quantized(tmp_path / "merged"), open_quantized(result.out)
+    assert exported.format == "gptq"
+    for name, spec in base.layers.items():
+        before, wanted, found = base.layer(name), merged.layer(name), exported.layer(name)
+        assert torch.equal(found.qweight, before.qweight)
+        assert torch.equal(found.scales, wanted.scales)
+        assert torch.equal(found.offsets, wanted.offsets)
+        assert not torch.equal(found.scales, before.scales)
+        zeros = [integer_zeros(name, layer, spec) for layer in (before, found)]
+        assert torch.equal(*zeros)
+
+
+def test_changed_offsets_are_refused_by_name(tmp_path: Path) -> None:
+    adapter = write_adapter(open_quantized(STOCK), tmp_path / "adapter")
+    merge_adapter(adapter, tmp_path / "merged", STOCK)
+    with pytest.raises(
+        CheckpointError, match=r"zero-points are not integers .* away.* --requantize"
+    ):
+        export_model(tmp_path / "merged", tmp_path / "gptq", "gptq")
+    assert not (tmp_path / "gptq").exists()
+
+
+@pytest.fixture(scope="module")
+def merged(
+    family: Callable[..., QuantizedCheckpoint], tmp_path_factory: pytest.TempPathFactory
+) -> QuantizedCheckpoint:
+    """A Llama with the quickstart's tokenizer and changed offsets; 8 bits in one projection."""
+    folder = tmp_path_factory.mktemp("merged")
+    base = family(LlamaConfig(**SIZES | {"intermediate_size": 96}), 4, 32, (8, 32))
+    adapter = write_adapter(base, folder / "adapter")
+    return QuantizedCheckpoint(merge_adapter(adapter, folder / "merged", base.directory).out)
+
+
+@pytest.fixture(scope="module")
+def token_ids() -> torch.Tensor:
+    return torch.randint(3, 2048, (20, 32), generator=torch.Generator().manual_seed(0))
+
+
+def test_requantized_weights_are_close_and_the_loss_is_measured(
+    merged: QuantizedCheckpoint, token_ids: torch.Tensor, tmp_path: Path
+) -> None:
+    result = export_model(
+        merged.directory,
+        tmp_path / "gptq",
+        "gptq",
+        checkpoint_format="gptq_v2",
+        requantize=True,
+        calibration=token_ids,
+        samples=4,
+    )
+    exported = open_quantized(result.out)
+    assert exported.format == "gptq"
+    assert (result.layers, result.dense, set(exported.layers)) == (7, {}, set(merged.layers))
+    integers_changed = False
+    for name, spec in merged.layers.items():
+        assert (exported.layers[name].bits, spec.bits) == (spec.bits, spec.bits)
+        layer = exported.layer(name)
+        integer_zeros(name, layer, spec)  # raises where they are not
+        integers_changed |= not torch.equal(layer.qweight, merged.layer(name).qweight)
+        before, after = exact_weight(merged, name), exact_weight(exported, name)
+        assert (after - before).norm() < (0.02 if spec.bits == 8 else 0.15) * before.norm()
+        assert error_in_steps(after, merged, name) > 0.01
+    assert integers_changed
+
+    # 4 windows were asked for and 20 given: 2 of the first 20 are held out (an eighth)
+    held_out = token_ids[18:]
+    models = [
+        AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+        for directory in (merged.directory, result.out)
+    ]
+    with torch.no_grad():
+        p, q = (model(held_out).logits[:, :-1].double().log_softmax(-1) for model in models)
+    labels = held_out[:, 1:, None]
+    measured = result.measured
+    assert measured["tokens"] == 2 * 31
+    assert measured["exact"] == pytest.approx(-p.gather(2, labels).mean().item(), abs=1e-4)
+    assert measured["requantized"] == pytest.approx(-q.gather(2, labels).mean().item(), abs=1e-4)
+    divergence = (p.exp() * (p - q)).sum(-1).mean().item()
+    assert measured["divergence"] == pytest.approx(divergence, rel=1e-2) and divergence > 0
+    assert f"{measured['exact']:.4f} -> {measured['requantized']:.4f}" in result.exactness
+
+
+def test_requantize_command(
+    merged: QuantizedCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text((base_model_path() / "README.md").read_text())
+    out = tmp_path / "gptq"
+    command = ["export", str(merged.directory), "--format", "gptq", "--out", str(out)]
+    again = ["--requantize", "--calibration", str(text), "--samples", "4", "--seq-len", "24"]
+    mixed = ["--checkpoint-format", "gptq_v2", "--json"]
+    assert main(command) == 1
+    assert "differ in bits or group_size" in capsys.readouterr().err
+    assert main([*command, *again, *mixed]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["measured"]["text"] == str(text)
+    assert result["measured"]["divergence"] > 0
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+    assert not (out / "dense").exists() and not (out / "new").exists()
+    # the weights are others now, and `verify` says so
+    assert main(["verify", str(out), "--against", str(merged.directory), "--no-run"]) == 1
+    message = capsys.readouterr().err
+    assert "weights are not those of the merged model. Quantized again, not exact" in message
+    assert main(["verify", str(out), "--against", str(out), "--no-run"]) == 0
+
+
+def test_requantize_is_refused_where_it_is_not_needed_or_not_possible(
+    merged: QuantizedCheckpoint, token_ids: torch.Tensor, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="zero-points are integers"):
+        export_model(STOCK, tmp_path / "gptq", "gptq", requantize=True)
+    with pytest.raises(ConfigError, match="nothing is calibrated"):
+        export_model(STOCK, tmp_path / "gptq", "gptq", calibration=token_ids)
+    options = {"requantize": True, "checkpoint_format": "gptq_v2"}
+    with pytest.raises(QuantizationError, match="another to measure on"):
+        export_model(
+            merged.directory, tmp_path / "gptq", "gptq", calibration=token_ids[:1], **options
+        )
+    assert not any(tmp_path.iterdir())
+
+
+def test_unknown_format_and_option(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"expected one of gptq, .* found 'hqq'"):
+        export_model(STOCK, tmp_path / "out", "hqq")
+    with pytest.raises(ConfigError, match="'mlx' has no option 'base'"):
+        export_model(STOCK, tmp_path / "out", "mlx", base="x")

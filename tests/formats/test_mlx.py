@@ -1,0 +1,90 @@
+"""What MLX itself makes of an exported directory."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from qalora_plugin.checkpoint.checkpoint import QuantizedCheckpoint
+from qalora_plugin.errors import CheckpointError
+from qalora_plugin.formats.export import export_model
+from qalora_plugin.formats.rope import with_legacy_rope
+
+from .weights import ACT_ORDER, error_in_steps
+
+mx = pytest.importorskip("mlx.core", reason="needs MLX: pip install 'qalora-plugin[export]'")
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_weights_are_equal(
+    bits: int, quantized: Callable[..., QuantizedCheckpoint], tmp_path: Path
+) -> None:
+    source = quantized(bits)
+    result = export_model(source.directory, tmp_path / "out", "mlx")
+    tensors = mx.load(str(result.out / "model.safetensors"))
+    assert result.layers == 12
+    assert {name.rpartition(".")[2] for name in result.dense} == {"down_proj"}  # 172 inputs
+    for name in source.layers:
+        weight = tensors[f"{name}.weight"]
+        if name not in result.dense:
+            scales, biases = tensors[f"{name}.scales"], tensors[f"{name}.biases"]
+            weight = mx.dequantize(weight, scales, biases, group_size=32, bits=bits)
+        found = torch.from_numpy(np.array(weight))
+        assert error_in_steps(found, source, name) <= 2.0 ** (bits - 23)
+
+
+@pytest.mark.parametrize(("bits", "group_size", "mixed"), [(4, 32, None), (2, 64, (8, 32))])
+def test_mlx_lm_computes_the_same(
+    bits: int,
+    group_size: int,
+    mixed: tuple[int, int] | None,
+    quantized: Callable[..., QuantizedCheckpoint],
+    tmp_path: Path,
+) -> None:
+    utils = pytest.importorskip("mlx_lm.utils", reason="needs mlx-lm")
+    source = quantized(bits, group_size, mixed)
+    export_model(source.directory, tmp_path / "out", "mlx")
+    model, _ = utils.load_model(tmp_path / "out")
+    ours = AutoModelForCausalLM.from_pretrained(source.directory, dtype=torch.float32)
+    ids = torch.arange(24).view(2, 12)
+    with torch.no_grad():
+        expected = ours(ids).logits
+    found = torch.from_numpy(np.array(model(mx.array(ids.numpy())).astype(mx.float32)))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
+def test_large_groups_are_cut(
+    quantized: Callable[..., QuantizedCheckpoint], tmp_path: Path
+) -> None:
+    export_model(quantized(4, -1).directory, tmp_path / "out", "mlx")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["quantization"]["group_size"] == 64  # of 64 inputs
+    assert config["quantization"] == config["quantization_config"]
+
+
+def test_groups_of_16_and_act_order_are_refused(
+    quantized: Callable[..., QuantizedCheckpoint], tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError, match=r"groups of 16 .* 32, 64 or 128"):
+        export_model(quantized(4, 16).directory, tmp_path / "out", "mlx")
+    with pytest.raises(CheckpointError, match="act-order"):
+        export_model(ACT_ORDER, tmp_path / "out", "mlx")
+    assert not any(tmp_path.iterdir())
+
+
+def test_rope_is_written_as_older_readers_know_it() -> None:
+    scaled = {"rope_theta": 5e5, "rope_type": "llama3", "factor": 8.0}
+    config = with_legacy_rope({"rope_parameters": scaled})
+    assert config["rope_theta"] == 5e5
+    assert config["rope_scaling"] == {"rope_type": "llama3", "factor": 8.0}
+    by_layer = {
+        "full_attention": {"rope_theta": 1e6, "rope_type": "default"},
+        "sliding_attention": {"rope_theta": 1e4, "rope_type": "default"},
+    }
+    config = with_legacy_rope({"rope_parameters": by_layer})
+    assert (config["rope_theta"], config["rope_local_base_freq"]) == (1e6, 1e4)
+    assert "rope_scaling" not in config

@@ -1,0 +1,101 @@
+"""What ONNX Runtime makes of exported layers and of a whole exported model."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from qalora_plugin.checkpoint.checkpoint import QuantizedCheckpoint
+from qalora_plugin.errors import CheckpointError
+from qalora_plugin.formats.export import export_model
+
+from .weights import ACT_ORDER, SIZES, error_in_steps
+
+REASON = "needs onnxruntime: pip install 'qalora-plugin[export]'"
+onnx = pytest.importorskip("onnx", reason=REASON)
+onnxruntime = pytest.importorskip("onnxruntime", reason=REASON)
+
+
+def run_node(node: tuple[dict[str, int], dict[str, torch.Tensor]]) -> torch.Tensor:
+    """W [N, K] of a MatMulNBits node: its product with the identity, by ONNX Runtime."""
+    attributes, constants = node
+    helper, types = onnx.helper, onnx.TensorProto
+    k, n = attributes["K"], attributes["N"]
+    made = helper.make_node(
+        "MatMulNBits", ["x", *constants], ["y"], domain="com.microsoft", **attributes
+    )
+    graph = helper.make_graph(
+        [made],
+        "one",
+        [helper.make_tensor_value_info("x", types.FLOAT, [k, k])],
+        [helper.make_tensor_value_info("y", types.FLOAT, [k, n])],
+        [onnx.numpy_helper.from_array(v.numpy(), name) for name, v in constants.items()],
+    )
+    opsets = [helper.make_opsetid("", 22), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    (y,) = session.run(None, {"x": np.eye(k, dtype=np.float32)})
+    return torch.from_numpy(y).t()
+
+
+@pytest.mark.parametrize("group_size", [16, 32, 48, -1])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_weights_are_equal(
+    bits: int, group_size: int, quantized: Callable[..., QuantizedCheckpoint]
+) -> None:
+    from qalora_plugin.formats.onnx.write import matmul_nbits
+
+    source = quantized(bits, group_size)
+    for name in list(source.layers)[:7]:  # 64 and 172 inputs
+        terms = matmul_nbits(source.layer(name), source.layers[name])
+        assert len(terms) == (2 if bits == 8 else 1)
+        found = torch.stack([run_node(term) for term in terms]).sum(0)
+        assert error_in_steps(found, source, name) <= 2.0 ** (bits - 22)
+
+
+def test_model_with_cache_computes_the_same(
+    family: Callable[..., QuantizedCheckpoint], tmp_path: Path
+) -> None:
+    pytest.importorskip("onnxruntime_genai", reason=REASON)
+    pytest.importorskip("onnx_ir", reason=REASON)
+    # one part of the fused q, k, v is different
+    source = family(LlamaConfig(**SIZES), 4, 32, (8, 16))
+    result = export_model(source.directory, tmp_path / "out", "onnx")
+    assert (result.layers, result.dense) == (7, {})
+    graph = onnx.load(str(tmp_path / "out" / "model.onnx"), load_external_data=False).graph
+    products = [node.name for node in graph.node if node.op_type == "MatMulNBits"]
+    assert len(products) == 8  # two for the v_proj of 8 bits
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+    assert not (tmp_path / "out" / "build").exists()
+
+    session = onnxruntime.InferenceSession(str(tmp_path / "out" / "model.onnx"))
+    ids = torch.arange(24).view(2, 12)
+    ours = AutoModelForCausalLM.from_pretrained(source.directory, dtype=torch.float32)
+    with torch.no_grad():
+        expected = ours(ids).logits
+    # the last token through the cache of the ones before
+    empty = np.zeros((2, 2, 0, 16), dtype=np.float32)
+    cache = {i.name: empty for i in session.get_inputs() if i.name.startswith("past")}
+    names = [output.name for output in session.get_outputs()]
+    for start, end in ((0, 11), (11, 12)):
+        inputs = {"input_ids": ids[:, start:end].numpy(), **cache}
+        inputs["attention_mask"] = np.ones((2, end), dtype=np.int64)
+        outputs = dict(zip(names, session.run(names, inputs), strict=True))
+        found = torch.from_numpy(outputs["logits"])
+        torch.testing.assert_close(found, expected[:, start:end], atol=1e-4, rtol=0)
+        cache = {name: outputs[name.replace("past_key_values", "present")] for name in cache}
+
+
+def test_what_blocks_cannot_hold_is_refused(
+    quantized: Callable[..., QuantizedCheckpoint], tmp_path: Path
+) -> None:
+    for module in ("onnxruntime_genai", "onnx_ir"):
+        pytest.importorskip(module, reason=REASON)
+    with pytest.raises(CheckpointError, match="groups of 8 cannot be cut into blocks"):
+        export_model(quantized(4, 8).directory, tmp_path / "out", "onnx")
+    with pytest.raises(CheckpointError, match="act-order"):
+        export_model(ACT_ORDER, tmp_path / "out", "onnx")
+    assert not any(tmp_path.iterdir())

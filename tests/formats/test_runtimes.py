@@ -1,0 +1,136 @@
+"""Exports run in their runtimes: the same logits pass, others and crashes do not."""
+
+import json
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from qalora_plugin.checkpoint.checkpoint import QuantizedCheckpoint
+from qalora_plugin.cli import main
+from qalora_plugin.errors import VerificationError
+from qalora_plugin.formats.export import export_model
+from qalora_plugin.verify.runtimes import RUNTIMES, check_runtime
+from qalora_plugin.verify.runtimes.rounding import q8_1, rounded
+
+from .test_lora import write_adapter
+from .weights import SIZES
+
+STOCK = Path(__file__).parent.parent / "fixtures" / "gptq_4bit_g32_asym"
+NAMES = ("mlx", "torchao", "onnx", "gguf", "lora")
+
+
+@pytest.fixture(scope="module")
+def sources(family: Callable[..., QuantizedCheckpoint]) -> list[QuantizedCheckpoint]:
+    """Two models of the same shapes."""
+    config = LlamaConfig(**SIZES | {"intermediate_size": 96})
+    first = family(config)
+    torch.manual_seed(1)
+    second = family(LlamaConfig(**SIZES | {"intermediate_size": 96}, initializer_range=0.03))
+    return [first, second]
+
+
+def require(format: str) -> None:
+    """Skip where the runtime is not installed."""
+    for names in RUNTIMES[format].modules:
+        if not any(map(find_spec, names)):
+            pytest.skip(f"needs {RUNTIMES[format].title}: pip install {RUNTIMES[format].install}")
+
+
+@pytest.mark.parametrize("format", NAMES)
+def test_runtime_computes_what_we_compute_and_nothing_else(
+    format: str, sources: list[QuantizedCheckpoint], tmp_path: Path
+) -> None:
+    require(format)
+    models = [source.directory for source in sources]
+    if format == "lora":
+        # each for the first model, but with other numbers
+        models = [write_adapter(sources[0], tmp_path / f"adapter-{i}") for i in range(2)]
+        path = models[1] / "adapter_model.safetensors"
+        save_file({key: value + 0.01 for key, value in load_file(path).items()}, path)
+    out = tmp_path / ("model.gguf" if format == "gguf" else "model")
+    export_model(models[0], out, format)
+    report = check_runtime(out, models[0], format)
+    assert report.runtime == RUNTIMES[format].title and report.not_run is None
+    assert report.difference is not None and report.allowed is not None
+    assert 0 < report.difference <= report.allowed < (0.05 if format == "gguf" else 2e-4)
+    with pytest.raises(VerificationError, match="computes something else"):
+        check_runtime(out, models[1], format)
+
+
+def test_llama_cpp_computes_in_fp32_where_nothing_is_rounded(
+    sources: list[QuantizedCheckpoint], tmp_path: Path
+) -> None:
+    require("gguf")
+    export_model(sources[0].directory, tmp_path / "model.gguf", "gguf", exact=True)
+    report = check_runtime(tmp_path / "model.gguf", sources[0].directory, "gguf")
+    assert report.difference is not None and report.difference < 1e-5
+    assert report.allowed == 1e-4
+
+
+def test_command_runs_it_and_a_crash_is_an_error(
+    sources: list[QuantizedCheckpoint], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    require("torchao")
+    source, out = str(sources[0].directory), tmp_path / "model"
+    export_model(source, out, "torchao")
+    command = ["verify", str(out), "--against", source]
+    assert main([*command, "--json"]) == 0
+    runtime = json.loads(capsys.readouterr().out)["runtime"]
+    assert runtime["not_run"] is None and runtime["difference"] <= runtime["allowed"]
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | {"model_type": "nonsense"}))
+    assert main([*command, "--no-run"]) == 0
+    assert main(command) == 1
+    assert "stock transformers cannot run it (exit status 1)" in capsys.readouterr().err
+
+
+def test_a_runtime_that_is_not_installed_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if find_spec("gptqmodel") or find_spec("auto_gptq"):
+        pytest.skip("this environment has an engine for GPTQ")
+    export_model(STOCK, tmp_path / "gptq", "gptq")
+    command = ["verify", str(tmp_path / "gptq"), "--against", str(STOCK)]
+    assert main([*command, "--python", sys.executable]) == 0
+    out = capsys.readouterr().out
+    assert "layers are equal" in out
+    assert (
+        "not run: GPTQModel or AutoGPTQ is not installed (no module gptqmodel or auto_gptq)" in out
+    )
+    assert main([*command, "--python", str(tmp_path / "none")]) == 1
+    assert "cannot be run" in capsys.readouterr().err
+
+
+def test_rounding_of_activations_is_ggmls(
+    sources: list[QuantizedCheckpoint], tmp_path: Path
+) -> None:
+    gguf = pytest.importorskip("gguf", reason="needs gguf: pip install 'qalora-plugin[export]'")
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
+    x[0, :32] = 0
+    kind = gguf.GGMLQuantizationType.Q8_0  # the same numbers as Q8_1, which adds their sum
+    theirs = gguf.quants.dequantize(gguf.quants.quantize(x.numpy(), kind), kind)
+    torch.testing.assert_close(q8_1(x), torch.from_numpy(theirs), atol=0, rtol=1e-3)
+
+    source = sources[0]
+    export_model(source.directory, tmp_path / "model.gguf", "gguf")
+    model = AutoModelForCausalLM.from_pretrained(source.directory, dtype=torch.float32)
+    seen = {}
+    name = "model.layers.0.mlp.down_proj"
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        before = model(ids).logits
+        with rounded(model, tmp_path / "model.gguf", source):
+            hook = model.get_submodule(name).register_forward_hook(
+                lambda module, args, output: seen.update(x=args[0])
+            )
+            after = model(ids).logits
+        hook.remove()
+        assert torch.equal(model(ids).logits, before)
+    assert not torch.equal(after, before)
+    torch.testing.assert_close(q8_1(seen["x"]), seen["x"], atol=0, rtol=1e-3)

@@ -1,0 +1,80 @@
+"""What torchao itself makes of an exported directory."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
+
+from qalora_plugin.checkpoint.checkpoint import QuantizedCheckpoint
+from qalora_plugin.errors import CheckpointError
+from qalora_plugin.formats.export import export_model
+
+from .weights import ACT_ORDER, error_in_steps
+
+pytest.importorskip("torchao", reason="needs torchao: pip install 'qalora-plugin[export]'")
+
+
+def dequantized(directory: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a directory as torchao reads and dequantizes it."""
+    from torchao.prototype.safetensors.safetensors_support import unflatten_tensor_state_dict
+
+    with safe_open(directory / "model.safetensors", framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        result, left = unflatten_tensor_state_dict(tensors, file.metadata())
+    assert not left
+    return {
+        name: value.dequantize() if type(value) is not torch.Tensor else value
+        for name, value in result.items()
+    }
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_weights_are_equal(
+    bits: int, quantized: Callable[..., QuantizedCheckpoint], tmp_path: Path
+) -> None:
+    source = quantized(bits)
+    result = export_model(source.directory, tmp_path / "out", "torchao")
+    assert (result.layers, result.dense) == (14, {})
+    weights = dequantized(result.out)
+    for name in source.layers:  # down_proj has 172 inputs: its last group is short
+        assert error_in_steps(weights[f"{name}.weight"], source, name) <= 2.0 ** (bits - 23)
+    for name in source.dense_names:
+        assert torch.equal(weights[name], source.reader.get(name))
+
+
+@pytest.mark.parametrize("mixed", [None, (8, 16)])
+def test_stock_transformers_computes_the_same(
+    mixed: tuple[int, int] | None, quantized: Callable[..., QuantizedCheckpoint], tmp_path: Path
+) -> None:
+    source = quantized(4, 32, mixed)
+    export_model(source.directory, tmp_path / "out", "torchao")
+    ours = AutoModelForCausalLM.from_pretrained(source.directory, dtype=torch.float32)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert type(theirs.model.layers[0].self_attn.q_proj.weight).__name__ == (
+        "IntxUnpackedToInt8Tensor"
+    )
+    ids = torch.arange(24).view(2, 12)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(ids).logits, ours(ids).logits, atol=1e-5, rtol=0)
+
+
+def test_act_order_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="act-order"):
+        export_model(ACT_ORDER, tmp_path / "out", "torchao")
+    assert not any(tmp_path.iterdir())
+
+
+def test_quant_config_is_what_torchao_writes(
+    quantized: Callable[..., QuantizedCheckpoint], tmp_path: Path
+) -> None:
+    from transformers import TorchAoConfig
+
+    export_model(quantized(3).directory, tmp_path / "out", "torchao")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    parsed = TorchAoConfig.from_dict(dict(written)).to_dict()
+    assert parsed["quant_type"]["default"]["_type"] == "IntxWeightOnlyConfig"
+    assert parsed["quant_type"]["default"]["_data"]["weight_dtype"]["_data"] == "int3"

@@ -1,0 +1,140 @@
+"""The grid: fits, integer zero-points, and groups that have no range."""
+
+import itertools
+
+import pytest
+import torch
+
+from qalora_kernels import OFFSETS_AT
+from qalora_plugin.errors import QuantizationError
+from qalora_plugin.quantize.grid import (
+    MIN_SCALE,
+    Grid,
+    check_weight,
+    fit_groups,
+    fit_range,
+    packed,
+    round_codes,
+)
+from qalora_plugin.quantize.rtn import rtn
+
+BITS = (2, 3, 4, 8)
+
+
+def _error(w, scales, offsets, grid, importance):
+    codes = round_codes(w, scales.unsqueeze(-2), offsets.unsqueeze(-2), grid)
+    return (importance * (codes * scales.unsqueeze(-2) + offsets.unsqueeze(-2) - w) ** 2).sum(-2)
+
+
+def _in_fp16(values):
+    return torch.equal(values.half().float(), values)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("integer", [False, True])
+def test_search_is_never_worse_than_the_range_and_stays_on_the_grid(bits, integer):
+    torch.manual_seed(0)
+    w = torch.randn(5, 32, 24) * 0.05
+    w[0, 3] *= 20  # an outlier that clipping pays for
+    importance = torch.rand(5, 32, 1) + 0.1
+    grid = Grid(bits, integer)
+    plain, searched = fit_range(w, grid), fit_groups(w, grid, importance)
+    before, after = _error(w, *plain, grid, importance), _error(w, *searched, grid, importance)
+    assert (after <= before).all()
+    assert after.sum() < 0.99 * before.sum()
+    scales, offsets = searched
+    assert _in_fp16(scales) and (scales > 0).all()
+    if integer:
+        zeros = grid.mid - offsets.double() / scales.double()
+        assert torch.equal(zeros, zeros.round())
+        assert zeros.min() >= 1 and zeros.max() <= grid.top
+    else:
+        assert _in_fp16(offsets)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_minima_are_fp16_numbers_at_no_cost(bits):
+    torch.manual_seed(0)
+    w = torch.randn(9, 172) * 0.05 + 0.02
+    fits = [rtn(w, bits=bits, group_size=32, name="w", offsets_at=at) for at in OFFSETS_AT]
+    middle, minimum = (fit.dequantize().t() for fit in fits)
+    scales, offsets = fits[1].scales.double(), fits[1].offsets.double()
+    minima = offsets - (1 << (bits - 1)) * scales
+    assert torch.equal(minima.half().double(), minima) and _in_fp16(fits[1].scales)
+    assert not torch.equal(middle, minimum)
+    # at 8 bits the step is about that of fp16 itself
+    assert (minimum - w).norm() <= (middle - w).norm() * (1.01 if bits < 8 else 1.1)
+
+
+def test_search_comes_close_to_brute_force():
+    torch.manual_seed(1)
+    grid = Grid(2)
+    w = torch.randn(6, 1)
+    best = float("inf")
+    for codes in itertools.product(range(-2, 2), repeat=6):
+        c = torch.tensor(codes, dtype=torch.float64)
+        basis = torch.stack([c, torch.ones(6, dtype=torch.float64)], 1)
+        solution = torch.linalg.lstsq(basis, w.double(), driver="gelsd").solution
+        if solution[0] > 0:
+            best = min(best, (basis @ solution - w).square().sum().item())
+    ours = _error(w, *fit_groups(w, grid, torch.ones(6, 1)), grid, torch.ones(6, 1)).item()
+    assert best <= ours * (1 + 1e-3)
+    assert ours <= 1.3 * best
+
+
+@pytest.mark.parametrize("kind", [{}, {"integer_zeros": True}, {"offsets_at": "minimum"}], ids=str)
+@pytest.mark.parametrize("value", [0.0, 0.3, -0.3, 1e-9, -1e-6, 3e4, -6e4])
+def test_constant_groups(value, kind):
+    w = torch.full((4, 40), value)
+    weight = rtn(w, bits=4, group_size=16, name="w", **kind)
+    out = weight.dequantize().t()
+    assert out.isfinite().all() and (weight.scales >= MIN_SCALE).all()
+    assert (out - w).abs().max() <= max(abs(value) * 2**-11, 2 * MIN_SCALE)
+
+
+@pytest.mark.parametrize("offsets_at", OFFSETS_AT)
+def test_range_beyond_fp16_is_clipped_not_infinite(offsets_at):
+    w = torch.tensor([[60000.0, -60000.0, 0.0, 1.0]])
+    weight = rtn(w, bits=2, group_size=4, name="w", offsets_at=offsets_at)
+    assert weight.scales.isfinite().all() and weight.offsets.isfinite().all()
+    assert (weight.dequantize().t() - w).abs().max() <= 40000
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e5])
+def test_weights_that_no_grid_holds(bad):
+    w = torch.zeros(3, 8)
+    w[1, 2] = bad
+    with pytest.raises(QuantizationError, match=r"model\.layers\.0\.q_proj"):
+        check_weight(w, "model.layers.0.q_proj")
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("k, group_size", [(172, 32), (7, 3), (5, 5), (64, 64), (33, 1)])
+def test_rtn_error_is_within_a_step(bits, k, group_size):
+    torch.manual_seed(bits)
+    w = torch.randn(9, k) * 0.02
+    weight = rtn(w, bits=bits, group_size=group_size, name="w", search=False)
+    assert weight.codes().shape == (9, k) and int(weight.codes().max()) < 1 << bits
+    groups = -(-k // group_size)
+    assert weight.scales.shape == weight.offsets.shape == (groups, 9)
+    step = weight.scales.repeat_interleave(group_size, 0)[:k].t()
+    # half a step, and what the rounding of scale and offset to fp16 adds
+    assert ((weight.dequantize().t() - w).abs() <= 0.51 * step + 2**-10 * w.abs().max()).all()
+
+
+def test_rtn_in_chunks_of_outputs_is_the_same(monkeypatch):
+    torch.manual_seed(0)
+    w = torch.randn(50, 40)
+    whole = rtn(w, bits=3, group_size=16, name="w")
+    monkeypatch.setattr("qalora_plugin.quantize.rtn._CHUNK", 48 * 7)
+    parts = rtn(w, bits=3, group_size=16, name="w")
+    for field in ("qweight", "scales", "offsets"):
+        assert torch.equal(getattr(whole, field), getattr(parts, field))
+
+
+def test_dequantize_follows_g_idx():
+    codes = torch.tensor([[0, 1, 2, 3]], dtype=torch.uint8)
+    scales, offsets = torch.tensor([[1.0], [10.0]]), torch.tensor([[0.5], [0.0]])
+    g_idx = torch.tensor([1, 0, 0, 1], dtype=torch.int32)
+    weight = packed(codes, scales, offsets, g_idx, Grid(2), group_size=2)
+    assert weight.dequantize().t().tolist() == [[-20.0, -0.5, 0.5, 10.0]]

@@ -1,0 +1,50 @@
+"""`QuantLinear.weight`: what models may ask of it, and what they may not."""
+
+import copy
+
+import pytest
+import torch
+
+from qalora_kernels import QuantSpec
+from qalora_plugin.errors import ConfigError
+from qalora_plugin.layers.linear import QuantLinear
+
+
+def layer() -> QuantLinear:
+    spec = QuantSpec(bits=4, group_size=32, in_features=64, out_features=24)
+    codes = torch.randint(16, (24, 64), dtype=torch.uint8)
+    return QuantLinear.from_codes(spec, codes, torch.ones(2, 24), torch.zeros(2, 24))
+
+
+def test_weight_has_shape_dtype_and_device_and_follows_casts():
+    weight = layer().weight
+    assert isinstance(weight, torch.Tensor) and weight.shape == (24, 64)
+    assert weight.dtype == torch.float32 and weight.device.type == "cpu"
+    assert layer().bfloat16().weight.dtype == torch.bfloat16
+    assert copy.deepcopy(layer().half()).weight.dtype == torch.float16
+    assert layer().to("meta").weight.device.type == "meta"
+
+
+def test_weight_is_nothing_that_is_saved_or_trained():
+    made = layer()
+    assert made.weight.data_ptr() == 0  # no memory
+    assert set(made.state_dict()) == {"qweight", "scales", "offsets"}
+    assert {name for name, _ in made.named_parameters()} == {"qweight"}
+    assert "24, 64" in repr(made.weight)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda weight: weight @ torch.ones(64),
+        lambda weight: torch.nn.functional.linear(torch.ones(2, 64), weight),
+        lambda weight: weight.t(),
+        lambda weight: weight.float() + 1,
+        lambda weight: weight[0],
+        lambda weight: weight.clone(),
+        lambda weight: weight.mul_(2),
+    ],
+)
+def test_the_numbers_of_weight_are_refused(use):
+    with pytest.raises(ConfigError, match="modules_to_not_convert"):
+        use(layer().weight)

@@ -1,0 +1,378 @@
+"""A model from disk to a quantized checkpoint, over architectures and settings."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+import qalora_plugin
+from qalora_plugin.checkpoint.checkpoint import open_quantized
+from qalora_plugin.checkpoint.fingerprint import fingerprint
+from qalora_plugin.errors import CheckpointError, ConfigError, OutputError, QuantizationError
+from qalora_plugin.files.manifest import check_manifest
+from qalora_plugin.layers.linear import QuantLinear
+from qalora_plugin.quantize import shards
+from qalora_plugin.quantize.gptq import Hessian, calibrated_error
+from qalora_plugin.quantize.pipeline import quantize_model
+from qalora_plugin.quantize.rtn import rtn
+from qalora_plugin.quantize.source import ModelSource
+from qalora_plugin.quickstart.embedded import base_model_path
+
+from .models import ARCHITECTURES, save, token_ids
+
+
+def _load(directory, **kwargs):
+    name = json.loads((directory / "config.json").read_text())["architectures"][0]
+    return getattr(transformers, name).from_pretrained(directory, **kwargs).eval()
+
+
+def _quantize(source, out, **kwargs):
+    if kwargs.get("method", "gptq") == "gptq":
+        kwargs.setdefault("calibration", token_ids())
+        kwargs.setdefault("seq_len", 12)
+    return quantize_model(source, out, progress=False, **{"group_size": 16, **kwargs})
+
+
+def _logits(model):
+    with torch.no_grad():
+        output = model(input_ids=token_ids(3))
+    return output.logits if "logits" in output else output.last_hidden_state
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture(name, method, tmp_path):
+    source = save(name, tmp_path / "source")
+    result = _quantize(source, tmp_path / "out", bits=8, method=method)
+    original, quantized = _load(source), _load(result.out)
+    layers = {n for n, m in quantized.named_modules() if isinstance(m, QuantLinear)}
+    stored = set(open_quantized(result.out).layers)
+    assert stored == set(result.layers)
+    if name != "gemma3_multimodal":  # whose files name modules otherwise than the model does
+        assert stored == layers
+    assert len(stored) == len(layers)
+    heads = {n for n, m in quantized.named_modules() if isinstance(m, torch.nn.Linear)}
+    assert heads == set(result.kept)
+    integers = ((n, m.qweight) for n, m in quantized.named_modules() if isinstance(m, QuantLinear))
+    assert open_quantized(result.out).config.base["fingerprint"] == fingerprint(integers)
+    want, got = _logits(original), _logits(quantized)
+    assert (got - want).norm() < 0.03 * want.norm()
+    # what stays in 16 bits is copied bit for bit
+    states = original.state_dict(), quantized.state_dict()
+    for key, value in states[1].items():
+        if key.rpartition(".")[0] not in layers:
+            assert torch.equal(value, states[0][key]), key
+
+
+def test_inputs_come_from_the_quantized_layers_before(tmp_path):
+    """Each layer must be solved on what it will see: everything before it quantized."""
+    source = save("llama", tmp_path / "source")
+    result = _quantize(source, tmp_path / "out", bits=3)
+    model = _load(source)
+    quantized = _load(result.out)
+    order = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    for name in sorted(
+        result.layers, key=lambda n: (n.split(".")[2], order.index(n[n.rindex(".") + 1 :]))
+    ):
+        layer = quantized.get_submodule(name)
+        hessian = Hessian(layer.in_features)
+        handle = model.get_submodule(name).register_forward_pre_hook(
+            lambda module, args, hessian=hessian: hessian.add(args[0])
+        )
+        with torch.no_grad():
+            model(input_ids=token_ids())
+        handle.remove()
+        linear = model.get_submodule(name)
+        dense = layer.weight_t.t()
+
+        class Dense:
+            def dequantize(self, dtype, dense=dense):
+                return dense.t()
+
+        error = calibrated_error(linear.weight, Dense(), hessian.mean(name))
+        assert result.layers[name]["error"] == pytest.approx(error, rel=2e-3)
+        linear.weight = torch.nn.Parameter(dense)
+
+
+def test_gptq_beats_rtn_on_the_calibration_text(tmp_path):
+    source = base_model_path()
+    text = ["def area(radius):\n    return math.pi * radius ** 2\n\n" * 20]
+    common = {"bits": 2, "group_size": 128, "seq_len": 64, "samples": 4}
+    solved = quantize_model(source, tmp_path / "gptq", calibration=text, progress=False, **common)
+    free = quantize_model(source, tmp_path / "rtn", method="rtn", progress=False, **common)
+    original, gptq, nearest = (_load(path) for path in (source, solved.out, free.out))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(solved.out)
+    ids = tokenizer(text[0], return_tensors="pt")["input_ids"][:, :200]
+    with torch.no_grad():
+        want = original(input_ids=ids).logits.float()
+        errors = [(m(input_ids=ids).logits.float() - want).norm() for m in (gptq, nearest)]
+    assert errors[0] < 0.8 * errors[1]
+
+
+def test_the_directory_is_complete(tmp_path):
+    result = quantize_model(base_model_path(), tmp_path / "out", method="rtn", progress=False)
+    names = {path.name for path in result.out.iterdir()}
+    assert {"tokenizer.json", "generation_config.json", "chat_template.jinja"} <= names
+    assert not [name for name in names if "part" in name]
+    assert check_manifest(result.out)
+    config = json.loads((result.out / "config.json").read_text())
+    quantization = config["quantization_config"]
+    assert quantization["modules_to_not_convert"] == ["lm_head"]
+    base = quantization["base"]
+    assert len(base.pop("fingerprint")) == 32
+    assert base == {"name_or_path": "base_model", "zero_points": "real"}
+    weight_map = json.loads((result.out / "model.safetensors.index.json").read_text())["weight_map"]
+    blocks = {
+        shard: {name.split(".")[2] for name, file in weight_map.items() if file == shard}
+        for shard in set(weight_map.values())
+    }
+    assert sorted(len(found) for found in blocks.values()) == [1] * config["num_hidden_layers"] + [
+        len({"weight"})
+    ]
+    assert not list(tmp_path.glob(".*"))  # no partial directory is left
+
+
+@pytest.mark.parametrize("bits, group_size", [(2, 8), (3, 43), (4, -1), (4, 1), (8, 30)])
+@pytest.mark.parametrize("desc_act", [False, True])
+def test_grids(bits, group_size, desc_act, tmp_path):
+    source = save("llama", tmp_path / "source")
+    result = _quantize(
+        source, tmp_path / "out", bits=bits, group_size=group_size, desc_act=desc_act
+    )
+    checkpoint = open_quantized(result.out)
+    for name, spec in checkpoint.layers.items():
+        layer = checkpoint.layer(name)
+        assert layer.scales.shape == (spec.num_groups, spec.out_features)
+        assert (layer.g_idx is not None) == desc_act
+    assert _logits(_load(result.out)).isfinite().all()
+
+
+def test_integer_zero_points_and_stock_formats(tmp_path):
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+    )
+    source = tmp_path / "source"
+    transformers.LlamaForCausalLM(config).save_pretrained(source)
+    ours = _quantize(source, tmp_path / "ours", zero_points="integer")
+    checkpoint = open_quantized(ours.out)
+    for name, spec in checkpoint.layers.items():
+        layer = checkpoint.layer(name)
+        zeros = spec.mid - layer.offsets.double() / layer.scales.double()
+        assert torch.equal(zeros, zeros.round())
+    want = _logits(_load(ours.out))
+    for format in ("gptq", "gptq_v2"):
+        stock = _quantize(source, tmp_path / format, format=format)
+        method = json.loads((stock.out / "config.json").read_text())["quantization_config"]
+        assert method["quant_method"] == "gptq" and method["checkpoint_format"] == format
+        assert torch.equal(_logits(_load(stock.out)), want)
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_minima_in_fp16(method, tmp_path):
+    source = save("llama", tmp_path / "source")
+    settings = {"method": method, "dynamic": {"*.v_proj": {"bits": 2}}}
+    plain = open_quantized(_quantize(source, tmp_path / "plain", **settings).out)
+    assert "offsets_at" not in plain.reader.config["quantization_config"]
+    out = _quantize(source, tmp_path / "out", offsets_at="minimum", **settings).out
+    stored = open_quantized(out)
+    bytes_of = [{n: t.nbytes for n, t in m.reader.tensors.items()} for m in (plain, stored)]
+    assert bytes_of[0] == bytes_of[1]
+    written = stored.reader.config["quantization_config"]
+    assert (written["offsets_at"], written["offsets_dtype"]) == ("minimum", "float16")
+    for name, spec in stored.layers.items():
+        layer = stored.layer(name)
+        minima = layer.offsets - spec.mid * layer.scales
+        assert torch.equal(stored.reader.get(f"{name}.offsets").float(), minima)
+    _load(out).save_pretrained(tmp_path / "again")
+    again = open_quantized(tmp_path / "again")
+    for name in stored.reader.tensors:
+        assert torch.equal(again.reader.get(name), stored.reader.get(name)), name
+
+
+def test_overrides_and_kept_layers(tmp_path):
+    source = save("llama", tmp_path / "source")
+    result = _quantize(
+        source,
+        tmp_path / "out",
+        method="rtn",
+        dynamic={"down_proj": {"bits": 8, "group_size": 43}},
+        modules_to_not_convert=["o_proj", "layers.1.self_attn", "lm_head", "embed_tokens"],
+    )
+    assert result.layers["model.layers.1.mlp.down_proj"]["bits"] == 8
+    assert result.layers["model.layers.1.mlp.up_proj"]["bits"] == 4
+    assert "model.layers.0.self_attn.o_proj" in result.kept and "lm_head" in result.kept
+    assert "model.layers.1.self_attn.q_proj" in result.kept
+    model = _load(result.out)
+    assert type(model.model.layers[0].self_attn.o_proj) is torch.nn.Linear
+    assert model.model.layers[0].mlp.down_proj.spec.group_size == 43
+
+
+def test_a_model_in_memory(tmp_path):
+    source = save("llama", tmp_path / "source")
+    model = _load(source)
+    from_disk = _quantize(source, tmp_path / "disk")
+    from_memory = _quantize(model, tmp_path / "memory")
+    for path in from_disk.out.glob("*.safetensors"):
+        assert path.read_bytes() == (from_memory.out / path.name).read_bytes()
+    config = json.loads((from_memory.out / "config.json").read_text())
+    assert config["quantization_config"]["base"]["name_or_path"] == "source"
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
+    with pytest.raises(QuantizationError, match="NaN"):
+        _quantize(model, tmp_path / "damaged", method="rtn")
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "disk", "memory"}
+
+
+def test_the_same_twice(tmp_path):
+    source = save("llama", tmp_path / "source")
+    runs = [_quantize(source, tmp_path / name, bits=3).out for name in ("a", "b")]
+    for path in runs[0].iterdir():
+        assert path.read_bytes() == (runs[1] / path.name).read_bytes()
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_one_block_in_memory_at_a_time(method, tmp_path, monkeypatch):
+    source = save("llama", tmp_path / "source")
+    held = []
+    original = shards.pack_layer
+
+    def pack_layer(name, weight, spec):
+        real = [n for n, p in models[0].named_parameters() if not p.is_meta]
+        held.append((name, real))
+        return original(name, weight, spec)
+
+    models = []
+    fill = ModelSource.__init__
+
+    def remember(self, *args, **kwargs):
+        fill(self, *args, **kwargs)
+        models.append(self.model)
+
+    monkeypatch.setattr(ModelSource, "__init__", remember)
+    monkeypatch.setattr(shards, "pack_layer", pack_layer)
+    _quantize(source, tmp_path / "out", method=method)
+    assert len(held) == 14
+    for name, real in held:
+        block = name.split(".")[:3]
+        assert all(other.split(".")[:3] == block for other in real), name
+        assert bool(real) == (method == "gptq")
+
+
+def test_half_precision_shards(tmp_path):
+    source = save("llama", tmp_path / "source", torch.bfloat16, max_shard_size="20KB")
+    assert len(list(source.glob("*.safetensors"))) > 2
+    result = _quantize(source, tmp_path / "out", bits=8)
+    want = _logits(_load(source, dtype=torch.float32))
+    assert (_logits(_load(result.out, dtype=torch.float32)) - want).norm() < 0.05 * want.norm()
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"bits": 5}, "bits must be one of"),
+        ({"bits": 4.0}, "bits must be one of"),
+        ({"group_size": 0}, "group_size must be a positive integer"),
+        ({"group_size": -2}, "group_size must be a positive integer"),
+        ({"group_size": 64}, r"group_size 64 is larger than .* \(at most 43\)"),
+        ({"method": "awq"}, "method must be one of"),
+        ({"ordering": "size"}, "ordering must be one of"),
+        ({"damp": 0.0}, "damp"),
+        ({"zero_points": "float"}, "zero_points must be"),
+        ({"format": "awq"}, "format must be one of"),
+        ({"format": "gptq", "zero_points": "real"}, "integer zero-points only"),
+        ({"format": "gptq"}, "multiples of 32"),
+        ({"offsets_at": "zero"}, "offsets_at must be one of"),
+        ({"offsets_at": "minimum", "zero_points": "integer"}, "needs real-valued offsets"),
+        ({"offsets_at": "minimum", "format": "gptq"}, "needs real-valued offsets"),
+        ({"format": "gptq", "dynamic": {"*.q_proj": {"bits": 8}}}, "one grid for all layers"),
+        ({"method": "rtn", "desc_act": True}, "desc_act"),
+        ({"method": "rtn", "calibration": token_ids()}, "method 'rtn' uses no data"),
+        ({"desc_act": True, "ordering": "none"}, "leave out one of the two"),
+        ({"device": "foo"}, "device 'foo' cannot be used"),
+        ({"format": "gptq", "group_size": 20}, r"group_size 20: GPTQModel loads .* \[-1, 16, 32"),
+        ({"seq_len": 4096}, "seq_len 4096 is more than the 2048"),
+        ({"dynamic": {"*.nothing": {"bits": 8}}}, "matches none of the layers"),
+        ({"modules_to_not_convert": ["*"]}, "excludes all"),
+        ({"modules_to_not_convert": "down_proj"}, "must be a list of names, found 'down_proj'"),
+        ({"modules_to_not_convert": ["donw_proj"]}, "'donw_proj' matches no module"),
+        ({"calibration": None}, "GPTQ needs text"),
+    ],
+)
+def test_bad_settings_write_nothing(settings, message, tmp_path):
+    source = save("llama", tmp_path / "source")
+    with pytest.raises((ConfigError, QuantizationError), match=message):
+        _quantize(source, tmp_path / "out", **settings)
+    assert {path.name for path in tmp_path.iterdir()} == {"source"}
+
+
+def test_sources_that_cannot_be_quantized(tmp_path):
+    source = save("llama", tmp_path / "source")
+    quantized = _quantize(source, tmp_path / "quantized", method="rtn").out
+    before = {path.name for path in tmp_path.iterdir()}
+    with pytest.raises(CheckpointError, match=r"is quantized already \(qalora\)"):
+        _quantize(quantized, tmp_path / "out")
+    with pytest.raises(CheckpointError, match="not a directory"):
+        _quantize(tmp_path / "nowhere", tmp_path / "out")
+    tensors = load_file(source / "model.safetensors")
+    lost = tensors.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"no tensor for model\.layers\.1\.mlp\.up_proj"):
+        _quantize(source, tmp_path / "out")
+    tensors["model.layers.1.mlp.up_proj.weight"] = lost[:-1].contiguous()
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"up_proj\.weight: expected shape \[43, 32\]"):
+        _quantize(source, tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == before
+
+
+def test_architectures_that_cannot_be_quantized(tmp_path):
+    common = {"vocab_size": 96, "n_layer": 2, "n_head": 4, "n_embd": 32}
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(**common)).save_pretrained(tmp_path / "g")
+    with pytest.raises(ConfigError, match="Conv1D"):
+        _quantize(tmp_path / "g", tmp_path / "out", method="rtn")
+    config = transformers.T5Config(vocab_size=96, d_model=32, d_kv=8, d_ff=48, num_layers=2)
+    transformers.T5ForConditionalGeneration(config).save_pretrained(tmp_path / "t5")
+    with pytest.raises(ConfigError, match="encoder-decoder"):
+        _quantize(tmp_path / "t5", tmp_path / "out", method="rtn")
+
+
+def test_a_taken_output_is_refused(tmp_path):
+    source = save("llama", tmp_path / "source")
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(OutputError, match="not empty"):
+        _quantize(source, out, method="rtn")
+    assert (out / "notes.txt").read_text() == "mine"
+
+
+def test_damaged_weights_are_named(tmp_path):
+    source = save("llama", tmp_path / "source")
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.1.self_attn.v_proj.weight"][2, 3] = float("nan")
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    for method in ("rtn", "gptq"):
+        with pytest.raises(QuantizationError, match=r"layers\.1\.self_attn\.v_proj.*NaN"):
+            _quantize(source, tmp_path / method, method=method)
+        assert not (tmp_path / method).exists()
+
+
+def test_it_is_a_public_name():
+    assert qalora_plugin.quantize_model is quantize_model
+
+
+def test_rtn_equals_the_fit_on_tensors(tmp_path):
+    source = save("llama", tmp_path / "source")
+    result = _quantize(source, tmp_path / "out", method="rtn")
+    name = "model.layers.0.mlp.down_proj"
+    weight = load_file(source / "model.safetensors")[f"{name}.weight"]
+    fitted = rtn(weight, bits=4, group_size=16, name=name).dequantize().t()
+    assert torch.equal(_load(result.out).get_submodule(name).weight_t.t(), fitted)
