@@ -2,13 +2,12 @@
 
 import pytest
 import torch
+from support.architectures import ARCHITECTURES, token_ids
 from torch import nn
 
 from qalora_plugin.architecture.blocks import find_blocks
 from qalora_plugin.errors import ConfigError
 from qalora_plugin.quantize.blocks import call_block, find_stages, record, watch_inputs
-
-from .models import ARCHITECTURES, token_ids
 
 
 def _model(name):

@@ -3,11 +3,10 @@
 import json
 
 import pytest
+from support.architectures import save
 
 from qalora_plugin.cli import main
 from qalora_plugin.quickstart.embedded import base_model_path
-
-from .models import save
 
 RTN = ["--method", "rtn"]
 GPTQ = ["--calibration", __file__]

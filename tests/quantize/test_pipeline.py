@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from support.architectures import ARCHITECTURES, save, token_ids
 
 import qalora_plugin
 from qalora_plugin.checkpoint.checkpoint import open_quantized
@@ -19,8 +20,6 @@ from qalora_plugin.quantize.pipeline import quantize_model
 from qalora_plugin.quantize.rtn import rtn
 from qalora_plugin.quantize.source import ModelSource
 from qalora_plugin.quickstart.embedded import base_model_path
-
-from .models import ARCHITECTURES, save, token_ids
 
 
 def _load(directory, **kwargs):

@@ -8,11 +8,10 @@ import sys
 import time
 
 import pytest
+from support.architectures import save, token_ids
 
 from qalora_plugin.quantize import pipeline
 from qalora_plugin.quantize.pipeline import quantize_model
-
-from .models import save, token_ids
 
 _CHILD = """
 import sys, time
