@@ -1,22 +1,24 @@
-"""The models that the comparison trains: each method's, with its parameter groups."""
+"""The models that the study trains, one a method."""
 
 from __future__ import annotations
 
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from qalora_plugin import QALoRAConfig, parameter_groups, quantize_model
+from qalora_plugin import QALoRAConfig, quantize_model
 from qalora_plugin.optimizer import SCALE_LR_RATIO
 from qalora_plugin.quant.linear import QuantLinear
 from qalora_plugin.quickstart.data import base_model_path
 from qalora_plugin.tuner.layer import QALoRALinear
+
+LORAS = ("lora", "lora+gptq")
+"""Methods that train PEFT's LoRA on the 16-bit base."""
 
 
 @dataclass(frozen=True)
@@ -29,67 +31,61 @@ class Settings:
     scale_lr_ratio: float = SCALE_LR_RATIO
 
 
-def load(directory: Path) -> nn.Module:
-    """A model in fp32 arithmetic, as every model here."""
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+@dataclass(frozen=True)
+class Models:
+    """Makes the models of the study, which compute in fp32.
+
+    Args:
+        settings: of every method.
+        folder: where quantized bases are kept.
+        calibration: int64 [samples, length], for GPTQ.
+    """
+
+    settings: Settings
+    folder: Path
+    calibration: torch.Tensor
+
+    def _quantized(self, model: Path | nn.Module, out: Path, bits: int) -> nn.Module:
+        """Return a 16-bit model, or that of a directory, under our GPTQ; `out` is made once."""
+        if not out.is_dir():
+            quantize_model(
+                model,
+                out,
+                bits=bits,
+                group_size=self.settings.group_size,
+                calibration=self.calibration,
+                samples=len(self.calibration),
+                seq_len=self.calibration.shape[1],
+                progress=False,
+            )
+        return AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+
+    def base(self, bits: int) -> nn.Module:
+        """Return the embedded base, quantized unless `bits` is 16."""
+        if bits == 16:
+            return AutoModelForCausalLM.from_pretrained(base_model_path(), dtype=torch.float32)
+        out = self.folder / f"base-{bits}bit-g{self.settings.group_size}"
+        return self._quantized(base_model_path(), out, bits)
+
+    def requantized(self, merged: nn.Module, bits: int) -> nn.Module:
+        """Return a merged 16-bit model under our GPTQ."""
+        with tempfile.TemporaryDirectory() as folder:
+            return self._quantized(merged, Path(folder) / "merged", bits)
+
+    def build(self, method: str, bits: int, seed: int) -> PeftModel:
+        """Return the model that a method trains: PEFT's LoRA, PEQA, or our adapter in its mode."""
+        model = self.base(16 if method in LORAS else bits)
+        if method == "peqa":
+            return _peqa(model, seed)
+        ranks = {"r": self.settings.rank, "lora_alpha": self.settings.alpha}
+        if method in LORAS:
+            torch.manual_seed(seed)
+            return get_peft_model(model, LoraConfig(**ranks, target_modules="all-linear"))
+        return get_peft_model(model, QALoRAConfig(**ranks, adapt=method, seed=seed))
 
 
-def sixteen_bit_model() -> nn.Module:
-    """The embedded base."""
-    return load(base_model_path())
-
-
-def _quantize(
-    model: Path | nn.Module, out: Path, bits: int, group_size: int, calibration: torch.Tensor
-) -> None:
-    """Our GPTQ with its defaults; int64 [samples, length] calibration tokens."""
-    quantize_model(
-        model,
-        out,
-        bits=bits,
-        group_size=group_size,
-        calibration=calibration,
-        samples=len(calibration),
-        seq_len=calibration.shape[1],
-        progress=False,
-    )
-
-
-def quantized_base(folder: Path, bits: int, group_size: int, calibration: torch.Tensor) -> Path:
-    """Directory of the base under our GPTQ, made on first use."""
-    out = folder / f"base-{bits}bit-g{group_size}"
-    if not out.is_dir():
-        _quantize(base_model_path(), out, bits, group_size, calibration)
-    return out
-
-
-def requantized(
-    model: nn.Module, bits: int, group_size: int, calibration: torch.Tensor
-) -> nn.Module:
-    """A merged 16-bit model under our GPTQ."""
-    with tempfile.TemporaryDirectory() as folder:
-        _quantize(model, Path(folder) / "merged", bits, group_size, calibration)
-        return load(Path(folder) / "merged")
-
-
-def lora(settings: Settings, seed: int) -> PeftModel:
-    """PEFT's LoRA on every linear layer in the blocks of the 16-bit base."""
-    torch.manual_seed(seed)
-    config = LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules="all-linear")
-    return get_peft_model(sixteen_bit_model(), config)
-
-
-def adapted(base: Path, method: str, settings: Settings, seed: int) -> PeftModel:
-    """This package's adapter in the mode `method`, or PEQA's, on a quantized base."""
-    model = load(base)
-    if method == "peqa":
-        return peqa(model, seed)
-    config = QALoRAConfig(r=settings.rank, lora_alpha=settings.alpha, adapt=method, seed=seed)
-    return get_peft_model(model, config)
-
-
-def peqa(model: nn.Module, seed: int) -> PeftModel:
-    """PEQA (arXiv 2305.14152): every scale is trained, integers and zero-points stay.
+def _peqa(model: nn.Module, seed: int) -> PeftModel:
+    """Return a model under PEQA (arXiv 2305.14152): scales are trained, zero-points stay.
 
     It is our change of the scales with A the identity: s' = s * (1 + B^T), B [N, G] free.
     """
@@ -103,10 +99,5 @@ def peqa(model: nn.Module, seed: int) -> PeftModel:
 
 
 def scale_layers(model: nn.Module) -> list[QALoRALinear]:
-    """Layers whose scales are trained."""
+    """Return the layers whose scales are trained."""
     return [m for m in model.modules() if isinstance(m, QALoRALinear) and m.qalora_scale_A]
-
-
-def groups(model: nn.Module, lr: float, settings: Settings) -> list[dict[str, Any]]:
-    """The package's parameter groups, for every method."""
-    return parameter_groups(model, lr, scale_lr_ratio=settings.scale_lr_ratio)

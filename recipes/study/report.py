@@ -1,6 +1,6 @@
 """Write the tables of docs/adapt_modes.md from the data files, and draw the comparison.
 
-    PYTHON recipes/study/report.py [--no-plot]
+    python recipes/study/report.py [--no-plot]
 
 Each table stands between `<!-- NAME -->` and `<!-- end NAME -->` and is replaced as a whole, so no
 number in it is typed by hand. The plot, results/modes.svg, needs matplotlib.
@@ -12,12 +12,13 @@ import argparse
 import statistics
 import sys
 from collections.abc import Iterable
+from operator import itemgetter
 from pathlib import Path
 
 import compare_modes
 import plan
 import sweep_scales
-from compare_modes import read_rows
+from plan import read_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENT = ROOT / "docs" / "adapt_modes.md"
@@ -37,14 +38,14 @@ NAMES = {
 
 
 def markdown(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """A Markdown table."""
+    """Return a Markdown table."""
     lines = [list(head), *(list(row) for row in rows)]
     lines.insert(1, ["---"] * len(lines[0]))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _losses(rows: list[plan.Row]) -> str:
-    """Mean and standard deviation over the seeds."""
+    """Return mean and standard deviation over the seeds."""
     values = [row["test_loss"] for row in rows]
     if len(values) < 2:
         return "".join(f"{value:.3f}" for value in values)
@@ -52,7 +53,7 @@ def _losses(rows: list[plan.Row]) -> str:
 
 
 def comparison(rows: list[plan.Row]) -> str:
-    """Test loss of every method and width, mean and spread over the seeds."""
+    """Return the table of the test loss of every method and width over the seeds."""
     widths = (16, *plan.BITS)
     lines = [["not trained", "", "", *(_losses(plan.cell(rows, "base", b)[:1]) for b in widths)]]
     for method in plan.METHODS:
@@ -65,7 +66,7 @@ def comparison(rows: list[plan.Row]) -> str:
 
 
 def sweep(rows: list[plan.Row]) -> str:
-    """Validation loss over the scales' start, rate, and ratio."""
+    """Return the table of the validation loss over the scales' start, rate, and ratio."""
     lines = [
         [
             NAMES[row["method"]],
@@ -82,28 +83,26 @@ def sweep(rows: list[plan.Row]) -> str:
 
 
 def step_costs(rows: list[plan.Row]) -> str:
-    """Time and memory of a training step in each mode, from the benchmarks' newest runs."""
+    """Return the table of a step's time and memory in each mode, from the benchmarks' last runs."""
     lines = []
+    steps, run = [row for row in rows if row["operator"] == STEP], itemgetter("run")
     for adapt in plan.METHODS[-3:]:
-        ours = [
-            row for row in rows if row["operator"] == STEP and row.get("variant") == VARIANTS[adapt]
-        ]
-        if ours:
-            row = max(ours, key=lambda row: row["run"])
-            same_run = [r for r in rows if (r["run"], r["operator"]) == (row["run"], STEP)]
-            lora = next(r for r in same_run if r.get("variant") == "lora")
-            seconds = row["seconds_median"]
-            allocated = row.get("allocated_peak_bytes")  # rows of earlier runs are without it
-            lines.append(
-                [
-                    NAMES[adapt],
-                    f"{seconds * 1e3:.0f}",
-                    f"{seconds / lora['seconds_median']:.2f}",
-                    f"{row['peak_bytes'] / 2**20:.0f}",
-                    "" if allocated is None else f"{allocated / 2**20:.0f}",
-                    f"{row['saved_bytes'] / 2**20:.0f}",
-                ]
-            )
+        row = max((r for r in steps if r.get("variant") == VARIANTS[adapt]), key=run, default=None)
+        if row is None:
+            continue
+        lora = next(r for r in steps if r.get("variant") == "lora" and run(r) == run(row))
+        seconds = row["seconds_median"]
+        allocated = row.get("allocated_peak_bytes")  # rows of earlier runs are without it
+        lines.append(
+            [
+                NAMES[adapt],
+                f"{seconds * 1e3:.0f}",
+                f"{seconds / lora['seconds_median']:.2f}",
+                f"{row['peak_bytes'] / 2**20:.0f}",
+                "" if allocated is None else f"{allocated / 2**20:.0f}",
+                f"{row['saved_bytes'] / 2**20:.0f}",
+            ]
+        )
     if not lines:
         return "Not measured yet: `python kernels/benchmarks/bench.py --only steps`."
     memory = ["resident peak, MiB", "allocated peak, MiB", "kept for the backward, MiB"]
@@ -112,7 +111,7 @@ def step_costs(rows: list[plan.Row]) -> str:
 
 
 def tables() -> dict[str, str]:
-    """The document's tables by name."""
+    """Return the document's tables by name."""
     return {
         "comparison": comparison(read_rows(compare_modes.ROWS)),
         "sweep": sweep(read_rows(sweep_scales.ROWS)),
@@ -121,7 +120,7 @@ def tables() -> dict[str, str]:
 
 
 def fill(text: str, name: str, table: str) -> str:
-    """`text` with the table of this name replaced.
+    """Return `text` with the table of this name replaced.
 
     Raises:
         SystemExit: the document has no place for it.
@@ -134,7 +133,7 @@ def fill(text: str, name: str, table: str) -> str:
 
 
 def plot(rows: list[plan.Row], path: Path) -> None:
-    """Test loss over the width, one line a method, with the spread as whiskers."""
+    """Draw the test loss over the width, one line a method, with the spread as whiskers."""
     try:
         import matplotlib
 
@@ -162,6 +161,7 @@ def plot(rows: list[plan.Row], path: Path) -> None:
 
 
 def main() -> int:
+    """Fill the document and draw the plot; return 0."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--no-plot", action="store_true")
     arguments = parser.parse_args()

@@ -1,33 +1,34 @@
 """Sweep of the scales' start and learning rate: what the package's defaults come from.
 
-    PYTHON recipes/study/sweep_scales.py [--seconds 200]
+    python recipes/study/sweep_scales.py [--seconds 200]
 
 60 steps of the comparison's task, one seed, validation loss. `start` is the bound of the uniform
-qalora_scale_A. `lora`, `peqa` and `zeros` are swept too, for the rates that suit them.
-Appends to results/scales.jsonl and skips what is there. `report.py` makes the table.
+qalora_scale_A. `lora`, `peqa` and `zeros` are swept too, for the rates that suit them. The rows are
+in results/scales.jsonl; report.py makes the table of them.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
-import tempfile
-import time
+from functools import partial
 from pathlib import Path
 
 import methods
-import transformers
-from compare_modes import add_row, read_rows
-from task import Task, loss, train, windows
+import plan
+import session
+from task import Task, Windows, loss, train, windows
 from torch import nn
 
-ROWS = Path(__file__).resolve().parent / "results" / "scales.jsonl"
+from qalora_plugin import parameter_groups
+
+ROWS = plan.RESULTS / "scales.jsonl"
 TASK = Task(steps=60, warmup=10)
 
 STARTS = ("1/sqrt(K)", "1/sqrt(G)", "1")
+KEYS = ("method", "bits", "start", "lr", "scale_lr_ratio")
 Setting = tuple[str, int, str | None, float, float]
-"""Method, bits, start, learning rate, ratio of the scales' rate to it."""
+"""Values of KEYS; `scale_lr_ratio` is the scales' learning rate over `lr`."""
 
 PLAN: list[Setting] = [
     *(("lora", 16, None, lr, 1) for lr in (0.003, 0.01, 0.03)),
@@ -43,9 +44,6 @@ PLAN: list[Setting] = [
 ]
 
 
-KEYS = ("method", "bits", "start", "lr", "scale_lr_ratio")
-
-
 def set_start(model: nn.Module, start: str) -> None:
     """Rescale each qalora_scale_A to the bound `start`; made with bound 1 by the package."""
     for layer in methods.scale_layers(model):
@@ -54,33 +52,28 @@ def set_start(model: nn.Module, start: str) -> None:
         weight.data *= 1 / math.sqrt(sizes[start])
 
 
+def trained(setting: Setting, ids: Windows, bases: Path) -> list[plan.Row]:
+    """Make one training and return its row."""
+    method, bits, start, lr, ratio = setting
+    models = methods.Models(methods.Settings(), bases, ids.calibration)
+    model = models.build(method, bits, seed=0)
+    if start is not None:
+        set_start(model, start)
+    train(model, parameter_groups(model, lr, scale_lr_ratio=ratio), ids.train, TASK, seed=0)
+    row = dict(zip(KEYS, setting, strict=True))
+    return [row | {"validation_loss": round(loss(model, ids.validation), 5)}]
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no run later")
-    parser.add_argument("--bases", type=Path, help="folder that keeps the quantized bases")
-    arguments = parser.parse_args()
-    transformers.logging.disable_progress_bar()
-    begun, ids = time.monotonic(), windows(TASK)
-    done = {tuple(row[key] for key in KEYS) for row in read_rows(ROWS)}
-    with tempfile.TemporaryDirectory() as scratch:
-        bases = arguments.bases or Path(scratch)
-        for setting in [s for s in PLAN if s not in done]:
-            if time.monotonic() - begun > arguments.seconds:
-                print("more runs to make: start this command again")
-                return 3
-            method, bits, start, lr, ratio = setting
-            settings = methods.Settings(scale_lr_ratio=ratio)
-            if method == "lora":
-                model = methods.lora(settings, seed=0)
-            else:
-                base = methods.quantized_base(bases, bits, settings.group_size, ids.calibration)
-                model = methods.adapted(base, method, settings, seed=0)
-            if start is not None:
-                set_start(model, start)
-            train(model, methods.groups(model, lr, settings), ids.train, TASK, seed=0)
-            row = dict(zip(KEYS, setting, strict=True))
-            add_row(ROWS, row | {"validation_loss": round(loss(model, ids.validation), 5)})
-    return 0
+    """Make the runs that are missing; return 3 if the time was up before the last."""
+    arguments = session.options(__doc__.splitlines()[0], ROWS).parse_args()
+    ids = windows(TASK)
+
+    def next_run(rows: list[plan.Row]) -> session.Make | None:
+        done = {tuple(row[key] for key in KEYS) for row in rows}
+        return next((partial(trained, s, ids) for s in PLAN if s not in done), None)
+
+    return session.work(arguments, next_run)
 
 
 if __name__ == "__main__":

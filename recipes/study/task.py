@@ -1,4 +1,4 @@
-"""The task of the comparison: its text as tokens, one training, one held-out loss."""
+"""The task of the study: its text as tokens, one training, one held-out loss."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Windows:
-    """int64 [sequences, length] of each split; `validation` chooses the learning rate."""
+    """The tokens of each split, int64 [sequences, length]; `validation` chooses the rate."""
 
     train: torch.Tensor
     calibration: torch.Tensor
@@ -42,40 +42,33 @@ class Windows:
     test: torch.Tensor
 
 
-def _texts(data: str) -> dict[str, list[str]]:
-    """Examples of the splits "train" and "test"."""
-    if data == "gsm8k":
-        rows = {
-            split: map(json.loads, (DATA / f"gsm8k_{split}.jsonl").read_text().splitlines())
-            for split in ("train", "test")
-        }
-        return {s: [f"{r['question']}\n{r['answer']}" for r in rows[s]] for s in rows}
-    speeches = (DATA / "tinyshakespeare.txt").read_text().split("\n\n")
-    cut = len(speeches) * 9 // 10
-    return {"train": speeches[:cut], "test": speeches[cut:]}
+def _texts(data: str, split: str) -> list[str]:
+    """Return the examples of the split "train" or "test"."""
+    rows = map(json.loads, (DATA / f"{data}_{split}.jsonl").read_text().splitlines())
+    return [f"{row['question']}\n{row['answer']}" for row in rows]
 
 
 def windows(task: Task) -> Windows:
-    """Tokens of the task's text, the same for every method and seed.
+    """Return the tokens of the task's text, the same for every method and seed.
 
     Raises:
         FileNotFoundError: the data folder beside the repository is not there.
     """
     tokenizer = AutoTokenizer.from_pretrained(base_model_path())
-    texts = _texts(task.data)
     train = task.steps * task.batch
-    drawn = {
-        split: calibration_windows(texts[split], tokenizer, samples=samples, seq_len=task.sequence)
-        for split, samples in (("train", train + task.validation), ("test", task.test))
-    }
-    seen, validation = drawn["train"].split([train, task.validation])
-    return Windows(seen, seen[: task.calibration], validation, drawn["test"])
+
+    def drawn(split: str, samples: int) -> torch.Tensor:
+        texts = _texts(task.data, split)
+        return calibration_windows(texts, tokenizer, samples=samples, seq_len=task.sequence)
+
+    seen, validation = drawn("train", train + task.validation).split([train, task.validation])
+    return Windows(seen, seen[: task.calibration], validation, drawn("test", task.test))
 
 
 def train(
     model: nn.Module, groups: list[dict[str, Any]], ids: torch.Tensor, task: Task, seed: int
 ) -> float:
-    """AdamW, linear warm-up and decay, gradients clipped at 1; one pass over ids.
+    """Train with AdamW in one pass over ids; linear warm-up and decay, gradients clipped at 1.
 
     Args:
         model: causal LM.
@@ -85,7 +78,7 @@ def train(
         seed: of the order of the sequences.
 
     Returns:
-        Median seconds a step.
+        The median of the seconds a step took.
     """
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     scheduler = torch.optim.lr_scheduler.LambdaLR(
@@ -109,7 +102,7 @@ def train(
 
 @torch.no_grad()
 def loss(model: nn.Module, ids: torch.Tensor) -> float:
-    """Mean next-token cross entropy in nats over int64 [sequences, length]."""
+    """Return the mean next-token cross entropy, in nats, over int64 [sequences, length]."""
     model.eval()
     losses = [model(input_ids=batch, labels=batch).loss.item() for batch in ids.split(32)]
     return sum(losses) / len(losses)

@@ -35,7 +35,7 @@ def test_recipe_is_valid_at_every_width(path: Path) -> None:
     text = path.read_text()
     recipe = yaml.safe_load(text)
     assert recipe["plugins"] == ["qalora_plugin.axolotl.QALoRAPlugin"]
-    assert f"#   axolotl train {path.relative_to(ROOT)}" in text
+    assert f" axolotl train {path.relative_to(ROOT)}" in text
     check_config(recipe)
     for bits in (4, 3, 2):
         block = recipe["qalora"] | {"bits": bits}

@@ -1,20 +1,21 @@
-"""The plan of the mode comparison, and that its document holds what its data files say."""
+"""The plan of the study of adapter modes, and that its document holds what its data files say."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 
-ACCURACY = Path(__file__).parents[2] / "recipes" / "study"
+STUDY = Path(__file__).parents[2] / "recipes" / "study"
 
 
 @pytest.fixture
 def report(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """recipes/study/report.py, whose neighbours are found as when it runs."""
-    monkeypatch.syspath_prepend(str(ACCURACY))
-    for name in ("compare_modes", "methods", "plan", "report", "sweep_scales", "task"):
+    """Import recipes/study/report.py with its neighbours on the path, as when it runs."""
+    monkeypatch.syspath_prepend(str(STUDY))
+    for name in ("compare_modes", "methods", "plan", "report", "session", "sweep_scales", "task"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     import report
 
@@ -80,3 +81,21 @@ def test_the_document_holds_what_the_data_says(report: ModuleType) -> None:
         assert report.fill(text, name, report.tables()[name]) == text, (
             f"docs/adapt_modes.md: table {name} is out of date: run python recipes/study/report.py"
         )
+
+
+def test_a_script_goes_on_where_it_was_stopped(
+    report: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    session = report.compare_modes.session
+    parser = session.options("A script.", tmp_path / "results" / "rows.jsonl")
+
+    def next_run(rows: list[dict[str, Any]]) -> Callable[[Path], list[dict[str, Any]]] | None:
+        row = {"run": len(rows)}
+        return (lambda bases: [row | {"folder": bases.is_dir()}]) if len(rows) < 3 else None
+
+    assert session.work(parser.parse_args(["--seconds", "-1"]), next_run) == 3
+    assert "start this command again" in capsys.readouterr().out
+    assert session.work(parser.parse_args([]), next_run) == 0
+    assert session.work(parser.parse_args(["--seconds", "-1"]), next_run) == 0
+    rows = report.read_rows(tmp_path / "results" / "rows.jsonl")
+    assert rows == [{"run": number, "folder": True} for number in range(3)]
