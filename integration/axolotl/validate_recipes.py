@@ -1,7 +1,9 @@
-"""Axolotl's own validation of recipes, as on a GPU: validate_recipes.py FILE... -> JSON
+"""Validate recipes with Axolotl's own code, as on a GPU, and print the results as JSON.
 
-Each file is validated as it is and with both DeepSpeed configs, and so is the adapter's config.
-Nothing is downloaded: Hub models are not looked at here.
+    validate_recipes.py FILE...
+
+Each file is validated as it is and with both DeepSpeed configurations, and so is the config of its
+adapter. Nothing is downloaded, and no model of the Hub is looked at.
 """
 
 import json
@@ -19,7 +21,11 @@ GPU = {"bf16": True, "fp8": True, "tf32": True, "n_gpu": 1, "compute_capability"
 
 
 def validate(path: str, deepspeed: str | None) -> dict[str, object]:
-    """What Axolotl makes of one recipe; raises what it raises."""
+    """Return what Axolotl makes of one recipe.
+
+    Raises:
+        Exception: whatever Axolotl or the plugin refuses the recipe with.
+    """
     cfg = DictDefault(yaml.safe_load(Path(path).read_text()))
     if deepspeed:
         cfg.deepspeed = deepspeed
@@ -40,7 +46,7 @@ if __name__ == "__main__":
         for zero in (None, "recipes/deepspeed/zero2.json", "recipes/deepspeed/zero3.json"):
             try:
                 result = validate(name, zero)
-            except Exception as error:  # the test shows all that fail, not the first
+            except Exception as error:  # the test shows every recipe that fails
                 result = {"error": f"{type(error).__name__}: {error}"}
             found[f"{name} {zero or ''}".strip()] = result
     print(json.dumps(found))

@@ -114,7 +114,7 @@ def mode_settings(mode: str) -> dict[str, Any]:
             config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
         return {"deepspeed": config}
     if mode == "fsdp2":
-        config = yaml.safe_load((ACCELERATE / "fsdp2-2gpu.yaml").read_text())["fsdp_config"]
+        config = yaml.safe_load((ACCELERATE / "fsdp2.yaml").read_text())["fsdp_config"]
         return {"fsdp": True, "fsdp_config": config}
     return {}
 

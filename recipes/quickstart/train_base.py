@@ -109,7 +109,7 @@ def batches(
 
 @torch.no_grad()
 def held_out_loss(model: LlamaForCausalLM, documents: list[torch.Tensor]) -> float:
-    """Mean next-token loss in nats over evenly spaced windows of the held-out modules."""
+    """Return the mean next-token loss in nats over spaced windows of the held-out modules."""
     stream = torch.cat(documents)
     windows = stream[: len(stream) // CONTEXT * CONTEXT].view(-1, CONTEXT)
     windows = windows[:: max(1, len(windows) // HELD_OUT_WINDOWS)][:HELD_OUT_WINDOWS]
@@ -120,7 +120,7 @@ def held_out_loss(model: LlamaForCausalLM, documents: list[torch.Tensor]) -> flo
 
 
 def learning_rate_factor(progress: float, decay: float = 0.7, floor: float = 0.02) -> float:
-    """Linear warm-up over 2 % of the budget, constant, cosine over the last share `decay`."""
+    """Return the share of the peak rate: linear warm-up over 2 %, constant, cosine at the end."""
     if progress < 0.02:
         return max(progress / 0.02, 0.01)
     if progress < 1 - decay:
@@ -132,16 +132,14 @@ def learning_rate_factor(progress: float, decay: float = 0.7, floor: float = 0.0
 def build_optimizers(
     model: LlamaForCausalLM, args: argparse.Namespace
 ) -> list[torch.optim.Optimizer]:
-    """Muon for the hidden matrices, AdamW for the embeddings and norms."""
-    hidden = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed_tokens" not in n]
-    hidden_ids = {id(p) for p in hidden}
-    others = [p for p in model.parameters() if id(p) not in hidden_ids]
-    return [
-        torch.optim.Muon(
-            hidden, lr=args.muon_lr, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"
-        ),
-        torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0),
-    ]
+    """Return Muon for the hidden matrices and AdamW for the embeddings and norms."""
+    parameters = dict(model.named_parameters())
+    hidden = [n for n, p in parameters.items() if p.ndim == 2 and "embed_tokens" not in n]
+    others = [p for n, p in parameters.items() if n not in hidden]
+    matrices = [parameters[n] for n in hidden]
+    muon = {"lr": args.muon_lr, "weight_decay": 0.05, "adjust_lr_fn": "match_rms_adamw"}
+    adamw = {"lr": args.lr, "weight_decay": 0.0, "betas": (0.9, 0.95)}
+    return [torch.optim.Muon(matrices, **muon), torch.optim.AdamW(others, **adamw)]
 
 
 def save(
@@ -200,27 +198,23 @@ Made by `recipes/quickstart/train_base.py`, which also wrote this card.
 
 
 def parse_arguments() -> argparse.Namespace:
+    """Return the options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="directory to write the model to")
     budget = parser.add_mutually_exclusive_group()
-    budget.add_argument(
-        "--minutes", type=float, default=30.0, help="wall-clock budget (default 30)"
-    )
+    budget.add_argument("--minutes", type=float, default=30, help="wall-clock budget (default 30)")
     budget.add_argument("--steps", type=int, help="step budget: the same seed gives the same model")
     parser.add_argument("--batch-size", type=int, default=8, help=f"windows of {CONTEXT} a step")
-    parser.add_argument(
-        "--lr", type=float, default=3e-3, help="AdamW's peak rate (embeddings, norms)"
-    )
+    parser.add_argument("--lr", type=float, default=3e-3, help="AdamW's peak (embeddings, norms)")
     parser.add_argument("--muon-lr", type=float, default=3e-3, help="Muon's peak rate (matrices)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--save-every", type=float, default=180.0, help="seconds between checkpoints"
-    )
+    parser.add_argument("--save-every", type=float, default=180, help="seconds between checkpoints")
     return parser.parse_args()
 
 
 def main() -> None:
+    """Train until the budget is spent, and write the model as it goes."""
     args = parse_arguments()
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.threads)
@@ -233,13 +227,11 @@ def main() -> None:
     corpus_tokens = sum(map(len, documents))
     model = build_model(tokenizer)
     parameters = sum(p.numel() for p in model.parameters())
-    print(
-        f"{len(files)} files, {sum(map(len, texts)):,} characters, {corpus_tokens:,} tokens; "
-        f"{parameters:,} parameters",
-        flush=True,
-    )
+    text = f"{len(files)} files, {corpus_tokens:,} tokens"
+    print(f"{text}, {sum(map(len, texts)):,} characters; {parameters:,} parameters", flush=True)
     optimizers = build_optimizers(model, args)
-    peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    peaks = [group["lr"] for group in groups]
     start = last_save = time.monotonic()
 
     def minutes() -> float:
@@ -250,7 +242,7 @@ def main() -> None:
     def facts() -> dict[str, str]:
         return {
             "parameters": f"{parameters:,}",
-            "training text": f"{len(files)} files, {corpus_tokens:,} tokens",
+            "training text": text,
             "Python": platform.python_version(),
             "torch": torch.__version__,
             "steps": f"{step:,}",
@@ -264,9 +256,8 @@ def main() -> None:
         if progress >= 1:
             break
         factor = learning_rate_factor(progress)
-        for optimizer, rates in zip(optimizers, peaks, strict=True):
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * factor
+        for group, peak in zip(groups, peaks, strict=True):
+            group["lr"] = peak * factor
         # Half-length windows cost a third less; the last quarter teaches the whole context.
         batch = batch if progress > 0.75 else batch.view(-1, CONTEXT // 2)
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -279,12 +270,9 @@ def main() -> None:
         step += 1
         average += (loss.item() - average) * 0.05
         if step % 20 == 0:
-            rate = step * args.batch_size * CONTEXT / (60 * minutes())
-            print(
-                f"{progress:6.1%}  step {step}  loss {average:.3f}  {rate:,.0f} tokens/s  "
-                f"{minutes():.1f} min",
-                flush=True,
-            )
+            rate = f"{step * args.batch_size * CONTEXT / (60 * minutes()):,.0f} tokens/s"
+            done = f"{progress:6.1%}  step {step}  loss {average:.3f}"
+            print(f"{done}  {rate}  {minutes():.1f} min", flush=True)
         if time.monotonic() - last_save > args.save_every:
             save(model, tokenizer, held_out, facts(), args.out)
             last_save = time.monotonic()
