@@ -1,16 +1,20 @@
-"""Ranks that wait for each other, and that die, with real processes over gloo."""
+"""Ranks that wait for rank 0, with real processes over gloo."""
 
+import logging
 import multiprocessing
 import os
 import signal
 import socket
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 
 from qalora_plugin import ranks
 from qalora_plugin.errors import OutputError
@@ -19,16 +23,17 @@ FORK = multiprocessing.get_context("fork")  # importing everything again would t
 
 
 def _run(number: int, folder: Path, port: int, work: Callable[[int], None], size: int) -> None:
+    place = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    os.environ |= {key: str(value) for key, value in place.items()}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    ranks.INTERVAL, ranks.GRACE, ranks.SILENCE = 0.1, 1.0, 1.5
     file = (folder / f"{number}.log").open("w")
     os.dup2(file.fileno(), 2)
     sys.stderr = file
-    torch.distributed.init_process_group("gloo", rank=number, world_size=size)
+    logging.basicConfig(level=logging.INFO, stream=file, format="%(message)s", force=True)
     try:
         work(number)
-    except Exception:
-        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+    except BaseException:
+        traceback.print_exc()
         file.flush()
         os._exit(1)
     os._exit(0)
@@ -37,7 +42,7 @@ def _run(number: int, folder: Path, port: int, work: Callable[[int], None], size
 def _launch(
     folder: Path, work: Callable[[int], None], size: int = 3
 ) -> tuple[list[int], list[str]]:
-    """Exit status and stderr of every rank; fails where one has not ended after 40 s."""
+    """Return exit status and stderr of every rank; fail where one has not ended after 40 s."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
@@ -46,16 +51,11 @@ def _launch(
     ]
     for process in processes:
         process.start()
+    deadline = time.monotonic() + 40
     try:
-        deadline = time.monotonic() + 40
-        while any(process.is_alive() for process in processes):
-            stopped = [p for p in processes if p.is_alive()]
-            assert time.monotonic() < deadline, f"{len(stopped)} ranks hang"
-            if len(stopped) == 1 and all(
-                p.exitcode is not None for p in processes if p not in stopped
-            ):
-                os.kill(stopped[0].pid or 0, signal.SIGCONT)  # the one that stopped itself
-            time.sleep(0.05)
+        for process in processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        assert not any(process.is_alive() for process in processes), "ranks hang"
     finally:
         for process in processes:
             process.kill()
@@ -64,112 +64,131 @@ def _launch(
     return codes, [(folder / f"{number}.log").read_text() for number in range(size)]
 
 
+def _group() -> None:
+    torch.distributed.init_process_group("gloo")
+
+
 def test_one_rank_works_and_the_others_wait(tmp_path: Path) -> None:
     def work(number: int) -> None:
-        ranks.watch()
+        ranks._REMIND = 0.8
+        _group()
         for _ in range(2):
             before = time.monotonic()
-            ranks.on_main_process(lambda: time.sleep(2.5), "merging", "not merged")
-            assert time.monotonic() - before > 2.4  # longer than SILENCE: a long merge is no death
-            with (tmp_path / "done").open("a") as file:
-                file.write(str(number))
-        ranks.unwatch()
+            ranks.on_main_process(
+                lambda: (time.sleep(2), _note(tmp_path, number)), "merging", "not merged"
+            )
+            assert time.monotonic() - before > 1.9
 
     codes, logs = _launch(tmp_path, work)
     assert codes == [0, 0, 0], logs
-    assert sorted((tmp_path / "done").read_text()) == sorted("012" * 2)
+    assert (tmp_path / "notes").read_text() == "00"
+    assert "waited" not in logs[0]
+    for number in (1, 2):  # at once, and again from time to time, in both calls
+        lines = logs[number].splitlines()
+        said = f"rank {number} has waited for rank 0 for 0 minutes: it is merging"
+        assert 4 <= lines.count(said) == len(lines) <= 6
 
 
-def test_a_failure_is_raised_on_every_rank(tmp_path: Path) -> None:
+def _note(folder: Path, number: int) -> None:
+    with (folder / "notes").open("a") as file:
+        file.write(str(number))
+
+
+def test_connected_ranks_meet_when_the_process_group_is_gone(tmp_path: Path) -> None:
+    def work(number: int) -> None:
+        _group()
+        ranks.connect()
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+        if number == 0:
+            time.sleep(1)  # the others come first
+        ranks.on_main_process(lambda: _note(tmp_path, number), "merging", "not merged")
+        assert (tmp_path / "notes").read_text() == "0"
+
+    codes, logs = _launch(tmp_path, work)
+    assert codes == [0, 0, 0], logs
+
+
+def test_ranks_without_a_process_group_make_one(tmp_path: Path) -> None:
+    def work(number: int) -> None:
+        PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_CPU)
+        ranks.on_main_process(lambda: _note(tmp_path, number), "quantizing", "not quantized")
+        assert (tmp_path / "notes").read_text() == "0"
+
+    codes, logs = _launch(tmp_path, work, 2)
+    assert codes == [0, 0], logs
+
+
+@pytest.mark.parametrize("error", [ValueError("the disk is full"), KeyboardInterrupt()])
+def test_a_failure_is_raised_on_every_rank(error: BaseException, tmp_path: Path) -> None:
+    message = str(error) or "interrupted"
+
     def fail() -> None:
-        raise ValueError("the disk is full")
+        raise error
 
     def work(number: int) -> None:
-        with pytest.raises(OutputError, match="not merged: the disk is full"):
-            ranks.on_main_process(fail, "merging", "not merged")
+        _group()
+        own = type(error) if number == 0 and message == "interrupted" else OutputError
+        with pytest.raises(own, match=None if own is not OutputError else f"lost: {message}"):
+            ranks.on_main_process(fail, "merging", "lost")
+        # and they are in step again
+        ranks.on_main_process(lambda: _note(tmp_path, number), "merging", "lost")
 
     codes, logs = _launch(tmp_path, work)
     assert codes == [0, 0, 0], logs
+    assert (tmp_path / "notes").read_text() == "0"
 
 
 def test_rank_0_is_killed_while_the_others_wait(tmp_path: Path) -> None:
     def work(number: int) -> None:
-        def merge() -> None:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-        ranks.on_main_process(merge, "merging", "not merged")
+        _group()
+        ranks.connect()
+        torch.distributed.barrier()
+        ranks.on_main_process(lambda: os.kill(os.getpid(), signal.SIGKILL), "merging", "not merged")
 
     codes, logs = _launch(tmp_path, work)
     assert codes == [-signal.SIGKILL, 1, 1]
     for log in logs[1:]:
-        assert "RankError: rank 0" in log
+        assert "RankError: rank 0 stopped, or cannot be reached any more, while it was merg" in log
 
 
-def test_a_killed_rank_ends_one_that_hangs_in_a_collective_or_works(tmp_path: Path) -> None:
-    def work(number: int) -> None:
-        ranks.watch()
-        if number == 2:
-            time.sleep(0.5)
-            os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(60)  # stands for a collective of a backend that does not notice
-
-    codes, logs = _launch(tmp_path, work)
-    assert codes == [1, 1, -signal.SIGKILL]
-    for number in (0, 1):
-        assert f"rank {number} stops: rank 2 (process" in logs[number]
-        assert "was killed while training" in logs[number]
-
-
-def test_a_silent_rank_counts_as_dead(tmp_path: Path) -> None:
-    def work(number: int) -> None:
-        ranks.watch()
-        if number == 1:
-            time.sleep(0.5)
-            os.kill(os.getpid(), signal.SIGSTOP)
-        time.sleep(60)
-
-    codes, logs = _launch(tmp_path, work)
-    assert codes[0] == codes[2] == 1
-    assert "has shown no sign of life for 2 s while training" in logs[0]
-
-
-@pytest.mark.parametrize("table", ["another container's", None])
-def test_a_rank_whose_process_cannot_be_seen_is_alive_by_its_signs_of_life(
-    table: str | None, tmp_path: Path
+def test_rank_0_does_not_wait_for_one_that_was_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(ranks, "_GRACE", 1.0)
+
     def work(number: int) -> None:
-        own = ranks._process_table()
-        assert own is not None and own == ranks._process_table()
-        if number == 1 or table is None:  # same host name, another PID namespace, or no /proc
-            ranks._process_table = lambda: table
-        if number == 1:
-            real = os.getpid
-            os.getpid = lambda: 4190000  # means nothing to the others
-            watch = ranks.watch()
-            os.getpid = real
-            assert watch is not None
-        else:
-            ranks.watch()
-        time.sleep(0.5)  # many looks at each other
+        _group()
+        ranks.connect()
+        torch.distributed.barrier()
         if number == 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(60)
+        ranks.on_main_process(lambda: _note(tmp_path, number), "merging", "not merged")
 
     codes, logs = _launch(tmp_path, work)
-    assert codes == [1, -signal.SIGKILL, 1]
-    for number in (0, 2):
-        assert "rank 1 (process 4190000" in logs[number]
-        assert "has shown no sign of life for 2 s while training" in logs[number]
+    assert codes == [0, -signal.SIGKILL, 0], logs
+    assert (tmp_path / "notes").read_text() == "0"
 
 
-def test_an_exception_on_one_rank_is_named_by_the_others(tmp_path: Path) -> None:
+def test_rank_0_that_cannot_be_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("timed out")
+
     def work(number: int) -> None:
-        ranks.watch()
+        _group()
         if number == 1:
-            raise ValueError("a row without text")
-        torch.distributed.barrier()  # gloo: "Connection closed by peer"
+            monkeypatch.setattr(ranks, "TCPStore", refuse)
+        ranks.connect()
 
-    codes, logs = _launch(tmp_path, work)
-    assert codes == [1, 1, 1]
-    for number in (0, 2):
-        assert "failed (ValueError: a row without text) while training" in logs[number]
+    codes, logs = _launch(tmp_path, work, 2)
+    assert codes == [0, 1]
+    assert "RankError: rank 0 stopped, or cannot be reached" in logs[1]
+    assert "(to localhost, any port): timed out" in logs[1]
+
+
+def test_one_process_works_alone() -> None:
+    done: list[int] = []
+    ranks.on_main_process(lambda: done.append(ranks.rank()), "merging", "not merged")
+    assert done == [0] and ranks.connect() is None
+    with pytest.raises(OutputError, match="not merged: division by zero"):
+        ranks.on_main_process(lambda: print(1 / 0), "merging", "not merged")

@@ -12,7 +12,7 @@ from ..adapter import CONFIG_FILE as ADAPTER_CONFIG
 from ..checkpoint.reader import read_json, resolve_model_dir
 from ..errors import ConfigError
 from ..figures import FiguresCallback
-from ..ranks import on_main_process, unwatch, watch
+from ..ranks import connect, on_main_process
 from ..tuner import QALoRAConfig
 from .base import check_base, check_calibration, is_quantized, quantized_base
 from .checks import ADAPTER, check_config
@@ -71,7 +71,7 @@ class QALoRAPlugin(BasePlugin):
             return None
         check_free(cfg)
         drop_torn_checkpoint(cfg)
-        watch()  # to the end: the process group is gone when rank 0 merges
+        connect()  # now: the process group is gone when rank 0 merges
         if is_quantized(cfg.base_model, cfg.revision_of_model):
             check_formats(cfg, resolve_model_dir(cfg.base_model, cfg.revision_of_model))
             return None
@@ -159,7 +159,6 @@ class QALoRAPlugin(BasePlugin):
             on_main_process(
                 lambda: push(cfg, merged_dir(cfg), self._log.history), "pushing", unpushed
             )
-        unwatch()
 
 
 def _export(cfg: Any, adapter: Path) -> None:
