@@ -47,9 +47,13 @@ def layer_changes(model: nn.Module) -> dict[str, dict[str, float]]:
 
 def _total(layer: QALoRALinear, part: str) -> torch.Tensor | None:
     """Sum scaling * (B A)^T over the active adapters: float64 [G, N], None without any."""
-    changes = [layer.changes(adapter) for adapter in layer.active_adapters]
-    parts = [change[part] for change in changes if part in change]
-    return total_delta([LowRank(*gathered([p.a, p.b]), p.factor) for p in parts])
+    whole = []
+    for adapter in layer.active_adapters:
+        change = layer.changes(adapter).get(part)
+        if change is not None:
+            a, b = gathered([change.a, change.b])
+            whole.append(LowRank(a, b, change.factor))
+    return total_delta(whole)
 
 
 def _scales(layer: QuantLinear) -> torch.Tensor:

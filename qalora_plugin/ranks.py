@@ -48,8 +48,10 @@ class _Ranks:
     calls: int = 0  # of on_main_process, the same on every rank
 
     def tell(self, message: str) -> None:
-        """Tell the others how the work ended, and wait until they have read it, as the store
-        goes with this process."""
+        """Tell the others how the work ended, and wait until they have read it.
+
+        The store is gone when this process ends.
+        """
         self.store.set(f"{self.calls}", message)
         read = [f"{self.calls}/{number}" for number in range(1, self.size)]
         deadline = time.monotonic() + _GRACE  # one that has died will never read it
@@ -63,8 +65,8 @@ class _Ranks:
         while not self.store.check([f"{self.calls}"]):
             if time.monotonic() >= due:
                 minutes = (time.monotonic() - start) / 60
-                text = "rank %d has waited for rank 0 for %.0f minutes: it is %s"
-                _log.log(level, text, self.rank, minutes, doing)
+                text = "rank %d waits for rank 0, which is %s (for %.0f minutes now)"
+                _log.log(level, text, self.rank, doing, minutes)
                 level, due = logging.WARNING, due + _REMIND
             time.sleep(_POLL)
         message = self.store.get(f"{self.calls}").decode()
@@ -94,7 +96,7 @@ def connect() -> _Ranks | None:
 
         PartialState()
     host, port, store = os.environ.get("MASTER_ADDR", "localhost"), [0], None
-    with _rank_0_reached(f"the ranks connected (to {host}, any port)"):
+    with _rank_0_reached(f"the ranks connected to {host}, on any port"):
         if rank() == 0:
             store = TCPStore(host, 0, None, True, _CONNECT, wait_for_workers=False)
             port = [store.port]
@@ -110,7 +112,7 @@ def _rank_0_reached(when: str) -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise RankError(
-            f"rank 0 stopped, or cannot be reached any more, while {when}: {error}. Nothing that "
+            f"rank 0 stopped, or cannot be reached any more, while {when} ({error}). Nothing that "
             "was saved is lost: look at the output of rank 0, then start again (from the last "
             "checkpoint)"
         ) from error

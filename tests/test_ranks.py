@@ -82,10 +82,10 @@ def test_one_rank_works_and_the_others_wait(tmp_path: Path) -> None:
     codes, logs = _launch(tmp_path, work)
     assert codes == [0, 0, 0], logs
     assert (tmp_path / "notes").read_text() == "00"
-    assert "waited" not in logs[0]
+    assert "waits" not in logs[0]
     for number in (1, 2):  # at once, and again from time to time, in both calls
         lines = logs[number].splitlines()
-        said = f"rank {number} has waited for rank 0 for 0 minutes: it is merging"
+        said = f"rank {number} waits for rank 0, which is merging (for 0 minutes now)"
         assert 4 <= lines.count(said) == len(lines) <= 6
 
 
@@ -183,7 +183,7 @@ def test_rank_0_that_cannot_be_reached(tmp_path: Path, monkeypatch: pytest.Monke
     codes, logs = _launch(tmp_path, work, 2)
     assert codes == [0, 1]
     assert "RankError: rank 0 stopped, or cannot be reached" in logs[1]
-    assert "(to localhost, any port): timed out" in logs[1]
+    assert "connected to localhost, on any port (timed out)" in logs[1]
 
 
 def test_one_process_works_alone() -> None:
