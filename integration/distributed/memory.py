@@ -79,7 +79,7 @@ def make_base(out: Path, layers: int) -> None:
 
 
 def anonymous() -> int:
-    """Bytes of this process's resident memory that no file backs."""
+    """Return the bytes of this process's resident memory that no file backs."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) * 1024
@@ -87,7 +87,7 @@ def anonymous() -> int:
 
 
 def settled() -> int:
-    """The same, when what was freed has been given back."""
+    """Return the same, after memory that was freed has gone back to the system."""
     gc.collect()
     CDLL("libc.so.6").malloc_trim(0)
     return anonymous()
@@ -95,7 +95,7 @@ def settled() -> int:
 
 @contextmanager
 def highest() -> Iterator[list[int]]:
-    """The highest value of `anonymous` meanwhile, looked at every 5 ms."""
+    """Measure the highest value of `anonymous` for a while, every 5 ms."""
     found, done = [0], threading.Event()
 
     def look() -> None:
@@ -112,7 +112,7 @@ def highest() -> Iterator[list[int]]:
 
 
 def held(model: torch.nn.Module) -> dict[str, int]:
-    """Bytes that this rank keeps for the quantized layers: sharded, and whole on every rank."""
+    """Return the bytes of the quantized layers on this rank: sharded, and whole on every rank."""
     found = {"sharded": 0, "whole": 0}
     for layer in model.modules():
         if not isinstance(layer, QuantLinear):
@@ -125,7 +125,7 @@ def held(model: torch.nn.Module) -> dict[str, int]:
 
 
 def measure(base: Path, out: Path, ranks: int) -> None:
-    """In one rank: load, adapt, train a step; the numbers go to a file."""
+    """Load, adapt and train a step in one rank, and write the numbers to a file."""
     use_cpu_ranks("zero3")
     before = settled()
     settings: dict[str, Any] = {"max_length": 16, "per_device_train_batch_size": 1}

@@ -70,7 +70,7 @@ class Job:
 
 
 class Kill(TrainerCallback):
-    """Ends one rank the hard way."""
+    """Kills one rank with SIGKILL after a step."""
 
     def __init__(self, rank: int, step: int) -> None:
         self.rank, self.step = rank, step
@@ -81,7 +81,7 @@ class Kill(TrainerCallback):
 
 
 class KilledMerge(MergeCallback):
-    """Ends rank 0 the hard way at the end of its merge."""
+    """Kills rank 0 with SIGKILL at the end of its merge."""
 
     def _finish(self, partial: Path) -> None:
         super()._finish(partial)
@@ -106,7 +106,7 @@ def use_cpu_ranks(mode: str) -> None:
 
 
 def mode_settings(mode: str) -> dict[str, Any]:
-    """SFTConfig's settings of a mode, from the recipes."""
+    """Return the settings of SFTConfig for a mode, from the recipes."""
     if mode in ZERO:
         config = json.loads((RECIPES / ZERO[mode]).read_text())
         if config["zero_optimization"]["stage"] == 3:
@@ -120,7 +120,7 @@ def mode_settings(mode: str) -> dict[str, Any]:
 
 
 def rows() -> Dataset:
-    """The quickstart's pairs, cut short."""
+    """Return the first of the quickstart's pairs."""
     lines = (ROOT / "recipes" / "quickstart" / "pairs.jsonl").read_text().splitlines()[:128]
     pairs = [json.loads(line) for line in lines]
     return Dataset.from_list([{"text": pair["prompt"] + pair["completion"]} for pair in pairs])

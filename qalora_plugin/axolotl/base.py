@@ -129,7 +129,7 @@ def quantized_base(cfg: Any, train_dataset: Any, tokenize: Callable[[str], list[
 
     Raises:
         QALoRAError: the base or the calibration data cannot be used.
-        RankError: rank 0, or another, has died meanwhile.
+        RankError: rank 0 has died meanwhile, or cannot be reached.
     """
     block = cfg.qalora
     source = resolve_model_dir(cfg.base_model, cfg.revision_of_model)

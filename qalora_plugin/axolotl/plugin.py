@@ -8,7 +8,7 @@ from axolotl.integrations.base import AdapterCapabilities, BasePlugin
 from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..distributed.ranks import on_main_process, unwatch, watch
+from ..distributed.ranks import connect, on_main_process
 from ..errors import ConfigError
 from ..files.hub import resolve_model_dir
 from ..files.json import read_json
@@ -64,7 +64,7 @@ class QALoRAPlugin(BasePlugin):
             return None
         check_free(cfg)
         drop_torn_checkpoint(cfg)
-        watch()  # to the end: the process group is gone when rank 0 merges
+        connect()  # now: the process group is gone when rank 0 merges
         if is_quantized(cfg.base_model, cfg.revision_of_model):
             check_formats(cfg, resolve_model_dir(cfg.base_model, cfg.revision_of_model))
             return None
@@ -152,7 +152,6 @@ class QALoRAPlugin(BasePlugin):
             on_main_process(
                 lambda: push(cfg, merged_dir(cfg), self._log.history), "pushing", unpushed
             )
-        unwatch()
 
 
 def _export(cfg: Any, adapter: Path) -> None:

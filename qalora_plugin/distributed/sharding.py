@@ -9,23 +9,28 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers.integrations import deepspeed as settings
 
+from .ranks import rank
+
 _WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 
 
 def plain_name(name: str) -> str:
-    """A parameter's name without what FSDP, checkpointing and compiling put into it."""
+    """Return a parameter's name without what FSDP, checkpointing and compiling add to it."""
     for wrapper in _WRAPPERS:
         name = name.replace(wrapper, "")
     return name
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:
-    """Whether this rank holds a part of the tensor only."""
+    """Return whether this rank holds only a part of the tensor."""
     return hasattr(tensor, "ds_id") or isinstance(tensor, DTensor)
 
 
 def gathered(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """The whole tensors, detached. With sharded ones all ranks have to call, in the same order."""
+    """Return the whole tensors, detached.
+
+    Where some are sharded all ranks have to call, in the same order.
+    """
     partitioned = [tensor for tensor in tensors if hasattr(tensor, "ds_id")]
     if partitioned:
         import deepspeed
@@ -39,25 +44,25 @@ def gathered(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def zero3_enabled() -> bool:
-    """Whether training is set up with DeepSpeed's ZeRO-3: models are partitioned as they load."""
+    """Return whether DeepSpeed's ZeRO-3 is set up, so that models are partitioned as they load."""
     return settings.is_deepspeed_zero3_enabled()
 
 
 def fsdp_enabled() -> bool:
-    """Whether training is set up with FSDP: `accelerate launch` sets the first, and
-    TrainingArguments with `fsdp` the second, to true or false."""
+    """Return whether training is set up with FSDP."""
+    # accelerate launch sets the first; TrainingArguments(fsdp=...) the second, to true or false
     launched = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     return launched or "FSDP_CPU_RAM_EFFICIENT_LOADING" in os.environ
 
 
 def loads_from_rank_0() -> bool:
-    """Whether this rank gets its weights from rank 0: FSDP with cpu_ram_efficient_loading."""
+    """Return whether this rank gets its weights from rank 0 (FSDP's cpu_ram_efficient_loading)."""
     efficient = os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false").lower() == "true"
-    return fsdp_enabled() and efficient and int(os.environ.get("RANK", "0")) != 0
+    return fsdp_enabled() and efficient and rank() != 0
 
 
 def partition(module: nn.Module) -> None:
-    """Leave this rank its part of each parameter of the module (ZeRO-3); all ranks have to call."""
+    """Keep only this rank's part of each parameter of a module (ZeRO-3); all ranks have to call."""
     import deepspeed
 
     if not deepspeed.comm.is_initialized():
@@ -67,7 +72,7 @@ def partition(module: nn.Module) -> None:
 
 @contextmanager
 def in_one_process() -> Iterator[None]:
-    """Build models whole meanwhile, though ZeRO-3 is set up: what one rank does alone."""
+    """Build models whole for a while, though ZeRO-3 is set up: for what one rank does alone."""
     config = settings._hf_deepspeed_config_weak_ref
     settings.unset_hf_deepspeed_config()
     try:

@@ -1,9 +1,6 @@
 """`MergeCallback`: the merged INT-n checkpoint at the end of a TRL or transformers training."""
 
-import atexit
 import logging
-import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +10,7 @@ from peft import PeftModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
-from ..distributed.ranks import on_main_process, unwatch, watch
+from ..distributed.ranks import connect, on_main_process
 from ..distributed.sharding import fsdp_enabled
 from ..errors import ConfigError
 from ..files.atomic import AtomicDirectory, ScratchDirectory
@@ -40,13 +37,12 @@ class MergeCallback(TrainerCallback):
 
     "Ends" is the last step, `max_steps`, or early stopping; with `load_best_model_at_end` the best
     adapter is merged. The adapter itself is saved first, to `<output_dir>/adapter`: if the merge
-    fails, nothing is lost. The main process writes, the others wait; where one of several
-    processes dies, in training or merging, the others stop with an error that names it.
+    fails, nothing is lost. Of several processes the main one writes and the others wait.
 
-    After Ctrl-C the last saved checkpoint (or the best, as above) is merged when the process ends.
-    Where it does not end, in a notebook, call `merge_last_checkpoint()`.
+    A training that is interrupted (Ctrl-C, a notebook's stop button) merges nothing: call
+    `merge_last_checkpoint()` then, or run `qalora merge` on a checkpoint.
 
-    The base may lie on disk quantized, ours or stock GPTQ, or be a 16-bit one that was quantized
+    The base is a quantized one on disk, ours or stock GPTQ, or a 16-bit one that was quantized
     while it loaded: then its integers are taken from memory.
     """
 
@@ -94,6 +90,7 @@ class MergeCallback(TrainerCallback):
         Raises:
             ConfigError: the model has no QALORA adapter, or the training writes to the target.
             OutputError: the target has been filled since.
+            RankError: the processes cannot reach each other, as the merge will need.
         """
         adapter = Path(args.output_dir).resolve() / ADAPTER_DIR
         if adapter.is_relative_to(self.out_dir):
@@ -116,9 +113,7 @@ class MergeCallback(TrainerCallback):
         self._processing_class = kwargs.get("processing_class")
         self._data = _data_name(kwargs.get("train_dataloader"))
         self._load_best = args.load_best_model_at_end
-        if state.is_world_process_zero:
-            atexit.register(self._at_exit, os.getpid())
-        watch()
+        connect()
 
     def on_save(
         self,
@@ -147,9 +142,8 @@ class MergeCallback(TrainerCallback):
 
         Raises:
             OutputError: the merge failed, on every process; the message says where the adapter is.
-            RankError: another process has died.
+            RankError: the main process has died.
         """
-        atexit.unregister(self._at_exit)
         model, main = self._model, state.is_world_process_zero
         assert model is not None
         adapter = save_adapter(model, Path(args.output_dir) / ADAPTER_DIR, is_main_process=main)
@@ -159,16 +153,19 @@ class MergeCallback(TrainerCallback):
         )
         on_main_process(lambda: self._merge(adapter), "merging", failed)
         on_main_process(self._push, "pushing", f"merged into {self.out_dir}, but not pushed")
-        unwatch()
 
     def merge_last_checkpoint(self) -> MergeResult | None:
-        """Merge the newest checkpoint that the Trainer saved, or resumed from, or the best with
-        `load_best_model_at_end`; for a training that was interrupted. In one process only.
+        """Merge the last checkpoint of a training that was interrupted; call it in one process.
+
+        That is the newest that the Trainer saved or resumed from, or the best one with
+        `load_best_model_at_end`.
 
         Returns:
             What was written; None, with a warning, where no checkpoint had been saved.
+
+        Raises:
+            QALoRAError: the merge failed; the message says why.
         """
-        atexit.unregister(self._at_exit)
         if self._model is None or self._state is None or self._last_checkpoint is None:
             _log.warning("MergeCallback: no checkpoint was saved, there is nothing to merge")
             return None
@@ -178,16 +175,6 @@ class MergeCallback(TrainerCallback):
         self._merge(adapter_directory(self._model, checkpoint))
         self._push()
         return self.result
-
-    def _at_exit(self, pid: int) -> None:
-        crashed = isinstance(getattr(sys, "last_value", None), Exception)
-        if os.getpid() == pid and not crashed and self._last_checkpoint is not None:
-            print(
-                f"MergeCallback: training was interrupted, merging the last saved checkpoint into "
-                f"{self.out_dir}",
-                file=sys.stderr,
-            )
-            self.merge_last_checkpoint()
 
     def _merge(self, adapter: Path) -> None:
         assert self._model is not None
@@ -208,7 +195,7 @@ class MergeCallback(TrainerCallback):
             )
 
     def _finish(self, partial: Path) -> None:
-        """Tokenizer, generation config and labels as they are in this training."""
+        """Write tokenizer, generation config and labels as they are in this training."""
         if self._processing_class is not None:
             self._processing_class.save_pretrained(partial)
         assert self._model is not None
@@ -219,7 +206,7 @@ class MergeCallback(TrainerCallback):
 
 @contextmanager
 def _base_directory(model: PeftModel, out_dir: Path) -> Iterator[Path]:
-    """The quantized base on disk: where it was loaded from, or a temporary copy from memory."""
+    """Give the quantized base on disk: what was loaded, or a temporary copy from memory."""
     found = quantized_base_on_disk(model)
     if found is not None:
         yield found
@@ -233,9 +220,9 @@ def _base_directory(model: PeftModel, out_dir: Path) -> Iterator[Path]:
 def _resumed_checkpoint(
     model: PeftModel, args: TrainingArguments, state: TrainerState
 ) -> Path | None:
-    """The checkpoint that a training goes on from; None where it starts, or it cannot be found.
+    """Find the checkpoint that a training goes on from; None where it starts, or none is found.
 
-    The Trainer tells callbacks its step and history only: both are compared.
+    The Trainer tells callbacks only its step and history, so both are compared.
     """
     if state.global_step == 0:
         return None
@@ -254,6 +241,6 @@ def _resumed_checkpoint(
 
 
 def _data_name(dataloader: Any) -> str | None:
-    """Name of a `datasets` data set, where it has one."""
+    """Return the name of a `datasets` data set, where it has one."""
     info = getattr(getattr(dataloader, "dataset", None), "info", None)
     return getattr(info, "dataset_name", None)

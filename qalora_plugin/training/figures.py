@@ -7,36 +7,34 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from qalora_kernels import LowRank
+from qalora_kernels import LowRank, total_delta
 
 from ..distributed.sharding import gathered
 from ..layers.linear import QuantLinear
 from ..layers.sharded import ShardedQuantLinear, unpack_grid
 from ..tuner.layer import QALoRALinear
 
-_KINDS = {
-    "offset_change": ("qalora_A", "qalora_B"),
-    "scale_change": ("qalora_scale_A", "qalora_scale_B"),
-}
+_KINDS = {"offset_change": "zeros", "scale_change": "scales"}
 
 
 def layer_changes(model: nn.Module) -> dict[str, dict[str, float]]:
-    """What the active adapters change, by kind and name of the layer.
-
-    Returns:
-        "offset_change": root mean square over groups and outputs of the change of the offsets,
-        divided by the scale, that is in steps between two integers. "scale_change": that of the
-        relative change of the scales. Only the kinds that are trained.
+    """Measure how much the active adapters change each layer.
 
     Args:
         model: with QALORA adapters. Under ZeRO-3 and FSDP every process has to call.
+
+    Returns:
+        By kind, and by the layer's name, the root mean square over groups and outputs.
+        "offset_change" is the change of the offsets divided by the scale, that is in steps between
+        two integers; "scale_change" is the relative change of the scales. A kind that is not
+        trained is left out.
     """
     changes: dict[str, dict[str, float]] = {}
     for name, layer in model.named_modules():
         if not isinstance(layer, QALoRALinear):
             continue
-        for kind, (name_a, name_b) in _KINDS.items():
-            total = _total(layer, name_a, name_b)
+        for kind, part in _KINDS.items():
+            total = _total(layer, part)
             if total is None:
                 continue
             if kind == "offset_change":
@@ -47,17 +45,15 @@ def layer_changes(model: nn.Module) -> dict[str, dict[str, float]]:
     return changes
 
 
-def _total(layer: QALoRALinear, name_a: str, name_b: str) -> torch.Tensor | None:
-    """Sum over the active adapters of scaling * (B A)^T, [G, N]."""
-    total = None
+def _total(layer: QALoRALinear, part: str) -> torch.Tensor | None:
+    """Sum scaling * (B A)^T over the active adapters: float64 [G, N], None without any."""
+    whole = []
     for adapter in layer.active_adapters:
-        weights = dict(layer.matrices(adapter))
-        if name_a not in weights:
-            continue
-        a, b = gathered([weights[name_a], weights[name_b]])
-        change = LowRank(a, b, layer.scaling[adapter]).delta()
-        total = change if total is None else total + change
-    return total
+        change = layer.changes(adapter).get(part)
+        if change is not None:
+            a, b = gathered([change.a, change.b])
+            whole.append(LowRank(a, b, change.factor))
+    return total_delta(whole)
 
 
 def _scales(layer: QuantLinear) -> torch.Tensor:
@@ -67,22 +63,22 @@ def _scales(layer: QuantLinear) -> torch.Tensor:
 
 
 def _plain(name: str) -> str:
-    """Name in the base model."""
+    """Return a layer's name in the base model."""
     return name.removeprefix("base_model.model.").removeprefix("model.")
 
 
 class FiguresCallback(TrainerCallback):
-    """Adds the change of the offsets to what a Trainer logs.
+    """Adds how far training has moved the offsets to what a Trainer logs.
 
         trainer.add_callback(FiguresCallback(trainer))
 
-    Mean and largest of `layer_changes` join the row of the training loss (`log_history`, console).
-    Those of every layer go to wandb, trackio, TensorBoard and their like alone: hundreds of
-    numbers would bury the console.
+    The mean and the largest value of `layer_changes` join the row of the training loss
+    (`log_history`, console). The values of every layer go only to wandb, trackio, TensorBoard and
+    similar trackers: hundreds of numbers would bury the console.
     """
 
     def __init__(self, trainer: Trainer) -> None:
-        """Keep the trainer, whose other callbacks are the way to wandb and its like."""
+        """Keep the trainer, whose other callbacks report to wandb and similar trackers."""
         self._trainer = trainer
 
     def on_log(
@@ -92,7 +88,7 @@ class FiguresCallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Extend a row that has the training loss."""
+        """Extend a row of the log, if it has the training loss."""
         logs = kwargs["logs"]
         if "loss" not in logs:
             return
@@ -104,7 +100,7 @@ class FiguresCallback(TrainerCallback):
             layers |= {f"qalora/{kind}/{name}": value for name, value in values.items()}
         logs.update(summary)
         state.log_history[-1].update(summary)
-        # by hand, because these stand before this callback and have seen the row already
+        # called by hand: these stand before this callback, and have already seen the row
         for callback in self._trainer.callback_handler.callbacks:
             if isinstance(callback, _REPORTERS):
                 callback.on_log(args, state, control, **kwargs | {"logs": summary | layers})

@@ -1,10 +1,9 @@
-"""Write down what a model in memory was built on: for bases that were quantized while loading."""
+"""Write to disk what a training holds in memory: the adapter, and a base quantized on loading."""
 
 import logging
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -27,10 +26,11 @@ _log = logging.getLogger(__name__)
 
 
 def quantized_base_on_disk(model: PeftModel) -> Path | None:
-    """Directory of the quantized base that a model was loaded from.
+    """Find the directory of the quantized base that a model was loaded from.
 
-    None where that directory holds a 16-bit model, which was quantized while it was loaded, where
-    something else is merged into it than into the model, or where there is no directory.
+    Returns:
+        The directory; None where there is none, where it holds a 16-bit model, which was quantized
+        on loading, or where the files have something else merged into them than the model has.
     """
     config = model.active_peft_config
     if not config.base_model_name_or_path:
@@ -48,7 +48,7 @@ def save_base(model: PeftModel, directory: Path) -> None:
     """Write the quantized base of a model with adapters, as `save_pretrained` would without them.
 
     Args:
-        model: with adapters on quantized layers, merged or not.
+        model: with adapters on quantized layers, merged or not; it is left as it was.
         directory: where to write; of several processes one calls.
 
     Raises:
@@ -58,23 +58,24 @@ def save_base(model: PeftModel, directory: Path) -> None:
     if any(is_sharded(parameter) for parameter in base.parameters()):
         _quantize_again(base, directory, model.active_peft_config.fingerprint)
         return
-    config = base.config
-    before = {name: getattr(config, name, None) for name in ("use_cache", "dtype")}
-    if before["use_cache"] is not None:
-        config.use_cache = True  # TRL and the Trainer switch it off while they train
-    try:
-        with _without_adapters(base), _as_on_disk(base), _default_generation_config(base):
-            base.save_pretrained(directory)
-    finally:
-        for name, value in before.items():
-            setattr(config, name, value)
+    with ExitStack() as undo, torch.no_grad():
+        _remove_adapters(base, undo)
+        _narrow_to_dtype_on_disk(base, undo)
+        _set(undo, base.config, "dtype", base.config.dtype)  # save_pretrained changes it
+        if getattr(base.config, "use_cache", None) is not None:
+            # TRL and the Trainer switch it off while they train
+            _set(undo, base.config, "use_cache", True)
+        generation = getattr(base, "generation_config", None)
+        if generation is not None:  # it may be one that save_pretrained refuses
+            _set(undo, base, "generation_config", type(generation)())
+        base.save_pretrained(directory)
     write_generation_config(base, directory)
 
 
 def write_generation_config(model: PreTrainedModel, directory: Path) -> None:
     """Write generation_config.json, also one that transformers loads but refuses to save.
 
-    Such as {"temperature": 0.6, "do_sample": false}; it has come with the base.
+    An example that came with a base is {"temperature": 0.6, "do_sample": false}.
     """
     generation: GenerationConfig | None = getattr(model, "generation_config", None)
     if generation is None:
@@ -87,8 +88,10 @@ def write_generation_config(model: PreTrainedModel, directory: Path) -> None:
 
 
 def write_head_config(model: PreTrainedModel, directory: Path) -> None:
-    """Carry what a classification model was trained with, and its base does not say, into
-    config.json: names of labels, kind of problem, padding token."""
+    """Add to config.json what a classifier was trained with and its base does not know.
+
+    These are the names of labels, the kind of problem, and the padding token.
+    """
     if not hasattr(model, "num_labels"):
         return
     path, trained = directory / CONFIG_FILE, model.config.to_dict()
@@ -100,13 +103,16 @@ def write_head_config(model: PreTrainedModel, directory: Path) -> None:
 
 
 def save_adapter(model: PeftModel, directory: Path, *, is_main_process: bool = True) -> Path:
-    """Write the active adapter; returns the directory that holds its files.
+    """Write the active adapter.
 
     Args:
         model: with adapters.
         directory: where to write; an adapter that is not called "default" goes below it.
         is_main_process: whether this process writes; where parameters are sharded (ZeRO-3, FSDP)
             all processes have to call.
+
+    Returns:
+        The directory that holds the adapter's files.
     """
     name = model.active_adapter
     trained = {plain_name(n): p for n, p in model.named_parameters() if p.requires_grad}
@@ -123,17 +129,18 @@ def save_adapter(model: PeftModel, directory: Path, *, is_main_process: bool = T
 
 
 def adapter_directory(model: PeftModel, directory: Path) -> Path:
-    """Where PEFT's `save_pretrained(directory)` puts the active adapter: below it, unless the
-    adapter is called "default"."""
+    """Return where PEFT's `save_pretrained(directory)` puts the active adapter.
+
+    That is below the directory, unless the adapter is called "default".
+    """
     name = model.active_adapter
     return directory if name == "default" else directory / name
 
 
 def _quantize_again(base: PreTrainedModel, directory: Path, fingerprint: str) -> None:
-    """Quantize the 16-bit model's files as `from_pretrained` did, tensor by tensor.
+    """Quantize the 16-bit model's files as `from_pretrained` did, since no rank holds all of it.
 
-    The whole model is on no rank; its files are on disk. The fingerprint proves that the integers
-    are the same.
+    The fingerprint shows that the integers are the same.
     """
     from ..quantize.pipeline import quantize_model
 
@@ -151,69 +158,44 @@ def _quantize_again(base: PreTrainedModel, directory: Path, fingerprint: str) ->
     found = open_quantized(directory).config.base["fingerprint"]
     if found != fingerprint:
         raise CheckpointError(
-            f"{base.config.name_or_path}: quantized again it has the fingerprint {found}, the base "
-            f"that was trained {fingerprint}: its files have changed, or another "
+            f"{base.config.name_or_path}: quantized again, expected the fingerprint {fingerprint} "
+            f"of the base that was trained, found {found}. Its files have changed, or another "
             "device rounds otherwise. Train on a base that `qalora quantize` wrote."
         )
 
 
-@contextmanager
-def _without_adapters(base: nn.Module) -> Iterator[None]:
-    """Put the layers that adapters wrap back in their places, with nothing merged, for a while."""
-    unmerged = ExitStack()
-    wrappers: dict[str, nn.Module] = {}
-    for name, module in base.named_modules():
-        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
-            wrappers[name] = module
-    try:
-        for name, module in wrappers.items():
-            tuned = isinstance(module, BaseTunerLayer)
-            plain = module.base_layer if tuned else module.original_module
-            base.set_submodule(name, cast(nn.Module, plain))
-            if isinstance(module, QALoRALinear):
-                unmerged.enter_context(module.own_grid())
-        with torch.no_grad():
-            yield
-    finally:
-        unmerged.close()
-        for name, module in wrappers.items():
-            base.set_submodule(name, module)
+def _set(undo: ExitStack, target: object, name: str, value: Any) -> None:
+    """Set an attribute, and let `undo` set it back."""
+    undo.callback(setattr, target, name, getattr(target, name))
+    setattr(target, name, value)
 
 
-@contextmanager
-def _default_generation_config(base: PreTrainedModel) -> Iterator[None]:
-    """Have `save_pretrained` write a default, for a while: it may refuse the model's."""
-    before = getattr(base, "generation_config", None)
-    if before is None:
-        yield
-        return
-    base.generation_config = type(before)()
-    try:
-        yield
-    finally:
-        base.generation_config = before
+def _remove_adapters(base: nn.Module, undo: ExitStack) -> None:
+    """Put the layers that adapters wrap back in their places, with nothing merged."""
+    for name, module in list(base.named_modules()):
+        if not isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+            continue
+        tuned = isinstance(module, BaseTunerLayer)
+        plain = module.base_layer if tuned else module.original_module
+        undo.callback(base.set_submodule, name, module)
+        base.set_submodule(name, cast(nn.Module, plain))
+        if isinstance(module, QALoRALinear):
+            undo.enter_context(module.own_grid())
 
 
-@contextmanager
-def _as_on_disk(base: PreTrainedModel) -> Iterator[None]:
-    """Hold frozen fp32 parameters in the 16-bit dtype that they were loaded from, for a while.
+def _narrow_to_dtype_on_disk(base: PreTrainedModel, undo: ExitStack) -> None:
+    """Convert frozen fp32 parameters to the 16-bit dtype that they were loaded from.
 
     TRL loads in fp32 by default: without this, embeddings would take twice their room.
     """
     dtype = _dtype_on_disk(base.config.name_or_path)
-    before: dict[nn.Parameter, torch.Tensor] = {}
+    if dtype is None:
+        return
     for parameter in base.parameters():
-        if dtype is None or parameter.dtype != torch.float32 or hasattr(parameter, "ds_id"):
-            continue
-        narrow = parameter.data.to(dtype)
-        if torch.equal(narrow.float(), parameter.data):
-            before[parameter] = parameter.data
-            parameter.data = narrow
-    try:
-        yield
-    finally:
-        for parameter, data in before.items():
-            parameter.data = data
+        if parameter.dtype == torch.float32:
+            narrow = parameter.data.to(dtype)
+            if torch.equal(narrow.float(), parameter.data):
+                _set(undo, parameter, "data", narrow)
 
 
 def _dtype_on_disk(name: str) -> torch.dtype | None:

@@ -135,6 +135,19 @@ class QALoRALinear(nn.Module, BaseTunerLayer):
             if adapter_name in holder:
                 yield attribute, holder[adapter_name].weight
 
+    def changes(self, adapter_name: str) -> dict[str, LowRank]:
+        """Return an adapter's change of the offsets ("zeros") and of the scales ("scales").
+
+        Only what it adapts here; under ZeRO-3 and FSDP the matrices are this rank's parts.
+        """
+        found = {}
+        for part, (name_a, name_b) in _MATRICES.items():
+            a, b = getattr(self, name_a), getattr(self, name_b)
+            if adapter_name in a:
+                factor = self.scaling[adapter_name]
+                found[part] = LowRank(a[adapter_name].weight, b[adapter_name].weight, factor)
+        return found
+
     def _change(self, part: str, adapters: Iterable[str]) -> LowRank | None:
         """The adapters' joint change of the offsets ("zeros") or of the scales ("scales")."""
         a, b = (getattr(self, attribute) for attribute in _MATRICES[part])

@@ -1,7 +1,6 @@
 """`MergeCallback` with the real SFTTrainer: what it merges, and what it refuses."""
 
 import json
-import multiprocessing
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +28,6 @@ from qalora_plugin import (
     verify_merge,
 )
 from qalora_plugin.checkpoint.checkpoint import open_quantized
-from qalora_plugin.distributed.ranks import on_main_process
 from qalora_plugin.errors import ConfigError, OutputError
 
 IDS = torch.arange(5, 25)[None]
@@ -335,35 +333,6 @@ def test_base_from_memory_is_where_the_next_run_cleans_up(
     callback = MergeCallback(tmp_path / "merged")
     make_trainer(bases["dense"], callbacks=[callback], model_init_kwargs=kwargs).train()
     assert callback.result is not None and not found[0].exists()
-
-
-def _rank(rank: int, store: str, messages: Any) -> None:
-    def work() -> None:
-        raise ValueError("the disk is full")
-
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=2
-    )
-    try:
-        on_main_process(work, "merging", "not merged")
-    except OutputError as error:
-        messages.put(str(error))
-    torch.distributed.destroy_process_group()
-
-
-def test_other_processes_fail_with_the_main_one(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("fork")  # importing everything again would take long
-    messages = context.Queue()
-    ranks = [
-        context.Process(target=_rank, args=(rank, str(tmp_path / "store"), messages))
-        for rank in range(2)
-    ]
-    for process in ranks:
-        process.start()
-    assert [messages.get(timeout=60) for _ in ranks] == ["not merged: the disk is full"] * 2
-    for process in ranks:
-        process.join(timeout=60)
-        assert process.exitcode == 0
 
 
 def test_classifier_keeps_its_labels(bases: dict[str, Path], tmp_path: Path) -> None:

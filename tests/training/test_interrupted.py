@@ -1,13 +1,12 @@
-"""`MergeCallback` when a training does not get to its end: Ctrl-C, resuming, a crash."""
+"""`merge_last_checkpoint` when a training does not get to its end."""
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, TrainerCallback
 
@@ -43,6 +42,33 @@ def test_interrupted_training_merges_the_last_checkpoint(
     assert result is not None and result.out == tmp_path / "merged"
     # "dense" and "ours" have the same integers: one is the other, quantized while loading
     verify_merge(tmp_path / "merged", tmp_path / "run" / "checkpoint-2", bases["ours"])
+
+
+def test_interrupted_training_merges_the_best_checkpoint(
+    bases: dict[str, Path],
+    make_trainer: Callable[..., Any],
+    text_rows: Callable[[int], Dataset],
+    tmp_path: Path,
+) -> None:
+    callback = MergeCallback(tmp_path / "merged")
+    trainer = make_trainer(
+        bases["ours"],
+        callbacks=[callback, _Interrupt()],
+        eval_data=text_rows(4),
+        max_steps=5,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+        greater_is_better=True,  # the loss falls: the first checkpoint counts as the best
+    )
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    best = Path(trainer.state.best_model_checkpoint)
+    assert best.name == "checkpoint-1" and (tmp_path / "run" / "checkpoint-3").exists()
+    assert callback.merge_last_checkpoint() is not None
+    verify_merge(tmp_path / "merged", best, bases["ours"])
 
 
 def test_nothing_saved_before_the_interrupt(
@@ -98,69 +124,3 @@ def test_checkpoint_of_another_training_is_not_taken_for_the_resumed_one(
     with pytest.raises(KeyboardInterrupt):
         trainer.train(resume_from_checkpoint=str(tmp_path / "first" / "checkpoint-3"))
     assert callback.merge_last_checkpoint() is None
-
-
-_SCRIPT = """
-import sys
-from datasets import Dataset
-from transformers import AutoTokenizer, TrainerCallback
-from trl import SFTConfig, SFTTrainer
-from qalora_plugin import MergeCallback, QALoRAConfig
-
-base, tokenizer, out = sys.argv[1:]
-class Stop(TrainerCallback):
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == 1:
-            raise KeyboardInterrupt
-SFTTrainer(
-    base,
-    args=SFTConfig(output_dir=out + "/run", max_steps=2, save_steps=1, max_length=16,
-                   per_device_train_batch_size=2, use_cpu=True, bf16=False, report_to="none",
-                   disable_tqdm=True),
-    train_dataset=Dataset.from_dict({"text": ["one two three"] * 4}),
-    processing_class=AutoTokenizer.from_pretrained(tokenizer),
-    peft_config=QALoRAConfig(r=4),
-    callbacks=[MergeCallback(out + "/merged"), Stop()],
-).train()
-"""
-
-
-def test_a_script_that_is_interrupted_merges_when_it_exits(
-    bases: dict[str, Path], tmp_path: Path
-) -> None:
-    arguments = [str(bases["ours"]), str(bases["stock"]), str(tmp_path)]
-    done = subprocess.run(
-        [sys.executable, "-c", _SCRIPT, *arguments], capture_output=True, text=True
-    )
-    assert done.returncode != 0
-    assert "merging the last saved checkpoint" in done.stderr
-    verify_merge(tmp_path / "merged", tmp_path / "run" / "checkpoint-1", bases["ours"])
-
-
-class _Crash(TrainerCallback):
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == 1:
-            raise RuntimeError("out of memory")
-
-
-def test_a_script_that_crashed_does_not_merge_when_it_exits(
-    bases: dict[str, Path],
-    make_trainer: Callable[..., Any],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    at_exit: list[tuple[Any, ...]] = []
-    monkeypatch.setattr("atexit.register", lambda *call: at_exit.append(call))
-    callback = MergeCallback(tmp_path / "merged")
-    trainer = make_trainer(
-        bases["ours"], callbacks=[callback, _Crash()], save_strategy="steps", save_steps=1
-    )
-    with pytest.raises(RuntimeError) as crash:
-        trainer.train()
-    monkeypatch.setattr(sys, "last_value", crash.value, raising=False)  # as the interpreter does
-    [(function, *arguments)] = at_exit
-    function(*arguments)
-    assert not (tmp_path / "merged").exists()
-    monkeypatch.setattr(sys, "last_value", KeyboardInterrupt(), raising=False)
-    function(*arguments)
-    assert (tmp_path / "merged").exists()

@@ -1,0 +1,194 @@
+"""Ranks that wait for rank 0, with real processes over gloo."""
+
+import logging
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+
+from qalora_plugin.distributed import ranks
+from qalora_plugin.errors import OutputError
+
+FORK = multiprocessing.get_context("fork")  # importing everything again would take long
+
+
+def _run(number: int, folder: Path, port: int, work: Callable[[int], None], size: int) -> None:
+    place = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    os.environ |= {key: str(value) for key, value in place.items()}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    file = (folder / f"{number}.log").open("w")
+    os.dup2(file.fileno(), 2)
+    sys.stderr = file
+    logging.basicConfig(level=logging.INFO, stream=file, format="%(message)s", force=True)
+    try:
+        work(number)
+    except BaseException:
+        traceback.print_exc()
+        file.flush()
+        os._exit(1)
+    os._exit(0)
+
+
+def _launch(
+    folder: Path, work: Callable[[int], None], size: int = 3
+) -> tuple[list[int], list[str]]:
+    """Return exit status and stderr of every rank; fail where one has not ended after 40 s."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    processes = [
+        FORK.Process(target=_run, args=(number, folder, port, work, size)) for number in range(size)
+    ]
+    for process in processes:
+        process.start()
+    deadline = time.monotonic() + 40
+    try:
+        for process in processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        assert not any(process.is_alive() for process in processes), "ranks hang"
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+    codes = [process.exitcode or 0 for process in processes]
+    return codes, [(folder / f"{number}.log").read_text() for number in range(size)]
+
+
+def _group() -> None:
+    torch.distributed.init_process_group("gloo")
+
+
+def test_one_rank_works_and_the_others_wait(tmp_path: Path) -> None:
+    def work(number: int) -> None:
+        ranks._REMIND = 0.8
+        _group()
+        for _ in range(2):
+            before = time.monotonic()
+            ranks.on_main_process(
+                lambda: (time.sleep(2), _note(tmp_path, number)), "merging", "not merged"
+            )
+            assert time.monotonic() - before > 1.9
+
+    codes, logs = _launch(tmp_path, work)
+    assert codes == [0, 0, 0], logs
+    assert (tmp_path / "notes").read_text() == "00"
+    assert "waits" not in logs[0]
+    for number in (1, 2):  # at once, and again from time to time, in both calls
+        lines = logs[number].splitlines()
+        said = f"rank {number} waits for rank 0, which is merging (for 0 minutes now)"
+        assert 4 <= lines.count(said) == len(lines) <= 6
+
+
+def _note(folder: Path, number: int) -> None:
+    with (folder / "notes").open("a") as file:
+        file.write(str(number))
+
+
+def test_connected_ranks_meet_when_the_process_group_is_gone(tmp_path: Path) -> None:
+    def work(number: int) -> None:
+        _group()
+        ranks.connect()
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+        if number == 0:
+            time.sleep(1)  # the others come first
+        ranks.on_main_process(lambda: _note(tmp_path, number), "merging", "not merged")
+        assert (tmp_path / "notes").read_text() == "0"
+
+    codes, logs = _launch(tmp_path, work)
+    assert codes == [0, 0, 0], logs
+
+
+def test_ranks_without_a_process_group_make_one(tmp_path: Path) -> None:
+    def work(number: int) -> None:
+        PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_CPU)
+        ranks.on_main_process(lambda: _note(tmp_path, number), "quantizing", "not quantized")
+        assert (tmp_path / "notes").read_text() == "0"
+
+    codes, logs = _launch(tmp_path, work, 2)
+    assert codes == [0, 0], logs
+
+
+@pytest.mark.parametrize("error", [ValueError("the disk is full"), KeyboardInterrupt()])
+def test_a_failure_is_raised_on_every_rank(error: BaseException, tmp_path: Path) -> None:
+    message = str(error) or "interrupted"
+
+    def fail() -> None:
+        raise error
+
+    def work(number: int) -> None:
+        _group()
+        own = type(error) if number == 0 and message == "interrupted" else OutputError
+        with pytest.raises(own, match=None if own is not OutputError else f"lost: {message}"):
+            ranks.on_main_process(fail, "merging", "lost")
+        # and they are in step again
+        ranks.on_main_process(lambda: _note(tmp_path, number), "merging", "lost")
+
+    codes, logs = _launch(tmp_path, work)
+    assert codes == [0, 0, 0], logs
+    assert (tmp_path / "notes").read_text() == "0"
+
+
+def test_rank_0_is_killed_while_the_others_wait(tmp_path: Path) -> None:
+    def work(number: int) -> None:
+        _group()
+        ranks.connect()
+        torch.distributed.barrier()
+        ranks.on_main_process(lambda: os.kill(os.getpid(), signal.SIGKILL), "merging", "not merged")
+
+    codes, logs = _launch(tmp_path, work)
+    assert codes == [-signal.SIGKILL, 1, 1]
+    for log in logs[1:]:
+        assert "RankError: rank 0 stopped, or cannot be reached any more, while it was merg" in log
+
+
+def test_rank_0_does_not_wait_for_one_that_was_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ranks, "_GRACE", 1.0)
+
+    def work(number: int) -> None:
+        _group()
+        ranks.connect()
+        torch.distributed.barrier()
+        if number == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        ranks.on_main_process(lambda: _note(tmp_path, number), "merging", "not merged")
+
+    codes, logs = _launch(tmp_path, work)
+    assert codes == [0, -signal.SIGKILL, 0], logs
+    assert (tmp_path / "notes").read_text() == "0"
+
+
+def test_rank_0_that_cannot_be_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("timed out")
+
+    def work(number: int) -> None:
+        _group()
+        if number == 1:
+            monkeypatch.setattr(ranks, "TCPStore", refuse)
+        ranks.connect()
+
+    codes, logs = _launch(tmp_path, work, 2)
+    assert codes == [0, 1]
+    assert "RankError: rank 0 stopped, or cannot be reached" in logs[1]
+    assert "connected to localhost, on any port (timed out)" in logs[1]
+
+
+def test_one_process_works_alone() -> None:
+    done: list[int] = []
+    ranks.on_main_process(lambda: done.append(ranks.rank()), "merging", "not merged")
+    assert done == [0] and ranks.connect() is None
+    with pytest.raises(OutputError, match="not merged: division by zero"):
+        ranks.on_main_process(lambda: print(1 / 0), "merging", "not merged")
