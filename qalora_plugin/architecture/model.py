@@ -65,15 +65,36 @@ class Architecture:
 
 
 def auto_class_names(auto_class: Any, model_type: Any) -> list[str]:
-    """Model classes that one of transformers' Auto classes may choose for a `model_type`."""
+    """Return the model classes that one of transformers' Auto classes may choose for a type."""
     found = auto_class._model_mapping._model_mapping.get(model_type)
     return [found] if isinstance(found, str) else list(found or ())
+
+
+def empty_model(
+    config: Any, class_name: str | None = None, *, trust_remote_code: bool = False, **options: Any
+) -> PreTrainedModel:
+    """Build a model without weights: parameters on the meta device, buffers with their numbers.
+
+    Args:
+        config: of transformers.
+        class_name: of transformers; None, or a name that it does not have, for the causal LM of
+            the config's type.
+        trust_remote_code: run the model's own Python code.
+        options: for the model class, such as `dtype`.
+    """
+    model_class: Any = getattr(transformers, str(class_name), None)
+    with in_one_process(), init_empty_weights(include_buffers=False), no_init_weights():
+        if hasattr(model_class, "_from_config"):
+            return model_class._from_config(config, **options)
+        return transformers.AutoModelForCausalLM.from_config(
+            config, trust_remote_code=trust_remote_code, **options
+        )
 
 
 def read_architecture(
     config: dict[str, Any], names: Iterable[str], class_name: str | None = None
 ) -> Architecture | None:
-    """Build a checkpoint's model on the meta device.
+    """Build a checkpoint's model on the meta device, and find where its tensors are stored.
 
     Args:
         config: config.json.
@@ -89,13 +110,11 @@ def read_architecture(
     model_type = raw.get("model_type")
     classes = [class_name] if class_name else raw.get("architectures")
     classes = classes or auto_class_names(transformers.AutoModelForCausalLM, model_type)
-    model_class: Any = getattr(transformers, str(classes[0]), None) if classes else None
+    model_class = getattr(transformers, str(classes[0]), None) if classes else None
     if not hasattr(model_class, "_from_config") or model_type not in CONFIG_MAPPING:
         return None
-    parsed = CONFIG_MAPPING[model_type].from_dict(raw)
-    with in_one_process(), init_empty_weights(include_buffers=False), no_init_weights():
-        model = model_class._from_config(parsed)
+    model = empty_model(CONFIG_MAPPING[model_type].from_dict(raw), classes[0])
     translate = LayerNames(model)
     found = {translate.parameter(name): name for name in names}
-    found = {name: stored_name for name, stored_name in found.items() if translate.has(name)}
+    found = {name: stored for name, stored in found.items() if translate.has(name)}
     return Architecture(model, found, translate.are_converted)

@@ -6,14 +6,12 @@ from typing import Any
 
 import torch
 import transformers
-from accelerate import init_empty_weights
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, rename_source_key
-from transformers.initialization import no_init_weights
 
+from ..architecture.model import empty_model
 from ..architecture.names import LayerNames
-from ..distributed.sharding import in_one_process
 from ..errors import CheckpointError, ConfigError
 from ..files.names import CONFIG_FILE
 from ..files.reader import CheckpointReader
@@ -132,14 +130,7 @@ def _empty_model(
             "decoder (causal LM) or an encoder"
         )
     names = raw.get("architectures") or [None]
-    model_class = getattr(transformers, str(names[0]), None)
-    with in_one_process(), init_empty_weights(include_buffers=False), no_init_weights():
-        if model_class is None:
-            model = transformers.AutoModelForCausalLM.from_config(
-                config, trust_remote_code=trust_remote_code
-            )
-        else:
-            model = model_class._from_config(config)
+    model = empty_model(config, names[0], trust_remote_code=trust_remote_code)
     for part in (model.config, model.config.get_text_config()):
         part.use_cache = False  # a cache would grow with every run of a block
     return model.eval()
