@@ -1,0 +1,94 @@
+"""What an adapter adds to a layer's output, written as the code that trained it computes it.
+
+Nothing here is shared with the merge: no fold, no factors, no regrouping of A. `merge` holds a
+merged layer against these formulas.
+"""
+
+from dataclasses import replace
+
+import torch
+
+from qalora_kernels import PackedWeight, reference
+from qalora_kernels.groups import group_index
+
+from ..merge.pairing import LayerMerge
+
+
+def pooled(x: torch.Tensor, convention: str, pool_size: int) -> torch.Tensor:
+    """Return the features [M, K // p] that each code pools from neighbouring inputs.
+
+    Args:
+        x: inputs of the layer, [M, K].
+        convention: "mean": `AvgPool1d(p)`, as in the authors' released code; "peft": as in
+            `peft.tuners.lora.variants.QALoraLinearVariant.forward`; "sum": the paper's sum.
+        pool_size: p.
+    """
+    if convention == "mean":
+        return torch.nn.functional.avg_pool1d(x.unsqueeze(1), pool_size).squeeze(1)
+    features = x.shape[1] // pool_size
+    if convention == "peft":
+        return x.view(x.shape[0], features, pool_size).mean(dim=2) * features
+    return x[:, : features * pool_size].view(x.shape[0], features, pool_size).sum(dim=2)
+
+
+def pooled_change(
+    x: torch.Tensor,
+    merge: LayerMerge,
+    matrices: tuple[torch.Tensor, torch.Tensor],
+    convention: str,
+) -> torch.Tensor:
+    """Return what an adapter from elsewhere adds to the output of its layer, [M, N] as x [M, K]."""
+    a, b = (matrix.to(x) for matrix in matrices)
+    return pooled(x, convention, merge.pool_size) @ a.t() @ b.t() * merge.layer.scaling
+
+
+def columns(weight: PackedWeight, part: slice) -> PackedWeight:
+    """Return some of a layer's outputs: a float64 copy takes 16 times the room of 4-bit codes."""
+    return PackedWeight(
+        weight.qweight[:, part].contiguous(),
+        weight.scales[:, part],
+        weight.offsets[:, part],
+        weight.g_idx,
+        replace(weight.spec, out_features=weight.scales[:, part].shape[1]),
+    )
+
+
+def dense(weight: PackedWeight) -> torch.Tensor:
+    """Return W^T [K, N] in float64."""
+    spec, scales, offsets = weight.spec, weight.scales.double(), weight.offsets.double()
+    return reference.dequantize(
+        weight.qweight, scales, offsets, weight.g_idx, spec.bits, spec.group_size, spec.in_features
+    )
+
+
+def added_output(
+    x: torch.Tensor,
+    merge: LayerMerge,
+    matrices: dict[str, tuple[torch.Tensor, torch.Tensor]],
+    base: PackedWeight,
+    convention: str | None,
+) -> torch.Tensor:
+    """Return what the adapter adds to the layer's output, float64 [M, N].
+
+    Args:
+        x: inputs of the layer, float64 [M, K].
+        merge: the layer.
+        matrices: A [r, columns] and B [N, r] of "zeros" and "scales".
+        base: the base's weight of the layer.
+        convention: how the adapter pools; None for ours, which sums over the base's groups.
+    """
+    spec, scaling = merge.spec, merge.layer.scaling
+    added = x.new_zeros(x.shape[0], base.scales.shape[1])
+    if "zeros" in matrices:
+        if convention is not None:
+            added += pooled_change(x, merge, matrices["zeros"], convention)
+        else:
+            a, b = (matrix.double() for matrix in matrices["zeros"])
+            added += reference.pool(x, base.g_idx, spec.group_size) @ a.t() @ b.t() * scaling
+    if "scales" in matrices:
+        # every weight of a group changes by the same share of itself
+        a, b = (matrix.double() for matrix in matrices["scales"])
+        share = (b @ a).t() * scaling
+        index = group_index(base.g_idx, spec.group_size, spec.in_features, x.device)
+        added += x @ (dense(base) * share[index.long()])
+    return added
