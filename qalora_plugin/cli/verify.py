@@ -64,15 +64,16 @@ def add_parser(subparsers: Any) -> None:
 def main(args: argparse.Namespace) -> int:
     """Run it; progress goes to stderr, the report to stdout."""
     _refuse_other(args)
-    from ..verify.export import verify_export
-    from ..verify.merge import verify_merge
-
     report: Any
     with progress_bar("verifying", "layer") as progress:
         if args.against is not None:
+            from ..verify.export import verify_export
+
             options = {"run": not args.no_run, "python": args.python, "progress": progress}
             report = verify_export(args.merged, args.against, args.base, **options)
         else:
+            from ..verify.merge import verify_merge
+
             options = {"logits": args.logits, "reference": args.reference, "progress": progress}
             report = verify_merge(args.merged, args.adapter, args.base, **options)
     print(json.dumps(report.as_dict()) if args.json else report.as_text())

@@ -25,12 +25,7 @@ CONVENTIONS = ("sum", "mean", "peft")
 
 
 def convention_factor(convention: str, pool_size: int, in_features: int) -> float:
-    """Return c of the formula above.
-
-    Args:
-        convention: "sum", "mean" or "peft".
-        pool_size: p, inputs that are pooled into one feature.
-        in_features: K.
+    """Return c of the formula above for p = `pool_size` and K = `in_features`.
 
     Raises:
         AdapterError: no such convention.

@@ -197,24 +197,22 @@ def _fit_config(
         found, wanted = shapes.get(name, ()), adapter.infos[key].shape
         if found == wanted or not found or not wanted:
             continue
-        if name in embeddings and "text_config" in config:
-            text = {**config["text_config"], "vocab_size": wanted[0]}
-            config = {**config, "text_config": text}
-        elif name in embeddings:
-            config = {**config, "vocab_size": wanted[0]}
+        if name in embeddings:
+            size = {"vocab_size": wanted[0]}
+            text = config.get("text_config")
+            config = config | (size if text is None else {"text_config": text | size})
         elif found[0] == architecture.model.config.num_labels:
             labels = {str(i): f"LABEL_{i}" for i in range(wanted[0])}
             ids = {label: int(i) for i, label in labels.items()}
-            config = {key: value for key, value in config.items() if key != "num_labels"}
-            config |= {"id2label": labels, "label2id": ids}
+            config = config | {"id2label": labels, "label2id": ids}
+            config.pop("num_labels", None)
     return config
 
 
 def _untied(config: dict[str, Any]) -> dict[str, Any]:
-    config = {**config, "tie_word_embeddings": False}
-    if "tie_word_embeddings" in config.get("text_config", {}):
-        config["text_config"] = {**config["text_config"], "tie_word_embeddings": False}
-    return config
+    untied, text = {"tie_word_embeddings": False}, config.get("text_config", {})
+    changed = untied | {"text_config": text | untied} if "tie_word_embeddings" in text else untied
+    return config | changed
 
 
 def _check_shapes(
@@ -226,13 +224,13 @@ def _check_shapes(
         if shapes.get(name, adapter.infos[key].shape) != adapter.infos[key].shape:
             raise _wrong_shape(adapter, key, shapes[name])
     embeddings = sorted(architecture.embeddings)
-    key = next((saved[name] for name in embeddings if name in saved), None)
+    other = next((saved[name] for name in embeddings if name in saved), None)
     for name in embeddings:
-        if key is None or name in saved or name not in base.reader:
+        if other is None or name in saved or name not in base.reader:
             continue
         if base.reader.info(name).shape != shapes[name]:
             raise adapter.error(
-                f"{key}: shape {list(adapter.infos[key].shape)}, but the base's {name} has "
+                f"{other}: shape {list(adapter.infos[other].shape)}, but the base's {name} has "
                 f"{list(base.reader.info(name).shape)}. Save both embeddings with the adapter, or "
                 "resize the vocabulary before quantizing."
             )

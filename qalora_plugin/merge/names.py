@@ -74,14 +74,12 @@ def find_trained_model(adapter: Adapter, base: QuantizedCheckpoint) -> TrainedMo
 
 def _class_names(adapter: Adapter, base: QuantizedCheckpoint) -> list[str]:
     """Return the model classes to try, the likeliest first."""
-    names = [(adapter.config.get("auto_mapping") or {}).get("base_model_class")]
+    named = (adapter.config.get("auto_mapping") or {}).get("base_model_class")
     saved_from = base.reader.config.get("architectures") or []
     task = adapter.config.get("task_type")
-    fitting: list[str] = []
-    if task in _AUTO_CLASSES:
-        fitting = auto_class_names(_AUTO_CLASSES[task], base.reader.config.get("model_type"))
-    if not set(saved_from).isdisjoint(fitting) or task == "CAUSAL_LM":
-        names += [*saved_from, *fitting]
-    else:
-        names += [*fitting, *saved_from]
+    auto_class, model_type = _AUTO_CLASSES.get(task), base.reader.config.get("model_type")
+    fitting = [] if auto_class is None else auto_class_names(auto_class, model_type)
+    names = [named, *fitting, *saved_from]
+    if task == "CAUSAL_LM" or not set(saved_from).isdisjoint(fitting):
+        names = [named, *saved_from, *fitting]
     return [name for name in dict.fromkeys(names) if name]

@@ -1,8 +1,10 @@
-"""Plan a merge: every reason not to merge is found here, and the result known before it is written.
+"""Plan a merge: the whole result, and every reason not to merge, before anything is written.
 
-read   `open_adapter`, `open_base`   both whole, each checked in itself
-plan   `make_plan`                   names, folds, dense tensors and config.json, as one value
-write  `merge.merge_adapter`         and all that compares with, or exports, what would be merged
+    read   `open_adapter`, `open_base`   both whole, each checked in itself
+    plan   `make_plan`                   names, folds, dense tensors and config.json, as one value
+    write  `merge.merge_adapter`
+
+No step changes what an earlier one made. Verifying and exporting start from the same plan.
 """
 
 from dataclasses import dataclass

@@ -68,10 +68,10 @@ def added_output(
     base: PackedWeight,
     convention: str | None,
 ) -> torch.Tensor:
-    """Return what the adapter adds to the layer's output, float64 [M, N].
+    """Return what the adapter adds to the layer's output, float64 [M, N], for x [M, K].
 
     Args:
-        x: inputs of the layer, float64 [M, K].
+        x: inputs of the layer, float64.
         merge: the layer.
         matrices: A [r, columns] and B [N, r] of "zeros" and "scales".
         base: the base's weight of the layer.

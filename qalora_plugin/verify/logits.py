@@ -83,12 +83,9 @@ def compare_logits(plan: MergePlan, merged: Path) -> LogitsReport:
 
 
 def compare_reference(plan: MergePlan, merged: Path, reference: Path) -> None:
-    """Hold the merged model against logits that the code which trained the adapter computed.
+    """Hold the merged model against logits of the code that trained the adapter.
 
-    Args:
-        plan: the merge.
-        merged: the merged directory.
-        reference: .safetensors with `input_ids` int64 [B, T] and `logits` [B, T, V].
+    `reference` is a .safetensors file with `input_ids` int64 [B, T] and `logits` [B, T, V].
 
     Raises:
         VerificationError: another convention explains them better than the one merged with, or
@@ -135,12 +132,9 @@ def _read_reference(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
 
 @contextmanager
 def added(model: nn.Module, plan: MergePlan, convention: str) -> Iterator[None]:
-    """Let a base model's layers add, within the block, what a foreign adapter adds.
+    """Let a base's layers add, within the block, what the adapter adds if it pools in this way.
 
-    Args:
-        model: the base; the adapter's whole tensors are put into it, and stay there.
-        plan: the merge.
-        convention: how the adapter pools, whatever the plan says.
+    The adapter's whole tensors are put into the model too, and stay there.
     """
     _put_saved_tensors(model, plan)
     with torch.no_grad(), ExitStack() as hooks:

@@ -1,8 +1,7 @@
 """Prove that a merged checkpoint is its base with its adapter, and say how far the proof goes.
 
-1. Tensors. The merge is recomputed from base and adapter, and every tensor of the merged
-   checkpoint compared bit for bit: integers and g_idx with the base's, folded scales and offsets
-   with the recomputed ones, everything else with the base's (or the adapter's modules_to_save).
+1. Tensors. The merge is planned anew from base and adapter, and every tensor of the merged
+   checkpoint compared bit for bit with what that gives.
 2. Outputs. Each adapted layer is run on random inputs in float64, as the merged layer and as base
    plus adapter by the additive formula of the code that trained the adapter (`additive`, which
    shares nothing with the merge). They may differ by the rounding of the stored scales and
@@ -10,7 +9,7 @@
 3. The convention. 1 and 2 use the convention that the adapter's own config states. Where the
    config is silent (the authors' released code) they can only show that the merge did what it
    declares; whether the declaration is true needs what that code computed: `reference`.
-4. Logits, on request (`verify_logits`).
+4. Logits, on request (`logits`).
 """
 
 import dataclasses
