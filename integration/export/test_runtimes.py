@@ -19,8 +19,8 @@ from qalora_plugin import QALoRAConfig, QALoRAQuantConfig, merge_adapter
 from qalora_plugin.checkpoint.checkpoint import open_quantized
 from qalora_plugin.cli import main as qalora
 from qalora_plugin.formats.export import export_model
-from qalora_plugin.merge.additive import dense
 from qalora_plugin.quickstart.embedded import base_model_path
+from qalora_plugin.verify.additive import dense
 from qalora_plugin.verify.merge import runtimes
 
 HERE = Path(__file__).resolve().parent
@@ -157,7 +157,7 @@ def test_lora_in_stock_peft(
     for name, spec in source.layers.items():
         a, b = (adapter[f"{PREFIX}{name}.qalora_{part}.weight"].double() for part in "AB")
         index = group_index(None, spec.group_size, spec.in_features, a.device)
-        weight = dense(source.layer(name), spec).t() + (b @ a)[:, index]
+        weight = dense(source.layer(name)).t() + (b @ a)[:, index]
         expected.get_submodule(name).weight.data = weight.float()
     with torch.no_grad():
         logits = expected(input_ids=load_file(input_ids)["input_ids"]).logits

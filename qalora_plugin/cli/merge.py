@@ -3,8 +3,9 @@
 import argparse
 import dataclasses
 import json
-import sys
 from typing import Any
+
+from .progress import progress_bar
 
 
 def add_parser(subparsers: Any) -> None:
@@ -36,16 +37,9 @@ def add_parser(subparsers: Any) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run it; progress goes to stderr, the result to stdout."""
-    from tqdm import tqdm
-
     from ..merge.merge import merge_adapter
 
-    with tqdm(desc="merging", unit="tensor", file=sys.stderr) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
+    with progress_bar("merging", "tensor") as progress:
         result = merge_adapter(
             args.adapter, args.out, args.base, convention=args.convention, progress=progress
         )

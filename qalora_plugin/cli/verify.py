@@ -2,9 +2,10 @@
 
 import argparse
 import json
-import sys
-from collections.abc import Callable
 from typing import Any
+
+from ..errors import ConfigError
+from .progress import progress_bar
 
 
 def add_parser(subparsers: Any) -> None:
@@ -62,24 +63,25 @@ def add_parser(subparsers: Any) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run it; progress goes to stderr, the report to stdout."""
-    from tqdm import tqdm
-
     _refuse_other(args)
-    with tqdm(desc="verifying", unit="layer", file=sys.stderr) as bar:
+    report: Any
+    with progress_bar("verifying", "layer") as progress:
+        if args.against is not None:
+            from ..verify.export import verify_export
 
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
+            options = {"run": not args.no_run, "python": args.python, "progress": progress}
+            report = verify_export(args.merged, args.against, args.base, **options)
+        else:
+            from ..verify.merge import verify_merge
 
-        report = _verify(args, progress)
+            options = {"logits": args.logits, "reference": args.reference, "progress": progress}
+            report = verify_merge(args.merged, args.adapter, args.base, **options)
     print(json.dumps(report.as_dict()) if args.json else report.as_text())
     return 0
 
 
 def _refuse_other(args: argparse.Namespace) -> None:
     """Refuse options of the other kind of comparison, which would be ignored."""
-    from ..errors import ConfigError
-
     kind, others = ("--adapter", ("no_run", "python"))
     if args.against is not None:
         kind, others = "--against", ("logits", "reference")
@@ -88,27 +90,3 @@ def _refuse_other(args: argparse.Namespace) -> None:
         raise ConfigError(f"{', '.join(given)}: has no meaning with {kind}; leave it out")
     if args.no_run and args.python is not None:
         raise ConfigError("--python has no meaning with --no-run; leave one of them out")
-
-
-def _verify(args: argparse.Namespace, progress: Callable[[int, int], None]) -> Any:
-    if args.against is not None:
-        from ..verify.export import verify_export
-
-        return verify_export(
-            args.merged,
-            args.against,
-            args.base,
-            run=not args.no_run,
-            python=args.python,
-            progress=progress,
-        )
-    from ..verify.merge import verify_merge
-
-    return verify_merge(
-        args.merged,
-        args.adapter,
-        args.base,
-        logits=args.logits,
-        reference=args.reference,
-        progress=progress,
-    )

@@ -1,17 +1,15 @@
-"""Read an adapter from adapter_config.json and adapter_model.safetensors alone; no model is built.
+"""Read an adapter, from its config and its tensors alone, and open its base; no model is built.
 
 Two kinds of adapters are read. Ours (peft_type QALORA), and LoRA adapters that were trained with
-pooling elsewhere (peft_type LORA, see `tuner.foreign`). Tensor names, as PEFT saves them, below
+pooling elsewhere (peft_type LORA, see `conventions`). Tensor names, as PEFT saves them, below
 `base_model.model.`:
 
-    <layer>.qalora_A.weight        [r, G]        <layer>.qalora_B.weight        [N, r]
-    <layer>.qalora_scale_A.weight  [r, G]        <layer>.qalora_scale_B.weight  [N, r]
-    <layer>.lora_A.weight          [r, K // p]   <layer>.lora_B.weight          [N, r]
-    anything else                                whole tensors of modules_to_save, and embeddings
-                                                 that PEFT finds resized
+    <layer>.<A of MATRICES>.weight  [r, G]        <layer>.<B of MATRICES>.weight  [N, r]
+    <layer>.lora_A.weight           [r, K // p]   <layer>.lora_B.weight           [N, r]
+    anything else                                 whole tensors of modules_to_save, and embeddings
+                                                  that PEFT finds resized
 """
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,23 +20,23 @@ import torch
 from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors import safe_open
 
-from ..errors import AdapterError, ConfigError
+from ..checkpoint.checkpoint import QuantizedCheckpoint, open_quantized
+from ..checkpoint.format import base_format
+from ..errors import AdapterError, CheckpointError, ConfigError
 from ..files.hub import resolve_model_dir
 from ..files.json import read_json
 from ..files.names import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, CONFIG_FILE
 from ..files.safetensors import TensorInfo, read_header
-from ..tuner.config import ADAPT_PARTS, QALoRAConfig
+from ..tuner.config import ADAPT_PARTS, PEFT_TYPE, QALoRAConfig
+from ..tuner.names import MATRICES
 from .conventions import CONVENTIONS
 
 PREFIX = "base_model.model."
-QALORA, LORA = "QALORA", "LORA"
 _AGAIN = "Config and tensors belong to two adapters, or are damaged: save or copy them again."
 
 # (A, B) of each part, by peft_type and part
-_TENSORS = {
-    QALORA: {"zeros": ("qalora_A", "qalora_B"), "scales": ("qalora_scale_A", "qalora_scale_B")},
-    LORA: {"zeros": ("lora_A", "lora_B")},
-}
+_MATRICES = {PEFT_TYPE: MATRICES, "LORA": {"zeros": ("lora_A", "lora_B")}}
+_WRAPPERS = (".modules_to_save.", ".original_module.")
 # LoRA's fields that say how large the change of a layer is
 _SCALING = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
 # options of PEFT's LoRA that change what the adapter computes, or add tensors of their own
@@ -58,10 +56,9 @@ _UNSUPPORTED = (
 
 @dataclass(frozen=True)
 class AdapterLayer:
-    """One adapted layer.
+    """One adapted layer, as the adapter's config and headers describe it.
 
     Args:
-        name: of the layer in the base model.
         keys: (key of A, key of B) of each part, "zeros" and "scales".
         rank: r.
         columns: of A.
@@ -69,7 +66,6 @@ class AdapterLayer:
         scaling: lora_alpha / r, or / sqrt(r) with use_rslora.
     """
 
-    name: str
     keys: dict[str, tuple[str, str]]
     rank: int
     columns: int
@@ -77,108 +73,71 @@ class AdapterLayer:
     scaling: float
 
 
-@dataclass
+@dataclass(frozen=True)
 class Adapter:
     """An adapter directory, checked in itself; `open_adapter` makes one.
 
+    Names are those of the model that was trained; `names.TrainedModel` knows the base's.
+
     Args:
-        directory: where it lies.
+        directory: the directory read.
         config: adapter_config.json.
-        layers: the adapted layers by name in the base model.
-        saved: keys of whole tensors (see `modules_to_save`) by tensor name in the base model.
         infos: dtype and shape of every tensor by key.
-        renamed: name in the model that was trained by name in the base, see `rename`; empty where
-            the two are the same.
+        layers: the adapted layers by name.
+        saved: keys of whole tensors (see `modules_to_save`) by tensor name.
     """
 
     directory: Path
-    config: dict[str, Any]
-    layers: dict[str, AdapterLayer] = field(default_factory=dict)
-    saved: dict[str, str] = field(default_factory=dict)
-    infos: dict[str, TensorInfo] = field(default_factory=dict)
-    renamed: dict[str, str] = field(default_factory=dict)
-
-    def rename(self, stored: Mapping[str, str]) -> None:
-        """Take over the base's names.
-
-        transformers gives other names to the tensors of some checkpoints: where the class lacks
-        the head that they were saved with, or has one more, and in vision-language models.
-
-        Args:
-            stored: the base's name of each tensor by its name in the model that was trained; a
-                layer's is that of its `weight`.
-        """
-
-        def layer_in_base(name: str) -> str:
-            return stored.get(f"{name}.weight", f"{name}.weight").removesuffix(".weight")
-
-        self.layers = {
-            layer_in_base(name): replace(layer, name=layer_in_base(name))
-            for name, layer in self.layers.items()
-        }
-        self.saved = {stored.get(name, name): key for name, key in self.saved.items()}
-        self.renamed = {base: trained for trained, base in stored.items()}
-
-    def trained_tensor(self, name: str) -> str:
-        """Name in the model that was trained of a tensor of the base."""
-        return self.renamed.get(name, name)
-
-    def trained_name(self, name: str) -> str:
-        """Name in the model that was trained of a layer of the base."""
-        return self.trained_tensor(f"{name}.weight").removesuffix(".weight")
-
-    def asks_to_save(self, name: str) -> bool:
-        """Whether modules_to_save selects a tensor of the base, by PEFT's rule: name endings."""
-        *modules, _ = self.trained_tensor(name).split(".")
-        owners = [".".join(modules[: i + 1]) for i in range(len(modules))]
-        entries = tuple(self.config.get("modules_to_save") or ())
-        return any(owner.endswith(entries) for owner in owners)
+    config: Mapping[str, Any]
+    infos: Mapping[str, TensorInfo]
+    layers: Mapping[str, AdapterLayer] = field(default_factory=dict)
+    saved: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def peft_type(self) -> str:
-        """PEFT's name of the method: QALORA or LORA."""
-        return str(self.config.get("peft_type"))
+        """Return PEFT's name of the method: QALORA or LORA."""
+        return str(self.config["peft_type"])
 
     @property
     def is_ours(self) -> bool:
-        """Whether it was trained with QALoRAConfig: pools over the base's own groups."""
-        return self.peft_type == QALORA
+        """Say whether it was trained with QALoRAConfig: pools over the base's own groups."""
+        return self.peft_type == PEFT_TYPE
 
     @property
     def adapt(self) -> str:
-        """What was learned: zeros, scales or both."""
+        """Return what was learned: zeros, scales or both."""
         return str(self.config.get("adapt", "zeros"))
 
     @property
     def weights(self) -> Path:
-        """The file of tensors."""
+        """Return the path of the file of tensors."""
         return self.directory / ADAPTER_WEIGHTS_FILE
 
+    def error(self, text: str) -> AdapterError:
+        """Return an error that names the file of tensors."""
+        return AdapterError(f"{self.weights}: {text}")
+
+    def config_error(self, text: str) -> AdapterError:
+        """Return an error that names adapter_config.json."""
+        return AdapterError(f"{self.directory / ADAPTER_CONFIG_FILE}: {text}")
+
     def get(self, key: str) -> torch.Tensor:
-        """One tensor, in its stored dtype."""
+        """Read one tensor, in its stored dtype."""
         with safe_open(self.weights, framework="pt") as file:
             return file.get_tensor(key)
 
     def get_pair(self, keys: tuple[str, str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """A [r, columns] and B [N, r] of one part of a layer."""
+        """Read A [r, columns] and B [N, r] of one part of a layer."""
         return self.get(keys[0]), self.get(keys[1])
 
-    def sha256(self) -> str:
-        """SHA-256 of the file of tensors."""
-        with self.weights.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
     def stated_convention(self) -> str | None:
-        """The pooling convention that the adapter's own config states, None where it is silent."""
+        """Return the pooling convention that the config states, None where it is silent."""
         if self.is_ours:
             return "sum"
         return "peft" if self.config.get("use_qalora") else None
 
     def convention(self, wanted: str = "auto") -> str:
-        """The convention to use.
-
-        Args:
-            wanted: "auto", or one of `tuner.foreign.CONVENTIONS`.
+        """Return the convention to merge with; `wanted` is "auto" or one of `CONVENTIONS`.
 
         Raises:
             AdapterError: the adapter's config contradicts it, or neither states one.
@@ -189,30 +148,37 @@ class Adapter:
                 "for auto"
             )
         stated = self.stated_convention()
-        if wanted == "auto" and stated is None:
-            raise AdapterError(
-                f"{self.directory / ADAPTER_CONFIG_FILE}: does not say how it pools (peft_type "
-                f"{self.peft_type}, no use_qalora). Name the code that trained it with "
-                "--convention: mean (the QA-LoRA authors' released code), peft (PEFT's "
-                "use_qalora), or sum (the paper). A wrong one would corrupt the model silently."
+        if stated is None and wanted == "auto":
+            raise self.config_error(
+                f"does not say how it pools (peft_type {self.peft_type}, no use_qalora). Name the "
+                "code that trained it with --convention: mean (the QA-LoRA authors' released "
+                "code), peft (PEFT's use_qalora), or sum (the paper). A wrong one would corrupt "
+                "the model silently."
             )
         if stated is not None and wanted not in ("auto", stated):
-            raise AdapterError(
-                f"{self.directory / ADAPTER_CONFIG_FILE}: was trained with the convention "
-                f"{stated!r}, but {wanted!r} was asked for. Leave --convention out."
+            raise self.config_error(
+                f"was trained with the convention {stated!r}, but {wanted!r} was asked for. Leave "
+                "--convention out."
             )
-        return stated if stated is not None else wanted
+        return stated or wanted
 
-    def targets(self, name: str) -> bool:
-        """Whether the config's target_modules and related fields select a layer of the base."""
+    def targets(self, layer: str) -> bool:
+        """Say whether target_modules and related fields of the config select a layer."""
         if not self.config.get("target_modules"):
-            return name in self.layers
+            return layer in self.layers
         if self.config["target_modules"] == "all-linear":
             return True
-        fields = ("exclude_modules", "modules_to_save", "target_modules", "target_parameters")
-        layers = ("layers_to_transform", "layers_pattern")
-        config = SimpleNamespace(**{key: self.config.get(key) for key in fields + layers})
-        return bool(check_target_module_exists(config, self.trained_name(name)))
+        where = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+        fields = (*where, "modules_to_save", "target_parameters")
+        config = SimpleNamespace(**{name: self.config.get(name) for name in fields})
+        return bool(check_target_module_exists(config, layer))
+
+    def asks_to_save(self, tensor: str) -> bool:
+        """Say whether modules_to_save selects a tensor, by PEFT's rule: name endings."""
+        *modules, _ = tensor.split(".")
+        owners = [".".join(modules[: i + 1]) for i in range(len(modules))]
+        entries = tuple(self.config.get("modules_to_save") or ())
+        return any(owner.endswith(entries) for owner in owners)
 
 
 def open_adapter(path: str | Path) -> Adapter:
@@ -227,13 +193,70 @@ def open_adapter(path: str | Path) -> Adapter:
         CheckpointError: a damaged file.
     """
     directory = resolve_model_dir(path)
-    adapter = Adapter(directory, _read_config(directory))
-    if not adapter.weights.exists():
-        raise AdapterError(_no_weights(directory))
-    adapter.infos, _ = read_header(adapter.weights)
-    _sort_keys(adapter)
-    _check_finite(adapter)
-    return adapter
+    config, weights = _read_config(directory), directory / ADAPTER_WEIGHTS_FILE
+    if not weights.exists():
+        found = ". Was training stopped before the adapter was saved?"
+        if (directory / "adapter_model.bin").exists():
+            found = (
+                ", only adapter_model.bin, a pickle, which can run code and is never read. Convert "
+                "it in an environment that you trust: safetensors.torch.save_file(torch.load("
+                "'adapter_model.bin', weights_only=True), 'adapter_model.safetensors')."
+            )
+        raise AdapterError(f"{directory}: no {ADAPTER_WEIGHTS_FILE}{found}")
+    adapter = Adapter(directory, config, read_header(weights)[0])
+    matrices, saved = _sort_keys(adapter)
+    scaling = _scaling_config(adapter)
+    layers = {name: _layer(adapter, name, found, scaling) for name, found in matrices.items()}
+    for key in adapter.infos:
+        tensor = adapter.get(key)
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise adapter.error(
+                f"{key} holds NaN or infinity: training diverged. Use an earlier checkpoint, or a "
+                "lower learning rate."
+            )
+    return replace(adapter, layers=layers, saved=saved)
+
+
+def open_base(adapter: Adapter, base: str | Path | None) -> QuantizedCheckpoint:
+    """Open the base, all its headers checked: `base`, or by default what the config names.
+
+    Raises:
+        AdapterError: the config names no base, one that cannot be opened, or one of 16 bits.
+        CheckpointError: the base is damaged or not quantized.
+    """
+    found = base or adapter.config.get("base_model_name_or_path")
+    if not found:
+        raise adapter.config_error(
+            "base_model_name_or_path is empty. Name the quantized base with --base."
+        )
+    try:
+        directory = resolve_model_dir(found, None if base else adapter.config.get("revision"))
+    except CheckpointError as error:
+        if base:
+            raise
+        raise adapter.config_error(
+            f"its base_model_name_or_path cannot be opened. {error} If the quantized base is "
+            "elsewhere, name it with --base."
+        ) from error
+    if adapter.is_ours and is_dense(directory):
+        bits, group_size = (adapter.config.get(key) for key in ("bits", "group_size"))
+        raise AdapterError(
+            f"{directory}: is a 16-bit model, which was quantized while it was loaded for "
+            f"training. Write its integers down first: `qalora quantize {found} --out DIR "
+            f"--method rtn --bits {bits} --group-size {group_size}` (and --offsets-at minimum "
+            "where it was loaded so), then merge with --base DIR; the fingerprint in "
+            f"{adapter.directory / ADAPTER_CONFIG_FILE} shows whether they are the same. "
+            "(MergeCallback takes them from memory.)"
+        )
+    return open_quantized(directory)
+
+
+def is_dense(directory: Path) -> bool:
+    """Say whether a directory holds a model that is not quantized."""
+    if not (directory / CONFIG_FILE).exists():
+        return False
+    stated = read_json(directory / CONFIG_FILE).get("quantization_config")
+    return not stated and base_format(None, directory) is None
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
@@ -241,16 +264,12 @@ def _read_config(directory: Path) -> dict[str, Any]:
     if not path.exists():
         below = sorted(directory.glob(f"*/{ADAPTER_CONFIG_FILE}"))
         found = "a model, not an adapter" if (directory / CONFIG_FILE).exists() else "no adapter"
-        raise AdapterError(
-            f"{directory}: no {ADAPTER_CONFIG_FILE}: this is {found}. "
-            + (
-                f"Did you mean {below[0].parent}?"
-                if below
-                else "Give the directory that the adapter was saved in."
-            )
-        )
+        advice = "Give the directory that the adapter was saved in."
+        if below:
+            advice = f"Did you mean {below[0].parent}?"
+        raise AdapterError(f"{directory}: no {ADAPTER_CONFIG_FILE}: this is {found}. {advice}")
     config = read_json(path)
-    if config.get("peft_type") not in _TENSORS:
+    if config.get("peft_type") not in _MATRICES:
         raise AdapterError(
             f"{path}: expected peft_type QALORA, or LORA trained with pooling, found "
             f"{config.get('peft_type')!r}. Other adapters do not merge into integers."
@@ -268,109 +287,68 @@ def _read_config(directory: Path) -> dict[str, Any]:
             f"{path}: adapt must be one of {sorted(ADAPT_PARTS)}, found {config['adapt']!r}. "
             f"{_AGAIN}"
         )
+    for key in ("r", "lora_alpha"):
+        if config.get(key) is None:
+            raise AdapterError(f"{path}: does not say {key}. Add it.")
     return config
 
 
-def _no_weights(directory: Path) -> str:
-    start = f"{directory}: no {ADAPTER_WEIGHTS_FILE}"
-    if (directory / "adapter_model.bin").exists():
-        return (
-            f"{start}, only adapter_model.bin, a pickle, which can run code and is never read. "
-            "Convert it in an environment that you trust: safetensors.torch.save_file("
-            "torch.load('adapter_model.bin', weights_only=True), 'adapter_model.safetensors')."
-        )
-    return f"{start}. Was training stopped before the adapter was saved?"
-
-
-def _sort_keys(adapter: Adapter) -> None:
-    """Fill `layers` and `saved` from the keys, checking pairs and shapes."""
-    tensors = _TENSORS[adapter.peft_type]
-    matrix_names = {name: part for part, pair in tensors.items() for name in pair}
-    found: dict[str, set[str]] = {}
+def _sort_keys(adapter: Adapter) -> tuple[dict[str, set[str]], dict[str, str]]:
+    """Return the names of the matrices by layer, and the keys of whole tensors by name."""
+    known = [matrix for pair in _MATRICES[adapter.peft_type].values() for matrix in pair]
+    matrices: dict[str, set[str]] = {}
+    saved: dict[str, str] = {}
     for key in adapter.infos:
         if not key.startswith(PREFIX):
-            raise AdapterError(
-                f"{adapter.weights}: key {key}: expected names that start with {PREFIX}. "
-                "Save the adapter with PeftModel.save_pretrained."
+            raise adapter.error(
+                f"key {key}: expected names that start with {PREFIX}. Save the adapter with "
+                "PeftModel.save_pretrained."
             )
         module, _, leaf = key.removeprefix(PREFIX).rpartition(".")
         layer, _, matrix = module.rpartition(".")
-        if leaf == "weight" and matrix in matrix_names:
-            found.setdefault(layer, set()).add(matrix)
-        elif not _is_repeated(adapter, key):
-            adapter.saved[key.removeprefix(PREFIX)] = key
-    if not found:
-        raise AdapterError(
-            f"{adapter.weights}: no {' or '.join(matrix_names)} in it: nothing to merge. {_AGAIN}"
-        )
-    scaling = _scaling_config(adapter)
-    for layer in found:
-        adapter.layers[layer] = _layer(adapter, layer, found[layer], scaling)
-
-
-def _is_repeated(adapter: Adapter, key: str) -> bool:
-    """Whether PEFT, saving resized embeddings, wrote a tensor under its wrapper's name too."""
-    wrappers = (".modules_to_save.", ".original_module.")
-    return any(w in key and key.replace(w, ".") in adapter.infos for w in wrappers)
+        if leaf == "weight" and matrix in known:
+            matrices.setdefault(layer, set()).add(matrix)
+        # PEFT, saving resized embeddings, writes them under its wrapper's names too
+        elif not any(w in key and key.replace(w, ".") in adapter.infos for w in _WRAPPERS):
+            saved[key.removeprefix(PREFIX)] = key
+    if not matrices:
+        raise adapter.error(f"no {' or '.join(known)} in it: nothing to merge. {_AGAIN}")
+    return matrices, saved
 
 
 def _scaling_config(adapter: Adapter) -> QALoRAConfig:
-    """The fields that ours and LoRA's config have in common, checked."""
-    config = adapter.config
-    for key in ("r", "lora_alpha"):
-        if config.get(key) is None:
-            raise AdapterError(
-                f"{adapter.directory / ADAPTER_CONFIG_FILE}: does not say {key}. Add it."
-            )
+    """Return the fields that ours and LoRA's config have in common, checked."""
+    fields = {key: adapter.config[key] for key in _SCALING if adapter.config.get(key) is not None}
     try:
-        return QALoRAConfig(**{key: config[key] for key in _SCALING if config.get(key) is not None})
+        return QALoRAConfig(**fields)
     except ConfigError as error:
-        raise AdapterError(f"{adapter.directory / ADAPTER_CONFIG_FILE}: {error}") from error
+        raise adapter.config_error(str(error)) from error
 
 
-def _layer(
-    adapter: Adapter, name: str, found: set[str], scaling_config: QALoRAConfig
-) -> AdapterLayer:
-    names = {part: _TENSORS[adapter.peft_type][part] for part in ADAPT_PARTS[adapter.adapt]}
-    expected = {matrix for pair in names.values() for matrix in pair}
-    for what, lost in (("missing", expected - found), ("extra", found - expected)):
-        if lost:
-            key = f"{PREFIX}{name}.{sorted(lost)[0]}.weight"
-            raise AdapterError(
-                f"{adapter.weights}: {what} key {key} (adapt={adapter.adapt!r} has "
+def _layer(adapter: Adapter, name: str, found: set[str], scaling: QALoRAConfig) -> AdapterLayer:
+    """Return one layer; all matrices that `adapt` names are there, and fit each other."""
+    pairs = {part: _MATRICES[adapter.peft_type][part] for part in ADAPT_PARTS[adapter.adapt]}
+    expected = {matrix for pair in pairs.values() for matrix in pair}
+    for what, wrong in (("missing", expected - found), ("extra", found - expected)):
+        if wrong:
+            raise adapter.error(
+                f"{what} key {PREFIX}{name}.{sorted(wrong)[0]}.weight (adapt={adapter.adapt!r} has "
                 f"{', '.join(sorted(expected))} in every layer). {_AGAIN}"
             )
-    keys = {
-        part: (f"{PREFIX}{name}.{a}.weight", f"{PREFIX}{name}.{b}.weight")
-        for part, (a, b) in names.items()
-    }
-    rank, scaling = scaling_config.rank_and_scaling(name)
-    shapes = {key: adapter.infos[key].shape for pair in keys.values() for key in pair}
-    columns = out_features = 0
-    for a, b in keys.values():
-        if len(shapes[a]) != 2 or shapes[a][0] != rank or shapes[a][1] < 1:
-            raise AdapterError(
-                f"{adapter.weights}: {a}: expected [{rank}, groups] (rank {rank}), "
-                f"found {list(shapes[a])}. {_AGAIN}"
-            )
-        if len(shapes[b]) != 2 or shapes[b][1] != rank:
-            raise AdapterError(
-                f"{adapter.weights}: {b}: expected [out_features, {rank}] (rank {rank}), "
-                f"found {list(shapes[b])}. {_AGAIN}"
-            )
-        if columns and (columns, out_features) != (shapes[a][1], shapes[b][0]):
-            raise AdapterError(
-                f"{adapter.weights}: {a}: its parts differ in shape: {shapes}. {_AGAIN}"
-            )
-        columns, out_features = shapes[a][1], shapes[b][0]
-    return AdapterLayer(name, keys, rank, columns, out_features, scaling)
-
-
-def _check_finite(adapter: Adapter) -> None:
-    for key in adapter.infos:
-        tensor = adapter.get(key)
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise AdapterError(
-                f"{adapter.weights}: {key} holds NaN or infinity: training diverged. "
-                "Use an earlier checkpoint, or a lower learning rate."
-            )
+    rank, factor = scaling.rank_and_scaling(name)
+    keys, sizes = {}, set()
+    for part, (a, b) in pairs.items():
+        keys[part] = (f"{PREFIX}{name}.{a}.weight", f"{PREFIX}{name}.{b}.weight")
+        shapes = [adapter.infos[key].shape for key in keys[part]]
+        wanted = (f"[{rank}, groups]", f"[out_features, {rank}]")
+        for axis, (key, shape) in enumerate(zip(keys[part], shapes, strict=True)):
+            if len(shape) != 2 or shape[axis] != rank or 0 in shape:
+                raise adapter.error(
+                    f"{key}: expected {wanted[axis]} (rank {rank}), found {list(shape)}. {_AGAIN}"
+                )
+        sizes.add((shapes[0][1], shapes[1][0]))
+    if len(sizes) > 1:
+        raise adapter.error(
+            f"{keys['scales'][0]}: its parts differ in shape: {sorted(sizes)}. {_AGAIN}"
+        )
+    return AdapterLayer(keys, rank, *sizes.pop(), scaling=factor)

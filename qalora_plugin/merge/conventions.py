@@ -25,23 +25,15 @@ CONVENTIONS = ("sum", "mean", "peft")
 
 
 def convention_factor(convention: str, pool_size: int, in_features: int) -> float:
-    """c of the formula above.
-
-    Args:
-        convention: "sum", "mean" or "peft".
-        pool_size: p, inputs that are pooled into one feature.
-        in_features: K.
+    """Return c of the formula above for p = `pool_size` and K = `in_features`.
 
     Raises:
         AdapterError: no such convention.
     """
-    if convention == "sum":
-        return 1.0
-    if convention == "mean":
-        return 1 / pool_size
-    if convention == "peft":
-        return (in_features // pool_size) / pool_size
-    raise AdapterError(f"convention must be one of {CONVENTIONS}, found {convention!r}")
+    factors = {"sum": 1.0, "mean": 1 / pool_size, "peft": (in_features // pool_size) / pool_size}
+    if convention not in factors:
+        raise AdapterError(f"convention must be one of {CONVENTIONS}, found {convention!r}")
+    return factors[convention]
 
 
 @dataclass(frozen=True)
@@ -61,11 +53,11 @@ class Regrouping:
     column: torch.Tensor | None = None
 
     def split(self, per_group: torch.Tensor) -> torch.Tensor:
-        """[G, N] of the base -> [G', N] of the merged layer."""
+        """Return [G', N] of the merged layer from [G, N] of the base."""
         return per_group if self.base_group is None else per_group.index_select(0, self.base_group)
 
     def spread(self, a: torch.Tensor) -> torch.Tensor:
-        """A [r, pooled features] -> [r, G']."""
+        """Return A as [r, G'] from A [r, pooled features]."""
         if self.column is None:
             return a
         padded = torch.nn.functional.pad(a, (0, 1))  # column -1: a group that is not pooled
@@ -73,7 +65,7 @@ class Regrouping:
 
 
 def pool_size_of(name: str, columns: int, spec: QuantSpec, stated: int | None) -> int:
-    """p of a layer: stated by the adapter, else found from the number of A's columns.
+    """Return p of a layer: stated by the adapter, else found from the number of A's columns.
 
     Args:
         name: the layer, for messages.
@@ -144,7 +136,7 @@ def regroup(name: str, spec: QuantSpec, g_idx: torch.Tensor | None, pool_size: i
 def _regroup_act_order(
     name: str, spec: QuantSpec, g_idx: torch.Tensor, pool: torch.Tensor, pool_size: int
 ) -> Regrouping:
-    """Only offsets can change, so every act-order group has to lie within one pool."""
+    """Fit act-order groups: only offsets can change, so each has to lie within one pool."""
     first = torch.full((spec.num_groups,), -2, dtype=torch.long)
     index = g_idx.long()
     first[index] = pool  # the pool of one member of each group

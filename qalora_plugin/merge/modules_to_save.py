@@ -4,258 +4,245 @@ They replace the base's, or come on top of them; config.json follows where they 
 its class, or what is tied.
 """
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from ..architecture.model import Architecture, read_architecture
 from ..checkpoint.checkpoint import QuantizedCheckpoint
-from ..checkpoint.layout import TensorPlan
 from ..errors import AdapterError
 from .adapter import PREFIX, Adapter
-from .pairing import trained_architecture
+from .names import TrainedModel
+
+Saved = dict[str, str]  # keys in the adapter by the base's names of tensors
 
 
-def plan_saved(
-    adapter: Adapter, base: QuantizedCheckpoint, tensors: TensorPlan, config: dict[str, Any]
-) -> dict[str, str]:
-    """Put the adapter's whole tensors into the plan of a merge, in the adapter's dtype.
+@dataclass(frozen=True)
+class DenseTensors:
+    """Where a merge takes the tensors from that are in no quantized layer's packed form.
 
     Args:
-        adapter: its `saved` takes over the base's names, and loses what only repeats the base.
-        base: the base.
-        tensors: of the result; changed.
-        config: config.json of the result; changed.
+        from_base: the base's name by name in the result: its own, or for a tensor that the base
+            ties and the result does not, that of the one that it was tied to.
+        from_adapter: the adapter's key by name in the result.
+        config: config.json of the result, the quantization_config still the base's.
+    """
 
-    Returns:
-        Tensors of the result that the base holds under another name only, since it ties them,
-        {name: the base's name}.
+    from_base: dict[str, str]
+    from_adapter: dict[str, str]
+    config: dict[str, Any]
+
+
+def plan_dense(adapter: Adapter, base: QuantizedCheckpoint, trained: TrainedModel) -> DenseTensors:
+    """Decide where every dense tensor of the result comes from; nothing is changed or written.
 
     Raises:
         AdapterError: a tensor is missing, belongs to nothing, or does not fit the base.
     """
-    if not adapter.saved and not adapter.config.get("modules_to_save"):
-        return {}
-    architecture = trained_architecture(adapter, base)
-    if architecture is not None and not adapter.renamed:
-        adapter.rename(architecture.stored)
-    _check_not_quantized(adapter, base)
-    copies = {}
-    if architecture is None:
-        _check_without_class(adapter, base, config)
-    else:
-        _check_keys(adapter, base, set(architecture.shapes), architecture.embeddings)
-        _drop_repeated(adapter, base)
-        architecture = _fit_config(adapter, base, architecture, config)
-        copies = _untie(adapter, base, architecture, config)
-    for name, original in copies.items():
-        tensors[name] = tensors[original]
-    for name, key in adapter.saved.items():
-        tensors[name] = (adapter.infos[key].dtype, adapter.infos[key].shape)
-    return copies
-
-
-def _check_not_quantized(adapter: Adapter, base: QuantizedCheckpoint) -> None:
-    for name, key in adapter.saved.items():
-        if name.rpartition(".")[0] in base.layers:
-            raise AdapterError(
-                f"{adapter.weights}: {key}: modules_to_save names a layer that the base holds as "
-                "integers; a checkpoint cannot hold its 16-bit copy. Adapt it instead, or keep it "
-                "out of the quantization (modules_to_not_convert)."
-            )
+    saved = {trained.in_base(name): key for name, key in adapter.saved.items()}
+    dense = DenseTensors({}, saved, base.reader.config)
+    if saved or adapter.config.get("modules_to_save"):
+        _check_keys(adapter, base, trained, saved)
+        if trained.architecture is None:
+            _check_without_class(adapter, base, saved)
+        else:
+            new = {  # PEFT saves embeddings unasked, also where they are still the base's
+                name: key
+                for name, key in saved.items()
+                if adapter.asks_to_save(trained.in_model(name))
+                or name not in base.reader
+                or not _same(adapter.get(key), base.reader.get(name))
+            }
+            dense = _place(adapter, base, trained.architecture, new)
+    kept = {name: name for name in base.dense_names if name not in dense.from_adapter}
+    return replace(dense, from_base=kept | dense.from_base)
 
 
 def _check_keys(
-    adapter: Adapter, base: QuantizedCheckpoint, names: set[str], embeddings: set[str]
+    adapter: Adapter, base: QuantizedCheckpoint, trained: TrainedModel, saved: Saved
 ) -> None:
-    """Every saved tensor has a reason to be there, and none of `names` that should be is missing.
+    """Check that every saved tensor has a reason to be there, and that none is missing.
 
     Embeddings are there without being asked for where PEFT finds that they were resized.
     """
-    for name, key in adapter.saved.items():
-        if not adapter.asks_to_save(name) and name not in embeddings:
-            raise AdapterError(
-                f"{adapter.weights}: extra key {key}: neither a matrix of the adapter nor named "
-                "in modules_to_save, and not an embedding."
+    names, embeddings = set(base.dense_names), set[str]()
+    if trained.architecture is not None:
+        names, embeddings = set(trained.architecture.shapes), trained.architecture.embeddings
+    for name, key in saved.items():
+        if name.rpartition(".")[0] in base.layers:
+            raise adapter.error(
+                f"{key}: modules_to_save names a layer that the base holds as integers; a "
+                "checkpoint cannot hold its 16-bit copy. Adapt it instead, or keep it out of the "
+                "quantization (modules_to_not_convert)."
             )
-    lost = [name for name in sorted(names - adapter.saved.keys()) if adapter.asks_to_save(name)]
-    lost = [name for name in lost if name.rpartition(".")[0] not in base.layers]
-    if lost:
-        raise AdapterError(
-            f"{adapter.weights}: missing key {PREFIX}{adapter.trained_tensor(lost[0])}, which "
-            "modules_to_save selects. The file is incomplete: save the adapter again."
-        )
+    for name, key in saved.items():
+        if name not in embeddings and not adapter.asks_to_save(trained.in_model(name)):
+            raise adapter.error(
+                f"extra key {key}: neither a matrix of the adapter nor named in modules_to_save, "
+                "and not an embedding."
+            )
+    for name in sorted(names - saved.keys()):
+        key = trained.in_model(name)
+        if adapter.asks_to_save(key) and name.rpartition(".")[0] not in base.layers:
+            raise adapter.error(
+                f"missing key {PREFIX}{key}, which modules_to_save selects. The file is "
+                "incomplete: save the adapter again."
+            )
 
 
-def _check_without_class(
-    adapter: Adapter, base: QuantizedCheckpoint, config: dict[str, Any]
-) -> None:
-    """The same, and shapes, where transformers does not know the model's class."""
-    _check_keys(adapter, base, set(base.dense_names), set())
+def _check_without_class(adapter: Adapter, base: QuantizedCheckpoint, saved: Saved) -> None:
+    """Check shapes and ties where transformers does not know the model's class."""
+    config = base.reader.config
     vocabulary = config.get("text_config", config).get("vocab_size")
-    for name, key in adapter.saved.items():
+    for name, key in saved.items():
         shape = adapter.infos[key].shape
         if name in base.reader and base.reader.info(name).shape != shape:
             raise _wrong_shape(adapter, key, base.reader.info(name).shape)
         if shape[:1] == (vocabulary,) and config.get("tie_word_embeddings", True):
-            raise AdapterError(
-                f"{adapter.weights}: {key}: transformers has no class {config.get('architectures')}"
-                " to tell whether this embedding is tied. Where it is not, write "
-                f"tie_word_embeddings: false into the config.json of {base.directory}."
+            raise adapter.error(
+                f"{key}: transformers has no class {config.get('architectures')} to tell whether "
+                "this embedding is tied. Where it is not, write tie_word_embeddings: false into "
+                f"the config.json of {base.directory}."
             )
 
 
 def _wrong_shape(adapter: Adapter, key: str, expected: tuple[int, ...]) -> AdapterError:
-    return AdapterError(
-        f"{adapter.weights}: {key}: shape {list(adapter.infos[key].shape)}, the base's has "
-        f"{list(expected)}. It was trained on another base, or resized: resize the base before "
-        "quantizing it."
+    return adapter.error(
+        f"{key}: shape {list(adapter.infos[key].shape)}, the base's has {list(expected)}. It was "
+        "trained on another base, or resized: resize the base before quantizing it."
     )
 
 
-def _drop_repeated(adapter: Adapter, base: QuantizedCheckpoint) -> None:
-    """Forget embeddings that PEFT has saved of itself though they are still the base's."""
-    for name in [name for name in adapter.saved if not adapter.asks_to_save(name)]:
-        if name in base.reader and _same(adapter.get(adapter.saved[name]), base.reader.get(name)):
-            del adapter.saved[name]
-
-
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two tensors hold the same numbers, whatever their dtypes."""
+    """Say whether two tensors hold the same numbers, whatever their dtypes."""
     if a.dtype != b.dtype:
         a, b = a.float(), b.float()
     return torch.equal(a, b)
 
 
-def _fit_config(
-    adapter: Adapter,
-    base: QuantizedCheckpoint,
-    architecture: Architecture,
-    config: dict[str, Any],
-) -> Architecture:
-    """Write the class of a new head, number of labels and vocabulary size into config.json.
-
-    Returns:
-        The architecture that config.json then describes.
-    """
+def _place(
+    adapter: Adapter, base: QuantizedCheckpoint, architecture: Architecture, saved: Saved
+) -> DenseTensors:
+    """Give each saved tensor its place, those that are no longer tied one each; fit config.json."""
+    ties = _ties(base, architecture)
+    placed, apart = _separate(adapter, base, ties, saved)
+    config, copies = _fit_config(adapter, base, architecture, saved), dict[str, str]()
+    if apart is not None:
+        config = _untied(config)
+        for held, names in ties.items():
+            free = [name for name in names if name not in base.reader and name not in placed]
+            copies |= dict.fromkeys(free, held)
+    final: Architecture | None = architecture
+    if config != base.reader.config:
+        final = read_architecture(config, base.weight_names, architecture.class_name)
+    assert final is not None  # of the same class
+    _check_shapes(adapter, base, final, saved)
     known = {*base.reader.tensors, *architecture.tied, *architecture.tied.values()}
-    new_head = not known.issuperset(adapter.saved)
-    if new_head:
-        config["architectures"] = [architecture.class_name]
-    labels = architecture.model.config.num_labels
-    embeddings, shapes = architecture.embeddings, architecture.shapes
-    resized = False
-    for name, key in adapter.saved.items():
-        found, wanted = shapes.get(name, ()), adapter.infos[key].shape
-        if found == wanted or not found or not wanted:
-            continue
-        resized = True
-        if name in embeddings:
-            config.get("text_config", config)["vocab_size"] = wanted[0]
-        elif found[0] == labels:
-            _set_labels(config, wanted[0])
-    if resized:
-        changed = read_architecture(config, base.weight_names, architecture.class_name)
-        assert changed is not None
-        architecture = changed
-    _check_shapes(adapter, base, architecture)
-    if new_head and not architecture.is_converted:
-        _check_complete(adapter, architecture)
-    return architecture
-
-
-def _set_labels(config: dict[str, Any], count: int) -> None:
-    config.pop("num_labels", None)
-    config["id2label"] = {str(i): f"LABEL_{i}" for i in range(count)}
-    config["label2id"] = {label: int(i) for i, label in config["id2label"].items()}
-
-
-def _check_shapes(adapter: Adapter, base: QuantizedCheckpoint, architecture: Architecture) -> None:
-    """What is saved, and what stays of the base, has the shapes that config.json now asks for."""
-    shapes = architecture.shapes
-    for name, key in adapter.saved.items():
-        if shapes.get(name, adapter.infos[key].shape) != adapter.infos[key].shape:
-            raise _wrong_shape(adapter, key, shapes[name])
-    for name in architecture.embeddings - adapter.saved.keys():
-        if name in base.reader and base.reader.info(name).shape != shapes[name]:
-            key = next(adapter.saved[n] for n in architecture.embeddings if n in adapter.saved)
-            raise AdapterError(
-                f"{adapter.weights}: {key}: shape {list(adapter.infos[key].shape)}, but the base's "
-                f"{name} has {list(base.reader.info(name).shape)}. Save both embeddings with the "
-                "adapter, or resize the vocabulary before quantizing."
-            )
-
-
-def _check_complete(adapter: Adapter, architecture: Architecture) -> None:
-    """A new class must not have layers that stayed random: PEFT saves what it is told to."""
-    known = {*architecture.stored.values(), *adapter.saved, *architecture.tied}
-    lost = sorted(architecture.shapes.keys() - known)
-    if lost:
-        raise AdapterError(
-            f"{adapter.weights}: {architecture.class_name} has {lost[0]}, which is neither in the "
-            "base nor in the adapter: it was random while the adapter was trained, and is lost. "
-            f"Train with its module ({lost[0].rpartition('.')[0]}) in modules_to_save."
+    if not known.issuperset(saved):  # a new head
+        config = {**config, "architectures": [final.class_name]}
+        _check_complete(adapter, final, {*saved, *placed, *copies})
+    # encoder-decoder models scale their output by whether it is tied
+    if apart is not None and (final.tied or final.model.config.is_encoder_decoder):
+        raise adapter.error(
+            f"{apart}: the base ties this tensor to another, the adapter holds a trained copy, "
+            f"and {final.class_name} cannot be loaded untied. Train without it in modules_to_save."
         )
+    return DenseTensors(copies, placed, config)
 
 
-def _untie(
-    adapter: Adapter,
-    base: QuantizedCheckpoint,
-    architecture: Architecture,
-    config: dict[str, Any],
-) -> dict[str, str]:
-    """PEFT trains copies: tied tensors that are no longer equal get a place each.
-
-    Returns:
-        As `plan_saved`.
-    """
+def _ties(base: QuantizedCheckpoint, architecture: Architecture) -> dict[str, list[str]]:
+    """Return all names of each tensor that has several, by the one that the base's files hold."""
     groups: dict[str, list[str]] = {}
     for copy, name in architecture.tied.items():
         groups.setdefault(name, [name]).append(copy)
-    held = {key: next((n for n in names if n in base.reader), key) for key, names in groups.items()}
-    apart, repeated = None, []
-    for key, names in groups.items():
-        brought = [name for name in names if name in adapter.saved]
-        if not brought:
-            continue
-        if _is_outgrown(held[key], adapter, base, architecture):
-            adapter.saved[held[key]] = adapter.saved[brought[0]]
-        values = (
-            adapter.get(adapter.saved[n]) if n in adapter.saved else base.reader.get(held[key])
-            for n in names
-        )
-        first = next(values)
-        if not all(_same(first, value) for value in values):
-            apart = brought[0]
-        else:
-            repeated += [name for name in names if name != held[key]]
-    if apart is None:  # still one tensor each
-        for name in repeated:
-            adapter.saved.pop(name, None)
-        return {}
-    config["tie_word_embeddings"] = False
-    if "tie_word_embeddings" in config.get("text_config", {}):
-        config["text_config"]["tie_word_embeddings"] = False
-    changed = read_architecture(config, base.weight_names, architecture.class_name)
-    # encoder-decoder models scale their output by whether it is tied
-    if changed is None or changed.tied or changed.model.config.is_encoder_decoder:
-        raise AdapterError(
-            f"{adapter.weights}: {adapter.saved[apart]}: the base ties this tensor to another, the "
-            f"adapter holds a trained copy, and {architecture.class_name} cannot be loaded untied. "
-            "Train without it in modules_to_save."
-        )
     return {
-        name: held[key]
-        for key, names in groups.items()
-        for name in names
-        if name not in base.reader and name not in adapter.saved
+        next((n for n in group if n in base.reader), group[0]): group for group in groups.values()
     }
 
 
-def _is_outgrown(
-    name: str, adapter: Adapter, base: QuantizedCheckpoint, architecture: Architecture
-) -> bool:
-    """Whether PEFT has saved a resized tensor under the name of its tied copy only."""
-    if name in adapter.saved or name not in base.reader:
-        return False
-    return base.reader.info(name).shape != architecture.shapes[name]
+def _separate(
+    adapter: Adapter, base: QuantizedCheckpoint, ties: dict[str, list[str]], saved: Saved
+) -> tuple[Saved, str | None]:
+    """Find tied tensors that are no longer equal: PEFT trains a copy under each name.
+
+    Returns:
+        The keys by the names to write them under, and that of the first unequal copy, or None.
+    """
+    placed, apart = dict(saved), None
+    for held, names in ties.items():
+        key = next((saved[name] for name in names if name in saved), None)
+        if key is None:
+            continue
+        if held in base.reader and base.reader.info(held).shape != adapter.infos[key].shape:
+            placed.setdefault(held, key)  # resized, and saved under the name of a copy only
+        values = (
+            adapter.get(placed[name]) if name in placed else base.reader.get(held) for name in names
+        )
+        first = next(values)
+        if not all(_same(first, value) for value in values):
+            apart = apart or key
+    if apart is None:  # one tensor each, under one name
+        repeated = {name for held, names in ties.items() for name in names if name != held}
+        placed = {name: key for name, key in placed.items() if name not in repeated}
+    return placed, apart
+
+
+def _fit_config(
+    adapter: Adapter, base: QuantizedCheckpoint, architecture: Architecture, saved: Saved
+) -> dict[str, Any]:
+    """Return config.json with the vocabulary size and number of labels of the saved tensors."""
+    config, shapes, embeddings = base.reader.config, architecture.shapes, architecture.embeddings
+    for name, key in saved.items():
+        found, wanted = shapes.get(name, ()), adapter.infos[key].shape
+        if found == wanted or not found or not wanted:
+            continue
+        if name in embeddings:
+            size = {"vocab_size": wanted[0]}
+            text = config.get("text_config")
+            config = config | (size if text is None else {"text_config": text | size})
+        elif found[0] == architecture.model.config.num_labels:
+            labels = {str(i): f"LABEL_{i}" for i in range(wanted[0])}
+            ids = {label: int(i) for i, label in labels.items()}
+            config = config | {"id2label": labels, "label2id": ids}
+            config.pop("num_labels", None)
+    return config
+
+
+def _untied(config: dict[str, Any]) -> dict[str, Any]:
+    untied, text = {"tie_word_embeddings": False}, config.get("text_config", {})
+    changed = untied | {"text_config": text | untied} if "tie_word_embeddings" in text else untied
+    return config | changed
+
+
+def _check_shapes(
+    adapter: Adapter, base: QuantizedCheckpoint, architecture: Architecture, saved: Saved
+) -> None:
+    """Check that what is saved, and what stays of the base, is as config.json now says."""
+    shapes = architecture.shapes
+    for name, key in saved.items():
+        if shapes.get(name, adapter.infos[key].shape) != adapter.infos[key].shape:
+            raise _wrong_shape(adapter, key, shapes[name])
+    embeddings = sorted(architecture.embeddings)
+    other = next((saved[name] for name in embeddings if name in saved), None)
+    for name in embeddings:
+        if other is None or name in saved or name not in base.reader:
+            continue
+        if base.reader.info(name).shape != shapes[name]:
+            raise adapter.error(
+                f"{other}: shape {list(adapter.infos[other].shape)}, but the base's {name} has "
+                f"{list(base.reader.info(name).shape)}. Save both embeddings with the adapter, or "
+                "resize the vocabulary before quantizing."
+            )
+
+
+def _check_complete(adapter: Adapter, architecture: Architecture, merged: set[str]) -> None:
+    """Check that a new class has no layers that stayed random: PEFT saves what it is told to."""
+    known = {*architecture.stored.values(), *architecture.tied, *merged}
+    lost = sorted(architecture.shapes.keys() - known)
+    if lost and not architecture.is_converted:
+        raise adapter.error(
+            f"{architecture.class_name} has {lost[0]}, which is neither in the base nor in the "
+            "adapter: it was random while the adapter was trained, and is lost. Train with its "
+            f"module ({lost[0].rpartition('.')[0]}) in modules_to_save."
+        )

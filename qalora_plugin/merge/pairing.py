@@ -1,30 +1,17 @@
-"""Fit an adapter to a quantized base: every reason not to merge is found here, from headers."""
+"""Fit the layers of an adapter to a quantized base: one fold a layer, checked from headers."""
 
 from dataclasses import dataclass, replace
-from typing import Any
-
-import torch
-import transformers
 
 from qalora_kernels import LowRank, PackedWeight, QuantSpec, fold
 
-from ..architecture.model import Architecture, auto_class_names, read_architecture
 from ..checkpoint.checkpoint import QuantizedCheckpoint
 from ..checkpoint.fingerprint import fingerprint
+from ..checkpoint.identity import BaseIdentity
 from ..errors import AdapterError
 from ..files.names import ADAPTER_CONFIG_FILE
 from .adapter import Adapter, AdapterLayer
 from .conventions import Regrouping, convention_factor, pool_size_of, regroup
-
-# by PEFT's task types
-_AUTO_CLASSES: dict[Any, Any] = {
-    "CAUSAL_LM": transformers.AutoModelForCausalLM,
-    "SEQ_2_SEQ_LM": transformers.AutoModelForSeq2SeqLM,
-    "SEQ_CLS": transformers.AutoModelForSequenceClassification,
-    "TOKEN_CLS": transformers.AutoModelForTokenClassification,
-    "QUESTION_ANS": transformers.AutoModelForQuestionAnswering,
-    "FEATURE_EXTRACTION": transformers.AutoModel,
-}
+from .names import TrainedModel
 
 
 @dataclass(frozen=True)
@@ -47,151 +34,108 @@ class LayerMerge:
     pool_size: int
     factor: float
 
-    def change(self, adapter: Adapter, part: str) -> torch.Tensor | None:
-        """factor * (B A)^T of "zeros" or "scales", float64 [G', N]."""
+    def change(self, adapter: Adapter, part: str) -> LowRank | None:
+        """Return the change of the G' merged groups by "zeros" or "scales"; None if not adapted."""
         if part not in self.layer.keys:
             return None
         a, b = adapter.get_pair(self.layer.keys[part])
-        return LowRank(self.regrouping.spread(a), b, self.factor).delta()
+        return LowRank(self.regrouping.spread(a), b, self.factor)
 
-    def fold(self, adapter: Adapter, tensors: PackedWeight) -> PackedWeight:
-        """The merged layer: the integers and g_idx as they are, scales and offsets folded."""
+    def fold(self, adapter: Adapter, weight: PackedWeight) -> PackedWeight:
+        """Return the merged layer: integers and g_idx as they are, scales and offsets folded."""
+        zeros, scale = self.change(adapter, "zeros"), self.change(adapter, "scales")
         scales, offsets = fold(
-            self.regrouping.split(tensors.scales),
-            self.regrouping.split(tensors.offsets),
-            zeros=self.change(adapter, "zeros"),
-            scale=self.change(adapter, "scales"),
+            self.regrouping.split(weight.scales),
+            self.regrouping.split(weight.offsets),
+            zeros=None if zeros is None else zeros.delta(),
+            scale=None if scale is None else scale.delta(),
             offsets_dtype=self.merged_spec.offsets_dtype,
             scales_dtype=self.merged_spec.scales_dtype,
             minimum_below=self.merged_spec.minimum_below,
         )
-        return PackedWeight(tensors.qweight, scales, offsets, tensors.g_idx, self.merged_spec)
+        return PackedWeight(weight.qweight, scales, offsets, weight.g_idx, self.merged_spec)
 
 
-def pair(adapter: Adapter, base: QuantizedCheckpoint, convention: str) -> dict[str, LayerMerge]:
-    """Fit every layer of the adapter to the base.
-
-    Args:
-        adapter: the adapter.
-        base: the base it was trained on.
-        convention: one of `tuner.foreign.CONVENTIONS`.
-
-    Returns:
-        One entry for every adapted layer, by name.
+def pair(
+    adapter: Adapter, base: QuantizedCheckpoint, trained: TrainedModel, convention: str
+) -> dict[str, LayerMerge]:
+    """Fit every layer of the adapter to the base; returns the folds by name in the base.
 
     Raises:
         AdapterError: the adapter belongs to another base, lacks a layer, has one that the base
             has not, or pools over inputs that no offset is common to.
     """
-    if not any(name in base.layers for name in adapter.layers):
-        architecture = trained_architecture(adapter, base)
-        if architecture is not None:
-            adapter.rename(architecture.stored)
-    for name in adapter.layers:
+    layers = {trained.in_base(name): layer for name, layer in adapter.layers.items()}
+    for name in layers:
         if name not in base.layers:
-            raise AdapterError(
-                f"{adapter.weights}: adapts {name}, which is not a quantized layer of "
-                f"{base.directory}. It was trained on another base."
+            raise adapter.error(
+                f"adapts {name}, which is not a quantized layer of {base.directory}. It was "
+                "trained on another base."
             )
-    check_base(adapter, base)
+    _check_base(adapter, base, trained)
     for name in base.layers:
-        if name not in adapter.layers and adapter.targets(name):
-            raise AdapterError(
-                f"{adapter.weights}: missing keys: none for {name}, which target_modules in "
-                f"{ADAPTER_CONFIG_FILE} selects. The file is incomplete, or of another base."
+        if name not in layers and adapter.targets(trained.in_model(name)):
+            raise adapter.error(
+                f"missing keys: none for {name}, which target_modules in {ADAPTER_CONFIG_FILE} "
+                "selects. The file is incomplete, or of another base."
             )
     return {
-        name: _pair_layer(adapter, layer, base, convention)
-        for name, layer in adapter.layers.items()
+        name: _pair_layer(adapter, base, name, layer, convention) for name, layer in layers.items()
     }
 
 
-def trained_architecture(adapter: Adapter, base: QuantizedCheckpoint) -> Architecture | None:
-    """The model that was trained, by the class that the adapter's config or the base's names.
-
-    Returns:
-        None where transformers knows no class in which the adapter's layers exist.
-    """
-    for name in _class_names(adapter, base):
-        architecture = read_architecture(base.reader.config, base.weight_names, name)
-        if architecture is not None and all(
-            f"{adapter.trained_name(layer)}.weight" in architecture.stored
-            for layer in adapter.layers
-        ):
-            return architecture
-    return None
-
-
-def _class_names(adapter: Adapter, base: QuantizedCheckpoint) -> list[str]:
-    """Model classes to try, the likeliest first."""
-    names = [(adapter.config.get("auto_mapping") or {}).get("base_model_class")]
-    saved_from = base.reader.config.get("architectures") or []
-    auto_class = _AUTO_CLASSES.get(adapter.config.get("task_type"))
-    fitting: list[str] = []
-    if auto_class is not None:
-        fitting = auto_class_names(auto_class, base.reader.config.get("model_type"))
-    if not set(saved_from).isdisjoint(fitting) or adapter.config.get("task_type") == "CAUSAL_LM":
-        names += [*saved_from, *fitting]
-    else:
-        names += [*fitting, *saved_from]
-    return [name for name in dict.fromkeys(names) if name]
-
-
-def check_base(adapter: Adapter, base: QuantizedCheckpoint) -> None:
-    """Check that the adapter was trained on this base.
-
-    Raises:
-        AdapterError: the base has something merged in already, or other bits, group size or
-            integers than the adapter's base.
-    """
-    where = adapter.directory / ADAPTER_CONFIG_FILE
-    if base.config.merged != adapter.config.get("base_merged"):
-        merged = base.config.merged or {}
-        raise AdapterError(
-            f"{base.directory}: already merged (with {merged.get('adapter')!r}), and the adapter "
-            "was not trained on that. Merge into the base it was trained on: --base names it."
-            if merged
-            else f"{base.directory}: the adapter was trained on a base with something merged into "
-            f"it ({adapter.config['base_merged'].get('adapter')!r}), this one has nothing. "
-            "Name that base with --base."
+def _check_base(adapter: Adapter, base: QuantizedCheckpoint, trained: TrainedModel) -> None:
+    """Check that the adapter was trained on this base; one from elsewhere knows of none."""
+    stated = adapter.config if adapter.is_ours else {}
+    grid = (stated.get("bits"), stated.get("group_size"))
+    wanted = BaseIdentity(*grid, stated.get("fingerprint"), adapter.config.get("base_merged"))
+    mark = base.config.base.get("fingerprint")
+    if not mark and wanted.fingerprint is not None:
+        mark = fingerprint(
+            (trained.in_model(name), base.reader.get(f"{name}.qweight")) for name in base.layers
         )
-    if not adapter.is_ours:
-        return
-    for key in ("bits", "group_size"):
-        stated, found = adapter.config.get(key), getattr(base.config, key)
-        if stated is not None and stated != found:
-            raise AdapterError(
-                f"{where}: {key} is {stated}, that of {base.directory} is {found}: the adapter "
-                "was trained on another base. Name the right one with --base."
-            )
-    stated = adapter.config.get("fingerprint")
-    if stated is None:
-        return
-    found = base.config.base.get("fingerprint") or fingerprint(
-        (adapter.trained_name(name), base.reader.get(f"{name}.qweight")) for name in base.layers
-    )
-    if stated != found:
+    found = BaseIdentity(base.config.bits, base.config.group_size, mark, base.config.merged)
+    different = wanted.difference(found)
+    if different == "base_merged" and found.base_merged:
         raise AdapterError(
-            f"{where}: was trained on integers with the fingerprint {stated}, those of "
-            f"{base.directory} have {found}. It is another base, or it was quantized again with "
+            f"{base.directory}: already merged (with {found.base_merged.get('adapter')!r}), and "
+            "the adapter was not trained on that. Merge into the base it was trained on: --base "
+            "names it."
+        )
+    if different == "base_merged":
+        raise AdapterError(
+            f"{base.directory}: the adapter was trained on a base with something merged into it "
+            f"({adapter.config['base_merged'].get('adapter')!r}), this one has nothing. Name that "
+            "base with --base."
+        )
+    if different == "fingerprint":
+        raise adapter.config_error(
+            f"was trained on integers with the fingerprint {wanted.fingerprint}, those of "
+            f"{base.directory} have {mark}. It is another base, or it was quantized again with "
             "other settings: name the directory that the adapter was trained on with --base."
+        )
+    if different is not None:
+        raise adapter.config_error(
+            f"{different} is {getattr(wanted, different)}, that of {base.directory} is "
+            f"{getattr(found, different)}: the adapter was trained on another base. Name the right "
+            "one with --base."
         )
 
 
 def _pair_layer(
-    adapter: Adapter, layer: AdapterLayer, base: QuantizedCheckpoint, convention: str
+    adapter: Adapter, base: QuantizedCheckpoint, name: str, layer: AdapterLayer, convention: str
 ) -> LayerMerge:
-    name, spec = layer.name, base.layers[layer.name]
+    spec = base.layers[name]
     if layer.out_features != spec.out_features:
-        raise AdapterError(
-            f"{adapter.weights}: {name}: B has {layer.out_features} rows, the base's layer "
-            f"{spec.out_features} outputs. It was trained on another base."
+        raise adapter.error(
+            f"{name}: B has {layer.out_features} rows, the base's layer {spec.out_features} "
+            "outputs. It was trained on another base."
         )
     if adapter.is_ours:
         if layer.columns != spec.num_groups:
-            raise AdapterError(
-                f"{adapter.weights}: {name}: A has {layer.columns} columns, the base's layer "
-                f"{spec.num_groups} groups. It was trained on another base or group size."
+            raise adapter.error(
+                f"{name}: A has {layer.columns} columns, the base's layer {spec.num_groups} "
+                "groups. It was trained on another base or group size."
             )
         same = Regrouping(spec.group_size)
         return LayerMerge(layer, spec, spec, same, spec.group_size, layer.scaling)
@@ -199,11 +143,6 @@ def _pair_layer(
     pool_size = pool_size_of(name, layer.columns, spec, stated)
     g_idx = base.reader.get(f"{name}.g_idx") if base.config.desc_act else None
     regrouping = regroup(name, spec, g_idx, pool_size)
-    return LayerMerge(
-        layer,
-        spec,
-        replace(spec, group_size=regrouping.group_size),
-        regrouping,
-        pool_size,
-        layer.scaling * convention_factor(convention, pool_size, spec.in_features),
-    )
+    merged_spec = replace(spec, group_size=regrouping.group_size)
+    factor = layer.scaling * convention_factor(convention, pool_size, spec.in_features)
+    return LayerMerge(layer, spec, merged_spec, regrouping, pool_size, factor)

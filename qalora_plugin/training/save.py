@@ -19,7 +19,7 @@ from ..errors import CheckpointError
 from ..files.hub import resolve_model_dir
 from ..files.json import read_json, write_json
 from ..files.names import CONFIG_FILE
-from ..merge.merge import is_dense
+from ..merge.adapter import is_dense
 from ..tuner.layer import QALoRALinear
 
 _log = logging.getLogger(__name__)

@@ -24,9 +24,9 @@ from ..formats.onnx.write import MODEL_FILE
 from ..formats.record import read_record
 from ..formats.walk import Progress
 from ..merge.adapter import PREFIX
-from ..merge.additive import dense
-from ..merge.merge import plan_merge
+from ..merge.plan import plan_merge
 from . import readers
+from .additive import dense
 from .runtimes import RuntimeReport, check_runtime
 
 _FP32, _F16 = 2.0**-22, 2.0**-11  # of the largest number that is rounded
@@ -189,7 +189,7 @@ def _check_layer(
     kind: str,
 ) -> float:
     """Compare one weight; the largest difference in steps. `kind` is a format or GGUF's type."""
-    exact = dense(layer, spec).t()
+    exact = dense(layer).t()
     if found.shape != exact.shape:
         raise VerificationError(
             f"{path}: {name}: shape {list(found.shape)}, expected {list(exact.shape)}."
@@ -226,7 +226,7 @@ def _verify_lora(
     with safe_open(exported / ADAPTER_WEIGHTS_FILE, framework="pt") as file:
         keys = set(file.keys())
         for done, (name, merge) in enumerate(plan.layers.items(), start=1):
-            start = f"{PREFIX}{plan.adapter.trained_name(name)}.lora_"
+            start = f"{PREFIX}{plan.trained.in_model(name)}.lora_"
             if not {f"{start}A.weight", f"{start}B.weight"} <= keys:
                 raise VerificationError(f"{exported}: no {start}A.weight and {start}B.weight.")
             a, b = (file.get_tensor(f"{start}{part}.weight").double() for part in "AB")
@@ -235,7 +235,7 @@ def _verify_lora(
             assert change is not None
             g_idx = plan.base.reader.get(f"{name}.g_idx") if plan.base.config.desc_act else None
             index = group_index(g_idx, spec.group_size, spec.in_features, a.device).long()
-            expected = change.t()[:, index]
+            expected = change.delta().t()[:, index]
             found = merge.layer.scaling * (b @ a)
             if found.shape != expected.shape:
                 raise VerificationError(f"{exported}: {name}: of another shape than the base.")

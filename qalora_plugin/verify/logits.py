@@ -1,21 +1,24 @@
 """Compare whole models: the merged one, and base with adapter, built the way each is used."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
 from ..errors import VerificationError
 from ..hf.load import load_model
-from ..merge.additive import pooled
 from ..merge.conventions import CONVENTIONS
-from ..merge.merge import MergePlan
+from ..merge.pairing import LayerMerge
+from ..merge.plan import MergePlan
+from .additive import pooled_change
 
 _TOKENS = 32
 # Merged and additive models differ by the rounding of offsets and by fp32 arithmetic, a reference
@@ -39,7 +42,7 @@ class LogitsReport:
     effect: float
 
     def as_text(self) -> str:
-        """One line for people."""
+        """Return one line for people."""
         how = "equal to the bit" if self.equal else f"differ by at most {self.difference:.3g}"
         return f"logits, merged against unmerged: {how} (adapter's effect {self.effect:.3g})"
 
@@ -53,14 +56,12 @@ def compare_logits(plan: MergePlan, merged: Path) -> LogitsReport:
     Raises:
         VerificationError: they differ by more than rounding explains.
     """
-    ids = _random_ids(plan)
+    generator, vocabulary = torch.Generator().manual_seed(0), _text(plan.config)["vocab_size"]
+    ids = torch.randint(0, vocabulary, (1, _TOKENS), generator=generator)
     merged_logits = _logits(load_model(merged), ids)
     base = _load_base(plan)
-    with _saved_tensors(base, plan):
-        base_logits = _logits(base, ids)
+    base_logits = _logits(base, ids)
     if plan.adapter.is_ours:
-        from peft import PeftModel
-
         unmerged = PeftModel.from_pretrained(base, str(plan.adapter.directory)).eval()
         unmerged_logits = _logits(unmerged, ids)
     else:
@@ -82,12 +83,9 @@ def compare_logits(plan: MergePlan, merged: Path) -> LogitsReport:
 
 
 def compare_reference(plan: MergePlan, merged: Path, reference: Path) -> None:
-    """Hold the merged model against logits that the code which trained the adapter computed.
+    """Hold the merged model against logits of the code that trained the adapter.
 
-    Args:
-        plan: the merge.
-        merged: the merged directory.
-        reference: .safetensors with `input_ids` int64 [B, T] and `logits` [B, T, V].
+    `reference` is a .safetensors file with `input_ids` int64 [B, T] and `logits` [B, T, V].
 
     Raises:
         VerificationError: another convention explains them better than the one merged with, or
@@ -95,8 +93,7 @@ def compare_reference(plan: MergePlan, merged: Path, reference: Path) -> None:
     """
     ids, wanted = _read_reference(reference)
     base = _load_base(plan)
-    with _saved_tensors(base, plan):
-        effect = _distance(wanted, _logits(base, ids))
+    effect = _distance(wanted, _logits(base, ids))
     distances = {}
     if not plan.adapter.is_ours:
         for convention in CONVENTIONS:
@@ -135,60 +132,47 @@ def _read_reference(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
 
 @contextmanager
 def added(model: nn.Module, plan: MergePlan, convention: str) -> Iterator[None]:
-    """Within it, the base model's layers add what a foreign adapter adds, in one convention."""
-    handles = []
-    with torch.no_grad(), _saved_tensors(model, plan):
+    """Let a base's layers add, within the block, what the adapter adds if it pools in this way.
+
+    The adapter's whole tensors are put into the model too, and stay there.
+    """
+    _put_saved_tensors(model, plan)
+    with torch.no_grad(), ExitStack() as hooks:
         for name, merge in plan.layers.items():
-            a, b = plan.adapter.get_pair(merge.layer.keys["zeros"])
-            change = _adding(a, b, merge.layer.scaling, merge.pool_size, convention)
-            handles.append(
-                model.get_submodule(plan.adapter.trained_name(name)).register_forward_hook(change)
-            )
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+            matrices = plan.adapter.get_pair(merge.layer.keys["zeros"])
+            add = partial(_add, merge, matrices, convention)
+            layer = model.get_submodule(plan.trained.in_model(name))
+            hooks.enter_context(layer.register_forward_hook(add))
+        yield
 
 
-def _adding(
-    a: torch.Tensor, b: torch.Tensor, scaling: float, pool_size: int, convention: str
-) -> Callable[[nn.Module, tuple[torch.Tensor, ...], torch.Tensor], torch.Tensor]:
-    def hook(
-        module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor
-    ) -> torch.Tensor:
-        features = pooled(args[0].reshape(-1, args[0].shape[-1]), convention, pool_size)
-        change = features @ a.to(features).t() @ b.to(features).t() * scaling
-        return output + change.view_as(output)
+def _add(
+    merge: LayerMerge,
+    matrices: tuple[torch.Tensor, torch.Tensor],
+    convention: str,
+    layer: nn.Module,
+    args: tuple[torch.Tensor, ...],
+    output: torch.Tensor,
+) -> torch.Tensor:
+    x = args[0].reshape(-1, args[0].shape[-1])
+    return output + pooled_change(x, merge, matrices, convention).view_as(output)
 
-    return hook
 
-
-@contextmanager
-def _saved_tensors(model: nn.Module, plan: MergePlan) -> Iterator[None]:
-    """Put the adapter's whole tensors in, and the base's back."""
+def _put_saved_tensors(model: nn.Module, plan: MergePlan) -> None:
+    """Put the adapter's whole tensors into a base model."""
     tied, still = (c.get("tie_word_embeddings") for c in (plan.base.reader.config, plan.config))
-    before = []
-    for name, key in plan.adapter.saved.items():
-        owner, _, leaf = plan.adapter.trained_tensor(name).rpartition(".")
+    for name, key in plan.dense.from_adapter.items():
+        owner, _, leaf = plan.trained.in_model(name).rpartition(".")
         module = model.get_submodule(owner)
-        parameter = module.get_parameter(leaf)
-        before.append((module, leaf, parameter, parameter.data))
-        value = plan.adapter.get(key).to(parameter)
+        value = plan.adapter.get(key).to(module.get_parameter(leaf))
         if tied != still:
             setattr(module, leaf, nn.Parameter(value))
         else:  # what is tied to it changes with it
-            parameter.data = value
-    try:
-        yield
-    finally:
-        for module, leaf, parameter, data in before:
-            parameter.data = data
-            setattr(module, leaf, parameter)
+            module.get_parameter(leaf).data = value
 
 
 def _load_base(plan: MergePlan) -> Any:
-    """The base as it was trained: with the merged model's head and vocabulary."""
+    """Load the base as it was trained: with the merged model's vocabulary and whole tensors."""
     before, after = plan.base.reader.config, plan.config
     options: dict[str, Any] = {}
     if after.get("id2label") != before.get("id2label"):
@@ -199,6 +183,7 @@ def _load_base(plan: MergePlan) -> Any:
     vocabulary = _text(after).get("vocab_size")
     if vocabulary != _text(before).get("vocab_size"):
         model.resize_token_embeddings(vocabulary, mean_resizing=False)
+    _put_saved_tensors(model, plan)
     return model
 
 
@@ -210,11 +195,6 @@ def _text(config: dict[str, Any]) -> dict[str, Any]:
 def _logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     output = model(input_ids=ids)
     return (output.logits if "logits" in output else output[0]).float()
-
-
-def _random_ids(plan: MergePlan) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, _text(plan.config)["vocab_size"], (1, _TOKENS), generator=generator)
 
 
 def _distance(a: torch.Tensor, b: torch.Tensor) -> float:

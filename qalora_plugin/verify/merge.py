@@ -1,8 +1,7 @@
 """Prove that a merged checkpoint is its base with its adapter, and say how far the proof goes.
 
-1. Tensors. The merge is recomputed from base and adapter, and every tensor of the merged
-   checkpoint compared bit for bit: integers and g_idx with the base's, folded scales and offsets
-   with the recomputed ones, everything else with the base's (or the adapter's modules_to_save).
+1. Tensors. The merge is planned anew from base and adapter, and every tensor of the merged
+   checkpoint compared bit for bit with what that gives.
 2. Outputs. Each adapted layer is run on random inputs in float64, as the merged layer and as base
    plus adapter by the additive formula of the code that trained the adapter (`additive`, which
    shares nothing with the merge). They may differ by the rounding of the stored scales and
@@ -10,7 +9,7 @@
 3. The convention. 1 and 2 use the convention that the adapter's own config states. Where the
    config is silent (the authors' released code) they can only show that the merge did what it
    declares; whether the declaration is true needs what that code computed: `reference`.
-4. Logits, on request (`verify_logits`).
+4. Logits, on request (`logits`).
 """
 
 import dataclasses
@@ -28,17 +27,17 @@ from qalora_kernels.groups import expand
 from ..checkpoint.checkpoint import QuantizedCheckpoint, open_quantized
 from ..errors import VerificationError
 from ..files.manifest import check_manifest
-from ..merge.adapter import open_adapter
-from ..merge.additive import added_output, columns, dense
-from ..merge.merge import MergePlan, plan_merge
+from ..merge.adapter import open_adapter, open_base
 from ..merge.pairing import LayerMerge
+from ..merge.plan import MergePlan, make_plan
+from .additive import added_output, columns, dense
 from .logits import LogitsReport, compare_logits, compare_reference
 
 _ROWS = 4  # random inputs a layer
 _COLUMNS = 1024  # outputs held in float64 at a time
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class VerifyReport:
     """What was compared, and what was found. A report exists only where everything held.
 
@@ -48,8 +47,9 @@ class VerifyReport:
         unadapted_layers: quantized layers that no adapter touches, equal to the base's.
         other_tensors: tensors outside of quantized layers, equal to the base's.
         modules_to_save: tensors that equal the adapter's.
-        max_difference: of scales and offsets from the recomputed ones: 0.0, they are bit-equal.
-        integers_equal: qweight and g_idx equal the base's in every layer.
+        max_difference: of scales and offsets from the recomputed ones: always 0.0, since they are
+            compared bit for bit, and one that differs is an error and no report.
+        integers_equal: always true for the same reason: qweight and g_idx are the base's.
         hashes: whether the directory has a manifest, whose hashes then hold.
         convention: how the adapter pools.
         convention_from: "adapter config", "reference" (measured), or "declaration": stated when
@@ -65,8 +65,8 @@ class VerifyReport:
     unadapted_layers: int
     other_tensors: int
     modules_to_save: int
-    max_difference: float
-    integers_equal: bool
+    max_difference: float = 0.0
+    integers_equal: bool = True
     hashes: bool
     convention: str
     convention_from: str
@@ -75,15 +75,15 @@ class VerifyReport:
     logits: LogitsReport | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the fields for JSON."""
         return dataclasses.asdict(self)
 
     def as_text(self) -> str:
-        """A few lines for people."""
+        """Return a few lines for people."""
         lines = [
             f"{self.merged}: verified",
             f"  {self.layers} adapted layers: integers equal the base's, scales and offsets equal "
-            f"the recomputed ones (largest difference {self.max_difference})",
+            "the recomputed ones, bit for bit",
             f"  {self.unadapted_layers} other quantized layers and {self.other_tensors} other "
             f"tensors equal the base's; {self.modules_to_save} equal the adapter's",
             f"  merged against additive outputs, float64: {self.output_error:.2g} of what rounding "
@@ -132,20 +132,28 @@ def verify_merge(
         raise VerificationError(
             f"{result.directory}: its quantization_config says nothing of a merge: it is a base."
         )
-    plan = _plan(adapter, base, declared, result)
+    used, opened = str(declared.get("convention")), open_adapter(adapter)
+    stated = opened.stated_convention()
+    if stated is not None and stated != used:
+        raise VerificationError(
+            f"{result.directory}: merged with the convention {used!r}, but the adapter's config "
+            f"says that it was trained with {stated!r}: every change is off by a constant factor. "
+            "Merge again without --convention."
+        )
+    # the merge as it should have been
+    plan = make_plan(opened, open_base(opened, base), opened.convention(used))
     hashes = check_manifest(result.directory)
     _check_names(plan, result)
-    _check_other_tensors(plan, result)
-    difference = error = change = 0.0
+    _check_dense(plan, result)
+    error = change = 0.0
     for done, name in enumerate(plan.base.layers, start=1):
-        difference = max(difference, _check_layer(plan, result, name))
+        _check_layer(plan, result, name)
         if name in plan.layers:
             layer_error, layer_change = _check_outputs(plan, result, name)
             error, change = max(error, layer_error), max(change, layer_change)
         if progress is not None:
             progress(done, len(plan.base.layers))
-    stated = plan.adapter.stated_convention()
-    source = "adapter config" if stated else "declaration"
+    source = "declaration" if stated is None else "adapter config"
     logits_report = compare_logits(plan, result.directory) if logits else None
     if reference is not None:
         compare_reference(plan, result.directory, Path(reference))
@@ -154,10 +162,8 @@ def verify_merge(
         merged=str(result.directory),
         layers=len(plan.layers),
         unadapted_layers=len(plan.base.layers) - len(plan.layers),
-        other_tensors=len({*plan.base.dense_names, *plan.copies} - set(plan.adapter.saved)),
-        modules_to_save=len(plan.adapter.saved),
-        max_difference=difference,
-        integers_equal=True,
+        other_tensors=len(plan.dense.from_base),
+        modules_to_save=len(plan.dense.from_adapter),
         hashes=hashes,
         convention=plan.convention,
         convention_from=source,
@@ -167,86 +173,62 @@ def verify_merge(
     )
 
 
-def _plan(
-    adapter: str | Path,
-    base: str | Path | None,
-    declared: dict[str, Any],
-    result: QuantizedCheckpoint,
-) -> MergePlan:
-    """The merge as it should have been: in the convention that the adapter states, if it does."""
-    used = str(declared.get("convention"))
-    stated = open_adapter(adapter).stated_convention()
-    if stated is not None and stated != used:
-        raise VerificationError(
-            f"{result.directory}: merged with the convention {used!r}, but the adapter's config "
-            f"says that it was trained with {stated!r}: every change is off by a constant factor. "
-            "Merge again without --convention."
-        )
-    return plan_merge(adapter, base, used)
+def _wrong(result: QuantizedCheckpoint, tensor: str, how: str) -> VerificationError:
+    return VerificationError(f"{result.reader.info(tensor).file}: {tensor}{how}")
 
 
 def _check_names(plan: MergePlan, result: QuantizedCheckpoint) -> None:
-    found = {name: (info.dtype, info.shape) for name, info in result.reader.tensors.items()}
-    for name in sorted(found.keys() ^ plan.tensors.keys()):
+    """Compare names, dtypes and shapes with the plan."""
+    tensors = result.reader.tensors
+    for name in sorted(tensors.keys() ^ plan.tensors.keys()):
         what = "missing" if name in plan.tensors else "not one that base and adapter give"
         raise VerificationError(f"{result.directory}: tensor {name} is {what}.")
     for name, expected in plan.tensors.items():
-        if found[name] != expected:
-            raise VerificationError(
-                f"{result.reader.info(name).file}: {name}: expected {expected}, "
-                f"found {found[name]}."
+        found = (tensors[name].dtype, tensors[name].shape)
+        if found != expected:
+            raise _wrong(result, name, f": expected {expected}, found {found}.")
+
+
+def _check_dense(plan: MergePlan, result: QuantizedCheckpoint) -> None:
+    """Compare what is outside of quantized layers with base and adapter, bit for bit."""
+    for name, key in plan.dense.from_adapter.items():
+        if not _equal(plan.adapter.get(key), result.reader.get(name)):
+            raise _wrong(result, name, " differs from the adapter's. Merge again.")
+    for name, original in plan.dense.from_base.items():
+        pieces = zip(plan.base.reader.chunks(original), result.reader.chunks(name), strict=True)
+        if not all(a == b for a, b in pieces):
+            raise _wrong(result, name, " differs from the base's. Merge again.")
+
+
+def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Say whether two tensors of one dtype hold the same bits: -0.0 is not 0.0, NaN is itself."""
+    # flat, since one of no dimension has no view in bytes
+    return torch.equal(*(tensor.reshape(-1).view(torch.uint8) for tensor in (a, b)))
+
+
+def _check_layer(plan: MergePlan, result: QuantizedCheckpoint, name: str) -> None:
+    """Compare the stored tensors of one quantized layer, bit for bit."""
+    for tensor, wanted in plan.stored_layer(name).items():
+        found = result.reader.get(tensor)
+        if _equal(wanted, found):
+            continue
+        how = (
+            " differs from the base's: it must stay as it is. Merge again, into the base that the "
+            "adapter was trained on."
+        )
+        if wanted.is_floating_point():
+            off = float((wanted.double() - found.double()).abs().max())
+            how = (
+                f" is not what base and adapter give with the convention {plan.convention!r}: "
+                f"{int((wanted != found).sum())} of {found.numel()} numbers differ, by up to "
+                f"{off:.3g}. It was merged from another adapter or with another factor: merge "
+                "again."
             )
-
-
-def _check_other_tensors(plan: MergePlan, result: QuantizedCheckpoint) -> None:
-    base = plan.base.reader
-    for name in {*plan.base.dense_names, *plan.adapter.saved, *plan.copies}:
-        if name in plan.adapter.saved:
-            wanted, found = plan.adapter.get(plan.adapter.saved[name]), result.reader.get(name)
-            equal = torch.equal(_bytes(wanted), _bytes(found))
-            owner = "adapter"
-        else:
-            original = base.chunks(plan.copies.get(name, name))
-            pieces = zip(original, result.reader.chunks(name), strict=True)
-            equal, owner = all(a == b for a, b in pieces), "base"
-        if not equal:
-            raise VerificationError(
-                f"{result.reader.info(name).file}: {name} differs from the {owner}'s. Merge again."
-            )
-
-
-def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.reshape(-1).view(torch.uint8)  # one of no dimension has no view in bytes
-
-
-def _check_layer(plan: MergePlan, result: QuantizedCheckpoint, name: str) -> float:
-    """Compare one quantized layer bit for bit; the largest difference of scales and offsets."""
-    wanted, found = plan.merged_layer(name), result.layer(name)
-    where = f"{result.reader.info(f'{name}.qweight').file}: {name}"
-    for part in ("qweight", "g_idx"):
-        a, b = getattr(wanted, part), getattr(found, part)
-        if (a is None) != (b is None) or (a is not None and not torch.equal(a, b)):
-            raise VerificationError(
-                f"{where}.{part} differs from the base's: it must stay as it is. Merge again, "
-                "into the base that the adapter was trained on."
-            )
-    difference = 0.0
-    for part in ("scales", "offsets"):
-        a, b = getattr(wanted, part), getattr(found, part)
-        if not torch.equal(a, b):
-            off = float((a.double() - b.double()).abs().max())
-            raise VerificationError(
-                f"{where}.{part} is not what base and adapter give with the convention "
-                f"{plan.convention!r}: {int((a != b).sum())} of {a.numel()} numbers differ, by up "
-                f"to {off:.3g}. It was merged from another adapter or with another factor: "
-                "merge again."
-            )
-        difference = max(difference, float((a.double() - b.double()).abs().max()))
-    return difference
+        raise _wrong(result, tensor, how)
 
 
 def _check_outputs(plan: MergePlan, result: QuantizedCheckpoint, name: str) -> tuple[float, float]:
-    """Run one adapted layer both ways; (largest error, largest change), in units of rounding."""
+    """Return the largest error and change of one adapted layer's outputs, in units of rounding."""
     merge = plan.layers[name]
     base, merged = plan.base.layer(name), result.layer(name)
     matrices = {part: plan.adapter.get_pair(keys) for part, keys in merge.layer.keys.items()}
@@ -259,7 +241,7 @@ def _check_outputs(plan: MergePlan, result: QuantizedCheckpoint, name: str) -> t
         some = {key: (a, b[part]) for key, (a, b) in matrices.items()}
         base_part, merged_part = columns(base, part), columns(merged, part)
         added = added_output(x, merge, some, base_part, convention)
-        weight, merged_weight = dense(base_part, merge.spec), dense(merged_part, merge.merged_spec)
+        weight, merged_weight = dense(base_part), dense(merged_part)
         difference = (x @ merged_weight - x @ weight - added).abs()
         # the rounding of what is stored, and what float64 itself loses in sums of K terms
         allowed = _rounding(x.abs(), merge, base_part, merged_part, weight.abs())
@@ -269,9 +251,9 @@ def _check_outputs(plan: MergePlan, result: QuantizedCheckpoint, name: str) -> t
         change = max(change, float((added.abs() / allowed).max()))
     if not error <= 1:
         raise VerificationError(
-            f"{result.reader.info(f'{name}.qweight').file}: {name}: outputs differ from those of "
-            f"base plus adapter (convention {plan.convention!r}) by {error:.3g} times what "
-            "rounding explains. It was merged with another factor: merge again."
+            f"{result.where(name)}: outputs differ from those of base plus adapter (convention "
+            f"{plan.convention!r}) by {error:.3g} times what rounding explains. It was merged with "
+            "another factor: merge again."
         )
     return error, change
 
@@ -283,7 +265,7 @@ def _rounding(
     merged: PackedWeight,
     weight: torch.Tensor,
 ) -> torch.Tensor:
-    """How far rounding scales and offsets can move outputs, given |x| [M, K] and |W| [K, N]."""
+    """Return how far rounding scales and offsets can move outputs [M, N], from |x| and |W|."""
     spec = merge.merged_spec
     error = _half_ulp(merged.offsets, spec.offsets_dtype)
     if spec.minimum_below is not None:
@@ -297,6 +279,6 @@ def _rounding(
 
 
 def _half_ulp(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Upper bound of the error made when `values` were rounded to `dtype`, float64."""
+    """Return an upper bound of the error of rounding to `dtype`, float64, shaped as `values`."""
     info = torch.finfo(dtype)
     return (values.double().abs() + info.smallest_normal) * info.eps / 2

@@ -8,8 +8,8 @@ import torch
 
 from qalora_kernels.groups import expand
 from qalora_plugin.checkpoint.checkpoint import QuantizedCheckpoint
-from qalora_plugin.merge.additive import dense
 from qalora_plugin.quickstart.embedded import base_model_path
+from qalora_plugin.verify.additive import dense
 
 ACT_ORDER = Path(__file__).parent.parent / "fixtures" / "gptq_4bit_g128_actorder_asym"
 SIZES: dict[str, Any] = dict(
@@ -25,7 +25,7 @@ SIZES: dict[str, Any] = dict(
 
 def exact_weight(source: QuantizedCheckpoint, name: str) -> torch.Tensor:
     """W [N, K] in float64, by the kernels' reference formula."""
-    return dense(source.layer(name), source.layers[name]).t()
+    return dense(source.layer(name)).t()
 
 
 def error_in_steps(found: torch.Tensor, source: QuantizedCheckpoint, name: str) -> float:

@@ -9,8 +9,8 @@ from torch import nn
 
 from qalora_kernels import LowRank, QuantSpec, fold, pack, reference
 from qalora_plugin.errors import AdapterError
-from qalora_plugin.merge.additive import pooled
 from qalora_plugin.merge.conventions import convention_factor, pool_size_of, regroup
+from qalora_plugin.verify.additive import pooled
 
 N, RANK, SCALING = 24, 4, 0.75
 

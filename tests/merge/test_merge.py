@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from support.adapters import FIXTURES, PREFIX, edit_json, edit_tensors
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
@@ -20,15 +21,15 @@ from transformers import (
     BertModel,
 )
 
-from qalora_plugin import QALoRAConfig, QALoRAQuantConfig, merge_adapter
+from qalora_plugin import QALoRAConfig, merge_adapter
 from qalora_plugin.checkpoint.checkpoint import open_quantized
 from qalora_plugin.errors import AdapterError, CheckpointError, OutputError
-from qalora_plugin.files.manifest import check_manifest
+from qalora_plugin.files.manifest import check_manifest, file_sha256
 from qalora_plugin.files.reader import CheckpointReader
 from qalora_plugin.merge.adapter import open_adapter
 from qalora_plugin.verify.merge import verify_merge
 
-PREFIX = "base_model.model."
+Make = Callable[..., Path]
 ATTENTION = "self_attn"
 
 
@@ -38,7 +39,7 @@ def _bytes(directory: Path, name: str) -> bytes:
 
 @pytest.mark.parametrize("adapt", ["zeros", "scales", "both"])
 def test_equals_peft_merge_and_unload(
-    adapt: str, base_dir: Path, make_adapter: Callable[..., Path], tmp_path: Path
+    adapt: str, base_dir: Path, make_adapter: Make, tmp_path: Path
 ) -> None:
     adapter = make_adapter(base_dir, adapt=adapt)
     merge_adapter(adapter, tmp_path / "merged")
@@ -52,9 +53,7 @@ def test_equals_peft_merge_and_unload(
         assert torch.equal(ours.get(name), theirs.get(name)), name
 
 
-def test_only_scales_and_offsets_change(
-    base_dir: Path, make_adapter: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_only_scales_and_offsets_change(base_dir: Path, make_adapter: Make, tmp_path: Path) -> None:
     adapter = make_adapter(base_dir, layers=lambda name: ATTENTION in name)
     result = merge_adapter(adapter, tmp_path / "merged")
     assert result.layers == 8 and result.convention == "sum"
@@ -66,9 +65,7 @@ def test_only_scales_and_offsets_change(
     assert changed == {f"{layer}.offsets" for layer in open_adapter(adapter).layers}
 
 
-def test_result_is_a_model_directory(
-    base_dir: Path, make_adapter: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_result_is_a_model_directory(base_dir: Path, make_adapter: Make, tmp_path: Path) -> None:
     adapter = make_adapter(base_dir)
     (adapter / "tokenizer_config.json").write_text('{"from": "training"}')
     (adapter / "additional_chat_templates").mkdir()
@@ -84,14 +81,12 @@ def test_result_is_a_model_directory(
     merged = json.loads((out / "config.json").read_text())["quantization_config"]["merged"]
     assert merged["convention"] == "sum" and merged["adapt"] == "zeros"
     assert (merged["r"], merged["lora_alpha"], merged["layers"]) == (4, 6, 14)
-    assert merged["adapter_sha256"] == open_adapter(adapter).sha256()
+    assert merged["adapter_sha256"] == file_sha256(adapter / "adapter_model.safetensors")
     assert not adapter.with_name(".merged").exists()
 
 
-def test_act_order_stock_base(
-    stock_dir: Callable[[str], Path], make_adapter: Callable[..., Path], tmp_path: Path
-) -> None:
-    base = stock_dir("gptq_4bit_g128_actorder_asym")
+def test_act_order_stock_base(make_adapter: Make, tmp_path: Path) -> None:
+    base = FIXTURES / "gptq_4bit_g128_actorder_asym"
     out = merge_adapter(make_adapter(base), tmp_path / "merged").out
     stock, merged = open_quantized(base), open_quantized(out)
     assert not merged.is_foreign and merged.config.offsets_dtype == "float32"
@@ -104,9 +99,9 @@ def test_act_order_stock_base(
 
 @pytest.mark.parametrize("pool", [16, 64])
 def test_pooling_groups_that_differ_from_the_bases(
-    pool: int, stock_dir: Callable[[str], Path], make_foreign: Callable[..., Path], tmp_path: Path
+    pool: int, make_foreign: Make, tmp_path: Path
 ) -> None:
-    base = stock_dir("gptq_4bit_g32_asym")
+    base = FIXTURES / "gptq_4bit_g32_asym"
     out = merge_adapter(make_foreign(base, pool, use_qalora=True), tmp_path / "merged").out
     config = open_quantized(out).config
     assert config.group_size == min(pool, 32)
@@ -116,24 +111,10 @@ def test_pooling_groups_that_differ_from_the_bases(
     assert verify_merge(out, tmp_path / "foreign", base).output_error <= 1
 
 
-def test_split_groups_only_where_adapted(
-    stock_dir: Callable[[str], Path],
-    make_foreign: Callable[..., Path],
-    edit_tensors: Callable[..., None],
-    edit_json: Callable[..., None],
-    tmp_path: Path,
-) -> None:
-    base = stock_dir("gptq_4bit_g32_asym")
-    adapter = make_foreign(base, 16, use_qalora=True)
-
-    def keep_attention(tensors: dict[str, torch.Tensor]) -> None:
-        for key in [k for k in tensors if ATTENTION not in k]:
-            del tensors[key]
-
-    edit_tensors(adapter / "adapter_model.safetensors", keep_attention)
-    edit_json(
-        adapter / "adapter_config.json", target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]
-    )
+def test_split_groups_only_where_adapted(make_foreign: Make, tmp_path: Path) -> None:
+    adapter = make_foreign(FIXTURES / "gptq_4bit_g32_asym", 16, use_qalora=True)
+    edit_tensors(adapter, lambda t: [t.pop(key) for key in list(t) if ATTENTION not in key])
+    edit_json(adapter, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
     out = merge_adapter(adapter, tmp_path / "merged").out
     sizes = {name: spec.group_size for name, spec in open_quantized(out).layers.items()}
     assert {sizes[n] for n in sizes if ATTENTION in n} == {16}
@@ -142,7 +123,7 @@ def test_split_groups_only_where_adapted(
 
 
 def test_modules_to_save_replaces_whole_tensors(
-    base_dir: Path, make_adapter: Callable[..., Path], tmp_path: Path
+    base_dir: Path, make_adapter: Make, tmp_path: Path
 ) -> None:
     head = torch.randn(64, 64)
     adapter = make_adapter(
@@ -155,7 +136,7 @@ def test_modules_to_save_replaces_whole_tensors(
 
 
 def test_trained_head_of_a_tied_base_is_untied(
-    tied_base_dir: Path, make_adapter: Callable[..., Path], tmp_path: Path
+    tied_base_dir: Path, make_adapter: Make, tmp_path: Path
 ) -> None:
     head = torch.randn(64, 64)
     adapter = make_adapter(
@@ -175,12 +156,38 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
         {"base_merged": {"adapter": "first"}},
         "trained on a base with something merged into it",
     ),
+    "a missing layer": (
+        {"layers": lambda name: "1.mlp.up_proj" not in name, "target_modules": ["up_proj"]},
+        r"missing keys: none for .*\.1\.mlp\.up_proj",
+    ),
+    "a layer that the base has not": (
+        {
+            "extra": {
+                f"{PREFIX}model.layers.9.q_proj.qalora_A.weight": torch.ones(4, 2),
+                f"{PREFIX}model.layers.9.q_proj.qalora_B.weight": torch.ones(64, 4),
+            }
+        },
+        r"model.layers.9.q_proj, which is not a quantized",
+    ),
+    "no base": ({"base_model_name_or_path": None}, "Name the quantized base with --base"),
+    "an integer layer in modules_to_save": (
+        {
+            "layers": lambda name: "up_proj" not in name,
+            "modules_to_save": ["up_proj"],
+            "extra": {f"{PREFIX}model.layers.0.mlp.up_proj.weight": torch.ones(172, 64)},
+        },
+        r"up_proj\.weight: modules_to_save names a layer",
+    ),
+    "one of two resized embeddings": (
+        {"modules_to_save": ["lm_head"], "extra": {f"{PREFIX}lm_head.weight": torch.ones(70, 64)}},
+        r"lm_head.weight: shape \[70, 64\]",
+    ),
 }
 
 
 @pytest.mark.parametrize("case", REFUSALS)
-def test_adapter_of_another_base_is_refused(
-    case: str, base_dir: Path, make_adapter: Callable[..., Path], tmp_path: Path
+def test_what_does_not_fit_is_refused_before_anything_is_written(
+    case: str, base_dir: Path, make_adapter: Make, tmp_path: Path
 ) -> None:
     config, message = REFUSALS[case]
     adapter = make_adapter(base_dir, **config)
@@ -189,56 +196,18 @@ def test_adapter_of_another_base_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_missing_layer_is_refused(
-    base_dir: Path, make_adapter: Callable[..., Path], tmp_path: Path
-) -> None:
-    adapter = make_adapter(
-        base_dir,
-        layers=lambda name: "layers.1.mlp.up_proj" not in name,
-        target_modules=[
-            "q_proj",
-            "k_proj",
-            "v_proj",
-            "o_proj",
-            "up_proj",
-            "down_proj",
-            "gate_proj",
-        ],
-    )
-    with pytest.raises(AdapterError, match=r"missing keys: none for .*\.1\.mlp\.up_proj"):
-        merge_adapter(adapter, tmp_path / "merged")
+def test_wrong_width_is_refused(base_dir: Path, make_adapter: Make, tmp_path: Path) -> None:
+    key = f"{PREFIX}model.layers.0.self_attn.q_proj.qalora_"
+    for changed, message in (
+        ({f"{key}A.weight": torch.ones(4, 3)}, "A has 3 columns, the base's layer 2 groups"),
+        ({f"{key}B.weight": torch.ones(65, 4)}, "B has 65 rows, the base's layer 64 outputs"),
+    ):
+        adapter = make_adapter(base_dir, name=message[0], extra=changed)
+        with pytest.raises(AdapterError, match=message):
+            merge_adapter(adapter, tmp_path / "merged")
 
 
-def test_layer_that_the_base_has_not_is_refused(
-    base_dir: Path, make_adapter: Callable[..., Path], tmp_path: Path
-) -> None:
-    extra = {f"{PREFIX}model.layers.9.q_proj.qalora_A.weight": torch.ones(4, 2)}
-    extra[f"{PREFIX}model.layers.9.q_proj.qalora_B.weight"] = torch.ones(64, 4)
-    with pytest.raises(AdapterError, match=r"model.layers.9.q_proj, which is not a quantized"):
-        merge_adapter(make_adapter(base_dir, extra=extra), tmp_path / "merged")
-
-
-def test_wrong_width_is_refused(
-    base_dir: Path,
-    make_adapter: Callable[..., Path],
-    edit_tensors: Callable[..., None],
-    tmp_path: Path,
-) -> None:
-    adapter = make_adapter(base_dir)
-    key = f"{PREFIX}model.layers.0.self_attn.q_proj.qalora_A.weight"
-    path = adapter / "adapter_model.safetensors"
-    edit_tensors(path, lambda t: t.update({key: torch.ones(4, 3)}))
-    with pytest.raises(AdapterError, match="A has 3 columns, the base's layer 2 groups"):
-        merge_adapter(adapter, tmp_path / "merged")
-    key = key.replace("qalora_A", "qalora_B")
-    edit_tensors(path, lambda t: t.update({key: torch.ones(65, 4)}))
-    with pytest.raises(AdapterError, match="B has 65 rows, the base's layer 64 outputs"):
-        merge_adapter(adapter, tmp_path / "merged")
-
-
-def test_merging_twice_is_refused(
-    base_dir: Path, make_adapter: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_merging_twice_is_refused(base_dir: Path, make_adapter: Make, tmp_path: Path) -> None:
     adapter = make_adapter(base_dir)
     merge_adapter(adapter, tmp_path / "merged")
     with pytest.raises(AdapterError, match=r"already merged \(with '\w+'\)"):
@@ -247,7 +216,7 @@ def test_merging_twice_is_refused(
 
 
 def test_adapter_trained_on_a_merged_base_merges_into_it(
-    base_dir: Path, make_adapter: Callable[..., Path], tmp_path: Path
+    base_dir: Path, make_adapter: Make, tmp_path: Path
 ) -> None:
     first = merge_adapter(make_adapter(base_dir), tmp_path / "first").out
     before = open_quantized(first).config.merged
@@ -256,9 +225,7 @@ def test_adapter_trained_on_a_merged_base_merges_into_it(
     assert after is not None and after["base_merged"] == before
 
 
-def test_non_empty_output_is_refused(
-    base_dir: Path, make_adapter: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_non_empty_output_is_refused(base_dir: Path, make_adapter: Make, tmp_path: Path) -> None:
     (tmp_path / "merged").mkdir()
     (tmp_path / "merged" / "precious").write_text("x")
     with pytest.raises(OutputError, match="is not empty"):
@@ -267,7 +234,7 @@ def test_non_empty_output_is_refused(
 
 
 def test_16_bit_base_is_refused_with_the_way_out(
-    base_dir: Path, dense_dir: Path, make_adapter: Callable[..., Path], tmp_path: Path
+    base_dir: Path, dense_dir: Path, make_adapter: Make, tmp_path: Path
 ) -> None:
     adapter = make_adapter(base_dir, bits=4, group_size=32)
     message = r"--method rtn --bits 4 --group-size 32"
@@ -276,65 +243,26 @@ def test_16_bit_base_is_refused_with_the_way_out(
 
 
 def test_16_bit_base_of_a_foreign_adapter_is_refused(
-    base_dir: Path, dense_dir: Path, make_foreign: Callable[..., Path], tmp_path: Path
+    base_dir: Path, dense_dir: Path, make_foreign: Make, tmp_path: Path
 ) -> None:
     adapter = make_foreign(base_dir, 4, use_qalora=True)
     with pytest.raises(CheckpointError, match="a model that is not quantized"):
         merge_adapter(adapter, tmp_path / "merged", dense_dir)
 
 
-def test_no_base_is_named(
-    base_dir: Path, make_adapter: Callable[..., Path], tmp_path: Path
-) -> None:
-    adapter = make_adapter(base_dir, base_model_name_or_path=None)
-    with pytest.raises(AdapterError, match="Name the quantized base with --base"):
-        merge_adapter(adapter, tmp_path / "merged")
-
-
 def test_overflowing_change_is_refused_and_leaves_nothing(
-    base_dir: Path,
-    make_adapter: Callable[..., Path],
-    edit_tensors: Callable[..., None],
-    tmp_path: Path,
+    base_dir: Path, make_adapter: Make, tmp_path: Path
 ) -> None:
     adapter = make_adapter(base_dir)
-
-    def blow_up(tensors: dict[str, torch.Tensor]) -> None:
-        for tensor in tensors.values():
-            tensor *= 1e4
-
-    edit_tensors(adapter / "adapter_model.safetensors", blow_up)
+    edit_tensors(adapter, lambda t: t.update({key: 1e4 * value for key, value in t.items()}))
     with pytest.raises(AdapterError, match="offsets out of the range"):
         merge_adapter(adapter, tmp_path / "out" / "merged")
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_modules_to_save_of_an_integer_layer_is_refused(
-    base_dir: Path, make_adapter: Callable[..., Path], tmp_path: Path
-) -> None:
-    extra = {f"{PREFIX}model.layers.0.mlp.up_proj.weight": torch.ones(172, 64)}
-    adapter = make_adapter(
-        base_dir,
-        layers=lambda name: "up_proj" not in name,
-        modules_to_save=["up_proj"],
-        extra=extra,
-    )
-    with pytest.raises(AdapterError, match=r"up_proj\.weight: modules_to_save names a layer"):
-        merge_adapter(adapter, tmp_path / "merged")
-
-
-def test_resized_vocabulary_is_refused(
-    base_dir: Path, make_adapter: Callable[..., Path], tmp_path: Path
-) -> None:
-    extra = {f"{PREFIX}lm_head.weight": torch.ones(70, 64)}
-    adapter = make_adapter(base_dir, modules_to_save=["lm_head"], extra=extra)
-    with pytest.raises(AdapterError, match=r"lm_head.weight: shape \[70, 64\]"):
-        merge_adapter(adapter, tmp_path / "merged")
-
-
 _KILLED_MERGE = """
 import sys, time
-from qalora_plugin import QALoRAConfig, QALoRAQuantConfig, merge_adapter
+from qalora_plugin import QALoRAConfig, merge_adapter
 def progress(done, total):
     if done == total // 2:
         print("half", flush=True)
@@ -344,7 +272,7 @@ merge_adapter(sys.argv[1], sys.argv[2], progress=progress)
 
 
 def test_killed_merge_leaves_nothing_that_looks_finished(
-    base_dir: Path, make_adapter: Callable[..., Path], tmp_path: Path
+    base_dir: Path, make_adapter: Make, tmp_path: Path
 ) -> None:
     adapter, out = make_adapter(base_dir), tmp_path / "out" / "merged"
     process = subprocess.Popen(
@@ -363,13 +291,10 @@ def test_killed_merge_leaves_nothing_that_looks_finished(
 
 
 def test_shards(
-    base_dir: Path,
-    make_adapter: Callable[..., Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    base_dir: Path, make_adapter: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from qalora_plugin.files.writer import split_plan
-    from qalora_plugin.merge.merge import merge
+    from qalora_plugin.merge import merge
 
     adapter = make_adapter(base_dir)
     merge_adapter(adapter, tmp_path / "one")
@@ -383,31 +308,20 @@ def test_shards(
 
 @pytest.mark.parametrize("checkpoint_has_head", [False, True])
 def test_encoder_trained_in_another_class_than_it_was_saved_from(
-    checkpoint_has_head: bool, tmp_path: Path
+    checkpoint_has_head: bool, quantize: Make, tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=50,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-    )
-    saved, trained = (BertForMaskedLM, BertModel), (BertModel, BertForSequenceClassification)
-    saved[0 if checkpoint_has_head else 1](config).save_pretrained(tmp_path / "dense")
-    model = saved[0 if checkpoint_has_head else 1].from_pretrained(
-        tmp_path / "dense", quantization_config=QALoRAQuantConfig(bits=4, group_size=16)
-    )
-    model.save_pretrained(tmp_path / "base")
-    trained_class = trained[0 if checkpoint_has_head else 1]
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
+    config = BertConfig(vocab_size=50, num_hidden_layers=1, **sizes)
+    saved: Any = BertForMaskedLM if checkpoint_has_head else BertModel
+    trained: Any = BertModel if checkpoint_has_head else BertForSequenceClassification
+    base = quantize(saved(config))
     task = None if checkpoint_has_head else "SEQ_CLS"
-    peft_model = get_peft_model(
-        trained_class.from_pretrained(tmp_path / "base"),
-        QALoRAConfig(r=2, init_lora_weights=False, task_type=task),
-    ).eval()
-    peft_model.save_pretrained(tmp_path / "adapter")
+    settings = QALoRAConfig(r=2, init_lora_weights=False, task_type=task)
+    model = get_peft_model(trained.from_pretrained(base), settings).eval()
+    model.save_pretrained(tmp_path / "adapter")
     result = merge_adapter(tmp_path / "adapter", tmp_path / "merged")
     assert (result.replaced == []) == checkpoint_has_head
-    merged = trained_class.from_pretrained(tmp_path / "merged").eval()
+    merged = trained.from_pretrained(tmp_path / "merged").eval()
     ids = torch.arange(10)[None]
-    assert torch.equal(merged(input_ids=ids)[0], peft_model(input_ids=ids)[0])
+    assert torch.equal(merged(input_ids=ids)[0], model(input_ids=ids)[0])

@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
+from support.adapters import PREFIX, edit_json, edit_tensors
+from support.models import llama
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -20,18 +23,16 @@ from transformers import (
     BloomForCausalLM,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedModel,
     T5Config,
     T5ForConditionalGeneration,
 )
 
-from qalora_plugin import QALoRAConfig, QALoRAQuantConfig, merge_adapter, verify_merge
+from qalora_plugin import QALoRAConfig, export_model, merge_adapter, verify_merge
 from qalora_plugin.errors import AdapterError
 from qalora_plugin.files.reader import CheckpointReader
 
-PREFIX = "base_model.model."
+Make = Callable[..., Path]
 IDS = torch.arange(10)[None]
 SIZES: dict[str, Any] = {
     "vocab_size": 48,
@@ -40,14 +41,6 @@ SIZES: dict[str, Any] = {
     "num_hidden_layers": 1,
     "num_attention_heads": 2,
 }
-
-
-def _quantized(model: PreTrainedModel, directory: Path) -> Path:
-    model.save_pretrained(directory / "dense")
-    config = QALoRAQuantConfig(bits=4, group_size=16)
-    quantized = type(model).from_pretrained(directory / "dense", quantization_config=config)
-    quantized.save_pretrained(directory / "base")
-    return directory / "base"
 
 
 def _trained(model: Any, out: Path, **config: Any) -> PeftModel:
@@ -86,22 +79,22 @@ TIED: dict[str, tuple[Callable[[], PreTrainedModel], list[str]]] = {
         ["embed_in"],
     ),
     "llama": (
-        lambda: LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=True)),
+        lambda: llama(**SIZES, tie_word_embeddings=True),
         ["embed_tokens"],
     ),
     "llama head": (
-        lambda: LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=True)),
+        lambda: llama(**SIZES, tie_word_embeddings=True),
         ["lm_head"],
     ),
 }
 
 
 @pytest.mark.parametrize("name", TIED)
-def test_trained_half_of_a_tied_pair_is_untied(name: str, tmp_path: Path) -> None:
+def test_trained_half_of_a_tied_pair_is_untied(name: str, quantize: Make, tmp_path: Path) -> None:
     make, modules_to_save = TIED[name]
     torch.manual_seed(0)
     model = make()
-    base = _quantized(model, tmp_path)
+    base = quantize(model)
     assert _config(base).get("tie_word_embeddings", True)
     model_class: Any = type(model)
     trained = _trained(
@@ -114,9 +107,9 @@ def test_trained_half_of_a_tied_pair_is_untied(name: str, tmp_path: Path) -> Non
     assert report.logits is not None and report.logits.equal and report.modules_to_save == 1
 
 
-def test_model_that_cannot_be_untied_is_refused(tmp_path: Path) -> None:
+def test_model_that_cannot_be_untied_is_refused(quantize: Make, tmp_path: Path) -> None:
     config = T5Config(vocab_size=48, d_model=32, d_kv=16, d_ff=64, num_layers=1, num_heads=2)
-    base = _quantized(T5ForConditionalGeneration(config), tmp_path)
+    base = quantize(T5ForConditionalGeneration(config))
     model = T5ForConditionalGeneration.from_pretrained(base)
     _trained(model, tmp_path / "adapter", modules_to_save=["lm_head"])
     with pytest.raises(AdapterError, match=r"lm_head.weight: the base ties .* cannot be loaded un"):
@@ -125,8 +118,10 @@ def test_model_that_cannot_be_untied_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("modules_to_save", [None, ["embed_tokens", "lm_head"], ["embed_tokens"]])
-def test_resized_vocabulary(modules_to_save: list[str] | None, tied: bool, tmp_path: Path) -> None:
-    base = _quantized(LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=tied)), tmp_path)
+def test_resized_vocabulary(
+    modules_to_save: list[str] | None, tied: bool, quantize: Make, tmp_path: Path
+) -> None:
+    base = quantize(llama(**SIZES, tie_word_embeddings=tied))
     model = AutoModelForCausalLM.from_pretrained(base)
     model.resize_token_embeddings(56, mean_resizing=False)
     trained = _trained(
@@ -147,10 +142,10 @@ def test_resized_vocabulary(modules_to_save: list[str] | None, tied: bool, tmp_p
 
 @pytest.mark.parametrize("modules_to_save", [None, ["word_embeddings"]])
 def test_resized_vocabulary_with_a_tied_bias(
-    modules_to_save: list[str] | None, tmp_path: Path
+    modules_to_save: list[str] | None, quantize: Make, tmp_path: Path
 ) -> None:
     # of the two names of its bias the base stores one, the adapter the other
-    base = _quantized(BertForMaskedLM(BertConfig(**SIZES)), tmp_path)
+    base = quantize(BertForMaskedLM(BertConfig(**SIZES)))
     model = BertForMaskedLM.from_pretrained(base)
     model.resize_token_embeddings(56, mean_resizing=False)
     trained = _trained(model, tmp_path / "adapter", modules_to_save=modules_to_save)
@@ -159,6 +154,10 @@ def test_resized_vocabulary_with_a_tied_bias(
     _assert_same(BertForMaskedLM.from_pretrained(out), trained)
     report = verify_merge(out, tmp_path / "adapter", base, logits=True)
     assert report.logits is not None and report.logits.equal
+    exported = export_model(tmp_path / "adapter", tmp_path / "lora", "lora", base=base).out
+    assert f"{PREFIX}cls.predictions.decoder.bias" in load_file(
+        exported / "adapter_model.safetensors"
+    )
 
 
 def test_embeddings_that_are_the_bases_are_not_replaced(base_dir: Path, tmp_path: Path) -> None:
@@ -173,7 +172,7 @@ def test_embeddings_that_are_the_bases_are_not_replaced(base_dir: Path, tmp_path
 
 
 def test_tensor_that_belongs_to_nothing_is_refused(
-    base_dir: Path, make_adapter: Callable[..., Path], tmp_path: Path
+    base_dir: Path, make_adapter: Make, tmp_path: Path
 ) -> None:
     adapter = make_adapter(base_dir, extra={f"{PREFIX}model.norm.weight": torch.ones(64)})
     with pytest.raises(AdapterError, match=r"extra key .*norm\.weight: .*modules_to_save"):
@@ -182,11 +181,7 @@ def test_tensor_that_belongs_to_nothing_is_refused(
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_lost_tensor_is_noticed(
-    tied: bool,
-    base_dir: Path,
-    tied_base_dir: Path,
-    make_adapter: Callable[..., Path],
-    tmp_path: Path,
+    tied: bool, base_dir: Path, tied_base_dir: Path, make_adapter: Make, tmp_path: Path
 ) -> None:
     # a tied base has no lm_head.weight of its own: the class knows that there is one
     adapter = make_adapter(tied_base_dir if tied else base_dir, modules_to_save=["lm_head"])
@@ -218,22 +213,18 @@ def test_token_classifier_on_a_causal_base(base_dir: Path, tmp_path: Path) -> No
     _assert_same(merged, trained)
 
 
-def test_lost_head_is_noticed(
-    base_dir: Path, edit_tensors: Callable[..., None], tmp_path: Path
-) -> None:
+def test_lost_head_is_noticed(base_dir: Path, tmp_path: Path) -> None:
     model = AutoModelForSequenceClassification.from_pretrained(base_dir, num_labels=3)
     _trained(model, tmp_path / "adapter", task_type="SEQ_CLS")
-    edit_tensors(
-        tmp_path / "adapter" / "adapter_model.safetensors", lambda t: t.pop(f"{PREFIX}score.weight")
-    )
+    edit_tensors(tmp_path / "adapter", lambda t: t.pop(f"{PREFIX}score.weight"))
     with pytest.raises(AdapterError, match=r"missing key base_model\.model\.score\.weight"):
         merge_adapter(tmp_path / "adapter", tmp_path / "merged")
 
 
 @pytest.mark.parametrize("saved", [False, True])
-def test_layer_that_stayed_random_is_refused(saved: bool, tmp_path: Path) -> None:
+def test_layer_that_stayed_random_is_refused(saved: bool, quantize: Make, tmp_path: Path) -> None:
     # a masked LM has no pooler, and PEFT saves the one of the classifier only if it is told to
-    base = _quantized(BertForMaskedLM(BertConfig(**SIZES)), tmp_path)
+    base = quantize(BertForMaskedLM(BertConfig(**SIZES)))
     model = BertForSequenceClassification.from_pretrained(base)
     trained = _trained(
         model,
@@ -253,11 +244,7 @@ def test_layer_that_stayed_random_is_refused(saved: bool, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("tied", [None, False])
 def test_class_that_transformers_does_not_know(
-    tied: bool | None,
-    base_dir: Path,
-    make_adapter: Callable[..., Path],
-    edit_json: Callable[..., None],
-    tmp_path: Path,
+    tied: bool | None, base_dir: Path, make_adapter: Make, tmp_path: Path
 ) -> None:
     base = shutil.copytree(base_dir, tmp_path / "base")
     changes = {"model_type": "its-own", "architectures": ["ItsOwnForCausalLM"]}

@@ -19,7 +19,6 @@ from transformers import (
 
 from qalora_plugin import (
     QALoRAConfig,
-    QALoRAQuantConfig,
     merge_adapter,
     quantize_model,
     verify_merge,
@@ -28,6 +27,7 @@ from qalora_plugin.checkpoint.checkpoint import open_quantized
 from qalora_plugin.errors import AdapterError
 from qalora_plugin.merge.adapter import open_adapter
 
+Make = Callable[..., Path]
 IDS = torch.arange(10)[None]
 TEXT: dict[str, Any] = {
     "vocab_size": 64,
@@ -95,25 +95,17 @@ CASES = [
 ]
 
 
-def _base(model: PreTrainedModel, how: str, directory: Path) -> Path:
-    model.save_pretrained(directory / "dense")
-    if how == "quantize_model":
-        out, options = directory / "base", {"group_size": 16, "method": "rtn", "progress": False}
-        quantize_model(directory / "dense", out, **options)
-        return out
-    config = QALoRAQuantConfig(bits=4, group_size=16)
-    quantized = type(model).from_pretrained(directory / "dense", quantization_config=config)
-    quantized.save_pretrained(directory / "base")
-    return directory / "base"
-
-
 @pytest.mark.parametrize(("name", "quantized", "modules_to_save"), CASES)
 def test_vision_language_model(
-    name: str, quantized: str, modules_to_save: list[str] | None, tmp_path: Path
+    name: str, quantized: str, modules_to_save: list[str] | None, quantize: Make, tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
     model = MODELS[name]()
-    base = _base(model, quantized, tmp_path)
+    base = quantize(model)
+    if quantized == "quantize_model":
+        options = {"group_size": 16, "method": "rtn", "progress": False}
+        dense, base = base.with_name("dense"), tmp_path / "base"
+        quantize_model(dense, base, **options)
     config = QALoRAConfig(r=2, init_lora_weights=False, modules_to_save=modules_to_save)
     trained: Any = get_peft_model(type(model).from_pretrained(base), config).eval()
     for parameter_name, parameter in trained.named_parameters():
@@ -134,11 +126,11 @@ def test_vision_language_model(
     assert (report.layers, report.unadapted_layers) == (result.layers, 0)
 
 
-def test_other_base_of_renamed_layers_is_refused(tmp_path: Path) -> None:
+def test_other_base_of_renamed_layers_is_refused(quantize: Make, tmp_path: Path) -> None:
     bases = []
     for seed in range(2):
         torch.manual_seed(seed)
-        bases.append(_base(_llava(), "loading", tmp_path / str(seed)))
+        bases.append(quantize(_llava()))
     model = LlavaForConditionalGeneration.from_pretrained(bases[0])
     get_peft_model(model, QALoRAConfig(r=2)).save_pretrained(tmp_path / "adapter")
     with pytest.raises(AdapterError, match="fingerprint"):

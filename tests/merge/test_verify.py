@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from support.adapters import FIXTURES, edit_json, edit_tensors
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -18,12 +19,13 @@ from qalora_plugin.cli import main
 from qalora_plugin.errors import CheckpointError, VerificationError
 from qalora_plugin.merge.adapter import open_adapter
 
+Make = Callable[..., Path]
 LAYER = "model.layers.1.mlp.down_proj"
 STOCK = "gptq_4bit_g32_asym"
 
 
 @pytest.fixture
-def adapter_dir(base_dir: Path, make_adapter: Callable[..., Path]) -> Path:
+def adapter_dir(base_dir: Path, make_adapter: Make) -> Path:
     return make_adapter(base_dir, layers=lambda name: "gate_proj" not in name)
 
 
@@ -36,9 +38,7 @@ def merged_dir(adapter_dir: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("adapt", ["zeros", "scales", "both"])
-def test_a_good_merge(
-    adapt: str, base_dir: Path, make_adapter: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_a_good_merge(adapt: str, base_dir: Path, make_adapter: Make, tmp_path: Path) -> None:
     adapter = make_adapter(base_dir, layers=lambda name: "gate_proj" not in name, adapt=adapt)
     merge_adapter(adapter, tmp_path / "merged")
     report = verify_merge(tmp_path / "merged", adapter, logits=True)
@@ -79,16 +79,14 @@ TAMPERED: dict[str, tuple[Callable[[dict], Any], str]] = {
 
 
 @pytest.mark.parametrize("what", TAMPERED)
-def test_tampered_tensors(
-    what: str, merged_dir: Path, adapter_dir: Path, edit_tensors: Callable[..., None]
-) -> None:
+def test_tampered_tensors(what: str, merged_dir: Path, adapter_dir: Path) -> None:
     change, message = TAMPERED[what]
     edit_tensors(merged_dir / "model.safetensors", change)
     with pytest.raises(VerificationError, match=message):
         verify_merge(merged_dir, adapter_dir)
 
 
-def test_hashes(adapter_dir: Path, tmp_path: Path, edit_tensors: Callable[..., None]) -> None:
+def test_hashes(adapter_dir: Path, tmp_path: Path) -> None:
     out = merge_adapter(adapter_dir, tmp_path / "merged").out
     edit_tensors(out / "model.safetensors", _flip("model.norm.weight"))
     with pytest.raises(CheckpointError, match=r"qalora_manifest\.json says"):
@@ -101,32 +99,18 @@ def test_a_base_is_not_merged(base_dir: Path, adapter_dir: Path) -> None:
 
 
 def test_another_adapter(
-    merged_dir: Path,
-    base_dir: Path,
-    adapter_dir: Path,
-    edit_tensors: Callable[..., None],
-    tmp_path: Path,
+    merged_dir: Path, base_dir: Path, adapter_dir: Path, tmp_path: Path
 ) -> None:
-    shutil.copytree(adapter_dir, tmp_path / "other")
-
-    def scale(tensors: dict[str, torch.Tensor]) -> None:
-        for tensor in tensors.values():
-            tensor *= 1.01
-
-    edit_tensors(tmp_path / "other" / "adapter_model.safetensors", scale)
+    other = shutil.copytree(adapter_dir, tmp_path / "other")
+    edit_tensors(other, lambda t: t.update({key: 1.01 * value for key, value in t.items()}))
     with pytest.raises(VerificationError, match=r"merged from another adapter"):
-        verify_merge(merged_dir, tmp_path / "other", base_dir)
+        verify_merge(merged_dir, other, base_dir)
 
 
 @pytest.mark.parametrize("act_order", [False, True])
-def test_peft_adapter_on_a_stock_base(
-    act_order: bool,
-    stock_dir: Callable[[str], Path],
-    make_foreign: Callable[..., Path],
-    tmp_path: Path,
-) -> None:
+def test_peft_adapter_on_a_stock_base(act_order: bool, make_foreign: Make, tmp_path: Path) -> None:
     # with act-order only pools that hold whole groups merge: here one pool of all 256 inputs
-    base = stock_dir("gptq_4bit_g128_actorder_asym" if act_order else STOCK)
+    base = FIXTURES / ("gptq_4bit_g128_actorder_asym" if act_order else STOCK)
     inputs = next(iter(open_quantized(base).layers.values())).in_features
     adapter = make_foreign(base, inputs if act_order else 32, use_qalora=True)
     merge_adapter(adapter, tmp_path / "merged")
@@ -139,16 +123,12 @@ def test_peft_adapter_on_a_stock_base(
 
 @pytest.mark.parametrize("wrong", ["mean", "sum"])
 def test_wrongly_declared_convention_is_caught_by_the_adapters_config(
-    wrong: str,
-    stock_dir: Callable[[str], Path],
-    make_foreign: Callable[..., Path],
-    edit_json: Callable[..., None],
-    tmp_path: Path,
+    wrong: str, make_foreign: Make, tmp_path: Path
 ) -> None:
-    base = stock_dir(STOCK)
+    base = FIXTURES / STOCK
     adapter = make_foreign(base, 32, use_qalora=True)
     stripped = shutil.copytree(adapter, tmp_path / "stripped")
-    edit_json(stripped / "adapter_config.json", use_qalora=None, qalora_group_size=None)
+    edit_json(stripped, use_qalora=None, qalora_group_size=None)
     out = merge_adapter(stripped, tmp_path / "merged", convention=wrong).out
     with pytest.raises(VerificationError, match=f"'{wrong}', but .* trained with 'peft'"):
         verify_merge(out, adapter)
@@ -184,15 +164,11 @@ def _authors_logits(base: Path, adapter: Path, ids: torch.Tensor, group: int) ->
 
 
 def test_reference_logits_prove_the_convention_that_the_config_does_not_state(
-    stock_dir: Callable[[str], Path],
-    make_foreign: Callable[..., Path],
-    edit_tensors: Callable[..., None],
-    tmp_path: Path,
+    make_foreign: Make, tmp_path: Path
 ) -> None:
-    base = stock_dir(STOCK)
+    base = FIXTURES / STOCK
     adapter = make_foreign(base, 32, use_qalora=False)
-    path = adapter / "adapter_model.safetensors"
-    edit_tensors(path, lambda t: t.update({k: v * 8 for k, v in t.items() if "lora_B" in k}))
+    edit_tensors(adapter, lambda t: t.update({k: v * 8 for k, v in t.items() if "lora_B" in k}))
     ids = torch.arange(12)[None]
     reference = tmp_path / "reference.safetensors"
     logits = _authors_logits(base, adapter, ids, 32)
@@ -216,9 +192,7 @@ def test_reference_logits_prove_the_convention_that_the_config_does_not_state(
         verify_merge(right, adapter, reference=reference)
 
 
-def test_command_line(
-    base_dir: Path, make_adapter: Callable[..., Path], tmp_path: Path, capsys: Any
-) -> None:
+def test_command_line(base_dir: Path, make_adapter: Make, tmp_path: Path, capsys: Any) -> None:
     adapter, out = make_adapter(base_dir), tmp_path / "merged"
     assert main(["merge", str(adapter), "--out", str(out), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["layers"] == 14
@@ -234,21 +208,16 @@ def test_command_line(
 
 
 @pytest.mark.parametrize("name", ["use_qalora_adapter", "use_qalora_adapter_g16"])
-def test_adapter_that_pefts_own_code_trained(
-    name: str,
-    stock_dir: Callable[[str], Path],
-    edit_json: Callable[..., None],
-    tmp_path: Path,
-) -> None:
+def test_adapter_that_pefts_own_code_trained(name: str, tmp_path: Path) -> None:
     # `reference` holds the logits that PEFT gave, on the same base, where it was trained
-    base, adapter = stock_dir("gptq_4bit_g32_sym"), stock_dir(name)
+    base, adapter = FIXTURES / "gptq_4bit_g32_sym", FIXTURES / name
     reference = adapter / "reference.safetensors"
     merge_adapter(adapter, tmp_path / "merged", base)
     report = verify_merge(tmp_path / "merged", adapter, base, logits=True, reference=reference)
     assert report.convention == "peft" and report.logits is not None
     assert report.logits.difference < 1e-4 * report.logits.effect
     silent = shutil.copytree(adapter, tmp_path / "silent")
-    edit_json(silent / "adapter_config.json", use_qalora=None)
+    edit_json(silent, use_qalora=None)
     merge_adapter(silent, tmp_path / "wrong", base, convention="mean")
     with pytest.raises(VerificationError, match=r"convention 'peft', but .* merged with 'mean'"):
         verify_merge(tmp_path / "wrong", silent, base, reference=reference)

@@ -22,8 +22,8 @@ from ...files.json import write_json
 from ...files.names import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
 from ...files.writer import ShardWriter
 from ...merge.adapter import PREFIX, Adapter
-from ...merge.merge import MergePlan, plan_merge
 from ...merge.pairing import LayerMerge
+from ...merge.plan import MergePlan, plan_merge
 from ..walk import ExportResult, Progress
 
 # fields of LoRA's config that the adapter's own config has as well
@@ -67,11 +67,11 @@ def export(
         writer = ShardWriter(partial / ADAPTER_WEIGHTS_FILE, _plan(plan))
         for done, (name, merge) in enumerate(plan.layers.items(), start=1):
             a, b = _expand(adapter, merge, _g_idx(plan, name))
-            writer.write(f"{_key(adapter, name)}.lora_A.weight", a)
-            writer.write(f"{_key(adapter, name)}.lora_B.weight", b)
+            writer.write(f"{_key(plan, name)}.lora_A.weight", a)
+            writer.write(f"{_key(plan, name)}.lora_B.weight", b)
             if progress is not None:
                 progress(done, len(plan.layers))
-        for key in adapter.saved.values():
+        for key in _saved(plan):
             writer.write(key, adapter.get(key))
         writer.close()
         write_json(partial / ADAPTER_CONFIG_FILE, config)
@@ -83,8 +83,13 @@ def export(
     return ExportResult(directory.target, "lora", len(plan.layers), exactness)
 
 
-def _key(adapter: Adapter, name: str) -> str:
-    return f"{PREFIX}{adapter.trained_name(name)}"
+def _key(plan: MergePlan, name: str) -> str:
+    return f"{PREFIX}{plan.trained.in_model(name)}"
+
+
+def _saved(plan: MergePlan) -> list[str]:
+    """Return the keys of whole tensors, each once: one may have several names in the model."""
+    return list(dict.fromkeys(plan.dense.from_adapter.values()))
 
 
 def _plan(plan: MergePlan) -> TensorPlan:
@@ -93,12 +98,12 @@ def _plan(plan: MergePlan) -> TensorPlan:
     tensors: TensorPlan = {}
     for name, merge in plan.layers.items():
         a, b = (adapter.infos[key] for key in merge.layer.keys["zeros"])
-        tensors[f"{_key(adapter, name)}.lora_A.weight"] = (
+        tensors[f"{_key(plan, name)}.lora_A.weight"] = (
             a.dtype,
             (merge.layer.rank, merge.spec.in_features),
         )
-        tensors[f"{_key(adapter, name)}.lora_B.weight"] = (b.dtype, b.shape)
-    for key in adapter.saved.values():
+        tensors[f"{_key(plan, name)}.lora_B.weight"] = (b.dtype, b.shape)
+    for key in _saved(plan):
         tensors[key] = (adapter.infos[key].dtype, adapter.infos[key].shape)
     return tensors
 
@@ -143,4 +148,4 @@ def _target_modules(plan: MergePlan) -> list[str]:
     selected = {n for n in dense | set(plan.base.layers) if n.rpartition(".")[2] in short}
     if selected == set(plan.layers):
         return sorted(short)
-    return sorted(plan.adapter.trained_name(name) for name in plan.layers)
+    return sorted(plan.trained.in_model(name) for name in plan.layers)

@@ -24,7 +24,7 @@ from ...checkpoint.config import QALoRAQuantConfig
 from ...errors import CheckpointError, VerificationError
 from ...formats.torchao import write as torchao
 from ...hf.load import load_model
-from ...merge.merge import MergePlan, plan_merge
+from ...merge.plan import MergePlan, plan_merge
 from ..logits import added
 from .rounding import rounded
 

@@ -1,6 +1,6 @@
 """What an adapter adds to a layer's output, written as the code that trained it computes it.
 
-Nothing here is shared with the merge: no fold, no factors, no regrouping of A. `verify` holds a
+Nothing here is shared with the merge: no fold, no factors, no regrouping of A. `merge` holds a
 merged layer against these formulas.
 """
 
@@ -8,17 +8,17 @@ from dataclasses import replace
 
 import torch
 
-from qalora_kernels import PackedWeight, QuantSpec, reference
+from qalora_kernels import PackedWeight, reference
 from qalora_kernels.groups import group_index
 
-from .pairing import LayerMerge
+from ..merge.pairing import LayerMerge
 
 
 def pooled(x: torch.Tensor, convention: str, pool_size: int) -> torch.Tensor:
-    """x [M, K] -> [M, K // p] as each code pools neighbouring inputs.
+    """Return the features [M, K // p] that each code pools from neighbouring inputs.
 
     Args:
-        x: inputs of the layer.
+        x: inputs of the layer, [M, K].
         convention: "mean": `AvgPool1d(p)`, as in the authors' released code; "peft": as in
             `peft.tuners.lora.variants.QALoraLinearVariant.forward`; "sum": the paper's sum.
         pool_size: p.
@@ -31,27 +31,33 @@ def pooled(x: torch.Tensor, convention: str, pool_size: int) -> torch.Tensor:
     return x[:, : features * pool_size].view(x.shape[0], features, pool_size).sum(dim=2)
 
 
-def columns(tensors: PackedWeight, part: slice) -> PackedWeight:
-    """Some of a layer's outputs: float64 copies take 16 times the room of 4-bit integers."""
+def pooled_change(
+    x: torch.Tensor,
+    merge: LayerMerge,
+    matrices: tuple[torch.Tensor, torch.Tensor],
+    convention: str,
+) -> torch.Tensor:
+    """Return what an adapter from elsewhere adds to the output of its layer, [M, N] as x [M, K]."""
+    a, b = (matrix.to(x) for matrix in matrices)
+    return pooled(x, convention, merge.pool_size) @ a.t() @ b.t() * merge.layer.scaling
+
+
+def columns(weight: PackedWeight, part: slice) -> PackedWeight:
+    """Return some of a layer's outputs: a float64 copy takes 16 times the room of 4-bit codes."""
     return PackedWeight(
-        tensors.qweight[:, part].contiguous(),
-        tensors.scales[:, part],
-        tensors.offsets[:, part],
-        tensors.g_idx,
-        replace(tensors.spec, out_features=tensors.qweight[:, part].shape[1]),
+        weight.qweight[:, part].contiguous(),
+        weight.scales[:, part],
+        weight.offsets[:, part],
+        weight.g_idx,
+        replace(weight.spec, out_features=weight.scales[:, part].shape[1]),
     )
 
 
-def dense(tensors: PackedWeight, spec: QuantSpec) -> torch.Tensor:
-    """W^T [K, N] in float64."""
+def dense(weight: PackedWeight) -> torch.Tensor:
+    """Return W^T [K, N] in float64."""
+    spec, scales, offsets = weight.spec, weight.scales.double(), weight.offsets.double()
     return reference.dequantize(
-        tensors.qweight,
-        tensors.scales.double(),
-        tensors.offsets.double(),
-        tensors.g_idx,
-        spec.bits,
-        spec.group_size,
-        spec.in_features,
+        weight.qweight, scales, offsets, weight.g_idx, spec.bits, spec.group_size, spec.in_features
     )
 
 
@@ -62,28 +68,27 @@ def added_output(
     base: PackedWeight,
     convention: str | None,
 ) -> torch.Tensor:
-    """x [M, K] -> what the adapter adds to y [M, N], float64.
+    """Return what the adapter adds to the layer's output, float64 [M, N], for x [M, K].
 
     Args:
         x: inputs of the layer, float64.
         merge: the layer.
         matrices: A [r, columns] and B [N, r] of "zeros" and "scales".
-        base: the base's tensors of the layer.
+        base: the base's weight of the layer.
         convention: how the adapter pools; None for ours, which sums over the base's groups.
     """
     spec, scaling = merge.spec, merge.layer.scaling
     added = x.new_zeros(x.shape[0], base.scales.shape[1])
     if "zeros" in matrices:
-        a, b = (matrix.double() for matrix in matrices["zeros"])
-        if convention is None:
-            features = reference.pool(x, base.g_idx, spec.group_size)
+        if convention is not None:
+            added += pooled_change(x, merge, matrices["zeros"], convention)
         else:
-            features = pooled(x, convention, merge.pool_size)
-        added += features @ a.t() @ b.t() * scaling
+            a, b = (matrix.double() for matrix in matrices["zeros"])
+            added += reference.pool(x, base.g_idx, spec.group_size) @ a.t() @ b.t() * scaling
     if "scales" in matrices:
         # every weight of a group changes by the same share of itself
         a, b = (matrix.double() for matrix in matrices["scales"])
         share = (b @ a).t() * scaling
         index = group_index(base.g_idx, spec.group_size, spec.in_features, x.device)
-        added += x @ (dense(base, spec) * share[index.long()])
+        added += x @ (dense(base) * share[index.long()])
     return added

@@ -1,0 +1,135 @@
+"""Plan a merge: the whole result, and every reason not to merge, before anything is written.
+
+    read   `open_adapter`, `open_base`   both whole, each checked in itself
+    plan   `make_plan`                   names, folds, dense tensors and config.json, as one value
+    write  `merge.merge_adapter`
+
+No step changes what an earlier one made. Verifying and exporting start from the same plan.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qalora_kernels import PackedWeight
+
+from ..checkpoint.checkpoint import QuantizedCheckpoint
+from ..checkpoint.config import QALoRAQuantConfig
+from ..checkpoint.layout import TensorPlan, layer_plan, pack_layer
+from ..files.manifest import file_sha256
+from .adapter import Adapter, open_adapter, open_base
+from .modules_to_save import DenseTensors, plan_dense
+from .names import TrainedModel, find_trained_model
+from .pairing import LayerMerge, pair
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """A merge that has passed every check; nothing is written yet. See `plan_merge`.
+
+    Args:
+        adapter: the adapter.
+        base: the base.
+        convention: "sum", "mean" or "peft".
+        trained: the names of the model that was trained and of the base.
+        layers: the adapted layers, by name in the base.
+        dense: where all tensors outside of quantized layers come from.
+        tensors: name, dtype and shape of every tensor of the result.
+        config: config.json of the result.
+    """
+
+    adapter: Adapter
+    base: QuantizedCheckpoint
+    convention: str
+    trained: TrainedModel
+    layers: dict[str, LayerMerge]
+    dense: DenseTensors
+    tensors: TensorPlan
+    config: dict[str, Any]
+
+    def merged_layer(self, name: str) -> PackedWeight:
+        """Return one quantized layer of the result; an unadapted one is the base's.
+
+        Raises:
+            AdapterError: folded in, the change leaves the range of the stored dtype.
+        """
+        weight = self.base.layer(name)
+        if name not in self.layers:
+            return weight
+        merged = self.layers[name].fold(self.adapter, weight)
+        for what, least in (("scales", 0.0), ("offsets", -torch.inf)):
+            values = getattr(merged, what)
+            if not bool((values.isfinite() & (values > least)).all()):
+                raise self.adapter.error(
+                    f"{name}: folded in, it takes {what} out of the range of their stored dtype. "
+                    "Training diverged: use an earlier checkpoint."
+                )
+        return merged
+
+    def stored_layer(self, name: str) -> dict[str, torch.Tensor]:
+        """Return the tensors of one quantized layer by name, as the result stores them."""
+        weight = self.merged_layer(name)
+        return pack_layer(name, weight, weight.spec)
+
+
+def plan_merge(
+    adapter: str | Path, base: str | Path | None = None, convention: str = "auto"
+) -> MergePlan:
+    """Read and plan a merge; see `merge.merge_adapter` for arguments and errors."""
+    opened = open_adapter(adapter)
+    chosen = opened.convention(convention)
+    return make_plan(opened, open_base(opened, base), chosen)
+
+
+def make_plan(adapter: Adapter, base: QuantizedCheckpoint, convention: str) -> MergePlan:
+    """Fit an adapter, which pools as `convention` says, to its base; neither is changed.
+
+    Raises:
+        AdapterError: the two do not belong together, or cannot be merged.
+    """
+    trained = find_trained_model(adapter, base)
+    layers = pair(adapter, base, trained, convention)
+    dense = plan_dense(adapter, base, trained)
+    tensors = base.plan()
+    for name, merge in layers.items():
+        tensors |= layer_plan(name, merge.merged_spec, base.config.desc_act)
+    for name, original in dense.from_base.items():
+        tensors[name] = tensors[original]
+    for name, key in dense.from_adapter.items():
+        tensors[name] = (adapter.infos[key].dtype, adapter.infos[key].shape)
+    quantization = {
+        **base.config.to_dict(),
+        **_grids(base, layers),
+        "merged": {
+            # the name alone: a path would be published, and the hash identifies it
+            "adapter": adapter.directory.resolve().name,
+            "adapter_sha256": file_sha256(adapter.weights),
+            "peft_type": adapter.peft_type,
+            "convention": convention,
+            "adapt": adapter.adapt,
+            "r": adapter.config["r"],
+            "lora_alpha": adapter.config["lora_alpha"],
+            "layers": len(layers),
+            "modules_to_save": sorted(dense.from_adapter),
+            "base_merged": base.config.merged,
+        },
+    }
+    checked = QALoRAQuantConfig(**quantization).to_dict()
+    config = {**dense.config, "quantization_config": checked}
+    return MergePlan(adapter, base, convention, trained, layers, dense, tensors, config)
+
+
+def _grids(base: QuantizedCheckpoint, layers: dict[str, LayerMerge]) -> dict[str, Any]:
+    """Return what changes in the quantization config where groups are split."""
+    split = {m.merged_spec.group_size for m in layers.values() if m.merged_spec != m.spec}
+    if not split:
+        return {}
+    usual = (base.config.bits, min(split))
+    dynamic = {}
+    for name, spec in base.layers.items():
+        spec = layers[name].merged_spec if name in layers else spec
+        if (spec.bits, spec.group_size) != usual:
+            dynamic[name] = {"bits": spec.bits, "group_size": spec.group_size}
+    return {"group_size": usual[1], "dynamic": dynamic}

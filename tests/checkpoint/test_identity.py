@@ -1,0 +1,28 @@
+"""Which base an adapter belongs to."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from qalora_plugin.checkpoint.identity import BaseIdentity
+
+BASE = BaseIdentity(bits=4, group_size=32, fingerprint="f", base_merged=None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "different"),
+    [
+        ({}, None),
+        ({"bits": 3}, "bits"),
+        ({"group_size": -1}, "group_size"),
+        ({"fingerprint": "g"}, "fingerprint"),
+        ({"base_merged": {"adapter": "first"}}, "base_merged"),
+        ({"bits": None, "group_size": None, "fingerprint": None}, None),
+        ({"bits": 3, "base_merged": {"adapter": "first"}}, "base_merged"),
+    ],
+)
+def test_first_field_that_differs(changes: dict[str, Any], different: str | None) -> None:
+    other = dataclasses.replace(BASE, **changes)
+    assert other.difference(BASE) == different
+    assert BASE.difference(other) == different

@@ -1,0 +1,53 @@
+"""Adapters written as files, and files of any directory changed for a test."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from qalora_kernels import QuantSpec
+from qalora_plugin.tuner.names import MATRICES
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+PREFIX = "base_model.model."
+RANK = 4
+
+
+def qalora_tensors(layers: Mapping[str, QuantSpec], adapt: str = "zeros") -> dict[str, Any]:
+    """Return random matrices of rank `RANK` for these layers, by an adapter's keys."""
+    gen = torch.Generator().manual_seed(1)
+    tensors = {}
+    for layer, spec in layers.items():
+        for part, (a, b) in MATRICES.items():
+            if adapt in (part, "both"):
+                for matrix, shape in ((a, (RANK, spec.num_groups)), (b, (spec.out_features, RANK))):
+                    values = 0.1 * torch.randn(shape, generator=gen)
+                    tensors[f"{PREFIX}{layer}.{matrix}.weight"] = values
+    return tensors
+
+
+def write_adapter(directory: Path, config: dict, tensors: dict[str, torch.Tensor]) -> Path:
+    """Write an adapter directory."""
+    directory.mkdir(parents=True)
+    save_file(tensors, directory / "adapter_model.safetensors")
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+    return directory
+
+
+def edit_tensors(path: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    """Change the tensors of a safetensors file, or of an adapter, with a function of the dict."""
+    path = path / "adapter_model.safetensors" if path.is_dir() else path
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    """Change keys of a JSON file, or of an adapter's config; a value of None removes the key."""
+    path = path / "adapter_config.json" if path.is_dir() else path
+    values = json.loads(path.read_text()) | changes
+    removed = {key for key, value in changes.items() if value is None}
+    path.write_text(json.dumps({key: v for key, v in values.items() if key not in removed}))
