@@ -7,9 +7,9 @@ that are there can be kept.
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 
 import torch
 
@@ -200,13 +200,17 @@ class CheckpointWriter:
             name: (dtype, tuple(shape)) for name, (dtype, shape) in self.plans[index].items()
         }
 
-    def shard(self, index: int) -> "_OpenShard":
-        """Context manager that gives the shard's `ShardWriter` and closes it."""
-        return _OpenShard(self, index)
-
-    def record(self, index: int, digest: str) -> None:
-        """Remember the SHA-256 of a finished shard."""
-        self._hashes[self.file_name(index)] = digest
+    @contextmanager
+    def shard(self, index: int) -> Iterator[ShardWriter]:
+        """Open a shard for writing; it is closed at the end, or dropped on an exception."""
+        path = self.directory / self.file_name(index)
+        shard = ShardWriter(path, self.plans[index], self.metadata)
+        try:
+            yield shard
+        except BaseException:
+            shard.abort()
+            raise
+        self._hashes[path.name] = shard.close()
 
     def finish(self) -> None:
         """Write the index (of more than one shard) and the manifest of hashes.
@@ -219,7 +223,7 @@ class CheckpointWriter:
             if not (self.directory / name).exists():
                 raise ValueError(f"{name} was not written")
             if name not in self._hashes:  # written by an earlier run
-                self.record(index, file_sha256(self.directory / name))
+                self._hashes[name] = file_sha256(self.directory / name)
         if len(self.plans) > 1:
             self._write_index()
         write_manifest(self.directory, self._hashes)
@@ -231,28 +235,6 @@ class CheckpointWriter:
         }
         index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
         write_json(self.directory / INDEX_FILE, index)
-
-
-class _OpenShard:
-    def __init__(self, checkpoint: CheckpointWriter, index: int) -> None:
-        self._checkpoint, self._index = checkpoint, index
-
-    def __enter__(self) -> ShardWriter:
-        checkpoint = self._checkpoint
-        path = checkpoint.directory / checkpoint.file_name(self._index)
-        self._shard = ShardWriter(path, checkpoint.plans[self._index], checkpoint.metadata)
-        return self._shard
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if kind is None:
-            self._checkpoint.record(self._index, self._shard.close())
-        else:
-            self._shard.abort()
 
 
 def _layout(
