@@ -1,10 +1,12 @@
 """The `qalora:` block of an Axolotl recipe, as pydantic models that Axolotl validates."""
 
+from collections.abc import Mapping
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ..formats.export import ADAPTS
+from ..quantize.options import OptionError, QuantizeOptions
 from ..tuner.parameter_groups import SCALE_LR_RATIO
 
 _ADAPT_ADVICE = {
@@ -15,6 +17,12 @@ _ADAPT_ADVICE = {
     "lora",
 }
 MergeFormat = Literal["qalora", "gptq", "gguf", "mlx", "onnx", "torchao", "lora"]
+# names of QuantizeOptions, and the keys of the block where these are called otherwise
+_OPTIONS = (
+    "bits", "group_size", "method", "desc_act", "zero_points", "offsets_at",
+    "modules_to_not_convert",
+)  # fmt: skip
+_KEYS = {"method": "quantize_method"}
 
 
 class QALoRABlock(BaseModel):
@@ -27,7 +35,6 @@ class QALoRABlock(BaseModel):
     )
     group_size: int = Field(
         default=32,
-        ge=-1,
         description="Inputs that share a scale and an offset; -1 for one group per output. "
         "Ignored for a quantized base.",
     )
@@ -98,27 +105,12 @@ class QALoRABlock(BaseModel):
         return data
 
     @model_validator(mode="after")
-    def _check_offsets_at(self) -> Self:
-        if self.offsets_at == "minimum" and self.zero_points == "integer":
-            raise ValueError(
-                "qalora: offsets_at: minimum does not go with zero_points: integer, whose minima "
-                "are in general no fp16 numbers; remove one of the two"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _check_quantizing(self) -> Self:
-        if self.group_size == 0:
-            raise ValueError(
-                "qalora: group_size: expected a positive number, or -1 for one group per output, "
-                "found 0"
-            )
-        if self.quantize_method == "rtn" and (self.desc_act or self.calibration):
-            key = "desc_act" if self.desc_act else "calibration"
-            raise ValueError(
-                f"qalora: {key} does not go with quantize_method: rtn, which reads no calibration "
-                f"data; remove {key}, or use quantize_method: gptq"
-            )
+        default = "the training set" if self.quantize_method == "gptq" else None
+        try:
+            QuantizeOptions(calibration=self.calibration or default, **options_of(self.__dict__))
+        except OptionError as error:
+            raise ValueError(f"qalora: {error.spelled(_as_key)}") from None
         return self
 
     @model_validator(mode="after")
@@ -145,3 +137,13 @@ class QALoRAArgs(BaseModel):
         default_factory=QALoRABlock,
         description="QA-LoRA settings, for `adapter: qalora`.",
     )
+
+
+def options_of(block: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the `QuantizeOptions` that a `qalora:` block gives, calibration left out."""
+    return {name: block.get(_KEYS.get(name, name)) for name in _OPTIONS}
+
+
+def _as_key(option: str, value: str | None) -> str:
+    key = _KEYS.get(option, option)
+    return f"{key}: {value}" if value else key

@@ -85,8 +85,7 @@ class MergePlan:
 
     def stored(self, name: str) -> dict[str, torch.Tensor]:
         """The tensors of one quantized layer as the result stores them."""
-        weight = self.merged_layer(name)
-        return pack_layer(name, weight, self.base.layers[name])
+        return pack_layer(name, self.merged_layer(name))
 
 
 def plan_merge(

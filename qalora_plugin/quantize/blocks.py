@@ -18,26 +18,26 @@ from ..errors import ConfigError
 
 
 class _StopForwardError(Exception):
-    """What is wanted of this forward pass has been seen."""
+    """All that is wanted of this forward pass has been seen."""
 
 
 @dataclass
 class Call:
-    """One call of a block: its arguments but for the hidden states, which are put in again."""
+    """One call of a block: its arguments, in which the hidden states can be exchanged."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
-    def with_hidden(self, hidden: torch.Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Arguments to call the block with."""
+    def with_hidden(self, hidden: torch.Tensor | None) -> "Call":
+        """Return the call on other hidden states, or on None, to keep none alive."""
         if "hidden_states" in self.kwargs:
-            return self.args, {**self.kwargs, "hidden_states": hidden}
-        return (hidden, *self.args[1:]), self.kwargs
+            return Call(self.args, {**self.kwargs, "hidden_states": hidden})
+        return Call((hidden, *self.args[1:]), self.kwargs)
 
 
 @dataclass
 class Recording:
-    """What the blocks are called with.
+    """The calls of the blocks, and what goes into the first.
 
     Args:
         calls: for every block, one `Call` a batch.
@@ -65,6 +65,7 @@ def record(
             hidden states that the one before returned.
     """
     recording = Recording([[] for _ in blocks], [])
+    advice = "GPTQ cannot go through this architecture block by block: use method rtn"
     wrap: Callable[[torch.Tensor], Any] | None = None
     shared: list[torch.Tensor] = []
     expected: torch.Tensor | None = None
@@ -78,11 +79,10 @@ def record(
             if not in_order or not isinstance(hidden, torch.Tensor):
                 raise ConfigError(
                     f"{type(model).__name__}: expected its blocks to be called in order, each on "
-                    f"the hidden states of the one before; block {index} is not. GPTQ cannot go "
-                    "through this architecture block by block: use method rtn"
+                    f"the hidden states of the one before; block {index} is not. {advice}"
                 )
             called += 1
-            recording.calls[index].append(_share(_without_hidden(args, kwargs), shared))
+            recording.calls[index].append(_share(Call(args, kwargs).with_hidden(None), shared))
             if index == 0:
                 recording.hidden.append(hidden)
                 if wrap is None:
@@ -106,20 +106,13 @@ def record(
             except _StopForwardError:
                 continue
             raise ConfigError(
-                f"{type(model).__name__}: {called} of its {len(blocks)} blocks were called. GPTQ "
-                "cannot go through this architecture block by block: use method rtn"
+                f"{type(model).__name__}: {called} of its {len(blocks)} blocks were called. "
+                f"{advice}"
             )
     finally:
         for block in blocks:
             del block.forward  # the class's own again
     return recording
-
-
-def _without_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-    """The call without its hidden states, so that they are not kept alive."""
-    if "hidden_states" in kwargs:
-        return Call(args, {**kwargs, "hidden_states": None})
-    return Call((None, *args[1:]), kwargs)
 
 
 def _share(call: Call, seen: list[torch.Tensor]) -> Call:
@@ -143,7 +136,7 @@ def _share(call: Call, seen: list[torch.Tensor]) -> Call:
 
 
 def _same_form(output: Any) -> Callable[[torch.Tensor], Any]:
-    """How a block returns its hidden states: bare, or first in a tuple."""
+    """Return hidden states as a block does: bare, or first in a tuple."""
     if isinstance(output, tuple):
         return lambda hidden: (hidden, *output[1:])
     return lambda hidden: hidden
@@ -151,15 +144,15 @@ def _same_form(output: Any) -> Callable[[torch.Tensor], Any]:
 
 @torch.no_grad()
 def call_block(block: nn.Module, call: Call, hidden: torch.Tensor) -> torch.Tensor:
-    """The block's hidden states [B, T, H] for these."""
-    args, kwargs = call.with_hidden(hidden)
-    output = block(*args, **kwargs)
+    """Run the block on hidden states [B, T, H] and return those that come out."""
+    call = call.with_hidden(hidden)
+    output = block(*call.args, **call.kwargs)
     return output[0] if isinstance(output, tuple) else output
 
 
 @dataclass
 class Stage:
-    """Linear layers of a block that read the same tensor, which depends on earlier stages.
+    """Some linear layers of a block that read the same tensor, which depends on earlier stages.
 
     Args:
         names: of the layers, in the block.

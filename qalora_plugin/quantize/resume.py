@@ -13,13 +13,14 @@ from ..files.atomic import replace_text
 from ..files.json import json_text, read_json
 from ..files.names import CONFIG_FILE, REPORT_FILE
 from ..files.reader import CheckpointReader
-from ..files.safetensors import read_header
 
 _TAG_DIGITS = 16
 
 
-def resume_tag(settings: dict[str, Any], reader: CheckpointReader, windows: Any = None) -> str:
-    """Hash of all that decides the result: settings, the source's files, data, versions.
+def resume_tag(
+    settings: dict[str, Any], reader: CheckpointReader, windows: torch.Tensor | None
+) -> str:
+    """Hash all that decides the result: settings, the source's files, data, versions.
 
     Args:
         settings: JSON-able.
@@ -41,30 +42,18 @@ def resume_tag(settings: dict[str, Any], reader: CheckpointReader, windows: Any 
 
 
 def leftovers(target: Path, partial: Path) -> list[Path]:
-    """Unfinished outputs for the same target that other settings, data or sources made."""
+    """List unfinished outputs for the same target that other settings, data or sources made."""
     found = target.parent.glob(f".{glob.escape(target.name)}.partial-resume-*")
     return sorted(path for path in found if path != partial)
-
-
-class ShardReader(CheckpointReader):
-    """Reads one finished shard of a directory that has no index yet."""
-
-    def __init__(self, path: Path) -> None:
-        """Read the header.
-
-        Raises:
-            CheckpointError: the file is damaged.
-        """
-        self.directory, self.files = path.parent, [path]
-        self.tensors, self.metadata = read_header(path)
 
 
 class Report:
     """quantization_report.json: each layer's grid and error, kept in the output directory.
 
-    `layers`: {name: {"bits", "group_size", "error"}}; the error is relative to the layer's output
-    on the calibration inputs (see `gptq.calibrated_error`), None for a data-free layer, or one
-    that puts out zeros.
+    Attributes:
+        layers: {name: {"bits", "group_size", "error"}}; the error is relative to the layer's
+            output on the calibration inputs (see `gptq.calibrated_error`), None for a data-free
+            layer, or one that puts out zeros.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -75,5 +64,5 @@ class Report:
             self.layers = read_json(self._path)["layers"]
 
     def save(self) -> None:
-        """Write it; the file is whole at any time."""
+        """Write the file, which is whole at any time."""
         replace_text(self._path, json_text({"layers": self.layers}))

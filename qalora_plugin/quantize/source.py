@@ -12,7 +12,12 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, rename_source_key
 from transformers.initialization import no_init_weights
 
+from qalora_kernels import QuantSpec
+
+from ..architecture.blocks import find_blocks
 from ..architecture.names import LayerNames
+from ..architecture.selection import check_group_sizes, check_overrides, linears_to_quantize
+from ..checkpoint.config import QALoRAQuantConfig
 from ..distributed.sharding import in_one_process
 from ..errors import CheckpointError, ConfigError
 from ..files.names import CONFIG_FILE
@@ -26,10 +31,25 @@ class ModelSource:
         reader: the directory's tensors.
         model: the architecture that config.json names, in eval mode, parameters on meta.
         stored: the stored tensor's name for every parameter and buffer of the model that has one.
+        dtype: of what is filled in and computed.
+        device: where that is.
     """
 
-    def __init__(self, directory: Path, trust_remote_code: bool = False) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        trust_remote_code: bool = False,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
         """Read config.json and the headers; no tensor is read.
+
+        Args:
+            directory: a local directory.
+            trust_remote_code: run the model's own Python code.
+            dtype: by default the model's; fp32 instead of fp16 on a CPU, which has few fp16
+                operators, and no fast one.
+            device: where its parts are filled in.
 
         Raises:
             CheckpointError: already quantized, damaged, or without some of the model's weights.
@@ -44,6 +64,9 @@ class ModelSource:
                 "16-bit model that it came from"
             )
         self.model = _empty_model(directory, self.reader.config, trust_remote_code)
+        self.device = torch.device(device)
+        slow = self.model.dtype == torch.float16 and self.device.type == "cpu"
+        self.dtype = dtype or (torch.float32 if slow else self.model.dtype)
         names = LayerNames(self.model)
         found = {names.parameter(name): name for name in self.reader.tensors}
         self.stored = {name: stored for name, stored in found.items() if names.has(name)}
@@ -80,27 +103,26 @@ class ModelSource:
                 )
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A parameter of the model as it is stored, read into fresh memory."""
-        return self.reader.get(self.stored[name])
+        """Read a parameter of the model, in its stored dtype, to the device."""
+        return self.reader.get(self.stored[name]).to(self.device)
 
     def layer_name(self, module: str) -> str:
-        """The checkpoint's name of a linear module of the model."""
+        """Return the checkpoint's name of a linear module of the model."""
         return self.stored[f"{module}.weight"].removesuffix(".weight")
 
     def names_in(self, prefix: str) -> list[str]:
-        """Stored parameters and buffers of the model below the module `prefix`."""
+        """Return the stored parameters and buffers of the model below the module `prefix`."""
         return [name for name in self.stored if name.startswith(prefix + ".")]
 
-    def fill(self, names: Iterable[str], dtype: torch.dtype, device: torch.device) -> None:
-        """Read these parameters and buffers, and what is tied to them, into the model; float
-        parameters become `dtype`."""
+    def fill(self, names: Iterable[str]) -> None:
+        """Read these parameters and buffers, and what is tied to them, into the model."""
         for name in names:
             owner_name, _, leaf = name.rpartition(".")
             owner = self.model.get_submodule(owner_name)
-            tensor = self.tensor(name).to(device)
+            tensor = self.tensor(name)
             if leaf in owner._parameters:
                 if tensor.is_floating_point():
-                    tensor = tensor.to(dtype)
+                    tensor = tensor.to(self.dtype)
                 self._put(name, nn.Parameter(tensor, requires_grad=False))
             else:
                 buffer = owner.get_buffer(leaf)
@@ -120,6 +142,35 @@ class ModelSource:
         for place in (name, *(copy for copy, original in tied if original == name)):
             owner_name, _, leaf = place.rpartition(".")
             self.model.get_submodule(owner_name)._parameters[leaf] = parameter
+
+
+def choose_layers(source: ModelSource, config: QALoRAQuantConfig) -> dict[str, QuantSpec]:
+    """Return the grid of every layer to quantize, by its name in the model.
+
+    Raises:
+        ConfigError: no layer, a group size that is larger than every layer, or an override that
+            matches none.
+    """
+    model = source.model
+    prefix = find_blocks(model)[0] + "."
+    chosen = linears_to_quantize(model, config.modules_to_not_convert, source.reader.tensors)
+    linears = {
+        name: (source.layer_name(name), linear)
+        for name, linear in chosen.items()
+        if name.startswith(prefix)
+    }
+    check_group_sizes(config.group_sizes, (linear for _, linear in linears.values()))
+    check_overrides(config.dynamic, [stored for stored, _ in linears.values()])
+    return {
+        name: config.spec_for(stored, linear.in_features, linear.out_features)
+        for name, (stored, linear) in linears.items()
+    }
+
+
+def other_linears(model: nn.Module, specs: dict[str, QuantSpec]) -> list[str]:
+    """Return the names of the model's linear modules that `specs` does not list."""
+    names = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
+    return [name for name in names if name not in specs]
 
 
 def _empty_model(

@@ -16,43 +16,16 @@ from ..errors import QALoRAError
 # Top-level names, so that a module which becomes a package later (pathlib in 3.13) stays held out.
 # A name that the running Python does not have is skipped: tkinter where it is packaged apart,
 # _pydatetime (datetime's code since 3.12).
-HELD_OUT_MODULES = frozenset(
-    {
-        "_pydatetime",
-        "calendar",
-        "datetime",
-        "fractions",
-        "ftplib",
-        "http",
-        "imaplib",
-        "ipaddress",
-        "logging",
-        "mailbox",
-        "pathlib",
-        "statistics",
-        "tarfile",
-        "tkinter",
-    }
-)
+HELD_OUT_MODULES = frozenset({
+    "_pydatetime", "calendar", "datetime", "fractions", "ftplib", "http", "imaplib", "ipaddress",
+    "logging", "mailbox", "pathlib", "statistics", "tarfile", "tkinter",
+})  # fmt: skip
 
 # Tests and vendored programs say little about library code; encodings is mostly character tables.
-EXCLUDED_DIRECTORIES = frozenset(
-    {
-        "__phello__",
-        "__pycache__",
-        "dist-packages",
-        "encodings",
-        "ensurepip",
-        "idle_test",
-        "idlelib",
-        "lib-dynload",
-        "lib2to3",
-        "site-packages",
-        "test",
-        "tests",
-        "turtledemo",
-    }
-)
+EXCLUDED_DIRECTORIES = frozenset({
+    "__phello__", "__pycache__", "dist-packages", "encodings", "ensurepip", "idle_test", "idlelib",
+    "lib-dynload", "lib2to3", "site-packages", "test", "tests", "turtledemo",
+})  # fmt: skip
 
 # The model card's chat template writes the same two headings around a user message.
 PROMPT_TEMPLATE = "### Task\n{instruction}\n### Answer\n"
