@@ -49,23 +49,24 @@ def read_row(row: Any, where: str, tokenizer: Any = None) -> dict[str, str]:
         return {"text": row}
     names = fields_of(row) if isinstance(row, dict) else ()
     parts = [row[name] for name in names]
-    is_chat = any(isinstance(part, list) for part in parts)
-    if not parts or (is_chat and tokenizer is None):
-        found = type(row).__name__
-        if isinstance(row, dict):
-            found = str([f"{name} (a list)" if name in names else name for name in sorted(row)])
+    if not parts:
+        found = sorted(row) if isinstance(row, dict) else type(row).__name__
         known = ", ".join("+".join(fields) for fields in _FIELDS)
         raise QuantizationError(
             f"{where}: expected a string or one of the fields {known}; found {found}. "
             "Rename the fields"
         )
-    if is_chat:
+    if any(isinstance(part, list) for part in parts):
         return {"text": _conversation(parts, where, tokenizer)}
     *prompt, last = map(str, parts)
     return {"prompt": "\n".join(prompt), "completion": last} if prompt else {"text": last}
 
 
 def _conversation(parts: list[Any], where: str, tokenizer: Any) -> str:
+    if tokenizer is None:
+        raise QuantizationError(
+            f"{where}: expected text, found messages, which are not read here. Give strings"
+        )
     messages = [message for part in parts if isinstance(part, list) for message in part]
     if not all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in messages):
         raise QuantizationError(
