@@ -17,12 +17,6 @@ _ADAPT_ADVICE = {
     "lora",
 }
 MergeFormat = Literal["qalora", "gptq", "gguf", "mlx", "onnx", "torchao", "lora"]
-# names of QuantizeOptions, and the keys of the block where these are called otherwise
-_OPTIONS = (
-    "bits", "group_size", "method", "desc_act", "zero_points", "offsets_at",
-    "modules_to_not_convert",
-)  # fmt: skip
-_KEYS = {"method": "quantize_method"}
 
 
 class QALoRABlock(BaseModel):
@@ -31,62 +25,52 @@ class QALoRABlock(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     bits: Literal[2, 3, 4, 8] = Field(
-        default=4, description="Width of the base's integers. Ignored for a quantized base."
+        4, description="Width of the base's integers. Ignored for a quantized base."
     )
     group_size: int = Field(
-        default=32,
+        32,
         description="Inputs that share a scale and an offset; -1 for one group per output. "
         "Ignored for a quantized base.",
     )
     adapt: Literal["zeros", "scales", "both"] = Field(
-        default="zeros",
+        "zeros",
         description="What the adapter changes: the offsets (the paper), the scales, or both.",
     )
     scale_learning_rate_ratio: float | None = Field(
-        default=None,
+        None,
         gt=0,
         description="Learning rate of the scales' part over learning_rate, for adapt: scales and "
         f"both; default {SCALE_LR_RATIO:g}, and 1 with LoRA+ or an optimizer without groups.",
     )
     quantize_method: Literal["gptq", "rtn"] = Field(
-        default="gptq",
-        description="How a 16-bit base is quantized: with calibration, or data-free.",
+        "gptq", description="How a 16-bit base is quantized: with calibration, or data-free."
     )
-    desc_act: bool = Field(default=False, description="Quantize with act-order (g_idx).")
+    desc_act: bool = Field(False, description="Quantize with act-order (g_idx).")
     zero_points: Literal["real", "integer"] = Field(
-        default="real",
-        description="integer: a base that the stock GPTQ format can hold (for adapt: scales).",
+        "real", description="integer: a base that stock GPTQ can hold (for adapt: scales)."
     )
     offsets_at: Literal["middle", "minimum"] = Field(
-        default="middle",
+        "middle",
         description="Which weight of a group fp16 holds; minimum: what GGUF stores, for llama.cpp.",
     )
     modules_to_not_convert: list[str] | None = Field(
-        default=None,
-        description="Modules of the base that stay unquantized; default: the output head.",
+        None, description="Modules of the base that stay unquantized; default: the output head."
     )
     calibration: str | None = Field(
-        default=None,
-        description="Text for GPTQ, .txt or .jsonl; default: samples of the training set.",
+        None, description="Text for GPTQ, .txt or .jsonl; default: samples of the training set."
     )
-    calibration_samples: int = Field(
-        default=128, ge=1, description="Calibration sequences for GPTQ."
-    )
+    calibration_samples: int = Field(128, ge=1, description="Calibration sequences for GPTQ.")
     calibration_seq_len: int | None = Field(
-        default=None,
-        ge=8,
-        description="Their length in tokens; default: sequence_len, at most 2048.",
+        None, ge=8, description="Their length in tokens; default: sequence_len, at most 2048."
     )
     quantized_model_dir: str | None = Field(
-        default=None,
+        None,
         description="Folder of quantized bases, reused by later runs; "
         "default: quantized_bases beside output_dir.",
     )
-    merge_on_finish: bool = Field(
-        default=True, description="Write output_dir/merged when training ends."
-    )
+    merge_on_finish: bool = Field(True, description="Write output_dir/merged when training ends.")
     merge_formats: list[MergeFormat] = Field(
-        default=["qalora"],
+        ["qalora"],
         description="What to write at the end: qalora (always: output_dir/merged), and exports of "
         "it to output_dir/merged-FORMAT (gguf: output_dir/merged.gguf).",
     )
@@ -141,9 +125,10 @@ class QALoRAArgs(BaseModel):
 
 def options_of(block: Mapping[str, Any]) -> dict[str, Any]:
     """Return the `QuantizeOptions` that a `qalora:` block gives, calibration left out."""
-    return {name: block.get(_KEYS.get(name, name)) for name in _OPTIONS}
+    same = ("bits", "group_size", "desc_act", "zero_points", "offsets_at", "modules_to_not_convert")
+    return {"method": block.get("quantize_method"), **{name: block.get(name) for name in same}}
 
 
 def _as_key(option: str, value: str | None) -> str:
-    key = _KEYS.get(option, option)
+    key = "quantize_method" if option == "method" else option
     return f"{key}: {value}" if value else key

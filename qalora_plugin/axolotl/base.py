@@ -95,10 +95,11 @@ def calibration_from_rows(
     Raises:
         QuantizationError: the rows cannot be counted, or hold no tokens.
     """
+    advice = "give a text file as `qalora: {calibration: FILE}`, or use `quantize_method: rtn`"
     if not hasattr(dataset, "__len__") or len(dataset) == 0:
         raise QuantizationError(
             "qalora: calibration samples cannot be drawn from a streaming or empty training set; "
-            "give a text file as `qalora: {calibration: FILE}`, or use `quantize_method: rtn`"
+            + advice
         )
     order = list(range(len(dataset)))
     random.Random(seed).shuffle(order)
@@ -107,8 +108,7 @@ def calibration_from_rows(
     if len(stream) < 2:
         raise QuantizationError(
             "qalora: calibration samples need rows with input_ids, or with the texts prompt and "
-            f"chosen; the training set's have {sorted(dataset[0])}; "
-            "give a text file as `qalora: {calibration: FILE}`"
+            f"chosen; the training set's have {sorted(dataset[0])}; {advice}"
         )
     return cut_windows(stream, samples, min(seq_len, len(stream)))
 

@@ -1,4 +1,4 @@
-"""Run a transformer block by block: find the blocks, record what each is called with, drive them.
+"""Run a transformer block by block: record what each block is called with, and drive them.
 
 No architecture is known here. The model's own forward runs once per batch of token ids with every
 block's forward replaced by a recorder that hands the hidden states through; masks, position
@@ -6,10 +6,10 @@ embeddings and whatever else a block gets are recorded with it. The real blocks 
 these arguments, one after the other.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -35,14 +35,8 @@ class Call:
         return Call((hidden, *self.args[1:]), self.kwargs)
 
 
-@dataclass
-class Recording:
-    """The calls of the blocks, and what goes into the first.
-
-    Args:
-        calls: for every block, one `Call` a batch.
-        hidden: input of the first block, one tensor [B, T, H] a batch.
-    """
+class Recording(NamedTuple):
+    """One call a block and batch, and for every batch the first block's input [B, T, H]."""
 
     calls: list[list[Call]]
     hidden: list[torch.Tensor]
@@ -59,6 +53,7 @@ def record(
             block's too, which is run once to see what a block returns.
         blocks: the blocks, in the order of their calls.
         batches: token ids [B, T].
+        device: where the model is.
 
     Raises:
         ConfigError: the model does not call its blocks one after the other, each once, on the
@@ -169,29 +164,24 @@ def find_stages(
     block: nn.Module, linears: dict[str, nn.Linear], call: Call, hidden: torch.Tensor
 ) -> list[Stage]:
     """Run the block once and see which of its layers read what, in the order of execution."""
-    inputs: list[torch.Tensor] = []  # kept alive: an id must not be used twice
-    readers: list[list[str]] = []
+    readers: dict[int, tuple[torch.Tensor, list[str]]] = {}  # tensors live on: ids stay unique
     counts = dict.fromkeys(linears, 0)
 
     def watch(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             counts[name] += 1
-            if counts[name] > 1:
-                return
-            for tensor, names in zip(inputs, readers, strict=True):
-                if tensor is args[0]:
-                    names.append(name)
-                    return
-            inputs.append(args[0])
-            readers.append([name])
+            if counts[name] == 1:
+                readers.setdefault(id(args[0]), (args[0], []))[1].append(name)
 
         return hook
 
-    with _hooks({linear: watch(name) for name, linear in linears.items()}):
+    with ExitStack() as hooks:
+        for name, linear in linears.items():
+            hooks.enter_context(linear.register_forward_pre_hook(watch(name)))
         call_block(block, call, hidden)
     # layers called more than once may share a tensor in one call only: each for itself
     stages = []
-    for names in readers:
+    for _, names in readers.values():
         once = [name for name in names if counts[name] == 1]
         if once:
             stages.append(Stage(once, 1))
@@ -218,18 +208,8 @@ def watch_inputs(
         if seen == stage.calls:
             raise _StopForwardError
 
-    with _hooks({linear: hook}):
+    with linear.register_forward_pre_hook(hook):
         for call, states in zip(calls, hidden, strict=True):
             seen = 0
             with suppress(_StopForwardError):
                 call_block(block, call, states)
-
-
-@contextmanager
-def _hooks(hooks: dict[nn.Module, Callable[..., None]]) -> Iterator[None]:
-    handles = [module.register_forward_pre_hook(hook) for module, hook in hooks.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

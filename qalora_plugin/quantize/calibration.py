@@ -75,7 +75,12 @@ def calibration_windows(
     """
     check_sizes(samples, seq_len)
     if isinstance(source, torch.Tensor):
-        return _checked_ids(source)[:samples]
+        if source.dim() != 2 or source.numel() == 0 or source.is_floating_point():
+            raise QuantizationError(
+                "calibration: expected integer token ids [samples, seq_len], found "
+                f"{source.dtype} of shape {tuple(source.shape)}"
+            )
+        return source[:samples].to(torch.int64)
     if isinstance(source, Mapping):  # a datasets.DatasetDict would yield the names of its splits
         splits = list(source)
         raise QuantizationError(
@@ -129,15 +134,6 @@ def cut_windows(
     starts = range(0, min(samples, len(stream) // length) * length, length)
     windows = [[*prefix, *stream[start : start + length], *suffix] for start in starts]
     return torch.tensor(windows, dtype=torch.int64)
-
-
-def _checked_ids(ids: torch.Tensor) -> torch.Tensor:
-    if ids.dim() != 2 or ids.numel() == 0 or ids.is_floating_point():
-        raise QuantizationError(
-            "calibration: expected integer token ids [samples, seq_len], found "
-            f"{ids.dtype} of shape {tuple(ids.shape)}"
-        )
-    return ids.to(torch.int64)
 
 
 def _special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:

@@ -1,11 +1,11 @@
 """`QuantizeOptions`: every option of quantizing, with all checks that need no model.
 
-`quantize_model`, the command line and Axolotl's `qalora:` block share these checks; the latter two
-say an `OptionError` in their own spelling of an option (`--offsets-at minimum`).
+`quantize_model`, the command line and Axolotl's `qalora:` block share these checks; each spells the
+options in an `OptionError` in its own way, such as `--offsets-at minimum`.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
@@ -21,8 +21,6 @@ _CHOICES = {
     "format": ("qalora", "gptq", "gptq_v2"),
     "ordering": (None, "groups", "none"),
 }
-Spell = Callable[[str, str | None], str]
-"""Writes an option with or without a value, such as ("method", "rtn") -> "--method rtn"."""
 
 
 class OptionError(ConfigError):
@@ -36,8 +34,8 @@ class OptionError(ConfigError):
         self._text = text
         super().__init__(self.spelled(lambda name, value: f"{name} {value!r}" if value else name))
 
-    def spelled(self, spell: Spell) -> str:
-        """Return the message with its options in another spelling."""
+    def spelled(self, spell: Callable[[str, str | None], str]) -> str:
+        """Return the message; `spell` writes ("method", "rtn") or ("mse", None) in its own way."""
         return re.sub(r"{([a-z_]+)(?:=(\w+))?}", lambda found: spell(*found.groups()), self._text)
 
 
@@ -105,49 +103,47 @@ class QuantizeOptions:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
-                found = getattr(self, name)
-                raise OptionError(f"{{{name}}} must be one of {allowed}, found {found!r}")
-        self._check_zero_points()
-        self._check_data()
+        for text in self._contradictions():
+            raise OptionError(text)
         try:
             self.config()
         except ConfigError as error:
             raise OptionError(str(error).removeprefix("quantization_config: ")) from None
-        _ = self.solver
+        _ = self.solver  # has checks of its own
         check_sizes(self.samples, DEFAULT_SEQ_LEN if self.seq_len is None else self.seq_len)
 
-    def _check_zero_points(self) -> None:
+    def _contradictions(self) -> Iterator[str]:
+        """Yield what is wrong, as texts of `OptionError`."""
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                yield f"{{{name}}} must be one of {allowed}, found {getattr(self, name)!r}"
         if self.format != "qalora" and self.zero_points == "real":
-            raise OptionError(
+            yield (
                 f"{{format={self.format}}} holds integer zero-points only: use "
                 "{zero_points=integer}, or {format=qalora}"
             )
         if self.integer_zeros and self.offsets_at == "minimum":
             cause = "zero_points=integer" if self.zero_points else f"format={self.format}"
-            raise OptionError(
+            yield (
                 f"{{offsets_at=minimum}} needs real-valued offsets: with {{{cause}}} the minimum "
                 "is a multiple of the scale, in general no fp16 number. Leave out one of the two"
             )
-
-    def _check_data(self) -> None:
         for name in ("calibration", "desc_act", "ordering"):
             given = getattr(self, name)  # maybe a tensor, which has no truth value
             if self.method == "rtn" and given is not None and given is not False:
-                raise OptionError(
+                yield (
                     f"{{{name}}} does not go with {{method=rtn}}, which uses no calibration data: "
-                    f"leave it out, or use {{method=gptq}}"
+                    "leave it out, or use {method=gptq}"
                 )
         if self.method == "gptq" and self.calibration is None:
-            raise OptionError(
+            yield (
                 "GPTQ needs text: give {calibration} a .txt or .jsonl file (in Python also a "
                 "datasets.Dataset, a list of strings, or token ids [samples, seq_len]), best the "
                 "training set; a few hundred kilobytes are enough. Or use {method=rtn}, which is "
                 "less exact"
             )
         if self.desc_act and self.ordering:
-            raise OptionError(
+            yield (
                 "{desc_act} has an order of its own, by size of input: leave out one of it and "
                 "{ordering}"
             )

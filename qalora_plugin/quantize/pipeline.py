@@ -28,8 +28,8 @@ from .calibration import calibration_windows, fitting_length
 from .options import QuantizeOptions, read_options, usable_device
 from .resume import Report, leftovers, resume_tag
 from .shards import BlockShards
-from .source import ModelSource, choose_layers, other_linears
-from .walk import DataFree, Walk
+from .source import ModelSource, choose_layers
+from .walk import Walk, round_layers
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +88,9 @@ def quantize_model(
         source = ModelSource(directory, options.trust_remote_code, options.dtype, device)
         config = options.config()
         specs = choose_layers(source, config)
-        config.modules_to_not_convert = other_linears(source.model, specs)
+        modules = source.model.named_modules()
+        linears = [name for name, module in modules if isinstance(module, torch.nn.Linear)]
+        config.modules_to_not_convert = [name for name in linears if name not in specs]
         if options.format != "qalora":
             format_named("gptq").module("write").check_specs(specs, options.format, config)
         windows = _windows(source, options) if options.method == "gptq" else None
@@ -96,7 +98,7 @@ def quantize_model(
         config.base = _origin(name, options, windows)
         resumable = not isinstance(model, PreTrainedModel)
         job = _Job(source, config, specs, options, windows, resumable)
-        return job.run(Path(out)) if options.format == "qalora" else job.run_stock(Path(out))
+        return job.run(out) if options.format == "qalora" else job.run_stock(out)
 
 
 @contextmanager
@@ -166,7 +168,7 @@ class _Job:
         }
         return resume_tag(settings, self.source.reader, self.windows)
 
-    def run(self, out: Path) -> QuantizeResult:
+    def run(self, out: str | Path) -> QuantizeResult:
         """Write a directory in our format."""
         target = AtomicDirectory(out, resume_tag=self.tag() if self.resumable else None)
         for path in leftovers(target.target, target.partial):
@@ -186,39 +188,42 @@ class _Job:
             write_json(partial / CONFIG_FILE, final)
         return dataclasses.replace(self._result(target.target), resumed=sum(shards.finished))
 
-    def run_stock(self, out: Path) -> QuantizeResult:
+    def run_stock(self, out: str | Path) -> QuantizeResult:
         """Write a stock GPTQ directory, by way of one in our format."""
         target = AtomicDirectory(out).target
         # a hidden sibling, which a resumed run finds again
         first = target.with_name(f".{target.name}.qalora-{self.tag()}")
         result = self._result(first) if first.exists() else self.run(first)
-        write = format_named("gptq").module("write").write_stock_gptq
-        written = write(first, target, self.options.format)
+        module = format_named("gptq").module("write")
+        written = module.write_stock_gptq(first, target, self.options.format)
         shutil.rmtree(first)
         return dataclasses.replace(result, out=written)
 
     def _result(self, out: Path) -> QuantizeResult:
         """Return the result that a finished directory holds."""
-        kept = self.config.modules_to_not_convert or []
-        return QuantizeResult(out, Report(out).layers, kept, 0)
+        return QuantizeResult(out, Report(out).layers, self.config.modules_to_not_convert or [], 0)
 
     def _write(self, shards: BlockShards) -> None:
         """Write the weights that are not there yet."""
         shards.write_outside()
-        solver: Walk | DataFree = DataFree(self.source, self.specs, self.options)
+        source, specs, options = self.source, self.specs, self.options
+        walk = None
         if self.windows is not None and not all(shards.finished):
-            solver = Walk(self.source, self.specs, self.options, self.windows)
-        hidden = not self.options.progress
-        with tqdm(total=len(self.specs), unit="layer", desc="quantizing", disable=hidden) as bar:
+            walk = Walk(source, specs, options, self.windows)
+        hidden = not options.progress
+        with tqdm(total=len(specs), unit="layer", desc="quantizing", disable=hidden) as bar:
             for index, finished in enumerate(shards.finished):
                 layers = shards.layers(index)
-                solver.enter(index, shards.read_block(index) if finished else ())
+                if walk:
+                    walk.enter(index, shards.read_block(index) if finished else ())
                 if finished:
                     bar.update(len(layers))
                 else:
-                    for _ in shards.write_block(index, solver.solve(index, layers)):
+                    free = round_layers(source, specs, options, layers)
+                    for _ in shards.write_block(index, walk.solve(index, layers) if walk else free):
                         bar.update()
-                solver.leave(index)
+                if walk:
+                    walk.leave(index)
                 _release_freed_memory()
 
 

@@ -5,7 +5,6 @@ from pathlib import Path
 
 from qalora_kernels import PackedWeight, QuantSpec
 
-from ..architecture.blocks import find_blocks
 from ..checkpoint.fingerprint import combine, mark
 from ..checkpoint.layout import TensorPlan, layer_plan, pack_layer, read_layer
 from ..files.reader import CheckpointReader
@@ -27,7 +26,6 @@ class BlockShards:
         desc_act: whether layers have a g_idx.
 
     Attributes:
-        blocks: name of each block in the model.
         finished: whether each block was written by an earlier run.
         report: of the blocks that are written.
     """
@@ -38,40 +36,35 @@ class BlockShards:
         """Plan them, and see which are finished."""
         self.report = Report(directory)
         self._source, self._specs, self._desc_act = source, specs, desc_act
-        prefix, blocks = find_blocks(source.model)
-        self.blocks = [f"{prefix}.{index}" for index in range(len(blocks))]
-        in_blocks = {
-            stored for name, stored in source.stored.items() if name.startswith(prefix + ".")
-        }
-        outside = [name for name in source.reader.tensors if name not in in_blocks]
+        blocks = [self._block_plan(index) for index in range(len(source.blocks))]
+        inside = {name for block in source.block_names for name in source.names_in(block)}
+        copied = {source.stored[name] for name in inside}
+        outside = [name for name in source.reader.tensors if name not in copied]
         plans = split_plan(self._dense_plan(outside)) if outside else []
         self._first = len(plans)
-        self._writer = CheckpointWriter(
-            directory, plans + [self._block_plan(name) for name in self.blocks]
-        )
-        self.finished = [
-            self._writer.is_done(self._first + index) for index in range(len(self.blocks))
-        ]
+        self._writer = CheckpointWriter(directory, plans + blocks)
+        self.finished = [self._writer.is_done(self._first + index) for index in range(len(blocks))]
 
     def layers(self, index: int) -> list[str]:
         """Return the quantized layers of block `index`, by their names in the model."""
-        return [name for name in self._specs if name.startswith(self.blocks[index] + ".")]
+        block = self._source.block_names[index] + "."
+        return [name for name in self._specs if name.startswith(block)]
 
-    def _dense_plan(self, names: list[str]) -> TensorPlan:
+    def _dense_plan(self, names: Iterable[str]) -> TensorPlan:
         infos = (self._source.reader.info(name) for name in names)
         return {info.name: (info.dtype, info.shape) for info in infos}
 
-    def _dense_names(self, block: str) -> list[str]:
+    def _dense_names(self, index: int) -> list[str]:
         """Return the stored tensors of a block that are copied: norms, biases, kept layers."""
         replaced = {f"{layer}.weight" for layer in self._specs}
-        names = self._source.names_in(block)
+        names = self._source.names_in(self._source.block_names[index])
         return [self._source.stored[name] for name in names if name not in replaced]
 
-    def _block_plan(self, block: str) -> TensorPlan:
-        plan = self._dense_plan(self._dense_names(block))
-        for layer, spec in self._specs.items():
-            if layer.startswith(block + "."):
-                plan |= layer_plan(self._source.layer_name(layer), spec, self._desc_act)
+    def _block_plan(self, index: int) -> TensorPlan:
+        plan = self._dense_plan(self._dense_names(index))
+        for layer in self.layers(index):
+            name = self._source.layer_name(layer)
+            plan |= layer_plan(name, self._specs[layer], self._desc_act)
         return plan
 
     def _copy(self, shard: ShardWriter, names: Iterable[str]) -> None:
@@ -95,7 +88,7 @@ class BlockShards:
                 entry = {"bits": spec.bits, "group_size": spec.group_size, "error": error}
                 self.report.layers[name] = entry
                 yield name
-            self._copy(shard, self._dense_names(self.blocks[index]))
+            self._copy(shard, self._dense_names(index))
             self.report.save()
 
     def read_block(self, index: int) -> Iterator[tuple[str, PackedWeight]]:
@@ -111,7 +104,7 @@ class BlockShards:
     def fingerprint(self) -> str:
         """Return the fingerprint of all layers' integers, read from the finished shards."""
         marks = []
-        for index in range(len(self.blocks)):
+        for index in range(len(self.finished)):
             reader = self._reader(index)
             for layer in self.layers(index):
                 qweight = reader.get(f"{self._source.layer_name(layer)}.qweight")

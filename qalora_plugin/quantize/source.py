@@ -30,9 +30,9 @@ class ModelSource:
     Attributes:
         reader: the directory's tensors.
         model: the architecture that config.json names, in eval mode, parameters on meta.
+        block_names: the names of the model's blocks; `blocks` are the modules.
         stored: the stored tensor's name for every parameter and buffer of the model that has one.
-        dtype: of what is filled in and computed.
-        device: where that is.
+        dtype: of what is filled in and computed; `device` is where.
     """
 
     def __init__(
@@ -47,9 +47,8 @@ class ModelSource:
         Args:
             directory: a local directory.
             trust_remote_code: run the model's own Python code.
-            dtype: by default the model's; fp32 instead of fp16 on a CPU, which has few fp16
-                operators, and no fast one.
-            device: where its parts are filled in.
+            dtype: see above; by default the model's.
+            device: see above.
 
         Raises:
             CheckpointError: already quantized, damaged, or without some of the model's weights.
@@ -64,7 +63,10 @@ class ModelSource:
                 "16-bit model that it came from"
             )
         self.model = _empty_model(directory, self.reader.config, trust_remote_code)
+        prefix, self.blocks = find_blocks(self.model)
+        self.block_names = [f"{prefix}.{index}" for index in range(len(self.blocks))]
         self.device = torch.device(device)
+        # few CPU operators exist in fp16, none is fast
         slow = self.model.dtype == torch.float16 and self.device.type == "cpu"
         self.dtype = dtype or (torch.float32 if slow else self.model.dtype)
         names = LayerNames(self.model)
@@ -73,7 +75,6 @@ class ModelSource:
         self._check_complete()
 
     def _check_complete(self) -> None:
-        tied = self.model.all_tied_weights_keys
         mapping = get_model_conversion_mapping(self.model)
         converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
         for name in self.reader.tensors:
@@ -84,8 +85,8 @@ class ModelSource:
                     f"{type(self.model).__name__} computes with (fused experts); such models "
                     "cannot be quantized yet"
                 )
-        lost = [name for name, _ in self.model.named_parameters() if name not in self.stored]
-        lost = [name for name in lost if name not in tied]
+        known = self.stored.keys() | self.model.all_tied_weights_keys
+        lost = [name for name, _ in self.model.named_parameters() if name not in known]
         if lost:
             raise CheckpointError(
                 f"{self.reader.directory}: no tensor for {lost[0]} ({len(lost)} such) of "
@@ -93,10 +94,8 @@ class ModelSource:
                 "incomplete, or its architecture is another"
             )
         for name, parameter in self.model.named_parameters():
-            if name not in self.stored:
-                continue
-            info = self.reader.info(self.stored[name])
-            if info.shape != tuple(parameter.shape):
+            info = self.reader.tensors.get(self.stored.get(name, ""))
+            if info is not None and info.shape != tuple(parameter.shape):
                 raise CheckpointError(
                     f"{info.file}: {info.name}: expected shape {list(parameter.shape)} as "
                     f"{CONFIG_FILE} says, found {list(info.shape)}"
@@ -117,31 +116,29 @@ class ModelSource:
     def fill(self, names: Iterable[str]) -> None:
         """Read these parameters and buffers, and what is tied to them, into the model."""
         for name in names:
-            owner_name, _, leaf = name.rpartition(".")
-            owner = self.model.get_submodule(owner_name)
-            tensor = self.tensor(name)
+            tensor, (owner, leaf) = self.tensor(name), self._owner(name)
             if leaf in owner._parameters:
-                if tensor.is_floating_point():
-                    tensor = tensor.to(self.dtype)
-                self._put(name, nn.Parameter(tensor, requires_grad=False))
+                self._put(name, tensor.to(self.dtype) if tensor.is_floating_point() else tensor)
             else:
-                buffer = owner.get_buffer(leaf)
-                owner._buffers[leaf] = tensor.to(buffer.dtype)
+                owner._buffers[leaf] = tensor.to(owner.get_buffer(leaf).dtype)
 
     def empty(self, names: Iterable[str]) -> None:
         """Drop these parameters' numbers again."""
         for name in names:
-            owner_name, _, leaf = name.rpartition(".")
-            owner = self.model.get_submodule(owner_name)
+            owner, leaf = self._owner(name)
             if leaf in owner._parameters:
-                meta = torch.empty_like(owner.get_parameter(leaf), device="meta")
-                self._put(name, nn.Parameter(meta, requires_grad=False))
+                self._put(name, torch.empty_like(owner.get_parameter(leaf), device="meta"))
 
-    def _put(self, name: str, parameter: nn.Parameter) -> None:
+    def _put(self, name: str, tensor: torch.Tensor) -> None:
+        parameter = nn.Parameter(tensor, requires_grad=False)
         tied = self.model.all_tied_weights_keys.items()
         for place in (name, *(copy for copy, original in tied if original == name)):
-            owner_name, _, leaf = place.rpartition(".")
-            self.model.get_submodule(owner_name)._parameters[leaf] = parameter
+            owner, leaf = self._owner(place)
+            owner._parameters[leaf] = parameter
+
+    def _owner(self, name: str) -> tuple[nn.Module, str]:
+        module, _, leaf = name.rpartition(".")
+        return self.model.get_submodule(module), leaf
 
 
 def choose_layers(source: ModelSource, config: QALoRAQuantConfig) -> dict[str, QuantSpec]:
@@ -151,26 +148,16 @@ def choose_layers(source: ModelSource, config: QALoRAQuantConfig) -> dict[str, Q
         ConfigError: no layer, a group size that is larger than every layer, or an override that
             matches none.
     """
-    model = source.model
-    prefix = find_blocks(model)[0] + "."
-    chosen = linears_to_quantize(model, config.modules_to_not_convert, source.reader.tensors)
-    linears = {
-        name: (source.layer_name(name), linear)
-        for name, linear in chosen.items()
-        if name.startswith(prefix)
-    }
-    check_group_sizes(config.group_sizes, (linear for _, linear in linears.values()))
-    check_overrides(config.dynamic, [stored for stored, _ in linears.values()])
+    excluded, stored = config.modules_to_not_convert, source.reader.tensors
+    inside = tuple(f"{name}." for name in source.block_names)
+    linears = linears_to_quantize(source.model, excluded, stored).items()
+    chosen = {name: linear for name, linear in linears if name.startswith(inside)}
+    check_group_sizes(config.group_sizes, chosen.values())
+    check_overrides(config.dynamic, map(source.layer_name, chosen))
     return {
-        name: config.spec_for(stored, linear.in_features, linear.out_features)
-        for name, (stored, linear) in linears.items()
+        name: config.spec_for(source.layer_name(name), linear.in_features, linear.out_features)
+        for name, linear in chosen.items()
     }
-
-
-def other_linears(model: nn.Module, specs: dict[str, QuantSpec]) -> list[str]:
-    """Return the names of the model's linear modules that `specs` does not list."""
-    names = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
-    return [name for name in names if name not in specs]
 
 
 def _empty_model(

@@ -9,6 +9,7 @@ import ast
 import copy
 import hashlib
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import QALoRAError
@@ -128,23 +129,20 @@ def _source_files(stdlib: Path | None, *, held_out: bool) -> list[Path]:
     return files
 
 
-def _pairs_in(path: Path) -> list[tuple[str, dict[str, str]]]:
-    """Return (qualified name, pair) of every function that has a docstring and a body."""
-    source = path.read_text(encoding="utf-8")
-    found: list[tuple[str, dict[str, str]]] = []
+def _pairs_in(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield (qualified name, pair) of every function that has a docstring and a body."""
 
-    def visit(node: ast.AST, prefix: str) -> None:
+    def visit(node: ast.AST, prefix: str) -> Iterator[tuple[str, dict[str, str]]]:
         for child in ast.iter_child_nodes(node):
             if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
                 name = f"{prefix}{child.name}"
                 if not isinstance(child, ast.ClassDef) and len(child.body) > 1:
                     docstring = ast.get_docstring(child)
                     if docstring:
-                        found.append((name, _pair(child, docstring)))
-                visit(child, f"{name}.")
+                        yield name, _pair(child, docstring)
+                yield from visit(child, f"{name}.")
 
-    visit(ast.parse(source, filename=str(path)), "")
-    return found
+    yield from visit(ast.parse(path.read_text(encoding="utf-8"), filename=str(path)), "")
 
 
 def _pair(function: ast.FunctionDef | ast.AsyncFunctionDef, docstring: str) -> dict[str, str]:

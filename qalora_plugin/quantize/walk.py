@@ -1,4 +1,4 @@
-"""Two ways through the blocks of a model: with calibration activations (GPTQ), or without data."""
+"""Quantize layers on calibration activations, which are carried through the blocks, or without."""
 
 from collections.abc import Iterable
 
@@ -7,7 +7,6 @@ from torch import nn
 
 from qalora_kernels import PackedWeight, QuantSpec
 
-from ..architecture.blocks import find_blocks
 from .blocks import Stage, call_block, find_stages, record, watch_inputs
 from .gptq import Hessian, calibrated_error, gptq
 from .options import QuantizeOptions
@@ -18,31 +17,19 @@ from .source import ModelSource
 _BATCH_TOKENS = 1024  # tokens in one forward pass: bounds the memory of a block's activations
 
 
-class DataFree:
-    """Rounds the layers of one block after the other to nearest; arguments as `Walk` has them."""
-
-    def __init__(
-        self, source: ModelSource, specs: dict[str, QuantSpec], options: QuantizeOptions
-    ) -> None:
-        self._source, self._specs, self._options = source, specs, options
-
-    def enter(self, index: int, quantized: Iterable[tuple[str, PackedWeight]] = ()) -> None:
-        """Do nothing: no block is run."""
-
-    def solve(self, index: int, layers: list[str]) -> Solved:
-        """Quantize layers of a block: (layer, weight, None)."""
-        for layer in layers:
-            weight = rtn(
-                self._source.tensor(f"{layer}.weight"),
-                self._specs[layer],
-                name=self._source.layer_name(layer),
-                integer_zeros=self._options.integer_zeros,
-                search=self._options.mse,
-            )
-            yield layer, weight, None
-
-    def leave(self, index: int) -> None:
-        """Do nothing: no block is run."""
+def round_layers(
+    source: ModelSource, specs: dict[str, QuantSpec], options: QuantizeOptions, layers: list[str]
+) -> Solved:
+    """Quantize layers without data: (layer, weight, None)."""
+    for layer in layers:
+        weight = rtn(
+            source.tensor(f"{layer}.weight"),
+            specs[layer],
+            name=source.layer_name(layer),
+            integer_zeros=options.integer_zeros,
+            search=options.mse,
+        )
+        yield layer, weight, None
 
 
 class Walk:
@@ -69,28 +56,23 @@ class Walk:
         """Run everything before the blocks."""
         self._source, self._specs, self._options = source, specs, options
         model = source.model
-        self._prefix, self._blocks = find_blocks(model)
         for module in model.modules():
             for leaf, buffer in module._buffers.items():
                 if buffer is not None:
                     module._buffers[leaf] = buffer.to(source.device)
-        needed = [*self._before_the_blocks(), *source.names_in(f"{self._prefix}.0")]
+        needed = [*self._before_the_blocks(), *source.names_in(source.block_names[0])]
         source.fill(needed)
         batch = max(1, _BATCH_TOKENS // windows.shape[1])
-        recording = record(model, self._blocks, list(windows.split(batch)), source.device)
+        recording = record(model, source.blocks, list(windows.split(batch)), source.device)
         self._calls, self._hidden = recording.calls, recording.hidden
         source.empty(needed)
 
     def _before_the_blocks(self) -> list[str]:
         """Return the weights outside the blocks, less those of the output embeddings."""
-        model = self._source.model
-        head = model.get_output_embeddings()
-        return [
-            name
-            for name in self._source.stored
-            if not name.startswith(self._prefix + ".")
-            and (head is None or model.get_submodule(name.rpartition(".")[0]) is not head)
-        ]
+        source, head = self._source, self._source.model.get_output_embeddings()
+        outside = set(source.stored).difference(*map(source.names_in, source.block_names))
+        parents = {name: source.model.get_submodule(name.rpartition(".")[0]) for name in outside}
+        return [name for name in source.stored if name in outside and parents[name] is not head]
 
     def enter(self, index: int, quantized: Iterable[tuple[str, PackedWeight]] = ()) -> None:
         """Read block `index`; layers that are quantized already are given instead."""
@@ -98,7 +80,7 @@ class Walk:
         for layer, weight in quantized:
             self._replace(layer, weight)
             given.add(f"{layer}.weight")
-        names = self._source.names_in(f"{self._prefix}.{index}")
+        names = self._source.names_in(self._source.block_names[index])
         self._source.fill([name for name in names if name not in given])
 
     def _replace(self, layer: str, weight: PackedWeight) -> None:
@@ -108,8 +90,8 @@ class Walk:
 
     def solve(self, index: int, layers: list[str]) -> Solved:
         """Quantize layers of block `index`: (layer, weight, relative error on its inputs)."""
-        block, calls = self._blocks[index], self._calls[index]
-        prefix = f"{self._prefix}.{index}."
+        block, calls = self._source.blocks[index], self._calls[index]
+        prefix = f"{self._source.block_names[index]}."
         linears = {layer.removeprefix(prefix): self._linear(layer) for layer in layers}
         for stage in find_stages(block, linears, calls[0], self._hidden[0]):
             hessian = self._hessian(index, stage, linears[stage.names[0]])
@@ -134,16 +116,16 @@ class Walk:
         return linear
 
     def _hessian(self, index: int, stage: Stage, linear: nn.Linear) -> torch.Tensor:
-        hessian = Hessian(linear.in_features, self._source.device)
-        watch_inputs(
-            self._blocks[index], linear, stage, self._calls[index], self._hidden, hessian.add
-        )
-        return hessian.mean(f"{self._prefix}.{index}.{stage.names[0]}")
+        inputs = Hessian(linear.in_features, self._source.device)
+        block, calls = self._source.blocks[index], self._calls[index]
+        watch_inputs(block, linear, stage, calls, self._hidden, inputs.add)
+        return inputs.mean(f"{self._source.block_names[index]}.{stage.names[0]}")
 
     def leave(self, index: int) -> None:
         """Carry the activations through block `index` and drop its weights."""
-        if index + 1 < len(self._blocks):
+        blocks = self._source.blocks
+        if index + 1 < len(blocks):
             for number, call in enumerate(self._calls[index]):
-                self._hidden[number] = call_block(self._blocks[index], call, self._hidden[number])
+                self._hidden[number] = call_block(blocks[index], call, self._hidden[number])
         self._calls[index] = []
-        self._source.empty(self._source.names_in(f"{self._prefix}.{index}"))
+        self._source.empty(self._source.names_in(self._source.block_names[index]))
