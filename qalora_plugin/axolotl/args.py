@@ -25,52 +25,52 @@ class QALoRABlock(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     bits: Literal[2, 3, 4, 8] = Field(
-        4, description="Width of the base's integers. Ignored for a quantized base."
+        default=4, description="Width of the base's integers. Ignored for a quantized base."
     )
     group_size: int = Field(
-        32,
+        default=32,
         description="Inputs that share a scale and an offset; -1 for one group per output. "
         "Ignored for a quantized base.",
     )
     adapt: Literal["zeros", "scales", "both"] = Field(
-        "zeros",
+        default="zeros",
         description="What the adapter changes: the offsets (the paper), the scales, or both.",
     )
     scale_learning_rate_ratio: float | None = Field(
-        None,
+        default=None,
         gt=0,
         description="Learning rate of the scales' part over learning_rate, for adapt: scales and "
         f"both; default {SCALE_LR_RATIO:g}, and 1 with LoRA+ or an optimizer without groups.",
     )
     quantize_method: Literal["gptq", "rtn"] = Field(
-        "gptq", description="How a 16-bit base is quantized: with calibration, or data-free."
+        default="gptq", description="How a 16-bit base is quantized: calibrated, or data-free."
     )
-    desc_act: bool = Field(False, description="Quantize with act-order (g_idx).")
+    desc_act: bool = Field(default=False, description="Quantize with act-order (g_idx).")
     zero_points: Literal["real", "integer"] = Field(
-        "real", description="integer: a base that stock GPTQ can hold (for adapt: scales)."
+        default="real", description="integer: a base that stock GPTQ can hold (for adapt: scales)."
     )
     offsets_at: Literal["middle", "minimum"] = Field(
-        "middle",
+        default="middle",
         description="Which weight of a group fp16 holds; minimum: what GGUF stores, for llama.cpp.",
     )
     modules_to_not_convert: list[str] | None = Field(
-        None, description="Modules of the base that stay unquantized; default: the output head."
+        default=None, description="Modules that stay unquantized; default: the output head."
     )
     calibration: str | None = Field(
-        None, description="Text for GPTQ, .txt or .jsonl; default: samples of the training set."
+        default=None, description="Text for GPTQ, .txt or .jsonl; default: the training set."
     )
-    calibration_samples: int = Field(128, ge=1, description="Calibration sequences for GPTQ.")
+    calibration_samples: int = Field(default=128, ge=1, description="Sequences for GPTQ.")
     calibration_seq_len: int | None = Field(
-        None, ge=8, description="Their length in tokens; default: sequence_len, at most 2048."
+        default=None, ge=8, description="Their tokens; default: sequence_len, at most 2048."
     )
     quantized_model_dir: str | None = Field(
-        None,
+        default=None,
         description="Folder of quantized bases, reused by later runs; "
         "default: quantized_bases beside output_dir.",
     )
-    merge_on_finish: bool = Field(True, description="Write output_dir/merged when training ends.")
+    merge_on_finish: bool = Field(default=True, description="Write output_dir/merged at the end.")
     merge_formats: list[MergeFormat] = Field(
-        ["qalora"],
+        default=["qalora"],
         description="What to write at the end: qalora (always: output_dir/merged), and exports of "
         "it to output_dir/merged-FORMAT (gguf: output_dir/merged.gguf).",
     )

@@ -8,7 +8,7 @@ from typing import Any
 from ..errors import QuantizationError
 
 # the parts of one example, tried in this order; a pair's first part may have an `input` beside it
-_FIELDS = (
+_FIELDS: tuple[tuple[str, ...], ...] = (
     ("prompt", "completion"),
     ("question", "answer"),
     ("instruction", "output"),
