@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from qalora_plugin import quantize_model
+from qalora_plugin import QuantizeOptions, quantize_model
 from qalora_plugin.errors import ConfigError, QuantizationError
-from qalora_plugin.quantize.options import OptionError, QuantizeOptions, read_options
+from qalora_plugin.quantize.options import OptionError, read_options
 
 TEXT = ["some text"]
 
