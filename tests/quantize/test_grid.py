@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qalora_kernels import QuantSpec
+from qalora_kernels import PackedWeight, QuantSpec
 from qalora_plugin.errors import QuantizationError
 from qalora_plugin.quantize.grid import (
     MIN_SCALE,
@@ -142,3 +142,11 @@ def test_rtn_in_chunks_of_outputs_is_the_same(monkeypatch):
     parts = _rtn(w, 3, 16)
     for field in ("qweight", "scales", "offsets"):
         assert torch.equal(getattr(whole, field), getattr(parts, field))
+
+
+def test_a_packed_weight_follows_g_idx():
+    codes = torch.tensor([[0, 1, 2, 3]], dtype=torch.uint8)
+    scales, offsets = torch.tensor([[1.0], [10.0]]), torch.tensor([[0.5], [0.0]])
+    g_idx = torch.tensor([1, 0, 0, 1], dtype=torch.int32)
+    weight = PackedWeight.from_codes(codes, scales, offsets, g_idx, QuantSpec(2, 2, 4, 1))
+    assert weight.dequantize().t().tolist() == [[-20.0, -0.5, 0.5, 10.0]]
