@@ -17,6 +17,7 @@ from .tuner.register import register as _register_tuner
 if TYPE_CHECKING:
     from .formats.export import export_model
     from .merge.merge import merge_adapter
+    from .quantize.options import QuantizeOptions
     from .quantize.pipeline import quantize_model
     from .training.callback import MergeCallback
     from .training.figures import FiguresCallback
@@ -34,6 +35,7 @@ _LAZY = {
     "MergeCallback": ".training.callback",
     "QALoRAConfig": ".tuner",
     "QALoRAModel": ".tuner",
+    "QuantizeOptions": ".quantize.options",
     "export_model": ".formats.export",
     "merge_adapter": ".merge.merge",
     "parameter_groups": ".tuner.parameter_groups",
@@ -48,6 +50,7 @@ __all__ = [
     "QALoRAError",
     "QALoRAModel",
     "QALoRAQuantConfig",
+    "QuantizeOptions",
     "__version__",
     "export_model",
     "merge_adapter",

@@ -1,10 +1,12 @@
 """The `qalora:` block of an Axolotl recipe, as pydantic models that Axolotl validates."""
 
+from collections.abc import Mapping
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ..formats.export import ADAPTS
+from ..quantize.options import OptionError, QuantizeOptions
 from ..tuner.parameter_groups import SCALE_LR_RATIO
 
 _ADAPT_ADVICE = {
@@ -27,7 +29,6 @@ class QALoRABlock(BaseModel):
     )
     group_size: int = Field(
         default=32,
-        ge=-1,
         description="Inputs that share a scale and an offset; -1 for one group per output. "
         "Ignored for a quantized base.",
     )
@@ -42,42 +43,32 @@ class QALoRABlock(BaseModel):
         f"both; default {SCALE_LR_RATIO:g}, and 1 with LoRA+ or an optimizer without groups.",
     )
     quantize_method: Literal["gptq", "rtn"] = Field(
-        default="gptq",
-        description="How a 16-bit base is quantized: with calibration, or data-free.",
+        default="gptq", description="How a 16-bit base is quantized: calibrated, or data-free."
     )
     desc_act: bool = Field(default=False, description="Quantize with act-order (g_idx).")
     zero_points: Literal["real", "integer"] = Field(
-        default="real",
-        description="integer: a base that the stock GPTQ format can hold (for adapt: scales).",
+        default="real", description="integer: a base that stock GPTQ can hold (for adapt: scales)."
     )
     offsets_at: Literal["middle", "minimum"] = Field(
         default="middle",
         description="Which weight of a group fp16 holds; minimum: what GGUF stores, for llama.cpp.",
     )
     modules_to_not_convert: list[str] | None = Field(
-        default=None,
-        description="Modules of the base that stay unquantized; default: the output head.",
+        default=None, description="Modules that stay unquantized; default: the output head."
     )
     calibration: str | None = Field(
-        default=None,
-        description="Text for GPTQ, .txt or .jsonl; default: samples of the training set.",
+        default=None, description="Text for GPTQ, .txt or .jsonl; default: the training set."
     )
-    calibration_samples: int = Field(
-        default=128, ge=1, description="Calibration sequences for GPTQ."
-    )
+    calibration_samples: int = Field(default=128, ge=1, description="Sequences for GPTQ.")
     calibration_seq_len: int | None = Field(
-        default=None,
-        ge=8,
-        description="Their length in tokens; default: sequence_len, at most 2048.",
+        default=None, ge=8, description="Their tokens; default: sequence_len, at most 2048."
     )
     quantized_model_dir: str | None = Field(
         default=None,
         description="Folder of quantized bases, reused by later runs; "
         "default: quantized_bases beside output_dir.",
     )
-    merge_on_finish: bool = Field(
-        default=True, description="Write output_dir/merged when training ends."
-    )
+    merge_on_finish: bool = Field(default=True, description="Write output_dir/merged at the end.")
     merge_formats: list[MergeFormat] = Field(
         default=["qalora"],
         description="What to write at the end: qalora (always: output_dir/merged), and exports of "
@@ -98,27 +89,12 @@ class QALoRABlock(BaseModel):
         return data
 
     @model_validator(mode="after")
-    def _check_offsets_at(self) -> Self:
-        if self.offsets_at == "minimum" and self.zero_points == "integer":
-            raise ValueError(
-                "qalora: offsets_at: minimum does not go with zero_points: integer, whose minima "
-                "are in general no fp16 numbers; remove one of the two"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _check_quantizing(self) -> Self:
-        if self.group_size == 0:
-            raise ValueError(
-                "qalora: group_size: expected a positive number, or -1 for one group per output, "
-                "found 0"
-            )
-        if self.quantize_method == "rtn" and (self.desc_act or self.calibration):
-            key = "desc_act" if self.desc_act else "calibration"
-            raise ValueError(
-                f"qalora: {key} does not go with quantize_method: rtn, which reads no calibration "
-                f"data; remove {key}, or use quantize_method: gptq"
-            )
+        default = "the training set" if self.quantize_method == "gptq" else None
+        try:
+            QuantizeOptions(calibration=self.calibration or default, **options_of(self.__dict__))
+        except OptionError as error:
+            raise ValueError(f"qalora: {error.spelled(_as_key)}") from None
         return self
 
     @model_validator(mode="after")
@@ -145,3 +121,14 @@ class QALoRAArgs(BaseModel):
         default_factory=QALoRABlock,
         description="QA-LoRA settings, for `adapter: qalora`.",
     )
+
+
+def options_of(block: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the `QuantizeOptions` that a `qalora:` block gives, calibration left out."""
+    same = ("bits", "group_size", "desc_act", "zero_points", "offsets_at", "modules_to_not_convert")
+    return {"method": block.get("quantize_method"), **{name: block.get(name) for name in same}}
+
+
+def _as_key(option: str, value: str | None) -> str:
+    key = "quantize_method" if option == "method" else option
+    return f"{key}: {value}" if value else key

@@ -11,17 +11,23 @@ from typing import Any
 
 import torch
 
+from ..checkpoint.config import QUANT_METHOD
+from ..checkpoint.format import base_format
 from ..distributed.ranks import on_main_process
 from ..errors import CheckpointError, ConfigError, QuantizationError
 from ..files.hub import resolve_model_dir
+from ..files.names import CONFIG_FILE
 from ..files.reader import CheckpointReader
+from ..quantize.calibration import cut_windows, join_tokens
+from ..quantize.rows import fields_of
+from .args import options_of
 
 _MAX_SEQ_LEN = 2048
 _DEFAULT_CACHE = "quantized_bases"
 
 
 def is_quantized(base_model: str, revision: str | None = None) -> bool:
-    """Whether `base_model` is an INT-n directory already (ours, or stock GPTQ).
+    """Say whether `base_model` is an INT-n directory already, ours or in a foreign format.
 
     Raises:
         CheckpointError: it cannot be read.
@@ -29,10 +35,12 @@ def is_quantized(base_model: str, revision: str | None = None) -> bool:
     """
     directory = resolve_model_dir(base_model, revision)
     stored = CheckpointReader(directory).config.get("quantization_config")
+    if base_format(stored, directory) is not None:
+        return True
     if stored is None:
-        return (directory / "quantize_config.json").is_file()
+        return False
     method = stored.get("quant_method")
-    if method not in ("qalora", "gptq"):
+    if method != QUANT_METHOD:
         raise ConfigError(
             f"base_model: {base_model} is quantized with quant_method {method!r}; adapter: qalora "
             "needs a 16-bit model, one written by `qalora quantize`, or a GPTQ checkpoint"
@@ -71,11 +79,11 @@ def check_calibration(cfg: Any) -> None:
 def calibration_from_rows(
     dataset: Any, samples: int, seq_len: int, seed: int, tokenize: Callable[[str], list[int]]
 ) -> torch.Tensor:
-    """Windows of token ids from a training set.
+    """Draw windows of token ids from a training set.
 
     Args:
-        dataset: rows, with a length: tokenized (`input_ids`), or for preference training the texts
-            `prompt` and `chosen`.
+        dataset: rows, with a length: tokenized (`input_ids`), or texts, such as the `prompt` and
+            `chosen` of preference training.
         samples: windows wanted.
         seq_len: tokens a window; shrinks to what a small data set has.
         seed: of the choice of rows.
@@ -87,38 +95,33 @@ def calibration_from_rows(
     Raises:
         QuantizationError: the rows cannot be counted, or hold no tokens.
     """
+    advice = "give a text file as `qalora: {calibration: FILE}`, or use `quantize_method: rtn`"
     if not hasattr(dataset, "__len__") or len(dataset) == 0:
         raise QuantizationError(
             "qalora: calibration samples cannot be drawn from a streaming or empty training set; "
-            "give a text file as `qalora: {calibration: FILE}`, or use `quantize_method: rtn`"
+            + advice
         )
     order = list(range(len(dataset)))
     random.Random(seed).shuffle(order)
-    stream: list[int] = []
-    for index in order:
-        stream += _token_ids(dataset[index], tokenize)
-        if len(stream) >= samples * seq_len:
-            break
+    parts = (_token_ids(dataset[index], tokenize) for index in order)
+    stream = join_tokens(parts, samples * seq_len)
     if len(stream) < 2:
         raise QuantizationError(
             "qalora: calibration samples need rows with input_ids, or with the texts prompt and "
-            f"chosen; the training set's have {sorted(dataset[0])}; "
-            "give a text file as `qalora: {calibration: FILE}`"
+            f"chosen; the training set's have {sorted(dataset[0])}; {advice}"
         )
-    seq_len = min(seq_len, len(stream))
-    count = min(samples, len(stream) // seq_len)
-    return torch.tensor(stream[: count * seq_len], dtype=torch.int64).view(count, seq_len)
+    return cut_windows(stream, samples, min(seq_len, len(stream)))
 
 
 def _token_ids(row: Mapping[str, Any], tokenize: Callable[[str], list[int]]) -> list[int]:
     if row.get("input_ids"):
         return list(row["input_ids"])
-    texts = [row.get("prompt"), row.get("chosen") or row.get("completion")]
+    texts = [row.get(name) for name in fields_of(row) or ("prompt",)]
     return tokenize("".join(text for text in texts if isinstance(text, str)))
 
 
 def quantized_base(cfg: Any, train_dataset: Any, tokenize: Callable[[str], list[int]]) -> Path:
-    """Directory of the quantized base of this run, quantizing it if no earlier run has.
+    """Return the directory of this run's quantized base; quantize it if no earlier run has.
 
     Every rank calls this; rank 0 quantizes, the others wait and find the result.
 
@@ -134,44 +137,34 @@ def quantized_base(cfg: Any, train_dataset: Any, tokenize: Callable[[str], list[
     block = cfg.qalora
     source = resolve_model_dir(cfg.base_model, cfg.revision_of_model)
     seed = int(cfg.seed or 0)
-    settings = {
-        "bits": block["bits"],
-        "group_size": block["group_size"],
-        "method": block["quantize_method"],
-        "desc_act": block["desc_act"],
-        "zero_points": block["zero_points"],
-        "modules_to_not_convert": block.get("modules_to_not_convert"),
-        "seed": seed,
-    }
-    if block["offsets_at"] != "middle":  # the default is in no key: bases made before stay valid
-        settings["offsets_at"] = block["offsets_at"]
+    settings = options_of(block) | {"seed": seed}
+    if settings["offsets_at"] == "middle":  # is in no key: bases made before it stay valid
+        del settings["offsets_at"]
     calibration: Any = None
     if settings["method"] == "gptq":
-        settings["samples"] = block["calibration_samples"]
-        settings["seq_len"] = block.get("calibration_seq_len") or min(
-            int(cfg.sequence_len or _MAX_SEQ_LEN), _MAX_SEQ_LEN
-        )
+        samples = block["calibration_samples"]
+        longest = min(int(cfg.sequence_len or _MAX_SEQ_LEN), _MAX_SEQ_LEN)
+        seq_len = block.get("calibration_seq_len") or longest
         if block.get("calibration"):
             check_calibration(cfg)
             calibration = Path(block["calibration"]).expanduser()
         else:
-            calibration = calibration_from_rows(
-                train_dataset, settings["samples"], settings["seq_len"], seed, tokenize
-            )
-            settings["samples"], settings["seq_len"] = calibration.shape
+            calibration = calibration_from_rows(train_dataset, samples, seq_len, seed, tokenize)
+            samples, seq_len = calibration.shape
+        settings |= {"samples": samples, "seq_len": seq_len}
     key = _key(source, settings, calibration)
     name = f"{Path(cfg.base_model).name}-int{settings['bits']}-g{settings['group_size']}-{key}"
     directory = cache_dir(cfg) / name
 
     def quantize() -> None:
         with _exclusive(directory.with_name(f".{name}.lock")):  # against other runs
-            if not (directory / "config.json").is_file():
+            if not (directory / CONFIG_FILE).is_file():
                 from ..quantize.pipeline import quantize_model
 
                 quantize_model(source, directory, calibration=calibration, **settings)
 
     on_main_process(quantize, "quantizing", f"base_model: {source} was not quantized")
-    if not (directory / "config.json").is_file():
+    if not (directory / CONFIG_FILE).is_file():
         raise ConfigError(
             f"{directory}: rank 0 has written it, and this rank on another machine does not see "
             "it. Set `qalora: {quantized_model_dir: DIR}` to a directory that all machines share"
@@ -180,7 +173,7 @@ def quantized_base(cfg: Any, train_dataset: Any, tokenize: Callable[[str], list[
 
 
 def cache_dir(cfg: Any) -> Path:
-    """Folder of quantized bases: `quantized_model_dir`, or quantized_bases beside output_dir."""
+    """Return `quantized_model_dir`, by default the folder quantized_bases beside output_dir."""
     chosen = cfg.qalora.get("quantized_model_dir")
     if chosen:
         return Path(chosen).expanduser()
@@ -188,7 +181,7 @@ def cache_dir(cfg: Any) -> Path:
 
 
 def _key(source: Path, settings: dict[str, Any], calibration: Any) -> str:
-    """Fingerprint of model files, settings and calibration data: 12 hexadecimal digits."""
+    """Hash model files, settings and calibration data to 12 hexadecimal digits."""
     reader = CheckpointReader(source)
     files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in reader.files]
     facts = {
@@ -208,7 +201,7 @@ def _key(source: Path, settings: dict[str, Any], calibration: Any) -> str:
 
 @contextmanager
 def _exclusive(path: Path) -> Iterator[None]:
-    """One process at a time; the lock of one that dies is free at once."""
+    """Let one process in at a time; the lock of one that dies is free at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

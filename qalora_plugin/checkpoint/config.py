@@ -149,7 +149,7 @@ class QALoRAQuantConfig(QuantizationConfigMixin):
         return written
 
     def get(self, key: str, default: Any = None) -> Any:
-        """transformers asks the config of a loaded model as if it were a dict."""
+        """Transformers asks the config of a loaded model as if it were a dict."""
         return getattr(self, key, default)
 
     @property

@@ -50,13 +50,13 @@ def guard_tensor(in_features: int) -> torch.Tensor:
     return torch.tensor([in_features], dtype=GUARD_DTYPE)
 
 
-def pack_layer(name: str, weight: PackedWeight, spec: QuantSpec) -> dict[str, torch.Tensor]:
+def pack_layer(name: str, weight: PackedWeight) -> dict[str, torch.Tensor]:
     """Return a layer's tensors as `layer_plan` names them, in their stored dtypes."""
     tensors = {
         f"{name}.qweight": weight.qweight,
-        f"{name}.scales": weight.scales.to(spec.scales_dtype),
-        f"{name}.offsets": store_offsets(weight.offsets, weight.scales, spec),
-        f"{name}.{GUARD}": guard_tensor(spec.in_features),
+        f"{name}.scales": weight.scales.to(weight.spec.scales_dtype),
+        f"{name}.offsets": store_offsets(weight.offsets, weight.scales, weight.spec),
+        f"{name}.{GUARD}": guard_tensor(weight.spec.in_features),
     }
     if weight.g_idx is not None:
         tensors[f"{name}.g_idx"] = weight.g_idx.to(torch.int32)

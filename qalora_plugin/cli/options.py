@@ -4,49 +4,36 @@ import argparse
 import math
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from qalora_kernels import SUPPORTED_BITS, QuantSpec
 
 
-def bits(text: str) -> int:
-    """A width of `SUPPORTED_BITS`."""
-    if text not in map(str, SUPPORTED_BITS):
-        *first, last = map(str, SUPPORTED_BITS)
-        raise argparse.ArgumentTypeError(f"expected {', '.join(first)} or {last}, found {text!r}")
-    return int(text)
+def _parser(kind: type, accepts: Callable[[Any], bool], expected: str) -> Callable[[str], Any]:
+    """Return a function that parses what argparse gives it, or says what was expected."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not accepts(value):
+            raise argparse.ArgumentTypeError(f"expected {expected}, found {text!r}")
+        return value
+
+    return parse
 
 
 def at_least(least: int, *also: int) -> Callable[[str], int]:
-    """Integers from `least` on, and those in `also`."""
-
-    def number(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = None
-        if value is None or (value < least and value not in also):
-            other = "".join(f", or {allowed}" for allowed in also)
-            raise argparse.ArgumentTypeError(
-                f"expected an integer of {least} or more{other}, found {text!r}"
-            )
-        return value
-
-    return number
+    """Return a parser of integers from `least` on, and of those in `also`."""
+    other = "".join(f", or {allowed}" for allowed in also)
+    expected = f"an integer of {least} or more{other}"
+    return _parser(int, lambda value: value >= least or value in also, expected)
 
 
+bits = _parser(int, SUPPORTED_BITS.__contains__, "2, 3, 4 or 8")
 group_size = at_least(1, -1)
-
-
-def fraction(text: str) -> float:
-    """A number between 0 and 1."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"expected a number between 0 and 1, found {text!r}")
-    return value
-
+fraction = _parser(float, lambda value: 0 < value < 1, "a number between 0 and 1")
 
 OFFSETS_AT_HELP = (
     "minimum is for llama.cpp: `qalora export --format gguf` is then bit for bit what was trained, "

@@ -21,7 +21,7 @@ _OVERRIDES = {"bits": bits, "group_size": group_size}
 
 
 def _override(text: str) -> tuple[str, dict[str, int]]:
-    """`NAME=bits:8,group_size:64` as (name, overrides)."""
+    """Parse `NAME=bits:8,group_size:64` into (name, overrides)."""
     name, _, values = text.partition("=")
     try:
         pairs = [value.split(":") for value in values.split(",")]
@@ -33,7 +33,7 @@ def _override(text: str) -> tuple[str, dict[str, int]]:
 
 
 def add_parser(subparsers: Any) -> None:
-    """Add the subcommand."""
+    """Add the subcommand; what its options store has the names of `QuantizeOptions`."""
     parser = subparsers.add_parser(
         "quantize",
         help="quantize a 16-bit model to 2, 3, 4 or 8 bits",
@@ -44,105 +44,65 @@ def add_parser(subparsers: Any) -> None:
         epilog="example: qalora quantize meta-llama/Llama-3.2-1B --out llama-int4 --bits 4 "
         "--calibration train.jsonl",
     )
-    parser.add_argument("model", metavar="MODEL", help="directory or Hub id of a 16-bit model")
-    parser.add_argument("--out", type=Path, required=True, help="directory to make")
-    parser.add_argument("--bits", type=bits, default=4, help="2, 3, 4 or 8 (default: %(default)s)")
-    parser.add_argument(
-        "--group-size",
-        type=group_size,
-        default=32,
-        help="inputs that share a scale and an offset; -1 for one group (default: %(default)s)",
+    default = "(default: %(default)s)"
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="directory or Hub id of a 16-bit model")
+    add("--out", type=Path, required=True, help="directory to make")
+    add("--bits", type=bits, default=4, help=f"2, 3, 4 or 8 {default}")
+    about = f"inputs that share a scale and an offset; -1 for one group {default}"
+    add("--group-size", type=group_size, default=32, help=about)
+    about = f"gptq needs --calibration and is better, rtn needs no data {default}"
+    add("--method", choices=("gptq", "rtn"), default="gptq", help=about)
+
+    add = parser.add_argument_group("calibration (method gptq)").add_argument
+    about = (
+        "text like that which the model will see, best the training set: .txt, or .jsonl with "
+        "text, messages, prompt + completion, question + answer or instruction + output"
     )
-    parser.add_argument(
-        "--method",
-        choices=("gptq", "rtn"),
-        default="gptq",
-        help="gptq needs --calibration and is better, rtn needs no data (default: %(default)s)",
+    add("--calibration", type=Path, metavar="FILE", help=about)
+    add("--samples", type=at_least(1), default=128, help=f"windows {default}")
+    about = "tokens in a window (default: 512, or the model's limit)"
+    add("--seq-len", type=at_least(2), help=about)
+    add("--seed", type=int, default=0, help=f"of the choice of windows {default}")
+
+    add = parser.add_argument_group("result").add_argument
+    about = (
+        "real is more exact; integer can also be written as stock GPTQ, and merged exactly with "
+        "adapt=scales (default: real; integer with --format gptq)"
     )
-    data = parser.add_argument_group("calibration (method gptq)")
-    data.add_argument(
-        "--calibration",
-        type=Path,
-        metavar="FILE",
-        help="text like that which the model will see, best the training set: .txt, or .jsonl "
-        "with text, messages, prompt + completion, question + answer or instruction + output",
+    add("--zero-points", choices=("real", "integer"), help=about)
+    about = (
+        "which weight of a group fp16 holds, the one at the middle code or at code 0; "
+        f"{OFFSETS_AT_HELP}. Takes 2 bytes a group more in memory {default}"
     )
-    data.add_argument(
-        "--samples", type=at_least(1), default=128, help="windows (default: %(default)s)"
+    add("--offsets-at", choices=("middle", "minimum"), default="middle", help=about)
+    about = f"gptq and gptq_v2: stock checkpoints that AutoGPTQ and GPTQModel run {default}"
+    add("--format", choices=("qalora", "gptq", "gptq_v2"), default="qalora", help=about)
+    about = (
+        "a layer that stays in 16 bits (whole name, last part, or a pattern with *); may be "
+        "repeated. What is outside the blocks (embeddings, lm_head) always does"
     )
-    data.add_argument(
-        "--seq-len",
-        type=at_least(2),
-        help="tokens in a window (default: 512, or the model's limit)",
-    )
-    data.add_argument(
-        "--seed", type=int, default=0, help="of the choice of windows (default: %(default)s)"
-    )
-    form = parser.add_argument_group("result")
-    form.add_argument(
-        "--zero-points",
-        choices=("real", "integer"),
-        help="real is more exact; integer can also be written as stock GPTQ, and merged exactly "
-        "with adapt=scales (default: real; integer with --format gptq)",
-    )
-    form.add_argument(
-        "--offsets-at",
-        choices=("middle", "minimum"),
-        default="middle",
-        help="which weight of a group fp16 holds, the one at the middle code or at code 0; "
-        f"{OFFSETS_AT_HELP}. Takes 2 bytes a group more in memory (default: %(default)s)",
-    )
-    form.add_argument(
-        "--format",
-        choices=("qalora", "gptq", "gptq_v2"),
-        default="qalora",
-        help="gptq and gptq_v2: stock checkpoints that AutoGPTQ and GPTQModel run "
-        "(default: %(default)s)",
-    )
-    form.add_argument(
-        "--keep",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="a layer that stays in 16 bits (whole name, last part, or a pattern with *); may be "
-        "repeated. What is outside the blocks (embeddings, lm_head) always does",
-    )
-    form.add_argument(
-        "--override",
-        action="append",
-        default=[],
-        type=_override,
-        metavar="NAME=bits:B,group_size:G",
-        help="another grid for some layers, e.g. '*.down_proj=bits:8'; may be repeated",
-    )
-    solver = parser.add_argument_group("solver")
-    solver.add_argument(
-        "--desc-act",
-        action="store_true",
-        help="act-order: round inputs by size, groups scattered (stored as g_idx)",
-    )
-    solver.add_argument(
-        "--ordering",
-        choices=("groups", "none"),
-        help="without --desc-act: larger groups first, or as they come (default: groups)",
-    )
-    solver.add_argument(
-        "--no-mse", dest="mse", action="store_false", help="do not search clipped ranges"
-    )
-    solver.add_argument(
-        "--damp", type=fraction, default=0.01, help="damping of the Hessian (default: %(default)s)"
-    )
-    solver.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        help="of the activations (default: the model's)",
-    )
-    solver.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
-    parser.add_argument("--revision", help="branch, tag or commit of a Hub repository")
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run Python code that the model brings"
-    )
-    parser.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
+    add("--keep", dest="modules_to_not_convert", action="append", metavar="NAME", help=about)
+    about = "another grid for some layers, e.g. '*.down_proj=bits:8'; may be repeated"
+    form = "NAME=bits:B,group_size:G"
+    add("--override", dest="dynamic", action="append", type=_override, metavar=form, help=about)
+
+    add = parser.add_argument_group("solver").add_argument
+    about = "act-order: round inputs by size, groups scattered (stored as g_idx)"
+    add("--desc-act", action="store_true", help=about)
+    about = "without --desc-act: larger groups first, or as they come (default: groups)"
+    add("--ordering", choices=("groups", "none"), help=about)
+    add("--no-mse", dest="mse", action="store_false", help="do not search clipped ranges")
+    add("--damp", type=fraction, default=0.01, help=f"damping of the Hessian {default}")
+    about = "of the activations (default: the model's)"
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help=about)
+    add("--device", default="cpu", help=f"cpu or cuda {default}")
+
+    add = parser.add_argument
+    add("--revision", help="branch, tag or commit of a Hub repository")
+    about = "run Python code that the model brings"
+    add("--trust-remote-code", action="store_true", help=about)
+    add("--json", action="store_true", help="print the result as JSON on stdout")
     parser.set_defaults(func=main)
 
 
@@ -150,33 +110,19 @@ def main(args: argparse.Namespace) -> int:
     """Run it; progress goes to stderr, the result to stdout."""
     import torch
 
+    from ..quantize.options import OptionError, QuantizeOptions
     from ..quantize.pipeline import quantize_model
 
-    _check(args)
-    result = quantize_model(
-        args.model,
-        args.out,
-        bits=args.bits,
-        group_size=args.group_size,
-        method=args.method,
-        calibration=args.calibration,
-        samples=args.samples,
-        seq_len=args.seq_len,
-        seed=args.seed,
-        zero_points=args.zero_points,
-        offsets_at=args.offsets_at,
-        format=args.format,
-        desc_act=args.desc_act,
-        ordering=args.ordering or "groups",
-        mse=args.mse,
-        damp=args.damp,
-        dynamic=dict(args.override),
-        modules_to_not_convert=args.keep or None,
-        dtype=getattr(torch, args.dtype) if args.dtype else None,
-        device=args.device,
-        revision=args.revision,
-        trust_remote_code=args.trust_remote_code,
-    )
+    names = {field.name for field in dataclasses.fields(QuantizeOptions)}
+    settings = {name: value for name, value in vars(args).items() if name in names}
+    settings["dtype"] = getattr(torch, args.dtype) if args.dtype else None
+    settings["dynamic"] = dict(args.dynamic or ())
+    try:
+        options = QuantizeOptions(**settings)
+    except OptionError as error:
+        raise ConfigError(error.spelled(_as_argument)) from None
+    note_what_gguf_cannot_hold(args)
+    result = quantize_model(args.model, args.out, options=options)
     if args.json:
         print(json.dumps({**dataclasses.asdict(result), "out": str(result.out)}))
         return 0
@@ -190,22 +136,6 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check(args: argparse.Namespace) -> None:
-    """Refuse options that would be ignored, in the command line's words."""
-    if args.method == "gptq" and args.calibration is None:
-        raise ConfigError(
-            "GPTQ needs text: give --calibration FILE (.txt or .jsonl, best the training set; a "
-            "few hundred kilobytes are enough), or --method rtn, which is less exact"
-        )
-    if args.method == "rtn":
-        for option in ("calibration", "desc_act", "ordering"):
-            if getattr(args, option):
-                raise ConfigError(
-                    f"--{option.replace('_', '-')} is for --method gptq, found rtn: leave out one "
-                    "of the two"
-                )
-    if args.desc_act and args.ordering:
-        raise ConfigError(
-            "--desc-act has an order of its own, by size: leave out one of it and --ordering"
-        )
-    note_what_gguf_cannot_hold(args)
+def _as_argument(option: str, value: str | None) -> str:
+    argument = f"--{option.replace('_', '-')}"
+    return f"{argument} {value}" if value else argument

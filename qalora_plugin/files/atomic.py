@@ -204,7 +204,7 @@ def _sync_directory(path: Path) -> None:
 
 
 def sync_tree(directory: Path) -> None:
-    """fsync every file and directory below, and the directory itself."""
+    """Fsync every file and directory below, and the directory itself."""
     for root, _, files in os.walk(directory):
         for name in files:
             with open(os.path.join(root, name), "rb") as file:

@@ -23,7 +23,7 @@ _MIXED = "The directory mixes two checkpoints: download or copy one into an empt
 
 
 class CheckpointReader:
-    """Tensors of a directory with model.safetensors, or with shards and their index.
+    """Tensors of a directory with model.safetensors, with shards and their index, or of one file.
 
     All headers are read and checked at once; data are read by `get` only.
 
@@ -33,11 +33,12 @@ class CheckpointReader:
         files: the weight files, in order.
     """
 
-    def __init__(self, directory: str | Path) -> None:
+    def __init__(self, directory: str | Path, only: str | None = None) -> None:
         """Read and check the headers.
 
         Args:
             directory: a local directory (see `resolve_model_dir` for Hub ids).
+            only: name of the one file to read; by default all that the directory's index lists.
 
         Raises:
             CheckpointError: no safetensors weights, a missing, truncated or damaged shard, or an
@@ -49,10 +50,11 @@ class CheckpointReader:
         self.tensors: dict[str, TensorInfo] = {}
         self.metadata: dict[str, str] = {}
         index = self.directory / INDEX_FILE
+        single = self.directory / (only or SINGLE_FILE)
         # transformers prefers the single file where both are there
-        if (self.directory / SINGLE_FILE).exists():
-            self.files = [self.directory / SINGLE_FILE]
-            self.tensors, self.metadata = read_header(self.files[0])
+        if only is not None or single.exists():
+            self.files = [single]
+            self.tensors, self.metadata = read_header(single)
         elif index.exists():
             self.files = self._read_shards(index)
         else:

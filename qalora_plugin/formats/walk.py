@@ -115,7 +115,7 @@ class LayerFormat(Protocol):
     name: str
 
     def dense_dtype(self, info: TensorInfo) -> torch.dtype:
-        """dtype to write a tensor in that is in no quantized layer."""
+        """Dtype to write a tensor in that is in no quantized layer."""
 
     def obstacle(self, spec: QuantSpec, act_order: bool) -> str | None:
         """Why the layer cannot be held as integers, or None."""

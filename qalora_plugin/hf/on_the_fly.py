@@ -54,13 +54,7 @@ class LayerQuantizer:
         """Replace the layer `name` of the model by its quantized form."""
         linear = cast(nn.Linear, model.get_submodule(name))
         spec = self.specs[name]
-        fit = rtn(
-            weight,
-            bits=spec.bits,
-            group_size=spec.group_size,
-            name=name,
-            offsets_at=spec.offsets_at,
-        )
+        fit = rtn(weight, spec, name=name)
         layer = QuantLinear.from_codes(spec, fit.codes(), fit.scales, fit.offsets)
         if loads_sharded():
             self.marks.append(mark(name, layer.qweight))

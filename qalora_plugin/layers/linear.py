@@ -118,7 +118,7 @@ class QuantLinear(nn.Module):
         zeros: LowRank | None = None,
         scale: LowRank | None = None,
     ) -> torch.Tensor:
-        """x [..., K] -> [..., N] in the dtype of x (of autocast where it is on).
+        """X [..., K] -> [..., N] in the dtype of x (of autocast where it is on).
 
         With `zeros` or `scale` the adapter is folded into the offsets and scales first.
         """

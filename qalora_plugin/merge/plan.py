@@ -71,7 +71,7 @@ class MergePlan:
     def stored_layer(self, name: str) -> dict[str, torch.Tensor]:
         """Return the tensors of one quantized layer by name, as the result stores them."""
         weight = self.merged_layer(name)
-        return pack_layer(name, weight, weight.spec)
+        return pack_layer(name, weight)
 
 
 def plan_merge(

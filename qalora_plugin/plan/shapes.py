@@ -155,7 +155,7 @@ class NF4Linear(nn.Linear):
         return torch.empty(self.out_features, self.in_features, dtype=dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., K] -> [..., N]."""
+        """X [..., K] -> [..., N]."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         y = cast(torch.Tensor, _NF4Product.apply(x, self))

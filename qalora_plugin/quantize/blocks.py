@@ -1,4 +1,4 @@
-"""Run a transformer block by block: find the blocks, record what each is called with, drive them.
+"""Run a transformer block by block: record what each block is called with, and drive them.
 
 No architecture is known here. The model's own forward runs once per batch of token ids with every
 block's forward replaced by a recorder that hands the hidden states through; masks, position
@@ -6,10 +6,10 @@ embeddings and whatever else a block gets are recorded with it. The real blocks 
 these arguments, one after the other.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -18,31 +18,25 @@ from ..errors import ConfigError
 
 
 class _StopForwardError(Exception):
-    """What is wanted of this forward pass has been seen."""
+    """All that is wanted of this forward pass has been seen."""
 
 
 @dataclass
 class Call:
-    """One call of a block: its arguments but for the hidden states, which are put in again."""
+    """One call of a block: its arguments, in which the hidden states can be exchanged."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
-    def with_hidden(self, hidden: torch.Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Arguments to call the block with."""
+    def with_hidden(self, hidden: torch.Tensor | None) -> "Call":
+        """Return the call on other hidden states, or on None, to keep none alive."""
         if "hidden_states" in self.kwargs:
-            return self.args, {**self.kwargs, "hidden_states": hidden}
-        return (hidden, *self.args[1:]), self.kwargs
+            return Call(self.args, {**self.kwargs, "hidden_states": hidden})
+        return Call((hidden, *self.args[1:]), self.kwargs)
 
 
-@dataclass
-class Recording:
-    """What the blocks are called with.
-
-    Args:
-        calls: for every block, one `Call` a batch.
-        hidden: input of the first block, one tensor [B, T, H] a batch.
-    """
+class Recording(NamedTuple):
+    """One call a block and batch, and for every batch the first block's input [B, T, H]."""
 
     calls: list[list[Call]]
     hidden: list[torch.Tensor]
@@ -59,12 +53,14 @@ def record(
             block's too, which is run once to see what a block returns.
         blocks: the blocks, in the order of their calls.
         batches: token ids [B, T].
+        device: where the model is.
 
     Raises:
         ConfigError: the model does not call its blocks one after the other, each once, on the
             hidden states that the one before returned.
     """
     recording = Recording([[] for _ in blocks], [])
+    advice = "GPTQ cannot go through this architecture block by block: use method rtn"
     wrap: Callable[[torch.Tensor], Any] | None = None
     shared: list[torch.Tensor] = []
     expected: torch.Tensor | None = None
@@ -78,11 +74,10 @@ def record(
             if not in_order or not isinstance(hidden, torch.Tensor):
                 raise ConfigError(
                     f"{type(model).__name__}: expected its blocks to be called in order, each on "
-                    f"the hidden states of the one before; block {index} is not. GPTQ cannot go "
-                    "through this architecture block by block: use method rtn"
+                    f"the hidden states of the one before; block {index} is not. {advice}"
                 )
             called += 1
-            recording.calls[index].append(_share(_without_hidden(args, kwargs), shared))
+            recording.calls[index].append(_share(Call(args, kwargs).with_hidden(None), shared))
             if index == 0:
                 recording.hidden.append(hidden)
                 if wrap is None:
@@ -106,20 +101,13 @@ def record(
             except _StopForwardError:
                 continue
             raise ConfigError(
-                f"{type(model).__name__}: {called} of its {len(blocks)} blocks were called. GPTQ "
-                "cannot go through this architecture block by block: use method rtn"
+                f"{type(model).__name__}: {called} of its {len(blocks)} blocks were called. "
+                f"{advice}"
             )
     finally:
         for block in blocks:
             del block.forward  # the class's own again
     return recording
-
-
-def _without_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-    """The call without its hidden states, so that they are not kept alive."""
-    if "hidden_states" in kwargs:
-        return Call(args, {**kwargs, "hidden_states": None})
-    return Call((None, *args[1:]), kwargs)
 
 
 def _share(call: Call, seen: list[torch.Tensor]) -> Call:
@@ -143,7 +131,7 @@ def _share(call: Call, seen: list[torch.Tensor]) -> Call:
 
 
 def _same_form(output: Any) -> Callable[[torch.Tensor], Any]:
-    """How a block returns its hidden states: bare, or first in a tuple."""
+    """Return hidden states as a block does: bare, or first in a tuple."""
     if isinstance(output, tuple):
         return lambda hidden: (hidden, *output[1:])
     return lambda hidden: hidden
@@ -151,15 +139,15 @@ def _same_form(output: Any) -> Callable[[torch.Tensor], Any]:
 
 @torch.no_grad()
 def call_block(block: nn.Module, call: Call, hidden: torch.Tensor) -> torch.Tensor:
-    """The block's hidden states [B, T, H] for these."""
-    args, kwargs = call.with_hidden(hidden)
-    output = block(*args, **kwargs)
+    """Run the block on hidden states [B, T, H] and return those that come out."""
+    call = call.with_hidden(hidden)
+    output = block(*call.args, **call.kwargs)
     return output[0] if isinstance(output, tuple) else output
 
 
 @dataclass
 class Stage:
-    """Linear layers of a block that read the same tensor, which depends on earlier stages.
+    """Some linear layers of a block that read the same tensor, which depends on earlier stages.
 
     Args:
         names: of the layers, in the block.
@@ -176,29 +164,24 @@ def find_stages(
     block: nn.Module, linears: dict[str, nn.Linear], call: Call, hidden: torch.Tensor
 ) -> list[Stage]:
     """Run the block once and see which of its layers read what, in the order of execution."""
-    inputs: list[torch.Tensor] = []  # kept alive: an id must not be used twice
-    readers: list[list[str]] = []
+    readers: dict[int, tuple[torch.Tensor, list[str]]] = {}  # tensors live on: ids stay unique
     counts = dict.fromkeys(linears, 0)
 
     def watch(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             counts[name] += 1
-            if counts[name] > 1:
-                return
-            for tensor, names in zip(inputs, readers, strict=True):
-                if tensor is args[0]:
-                    names.append(name)
-                    return
-            inputs.append(args[0])
-            readers.append([name])
+            if counts[name] == 1:
+                readers.setdefault(id(args[0]), (args[0], []))[1].append(name)
 
         return hook
 
-    with _hooks({linear: watch(name) for name, linear in linears.items()}):
+    with ExitStack() as hooks:
+        for name, linear in linears.items():
+            hooks.enter_context(linear.register_forward_pre_hook(watch(name)))
         call_block(block, call, hidden)
     # layers called more than once may share a tensor in one call only: each for itself
     stages = []
-    for names in readers:
+    for _, names in readers.values():
         once = [name for name in names if counts[name] == 1]
         if once:
             stages.append(Stage(once, 1))
@@ -225,18 +208,8 @@ def watch_inputs(
         if seen == stage.calls:
             raise _StopForwardError
 
-    with _hooks({linear: hook}):
+    with linear.register_forward_pre_hook(hook):
         for call, states in zip(calls, hidden, strict=True):
             seen = 0
             with suppress(_StopForwardError):
                 call_block(block, call, states)
-
-
-@contextmanager
-def _hooks(hooks: dict[nn.Module, Callable[..., None]]) -> Iterator[None]:
-    handles = [module.register_forward_pre_hook(hook) for module, hook in hooks.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -26,18 +26,10 @@ from typing import Literal
 
 import torch
 
-from qalora_kernels import PackedWeight
+from qalora_kernels import PackedWeight, QuantSpec
 
 from ..errors import ConfigError, QuantizationError
-from .grid import (
-    Grid,
-    check_weight,
-    fit_groups,
-    packed,
-    round_codes,
-    round_offsets,
-    round_scales,
-)
+from .grid import Grid, check_weight, fit_groups, round_codes, round_offsets, round_scales
 
 Ordering = Literal["none", "groups", "act"]
 ORDERINGS = ("none", "groups", "act")
@@ -96,7 +88,7 @@ class Hessian:
         self.tokens += x.shape[0]
 
     def mean(self, name: str) -> torch.Tensor:
-        """H [K, K]; the identity where no token, or nothing but zeros, reached the layer.
+        """Return H [K, K]; the identity where no token, or nothing but zeros, reached the layer.
 
         Raises:
             QuantizationError: an activation was NaN or infinite.
@@ -116,11 +108,9 @@ class Hessian:
 def gptq(
     weight: torch.Tensor,
     hessian: torch.Tensor,
+    spec: QuantSpec,
     *,
-    bits: int,
-    group_size: int,
     integer_zeros: bool = False,
-    offsets_at: str = "middle",
     settings: GPTQSettings | None = None,
     name: str = "weight",
 ) -> PackedWeight:
@@ -129,21 +119,22 @@ def gptq(
     Args:
         weight: [N, K], any float dtype.
         hessian: mean of x x^T over the calibration inputs, fp32 [K, K].
-        bits: 2, 3, 4 or 8.
-        group_size: inputs a group, at least 1; the last group may be short.
+        spec: the grid, which the result carries.
         integer_zeros: restrict zero-points to integers (see `grid`).
-        offsets_at: which weight of a group fp16 holds, "middle" or "minimum".
         settings: ordering, damping, clipping, sweeps.
         name: of the layer, for error messages.
+
+    Returns:
+        Scales and offsets in fp32, each a value that the spec's stored dtypes hold.
 
     Raises:
         QuantizationError: the weight is damaged, or H cannot be factored.
     """
     check_weight(weight, name)
     settings = settings or GPTQSettings()
-    grid = Grid(bits, integer_zeros, offsets_at)
+    grid = Grid.of(spec, integer_zeros)
     k = weight.shape[1]
-    order, bounds = _order(hessian.diagonal(), group_size, settings.ordering)
+    order, bounds = _order(hessian.diagonal(), spec.group_size, settings.ordering)
     h = hessian[order][:, order] if order is not None else hessian.clone()
     w = weight.detach().float().t()
     w = w[order] if order is not None else w.contiguous()
@@ -171,17 +162,17 @@ def gptq(
         g_idx[order] = groups
     elif order is not None:
         # row i of scales belongs to the i-th group rounded: put it where that group lies
-        place = torch.tensor([int(order[start]) // group_size for start, _ in bounds])
+        place = torch.tensor([int(order[start]) // spec.group_size for start, _ in bounds])
         inverse = torch.argsort(place)
         scales, offsets = scales[inverse], offsets[inverse]
     codes_out = (codes_out + grid.mid).to(torch.uint8).t()
-    return packed(codes_out, scales, offsets, g_idx, grid, group_size)
+    return PackedWeight.from_codes(codes_out, scales, offsets, g_idx, spec)
 
 
 def calibrated_error(
     weight: torch.Tensor, quantized: PackedWeight, hessian: torch.Tensor
 ) -> float | None:
-    """Relative squared error of the layer's output on its calibration inputs.
+    """Return the relative squared error of the layer's output on its calibration inputs.
 
     tr(e H e^T) / tr(W H W^T) with e = W - Q, over at most about 512 evenly spaced outputs; None
     where these are all zero, as those of a layer of zeros.
@@ -196,7 +187,7 @@ def calibrated_error(
 def _order(
     diagonal: torch.Tensor, group_size: int, ordering: Ordering
 ) -> tuple[torch.Tensor | None, list[tuple[int, int]]]:
-    """The order in which inputs are rounded (None: as they come), and each group's place in it."""
+    """Find the order in which inputs are rounded (None: as they come), each group's place in it."""
     k = diagonal.numel()
     starts = range(0, k, group_size)
     bounds = [(start, min(start + group_size, k)) for start in starts]
@@ -215,7 +206,7 @@ def _order(
 
 
 def _factor(h: torch.Tensor, damp: float, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Damp `h` in place; its unit upper triangular factor M [K, K] and D [K] of H = M D M^T."""
+    """Damp `h` in place and factor it, H = M D M^T, M unit upper triangular: M [K, K] and D [K]."""
     mean = h.diagonal().mean()
     added = 0.0
     for _ in range(_DAMP_RETRIES):
@@ -243,7 +234,7 @@ def _round(
     grid: Grid,
     mse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Round input after input. Centred codes [K, N], error W - Q [K, N], scales, offsets [G, N]."""
+    """Round input after input: centred codes, error W - Q [K, N], scales and offsets [G, N]."""
     n = w.shape[1]
     codes, error = torch.empty_like(w), torch.zeros_like(w)
     scales, offsets = w.new_empty(len(bounds), n), w.new_empty(len(bounds), n)
@@ -283,8 +274,7 @@ def _spans(bounds: list[tuple[int, int]]) -> list[tuple[int, int]]:
 
 @dataclass
 class _State:
-    """What is refined in place: H [K, K] (damped), centred codes and error W - Q [K, N], scales
-    and offsets [G, N]."""
+    """State of the sweeps: damped H [K, K], codes, error W - Q [K, N], scales, offsets [G, N]."""
 
     h: torch.Tensor
     codes: torch.Tensor
@@ -318,7 +308,7 @@ def _round_again(state: _State, group: int, start: int, stop: int) -> torch.Tens
 
 
 def _refit(state: _State, group: int, start: int, stop: int, pull: torch.Tensor) -> None:
-    """Least squares for one group's scale and offset in the metric H, codes fixed.
+    """Refit one group's scale and offset by least squares in the metric H, codes fixed.
 
     With the group's basis B = [c, 1] (codes c [g], ones) the best step (ds, do) solves
     (B^T H_gg B) (ds, do) = B^T (H e)_g, where `pull` is (H e)_g. It is rounded to what a

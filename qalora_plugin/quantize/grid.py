@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from qalora_kernels import SCALES_DTYPE, PackedWeight, QuantSpec, round_minimum
+from qalora_kernels import SCALES_DTYPE, QuantSpec, round_minimum
 
 from ..errors import QuantizationError
 
@@ -23,6 +23,9 @@ MIN_SCALE = 2.0**-24  # the smallest positive fp16
 MAX_FP16 = 65504.0
 _SHRINKS = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.45)
 _REFINEMENTS = 6
+
+Fit = tuple[torch.Tensor, torch.Tensor]
+"""Scales and offsets, fp32 [..., N], rounded to what a checkpoint stores."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,17 @@ class Grid:
     integer_zeros: bool = False
     offsets_at: str = "middle"
 
+    @classmethod
+    def of(cls, spec: QuantSpec, integer_zeros: bool) -> "Grid":
+        """Return the grid of a layer.
+
+        Raises:
+            ValueError: fp16 offsets beside integer zero-points would be rounded off the grid.
+        """
+        if integer_zeros and spec.offsets_dtype.itemsize < 4:
+            raise ValueError(f"integer zero-points need fp32 offsets, found {spec.offsets_dtype}")
+        return cls(spec.bits, integer_zeros, spec.offsets_at)
+
     @property
     def mid(self) -> int:
         """The code whose weight is the offset itself."""
@@ -42,37 +56,6 @@ class Grid:
     def top(self) -> int:
         """The largest code."""
         return (1 << self.bits) - 1
-
-
-def packed(
-    codes: torch.Tensor,
-    scales: torch.Tensor,
-    offsets: torch.Tensor,
-    g_idx: torch.Tensor | None,
-    grid: Grid,
-    group_size: int,
-) -> PackedWeight:
-    """Pack a quantized weight matrix.
-
-    Args:
-        codes: uint8 [N, K].
-        scales: fp32 [G, N], positive, each representable in fp16.
-        offsets: fp32 [G, N], each representable in fp16 (any fp32 with integer zero-points, or
-            where the minimum is in fp16).
-        g_idx: int32 [K], or None where the group of input k is k // group_size.
-        grid: what it was rounded to.
-        group_size: inputs a group; never -1.
-    """
-    wide = grid.integer_zeros or grid.offsets_at == "minimum"
-    spec = QuantSpec(
-        grid.bits,
-        group_size,
-        in_features=codes.shape[1],
-        out_features=codes.shape[0],
-        offsets_dtype=torch.float32 if wide else torch.float16,
-        offsets_at=grid.offsets_at,
-    )
-    return PackedWeight.from_codes(codes, scales, offsets, g_idx, spec)
 
 
 def check_weight(weight: torch.Tensor, name: str) -> None:
@@ -101,12 +84,12 @@ def check_weight(weight: torch.Tensor, name: str) -> None:
 
 
 def round_scales(scales: torch.Tensor) -> torch.Tensor:
-    """fp32 values that fp16 holds exactly, never zero and never infinite."""
+    """Round to fp32 values that fp16 holds exactly, never zero and never infinite."""
     return scales.clamp(MIN_SCALE, MAX_FP16).half().float()
 
 
 def round_offsets(offsets: torch.Tensor, scales: torch.Tensor, grid: Grid) -> torch.Tensor:
-    """The nearest offsets that the grid allows beside (already rounded) `scales`, fp32."""
+    """Round to the nearest offsets that the grid allows beside (rounded) `scales`, fp32."""
     if grid.integer_zeros:
         zeros = (grid.mid - offsets / scales).round_().clamp_(1, grid.top)
         return scales * (grid.mid - zeros)
@@ -120,22 +103,18 @@ def round_offsets(offsets: torch.Tensor, scales: torch.Tensor, grid: Grid) -> to
 def round_codes(
     w: torch.Tensor, scales: torch.Tensor, offsets: torch.Tensor, grid: Grid
 ) -> torch.Tensor:
-    """Nearest centred codes q - mid for `w`, in its dtype; scales and offsets broadcast."""
+    """Return the nearest centred codes q - mid of `w`, in its dtype; the grid broadcasts."""
     return ((w - offsets) / scales).round_().clamp_(-grid.mid, grid.top - grid.mid)
 
 
-def fit_range(
-    w: torch.Tensor, grid: Grid, shrink: float = 1.0
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scales and offsets that spread the codes from the least to the greatest weight.
+def fit_range(w: torch.Tensor, grid: Grid, shrink: float = 1.0) -> Fit:
+    """Fit scales and offsets that spread the codes from the least to the greatest weight.
 
     Args:
         w: fp32 [..., g, N].
+        grid: what it will be rounded to.
         shrink: the range is first made smaller by this factor, about its centre (about zero with
             integer zero-points, whose codes must reach it); what lies outside is clipped.
-
-    Returns:
-        scales, offsets: fp32 [..., N], rounded to what a checkpoint stores.
     """
     low, high = torch.aminmax(w, dim=-2)
     if grid.integer_zeros:
@@ -156,78 +135,61 @@ def fit_range(
     return scales, round_offsets(offsets, scales, grid)
 
 
-def fit_groups(
-    w: torch.Tensor, grid: Grid, importance: torch.Tensor, search: bool = True
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scales and offsets with the least weighted squared rounding error.
+def fit_groups(w: torch.Tensor, grid: Grid, importance: torch.Tensor, search: bool = True) -> Fit:
+    """Fit scales and offsets with the least weighted squared rounding error.
 
     Tries several clipped ranges, then alternates rounding and weighted least squares for (scale,
     offset) from the best one; a step is kept only for the groups where it helps.
 
     Args:
         w: fp32 [..., g, N].
+        grid: what it will be rounded to.
         importance: weight of each input's squared error, broadcastable to [..., g, 1].
         search: False returns the plain range fit.
-
-    Returns:
-        scales, offsets: fp32 [..., N], rounded to what a checkpoint stores.
     """
-    scales, offsets = fit_range(w, grid)
+    fit = fit_range(w, grid)
     if not search:
-        return scales, offsets
-    best = _error(w, scales, offsets, grid, importance)
+        return fit
+    least = _error(w, fit, grid, importance)
     for shrink in _SHRINKS:
-        candidate = fit_range(w, grid, shrink)
-        error = _error(w, *candidate, grid, importance)
-        scales, offsets, best = _better(error < best, candidate, error, (scales, offsets), best)
+        fit, least, _ = _better(w, fit, least, fit_range(w, grid, shrink), grid, importance)
     for _ in range(_REFINEMENTS):
-        candidate = _least_squares(w, scales, offsets, grid, importance)
-        error = _error(w, *candidate, grid, importance)
-        better = error < best
-        if not better.any():
+        candidate = _least_squares(w, fit, grid, importance)
+        fit, least, helped = _better(w, fit, least, candidate, grid, importance)
+        if not helped:
             break
-        scales, offsets, best = _better(better, candidate, error, (scales, offsets), best)
-    return scales, offsets
+    return fit
 
 
 def _better(
-    better: torch.Tensor,
-    candidate: tuple[torch.Tensor, torch.Tensor],
-    error: torch.Tensor,
-    current: tuple[torch.Tensor, torch.Tensor],
-    best: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Take the candidate where it is better."""
-    scales = torch.where(better, candidate[0], current[0])
-    offsets = torch.where(better, candidate[1], current[1])
-    return scales, offsets, torch.where(better, error, best)
-
-
-def _error(
     w: torch.Tensor,
-    scales: torch.Tensor,
-    offsets: torch.Tensor,
+    fit: Fit,
+    least: torch.Tensor,
+    candidate: Fit,
     grid: Grid,
     importance: torch.Tensor,
-) -> torch.Tensor:
-    """Weighted squared error [..., N] of rounding `w`."""
-    s, o = scales.unsqueeze(-2), offsets.unsqueeze(-2)
+) -> tuple[Fit, torch.Tensor, bool]:
+    """Take the candidate for the groups where it is better: the fit, its error, whether it was."""
+    error = _error(w, candidate, grid, importance)
+    better = error < least
+    scales, offsets = (torch.where(better, *pair) for pair in zip(candidate, fit, strict=True))
+    return (scales, offsets), torch.where(better, error, least), bool(better.any())
+
+
+def _error(w: torch.Tensor, fit: Fit, grid: Grid, importance: torch.Tensor) -> torch.Tensor:
+    """Return the weighted squared error [..., N] of rounding `w`."""
+    s, o = (part.unsqueeze(-2) for part in fit)
     codes = round_codes(w, s, o, grid)
     miss = torch.addcmul(o, codes, s).sub_(w)
     return miss.square_().mul_(importance).sum(-2)
 
 
-def _least_squares(
-    w: torch.Tensor,
-    scales: torch.Tensor,
-    offsets: torch.Tensor,
-    grid: Grid,
-    importance: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weighted least squares for (scale, offset) with the codes as they are, closed form.
+def _least_squares(w: torch.Tensor, fit: Fit, grid: Grid, importance: torch.Tensor) -> Fit:
+    """Fit (scale, offset) by weighted least squares with the codes as they are, in closed form.
 
     The old pair stays where the codes do not determine a positive scale.
     """
+    scales, offsets = fit
     codes = round_codes(w, scales.unsqueeze(-2), offsets.unsqueeze(-2), grid)
     if grid.integer_zeros:
         codes = codes + (offsets / scales).unsqueeze(-2)  # q - z: the line goes through zero

@@ -1,58 +1,196 @@
-"""What is quantized and how, checked before anything is written."""
+"""`QuantizeOptions`: every option of quantizing, with all checks that need no model.
 
-from typing import Any
+`quantize_model`, the command line and Axolotl's `qalora:` block share these checks; each spells the
+options in an `OptionError` in its own way, such as `--offsets-at minimum`.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
 
 import torch
-from torch import nn
-from transformers import PreTrainedModel
 
-from qalora_kernels import QuantSpec
-
-from ..architecture.blocks import find_blocks
-from ..architecture.selection import check_group_sizes, check_overrides, linears_to_quantize
 from ..checkpoint.config import QALoRAQuantConfig
 from ..errors import ConfigError
-from .calibration import Calibration
-from .source import ModelSource
+from .calibration import DEFAULT_SEQ_LEN, Calibration, check_sizes
+from .gptq import GPTQSettings
 
-FORMATS = ("qalora", "gptq", "gptq_v2")
-DEFAULT_SEQ_LEN = 512
+_CHOICES = {
+    "zero_points": (None, "real", "integer"),
+    "format": ("qalora", "gptq", "gptq_v2"),
+    "ordering": (None, "groups", "none"),
+}
 
 
-def choose_zero_points(format: str, zero_points: str | None) -> str:
-    """ "real" or "integer".
+class OptionError(ConfigError):
+    """An option is out of range, or contradicts another.
+
+    Args:
+        text: the message, in which {name} and {name=value} stand for options.
+    """
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+        super().__init__(self.spelled(lambda name, value: f"{name} {value!r}" if value else name))
+
+    def spelled(self, spell: Callable[[str, str | None], str]) -> str:
+        """Return the message; `spell` writes ("method", "rtn") or ("mse", None) in its own way."""
+        return re.sub(r"{([a-z_]+)(?:=(\w+))?}", lambda found: spell(*found.groups()), self._text)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class QuantizeOptions:
+    """How a model is quantized.
+
+    Args:
+        bits: 2, 3, 4 or 8.
+        group_size: inputs that share a scale and an offset: any positive number up to the widest
+            layer's inputs (the last group of a layer may be short), or -1 for one group.
+        method: "gptq" with calibration text, or "rtn" without.
+        calibration: text for GPTQ, see `calibration.calibration_windows`.
+        tokenizer: for that text; by default the model's own.
+        samples: calibration windows.
+        seq_len: tokens in a window; by default 512, or the model's limit where that is less.
+        seed: of the choice of windows.
+        zero_points: "real" offsets, or "integer" zero-points, which stock formats need; by default
+            what `format` holds.
+        offsets_at: which weight of a group fp16 holds: "middle", the one at the middle code, or
+            "minimum", the one at code 0: for models that will be run by llama.cpp, whose Q4_1
+            then holds what was trained bit for bit. In memory offsets take 4 bytes, not 2.
+        format: "qalora", or "gptq" (v1) or "gptq_v2" for a stock checkpoint that other runtimes
+            load.
+        desc_act: act-order: round inputs by size, groups scattered and listed in g_idx.
+        ordering: without desc_act, "groups" (larger groups first, groups contiguous; the default)
+            or "none".
+        mse: search clipped ranges for each group.
+        damp: added to the diagonal of the second moment, as a fraction of its mean.
+        dynamic: other `bits` and `group_size` for some modules, {name or pattern: {...}}; see
+            `QALoRAQuantConfig`.
+        modules_to_not_convert: modules in the blocks that stay in 16 bits; see there too.
+        dtype: of the activations; by default the model's.
+        device: where blocks are run and solved.
+        revision: of a Hub repository.
+        trust_remote_code: run the model's own Python code.
+        progress: show a progress bar on stderr.
 
     Raises:
-        ConfigError: unknown, or the format holds integers only.
+        ConfigError: an option is out of range, or contradicts another.
+        QuantizationError: `samples` or `seq_len` is out of range.
     """
-    if format not in FORMATS:
-        raise ConfigError(f"format must be one of {FORMATS}, found {format!r}")
-    if zero_points not in (None, "real", "integer"):
-        raise ConfigError(f"zero_points must be 'real' or 'integer', found {zero_points!r}")
-    if format != "qalora" and zero_points == "real":
-        raise ConfigError(
-            f"format {format!r} holds integer zero-points only: use zero_points 'integer', or "
-            "format 'qalora'"
+
+    bits: int = 4
+    group_size: int = 32
+    method: Literal["gptq", "rtn"] = "gptq"
+    calibration: Calibration | None = None
+    tokenizer: Any = None
+    samples: int = 128
+    seq_len: int | None = None
+    seed: int = 0
+    zero_points: Literal["real", "integer"] | None = None
+    offsets_at: Literal["middle", "minimum"] = "middle"
+    format: Literal["qalora", "gptq", "gptq_v2"] = "qalora"
+    desc_act: bool = False
+    ordering: Literal["groups", "none"] | None = None
+    mse: bool = True
+    damp: float = 0.01
+    dynamic: dict[str, dict[str, int]] | None = None
+    modules_to_not_convert: list[str] | None = None
+    dtype: torch.dtype | None = None
+    device: str | torch.device = "cpu"
+    revision: str | None = None
+    trust_remote_code: bool = False
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        for text in self._contradictions():
+            raise OptionError(text)
+        try:
+            self.config()
+        except ConfigError as error:
+            raise OptionError(str(error).removeprefix("quantization_config: ")) from None
+        _ = self.solver  # has checks of its own
+        check_sizes(self.samples, DEFAULT_SEQ_LEN if self.seq_len is None else self.seq_len)
+
+    def _contradictions(self) -> Iterator[str]:
+        """Yield what is wrong, as texts of `OptionError`."""
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                yield f"{{{name}}} must be one of {allowed}, found {getattr(self, name)!r}"
+        if self.format != "qalora" and self.zero_points == "real":
+            yield (
+                f"{{format={self.format}}} holds integer zero-points only: use "
+                "{zero_points=integer}, or {format=qalora}"
+            )
+        if self.integer_zeros and self.offsets_at == "minimum":
+            cause = "zero_points=integer" if self.zero_points else f"format={self.format}"
+            yield (
+                f"{{offsets_at=minimum}} needs real-valued offsets: with {{{cause}}} the minimum "
+                "is a multiple of the scale, in general no fp16 number. Leave out one of the two"
+            )
+        for name in ("calibration", "desc_act", "ordering"):
+            given = getattr(self, name)  # maybe a tensor, which has no truth value
+            if self.method == "rtn" and given is not None and given is not False:
+                yield (
+                    f"{{{name}}} does not go with {{method=rtn}}, which uses no calibration data: "
+                    "leave it out, or use {method=gptq}"
+                )
+        if self.method == "gptq" and self.calibration is None:
+            yield (
+                "GPTQ needs text: give {calibration} a .txt or .jsonl file (in Python also a "
+                "datasets.Dataset, a list of strings, or token ids [samples, seq_len]), best the "
+                "training set; a few hundred kilobytes are enough. Or use {method=rtn}, which is "
+                "less exact"
+            )
+        if self.desc_act and self.ordering:
+            yield (
+                "{desc_act} has an order of its own, by size of input: leave out one of it and "
+                "{ordering}"
+            )
+
+    @property
+    def integer_zeros(self) -> bool:
+        """Whether zero-points are integers."""
+        return self.zero_points == "integer" or self.format != "qalora"
+
+    @property
+    def solver(self) -> GPTQSettings:
+        """How one layer is solved."""
+        ordering = "act" if self.desc_act else self.ordering or "groups"
+        return GPTQSettings(ordering=ordering, damp=self.damp, mse=self.mse)
+
+    def config(self) -> QALoRAQuantConfig:
+        """Return the checkpoint's `quantization_config`, as far as no model is needed for it."""
+        return QALoRAQuantConfig(
+            bits=self.bits,
+            group_size=self.group_size,
+            desc_act=self.desc_act,
+            offsets_dtype="float32" if self.integer_zeros else "float16",
+            offsets_at=self.offsets_at,
+            modules_to_not_convert=self.modules_to_not_convert,
+            dynamic=self.dynamic,
+            method=self.method,
         )
-    return zero_points or ("real" if format == "qalora" else "integer")
 
 
-def check_data_free(calibration: Calibration | None, desc_act: bool) -> None:
-    """Refuse what needs, or is, calibration data with a method that uses none.
+def read_options(options: QuantizeOptions | None, settings: dict[str, Any]) -> QuantizeOptions:
+    """Return the options with some fields replaced by keywords of `quantize_model`.
 
     Raises:
-        ConfigError: names it.
+        ConfigError: a keyword is no option, or a value is out of range or contradicts another.
     """
-    if desc_act:
-        raise ConfigError("desc_act orders inputs by calibration data: it needs method 'gptq'")
-    if calibration is not None:
+    known = [field.name for field in fields(QuantizeOptions)]
+    unknown = [name for name in settings if name not in known]
+    if unknown:
         raise ConfigError(
-            "calibration: method 'rtn' uses no data: leave it out, or use method 'gptq'"
+            f"quantize_model: no option is called {', '.join(unknown)}; the options are "
+            f"{', '.join(known)}"
         )
+    return QuantizeOptions(**settings) if options is None else replace(options, **settings)
 
 
 def usable_device(device: str | torch.device) -> torch.device:
-    """The device, once a number has gone there and back.
+    """Return the device, once a number has gone there and back.
 
     Raises:
         ConfigError: torch does not know it, was built without it, or sees none.
@@ -67,60 +205,3 @@ def usable_device(device: str | torch.device) -> torch.device:
             f"GPU here. Use 'cpu'{' or ' + repr('cuda') if gpus else ''}"
         ) from error
     return found
-
-
-def choose_layers(source: ModelSource, config: QALoRAQuantConfig) -> dict[str, QuantSpec]:
-    """The grid of every layer to quantize, by its name in the model.
-
-    Args:
-        source: the model.
-        config: of the quantization; its `modules_to_not_convert` becomes the list of the others.
-
-    Raises:
-        ConfigError: no layer, a group size that is larger than every layer, or an override that
-            matches none.
-    """
-    model = source.model
-    blocks_name, _ = find_blocks(model)
-    linears = {
-        name: linear
-        for name, linear in linears_to_quantize(
-            model, config.modules_to_not_convert, source.reader.tensors
-        ).items()
-        if name.startswith(blocks_name + ".")
-    }
-    specs = {
-        name: config.spec_for(source.layer_name(name), linear.in_features, linear.out_features)
-        for name, linear in linears.items()
-    }
-    check_group_sizes(config.group_sizes, linears.values())
-    check_overrides(config.dynamic, [source.layer_name(name) for name in specs])
-    config.modules_to_not_convert = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name not in specs
-    ]
-    return specs
-
-
-def fitting_length(model_config: Any, seq_len: int | None) -> int:
-    """Tokens in a calibration window.
-
-    Raises:
-        ConfigError: more than the model takes.
-    """
-    limit = getattr(model_config.get_text_config(), "max_position_embeddings", None)
-    if seq_len is None:
-        return min(DEFAULT_SEQ_LEN, limit or DEFAULT_SEQ_LEN)
-    if limit is not None and seq_len > limit:
-        raise ConfigError(
-            f"seq_len {seq_len} is more than the {limit} tokens that the model takes "
-            "(max_position_embeddings): give a smaller one, or leave it out"
-        )
-    return seq_len
-
-
-def compute_dtype(model: PreTrainedModel, device: torch.device) -> torch.dtype:
-    """Of the activations: the model's, but for fp16 on a CPU."""
-    # few CPU operators exist in fp16, none is fast
-    return torch.float32 if model.dtype == torch.float16 and device.type == "cpu" else model.dtype

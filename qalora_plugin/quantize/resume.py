@@ -1,4 +1,4 @@
-"""Going on after a kill: which unfinished output belongs to the same work, and what it knows."""
+"""What a run needs to go on after a kill: which unfinished output is its own, and its report."""
 
 import glob
 import hashlib
@@ -11,27 +11,27 @@ import transformers
 
 from ..files.atomic import replace_text
 from ..files.json import json_text, read_json
-from ..files.names import CONFIG_FILE, REPORT_FILE
+from ..files.names import REPORT_FILE
 from ..files.reader import CheckpointReader
-from ..files.safetensors import read_header
 
 _TAG_DIGITS = 16
 
 
-def resume_tag(settings: dict[str, Any], reader: CheckpointReader, windows: Any = None) -> str:
-    """Hash of all that decides the result: settings, the source's files, data, versions.
+def resume_tag(
+    settings: dict[str, Any], reader: CheckpointReader, windows: torch.Tensor | None
+) -> str:
+    """Hash all that decides the result: settings, the source's files, data, versions.
 
     Args:
         settings: JSON-able.
         reader: of the source; its files count by name, size and time of change.
         windows: calibration token ids int64 [samples, seq_len], or None.
     """
-    files = sorted({info.file for info in reader.tensors.values()})
-    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in reader.files]
     state = {
         "settings": settings,
         "files": stats,
-        "config": read_json(reader.directory / CONFIG_FILE),
+        "config": reader.config,
         "versions": [torch.__version__, transformers.__version__],
     }
     digest = hashlib.sha256(json.dumps(state, sort_keys=True).encode())
@@ -41,39 +41,24 @@ def resume_tag(settings: dict[str, Any], reader: CheckpointReader, windows: Any 
 
 
 def leftovers(target: Path, partial: Path) -> list[Path]:
-    """Unfinished outputs for the same target that other settings, data or sources made."""
+    """List unfinished outputs for the same target that other settings, data or sources made."""
     found = target.parent.glob(f".{glob.escape(target.name)}.partial-resume-*")
     return sorted(path for path in found if path != partial)
-
-
-class ShardReader(CheckpointReader):
-    """Reads one finished shard of a directory that has no index yet."""
-
-    def __init__(self, path: Path) -> None:
-        """Read the header.
-
-        Raises:
-            CheckpointError: the file is damaged.
-        """
-        self.directory, self.files = path.parent, [path]
-        self.tensors, self.metadata = read_header(path)
 
 
 class Report:
     """quantization_report.json: each layer's grid and error, kept in the output directory.
 
-    `layers`: {name: {"bits", "group_size", "error"}}; the error is relative to the layer's output
-    on the calibration inputs (see `gptq.calibrated_error`), None for a data-free layer, or one
-    that puts out zeros.
+    Attributes:
+        layers: see `pipeline.QuantizeResult`; what an earlier run left is there from the start.
     """
 
     def __init__(self, directory: Path) -> None:
-        """Start from what an earlier run left, if it did."""
+        """Read the file, if it is there."""
         self._path = directory / REPORT_FILE
-        self.layers: dict[str, dict[str, Any]] = {}
-        if self._path.exists():
-            self.layers = read_json(self._path)["layers"]
+        found = read_json(self._path) if self._path.exists() else {"layers": {}}
+        self.layers: dict[str, dict[str, Any]] = found["layers"]
 
     def save(self) -> None:
-        """Write it; the file is whole at any time."""
+        """Write the file, which is whole at any time."""
         replace_text(self._path, json_text({"layers": self.layers}))

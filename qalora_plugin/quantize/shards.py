@@ -1,20 +1,19 @@
 """Write a model's shards one block after another, leaving out those that are finished already."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 from qalora_kernels import PackedWeight, QuantSpec
 
-from ..architecture.blocks import find_blocks
 from ..checkpoint.fingerprint import combine, mark
 from ..checkpoint.layout import TensorPlan, layer_plan, pack_layer, read_layer
+from ..files.reader import CheckpointReader
 from ..files.writer import CheckpointWriter, ShardWriter, split_plan
-from .resume import Report, ShardReader
+from .resume import Report
 from .source import ModelSource
-from .walk import Walk
 
 Solved = Iterator[tuple[str, PackedWeight, float | None]]
+"""(layer, weight, relative error of its output or None), one after the other."""
 
 
 class BlockShards:
@@ -25,50 +24,50 @@ class BlockShards:
         source: the 16-bit model.
         specs: the grid of every layer to quantize, by its name in the model.
         desc_act: whether layers have a g_idx.
+
+    Attributes:
+        finished: whether each block was written by an earlier run.
+        report: of the blocks that are written.
     """
 
     def __init__(
         self, directory: Path, source: ModelSource, specs: dict[str, QuantSpec], desc_act: bool
     ) -> None:
         """Plan them, and see which are finished."""
+        self.report = Report(directory)
         self._source, self._specs, self._desc_act = source, specs, desc_act
-        prefix, blocks = find_blocks(source.model)
-        self.blocks = [f"{prefix}.{index}" for index in range(len(blocks))]
-        in_blocks = {
-            stored for name, stored in source.stored.items() if name.startswith(prefix + ".")
-        }
-        outside = [name for name in source.reader.tensors if name not in in_blocks]
+        blocks = [self._block_plan(index) for index in range(len(source.blocks))]
+        inside = {name for block in source.block_names for name in source.names_in(block)}
+        copied = {source.stored[name] for name in inside}
+        outside = [name for name in source.reader.tensors if name not in copied]
         plans = split_plan(self._dense_plan(outside)) if outside else []
         self._first = len(plans)
-        self._writer = CheckpointWriter(
-            directory, plans + [self._block_plan(name) for name in self.blocks]
-        )
-        self.finished = [
-            self._writer.is_done(self._first + index) for index in range(len(self.blocks))
-        ]
+        self._writer = CheckpointWriter(directory, plans + blocks)
+        self.finished = [self._writer.is_done(self._first + index) for index in range(len(blocks))]
 
     def layers(self, index: int) -> list[str]:
-        """Layers of block `index` that are quantized, by their names in the model."""
-        return [name for name in self._specs if name.startswith(self.blocks[index] + ".")]
+        """Return the quantized layers of block `index`, by their names in the model."""
+        block = self._source.block_names[index] + "."
+        return [name for name in self._specs if name.startswith(block)]
 
-    def _dense_plan(self, names: list[str]) -> TensorPlan:
+    def _dense_plan(self, names: Iterable[str]) -> TensorPlan:
         infos = (self._source.reader.info(name) for name in names)
         return {info.name: (info.dtype, info.shape) for info in infos}
 
-    def _dense_names(self, block: str) -> list[str]:
-        """Stored tensors of a block that stay as they are: norms, biases, kept layers."""
+    def _dense_names(self, index: int) -> list[str]:
+        """Return the stored tensors of a block that are copied: norms, biases, kept layers."""
         replaced = {f"{layer}.weight" for layer in self._specs}
-        names = self._source.names_in(block)
+        names = self._source.names_in(self._source.block_names[index])
         return [self._source.stored[name] for name in names if name not in replaced]
 
-    def _block_plan(self, block: str) -> TensorPlan:
-        plan = self._dense_plan(self._dense_names(block))
-        for layer, spec in self._specs.items():
-            if layer.startswith(block + "."):
-                plan |= layer_plan(self._source.layer_name(layer), spec, self._desc_act)
+    def _block_plan(self, index: int) -> TensorPlan:
+        plan = self._dense_plan(self._dense_names(index))
+        for layer in self.layers(index):
+            name = self._source.layer_name(layer)
+            plan |= layer_plan(name, self._specs[layer], self._desc_act)
         return plan
 
-    def _copy(self, shard: ShardWriter, names: Any) -> None:
+    def _copy(self, shard: ShardWriter, names: Iterable[str]) -> None:
         for name in names:
             shard.write_raw(name, self._source.reader.chunks(name))
 
@@ -79,38 +78,33 @@ class BlockShards:
                 with self._writer.shard(index) as shard:
                     self._copy(shard, self._writer.plans[index])
 
-    def write_block(self, index: int, solved: Solved, report: Report) -> Iterator[str]:
-        """Write block `index` layer by layer as `solved` gives them; yields their names."""
+    def write_block(self, index: int, solved: Solved) -> Iterator[str]:
+        """Write block `index` layer by layer as `solved` gives them; yield their names."""
         with self._writer.shard(self._first + index) as shard:
             for layer, weight, error in solved:
-                name, spec = self._source.layer_name(layer), self._specs[layer]
-                for tensor, value in pack_layer(name, weight, spec).items():
+                name, spec = self._source.layer_name(layer), weight.spec
+                for tensor, value in pack_layer(name, weight).items():
                     shard.write(tensor, value)
-                report.layers[name] = {
-                    "bits": spec.bits,
-                    "group_size": spec.group_size,
-                    "error": error,
-                }
+                entry = {"bits": spec.bits, "group_size": spec.group_size, "error": error}
+                self.report.layers[name] = entry
                 yield name
-            self._copy(shard, self._dense_names(self.blocks[index]))
-            report.save()
+            self._copy(shard, self._dense_names(index))
+            self.report.save()
 
-    def restore(self, index: int, walk: Walk) -> None:
-        """Give `walk` the layers of a finished block."""
+    def read_block(self, index: int) -> Iterator[tuple[str, PackedWeight]]:
+        """Yield the layers of a finished block."""
         reader = self._reader(index)
         for layer in self.layers(index):
-            name = self._source.layer_name(layer)
-            walk.replace(layer, read_layer(reader, name, self._specs[layer]))
+            yield layer, read_layer(reader, self._source.layer_name(layer), self._specs[layer])
 
-    def _reader(self, index: int) -> ShardReader:
-        """Of a finished block."""
+    def _reader(self, index: int) -> CheckpointReader:
         name = self._writer.file_name(self._first + index)
-        return ShardReader(self._writer.directory / name)
+        return CheckpointReader(self._writer.directory, only=name)
 
     def fingerprint(self) -> str:
-        """Of all layers' integers, read from the finished shards."""
+        """Return the fingerprint of all layers' integers, read from the finished shards."""
         marks = []
-        for index in range(len(self.blocks)):
+        for index in range(len(self.finished)):
             reader = self._reader(index)
             for layer in self.layers(index):
                 qweight = reader.get(f"{self._source.layer_name(layer)}.qweight")

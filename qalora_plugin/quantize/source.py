@@ -10,8 +10,13 @@ from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, rename_source_key
 
+from qalora_kernels import QuantSpec
+
+from ..architecture.blocks import find_blocks
 from ..architecture.model import empty_model
 from ..architecture.names import LayerNames
+from ..architecture.selection import check_group_sizes, check_overrides, linears_to_quantize
+from ..checkpoint.config import QALoRAQuantConfig
 from ..errors import CheckpointError, ConfigError
 from ..files.names import CONFIG_FILE
 from ..files.reader import CheckpointReader
@@ -23,11 +28,25 @@ class ModelSource:
     Attributes:
         reader: the directory's tensors.
         model: the architecture that config.json names, in eval mode, parameters on meta.
+        block_names: the names of the model's blocks; `blocks` are the modules.
         stored: the stored tensor's name for every parameter and buffer of the model that has one.
+        dtype: of what is filled in and computed; `device` is where.
     """
 
-    def __init__(self, directory: Path, trust_remote_code: bool = False) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        trust_remote_code: bool = False,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
         """Read config.json and the headers; no tensor is read.
+
+        Args:
+            directory: a local directory.
+            trust_remote_code: run the model's own Python code.
+            dtype: see above; by default the model's.
+            device: see above.
 
         Raises:
             CheckpointError: already quantized, damaged, or without some of the model's weights.
@@ -42,13 +61,18 @@ class ModelSource:
                 "16-bit model that it came from"
             )
         self.model = _empty_model(directory, self.reader.config, trust_remote_code)
+        prefix, self.blocks = find_blocks(self.model)
+        self.block_names = [f"{prefix}.{index}" for index in range(len(self.blocks))]
+        self.device = torch.device(device)
+        # few CPU operators exist in fp16, none is fast
+        slow = self.model.dtype == torch.float16 and self.device.type == "cpu"
+        self.dtype = dtype or (torch.float32 if slow else self.model.dtype)
         names = LayerNames(self.model)
         found = {names.parameter(name): name for name in self.reader.tensors}
         self.stored = {name: stored for name, stored in found.items() if names.has(name)}
         self._check_complete()
 
     def _check_complete(self) -> None:
-        tied = self.model.all_tied_weights_keys
         mapping = get_model_conversion_mapping(self.model)
         converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
         for name in self.reader.tensors:
@@ -59,8 +83,8 @@ class ModelSource:
                     f"{type(self.model).__name__} computes with (fused experts); such models "
                     "cannot be quantized yet"
                 )
-        lost = [name for name, _ in self.model.named_parameters() if name not in self.stored]
-        lost = [name for name in lost if name not in tied]
+        known = self.stored.keys() | self.model.all_tied_weights_keys
+        lost = [name for name, _ in self.model.named_parameters() if name not in known]
         if lost:
             raise CheckpointError(
                 f"{self.reader.directory}: no tensor for {lost[0]} ({len(lost)} such) of "
@@ -68,56 +92,70 @@ class ModelSource:
                 "incomplete, or its architecture is another"
             )
         for name, parameter in self.model.named_parameters():
-            if name not in self.stored:
-                continue
-            info = self.reader.info(self.stored[name])
-            if info.shape != tuple(parameter.shape):
+            info = self.reader.tensors.get(self.stored.get(name, ""))
+            if info is not None and info.shape != tuple(parameter.shape):
                 raise CheckpointError(
                     f"{info.file}: {info.name}: expected shape {list(parameter.shape)} as "
                     f"{CONFIG_FILE} says, found {list(info.shape)}"
                 )
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A parameter of the model as it is stored, read into fresh memory."""
-        return self.reader.get(self.stored[name])
+        """Read a parameter of the model, in its stored dtype, to the device."""
+        return self.reader.get(self.stored[name]).to(self.device)
 
     def layer_name(self, module: str) -> str:
-        """The checkpoint's name of a linear module of the model."""
+        """Return the checkpoint's name of a linear module of the model."""
         return self.stored[f"{module}.weight"].removesuffix(".weight")
 
     def names_in(self, prefix: str) -> list[str]:
-        """Stored parameters and buffers of the model below the module `prefix`."""
+        """Return the stored parameters and buffers of the model below the module `prefix`."""
         return [name for name in self.stored if name.startswith(prefix + ".")]
 
-    def fill(self, names: Iterable[str], dtype: torch.dtype, device: torch.device) -> None:
-        """Read these parameters and buffers, and what is tied to them, into the model; float
-        parameters become `dtype`."""
+    def fill(self, names: Iterable[str]) -> None:
+        """Read these parameters and buffers, and what is tied to them, into the model."""
         for name in names:
-            owner_name, _, leaf = name.rpartition(".")
-            owner = self.model.get_submodule(owner_name)
-            tensor = self.tensor(name).to(device)
+            tensor, (owner, leaf) = self.tensor(name), self._owner(name)
             if leaf in owner._parameters:
-                if tensor.is_floating_point():
-                    tensor = tensor.to(dtype)
-                self._put(name, nn.Parameter(tensor, requires_grad=False))
+                self._put(name, tensor.to(self.dtype) if tensor.is_floating_point() else tensor)
             else:
-                buffer = owner.get_buffer(leaf)
-                owner._buffers[leaf] = tensor.to(buffer.dtype)
+                owner._buffers[leaf] = tensor.to(owner.get_buffer(leaf).dtype)
 
     def empty(self, names: Iterable[str]) -> None:
         """Drop these parameters' numbers again."""
         for name in names:
-            owner_name, _, leaf = name.rpartition(".")
-            owner = self.model.get_submodule(owner_name)
+            owner, leaf = self._owner(name)
             if leaf in owner._parameters:
-                meta = torch.empty_like(owner.get_parameter(leaf), device="meta")
-                self._put(name, nn.Parameter(meta, requires_grad=False))
+                self._put(name, torch.empty_like(owner.get_parameter(leaf), device="meta"))
 
-    def _put(self, name: str, parameter: nn.Parameter) -> None:
+    def _put(self, name: str, tensor: torch.Tensor) -> None:
+        parameter = nn.Parameter(tensor, requires_grad=False)
         tied = self.model.all_tied_weights_keys.items()
         for place in (name, *(copy for copy, original in tied if original == name)):
-            owner_name, _, leaf = place.rpartition(".")
-            self.model.get_submodule(owner_name)._parameters[leaf] = parameter
+            owner, leaf = self._owner(place)
+            owner._parameters[leaf] = parameter
+
+    def _owner(self, name: str) -> tuple[nn.Module, str]:
+        module, _, leaf = name.rpartition(".")
+        return self.model.get_submodule(module), leaf
+
+
+def choose_layers(source: ModelSource, config: QALoRAQuantConfig) -> dict[str, QuantSpec]:
+    """Return the grid of every layer to quantize, by its name in the model.
+
+    Raises:
+        ConfigError: no layer, a group size that is larger than every layer, or an override that
+            matches none.
+    """
+    excluded, stored = config.modules_to_not_convert, source.reader.tensors
+    inside = tuple(f"{name}." for name in source.block_names)
+    linears = linears_to_quantize(source.model, excluded, stored).items()
+    chosen = {name: linear for name, linear in linears if name.startswith(inside)}
+    check_group_sizes(config.group_sizes, chosen.values())
+    check_overrides(config.dynamic, map(source.layer_name, chosen))
+    return {
+        name: config.spec_for(source.layer_name(name), linear.in_features, linear.out_features)
+        for name, linear in chosen.items()
+    }
 
 
 def _empty_model(

@@ -9,6 +9,7 @@ import ast
 import copy
 import hashlib
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import QALoRAError
@@ -16,43 +17,16 @@ from ..errors import QALoRAError
 # Top-level names, so that a module which becomes a package later (pathlib in 3.13) stays held out.
 # A name that the running Python does not have is skipped: tkinter where it is packaged apart,
 # _pydatetime (datetime's code since 3.12).
-HELD_OUT_MODULES = frozenset(
-    {
-        "_pydatetime",
-        "calendar",
-        "datetime",
-        "fractions",
-        "ftplib",
-        "http",
-        "imaplib",
-        "ipaddress",
-        "logging",
-        "mailbox",
-        "pathlib",
-        "statistics",
-        "tarfile",
-        "tkinter",
-    }
-)
+HELD_OUT_MODULES = frozenset({
+    "_pydatetime", "calendar", "datetime", "fractions", "ftplib", "http", "imaplib", "ipaddress",
+    "logging", "mailbox", "pathlib", "statistics", "tarfile", "tkinter",
+})  # fmt: skip
 
 # Tests and vendored programs say little about library code; encodings is mostly character tables.
-EXCLUDED_DIRECTORIES = frozenset(
-    {
-        "__phello__",
-        "__pycache__",
-        "dist-packages",
-        "encodings",
-        "ensurepip",
-        "idle_test",
-        "idlelib",
-        "lib-dynload",
-        "lib2to3",
-        "site-packages",
-        "test",
-        "tests",
-        "turtledemo",
-    }
-)
+EXCLUDED_DIRECTORIES = frozenset({
+    "__phello__", "__pycache__", "dist-packages", "encodings", "ensurepip", "idle_test", "idlelib",
+    "lib-dynload", "lib2to3", "site-packages", "test", "tests", "turtledemo",
+})  # fmt: skip
 
 # The model card's chat template writes the same two headings around a user message.
 PROMPT_TEMPLATE = "### Task\n{instruction}\n### Answer\n"
@@ -155,23 +129,20 @@ def _source_files(stdlib: Path | None, *, held_out: bool) -> list[Path]:
     return files
 
 
-def _pairs_in(path: Path) -> list[tuple[str, dict[str, str]]]:
-    """Return (qualified name, pair) of every function that has a docstring and a body."""
-    source = path.read_text(encoding="utf-8")
-    found: list[tuple[str, dict[str, str]]] = []
+def _pairs_in(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield (qualified name, pair) of every function that has a docstring and a body."""
 
-    def visit(node: ast.AST, prefix: str) -> None:
+    def visit(node: ast.AST, prefix: str) -> Iterator[tuple[str, dict[str, str]]]:
         for child in ast.iter_child_nodes(node):
             if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
                 name = f"{prefix}{child.name}"
                 if not isinstance(child, ast.ClassDef) and len(child.body) > 1:
                     docstring = ast.get_docstring(child)
                     if docstring:
-                        found.append((name, _pair(child, docstring)))
-                visit(child, f"{name}.")
+                        yield name, _pair(child, docstring)
+                yield from visit(child, f"{name}.")
 
-    visit(ast.parse(source, filename=str(path)), "")
-    return found
+    yield from visit(ast.parse(path.read_text(encoding="utf-8"), filename=str(path)), "")
 
 
 def _pair(function: ast.FunctionDef | ast.AsyncFunctionDef, docstring: str) -> dict[str, str]:

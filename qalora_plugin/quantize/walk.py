@@ -1,115 +1,113 @@
-"""Calibration activations on their way through the blocks, and GPTQ on what each layer sees."""
+"""Quantize layers on calibration activations, which are carried through the blocks, or without."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 
 import torch
 from torch import nn
 
-from qalora_kernels import PackedWeight
+from qalora_kernels import PackedWeight, QuantSpec
 
-from ..architecture.blocks import find_blocks
-from ..checkpoint.config import QALoRAQuantConfig
 from .blocks import Stage, call_block, find_stages, record, watch_inputs
-from .gptq import GPTQSettings, Hessian, calibrated_error, gptq
+from .gptq import Hessian, calibrated_error, gptq
+from .options import QuantizeOptions
+from .rtn import rtn
+from .shards import Solved
 from .source import ModelSource
 
 _BATCH_TOKENS = 1024  # tokens in one forward pass: bounds the memory of a block's activations
 
 
+def round_layers(
+    source: ModelSource, specs: dict[str, QuantSpec], options: QuantizeOptions, layers: list[str]
+) -> Solved:
+    """Quantize layers without data: (layer, weight, None)."""
+    for layer in layers:
+        weight = rtn(
+            source.tensor(f"{layer}.weight"),
+            specs[layer],
+            name=source.layer_name(layer),
+            integer_zeros=options.integer_zeros,
+            search=options.mse,
+        )
+        yield layer, weight, None
+
+
 class Walk:
     """Goes through a model's blocks in order with one of them in memory.
 
-    For every block: `enter`, then `solve` (or `replace` for each layer that is quantized
-    already), then `leave`. Layers are solved in the order of execution, each on the outputs of
-    what was quantized before it.
+    For every block: `enter`, then `solve` unless all its layers are quantized already, then
+    `leave`. Layers are solved in the order of execution, each on the outputs of what was quantized
+    before it.
 
     Args:
         source: the model.
-        config: the grid of each layer.
-        settings: of GPTQ.
-        integer_zeros: restrict zero-points to integers.
+        specs: the grid of every layer to quantize, by its name in the model.
+        options: the solver's.
         windows: token ids [samples, seq_len].
-        dtype: of weights and activations.
-        device: where they are.
     """
 
     def __init__(
         self,
         source: ModelSource,
-        config: QALoRAQuantConfig,
-        settings: GPTQSettings,
-        integer_zeros: bool,
+        specs: dict[str, QuantSpec],
+        options: QuantizeOptions,
         windows: torch.Tensor,
-        dtype: torch.dtype,
-        device: torch.device,
     ) -> None:
         """Run everything before the blocks."""
-        self._source, self._config = source, config
-        self._settings, self._integer_zeros = settings, integer_zeros
-        self._dtype, self._device = dtype, device
+        self._source, self._specs, self._options = source, specs, options
         model = source.model
-        self._prefix, self._blocks = find_blocks(model)
         for module in model.modules():
             for leaf, buffer in module._buffers.items():
                 if buffer is not None:
-                    module._buffers[leaf] = buffer.to(device)
-        needed = self._before_the_blocks()
-        first = source.names_in(f"{self._prefix}.0")
-        source.fill([*needed, *first], dtype, device)
+                    module._buffers[leaf] = buffer.to(source.device)
+        needed = [*self._before_the_blocks(), *source.names_in(source.block_names[0])]
+        source.fill(needed)
         batch = max(1, _BATCH_TOKENS // windows.shape[1])
-        recording = record(model, self._blocks, list(windows.split(batch)), device)
+        recording = record(model, source.blocks, list(windows.split(batch)), source.device)
         self._calls, self._hidden = recording.calls, recording.hidden
-        source.empty([*needed, *first])
+        source.empty(needed)
 
     def _before_the_blocks(self) -> list[str]:
-        """Weights outside the blocks, less those of the output embeddings."""
-        model = self._source.model
-        head = model.get_output_embeddings()
-        return [
-            name
-            for name in self._source.stored
-            if not name.startswith(self._prefix + ".")
-            and (head is None or model.get_submodule(name.rpartition(".")[0]) is not head)
-        ]
+        """Return the weights outside the blocks, less those of the output embeddings."""
+        source, head = self._source, self._source.model.get_output_embeddings()
+        outside = set(source.stored).difference(*map(source.names_in, source.block_names))
+        parents = {name: source.model.get_submodule(name.rpartition(".")[0]) for name in outside}
+        return [name for name in source.stored if name in outside and parents[name] is not head]
 
-    def enter(self, index: int, finished: frozenset[str] = frozenset()) -> None:
-        """Read block `index`, but for the weights of the layers that will be replaced anyway."""
-        left_out = {f"{layer}.weight" for layer in finished}
-        names = self._source.names_in(f"{self._prefix}.{index}")
-        self._source.fill([n for n in names if n not in left_out], self._dtype, self._device)
+    def enter(self, index: int, quantized: Iterable[tuple[str, PackedWeight]] = ()) -> None:
+        """Read block `index`; layers that are quantized already are given instead."""
+        given = set()
+        for layer, weight in quantized:
+            self._replace(layer, weight)
+            given.add(f"{layer}.weight")
+        names = self._source.names_in(self._source.block_names[index])
+        self._source.fill([name for name in names if name not in given])
 
-    def replace(self, layer: str, weight: PackedWeight) -> None:
+    def _replace(self, layer: str, weight: PackedWeight) -> None:
         """Compute with the quantized weight from now on."""
-        linear = self._source.model.get_submodule(layer)
-        dense = weight.dequantize(self._dtype).t().contiguous().to(self._device)
-        linear.weight = nn.Parameter(dense, requires_grad=False)
+        dense = weight.dequantize(self._source.dtype).t().contiguous().to(self._source.device)
+        self._linear(layer).weight = nn.Parameter(dense, requires_grad=False)
 
-    def solve(
-        self, index: int, layers: list[str]
-    ) -> Iterator[tuple[str, PackedWeight, float | None]]:
+    def solve(self, index: int, layers: list[str]) -> Solved:
         """Quantize layers of block `index`: (layer, weight, relative error on its inputs)."""
-        block, calls = self._blocks[index], self._calls[index]
-        prefix = f"{self._prefix}.{index}."
+        block, calls = self._source.blocks[index], self._calls[index]
+        prefix = f"{self._source.block_names[index]}."
         linears = {layer.removeprefix(prefix): self._linear(layer) for layer in layers}
         for stage in find_stages(block, linears, calls[0], self._hidden[0]):
             hessian = self._hessian(index, stage, linears[stage.names[0]])
             for name in stage.names:
                 layer = prefix + name
                 # as stored, not as rounded to the dtype of the activations
-                weight = self._source.tensor(f"{layer}.weight").to(self._device)
-                stored = self._source.layer_name(layer)
-                spec = self._config.spec_for(stored, weight.shape[1], weight.shape[0])
+                weight = self._source.tensor(f"{layer}.weight")
                 quantized = gptq(
                     weight,
                     hessian,
-                    bits=spec.bits,
-                    group_size=spec.group_size,
-                    integer_zeros=self._integer_zeros,
-                    offsets_at=spec.offsets_at,
-                    settings=self._settings,
-                    name=stored,
+                    self._specs[layer],
+                    integer_zeros=self._options.integer_zeros,
+                    settings=self._options.solver,
+                    name=self._source.layer_name(layer),
                 )
-                self.replace(layer, quantized)
+                self._replace(layer, quantized)
                 yield layer, quantized, calibrated_error(weight, quantized, hessian)
 
     def _linear(self, layer: str) -> nn.Linear:
@@ -118,16 +116,16 @@ class Walk:
         return linear
 
     def _hessian(self, index: int, stage: Stage, linear: nn.Linear) -> torch.Tensor:
-        hessian = Hessian(linear.in_features, self._device)
-        watch_inputs(
-            self._blocks[index], linear, stage, self._calls[index], self._hidden, hessian.add
-        )
-        return hessian.mean(f"{self._prefix}.{index}.{stage.names[0]}")
+        inputs = Hessian(linear.in_features, self._source.device)
+        block, calls = self._source.blocks[index], self._calls[index]
+        watch_inputs(block, linear, stage, calls, self._hidden, inputs.add)
+        return inputs.mean(f"{self._source.block_names[index]}.{stage.names[0]}")
 
     def leave(self, index: int) -> None:
         """Carry the activations through block `index` and drop its weights."""
-        if index + 1 < len(self._blocks):
+        blocks = self._source.blocks
+        if index + 1 < len(blocks):
             for number, call in enumerate(self._calls[index]):
-                self._hidden[number] = call_block(self._blocks[index], call, self._hidden[number])
+                self._hidden[number] = call_block(blocks[index], call, self._hidden[number])
         self._calls[index] = []
-        self._source.empty(self._source.names_in(f"{self._prefix}.{index}"))
+        self._source.empty(self._source.names_in(self._source.block_names[index]))

@@ -209,8 +209,8 @@ def run(settings: Settings, say: Callable[[str], None] = print) -> Result:
 def _check_model(source: Path, settings: Settings) -> None:
     """Refuse at once what quantizing would refuse when the 16-bit model has been measured."""
     from ..checkpoint.config import QALoRAQuantConfig
-    from ..quantize.options import choose_layers, fitting_length
-    from ..quantize.source import ModelSource
+    from ..quantize.calibration import fitting_length
+    from ..quantize.source import ModelSource, choose_layers
 
     config = QALoRAQuantConfig(
         settings.bits, settings.group_size, method="gptq", offsets_at=settings.offsets_at

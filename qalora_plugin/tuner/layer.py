@@ -93,7 +93,8 @@ class QALoRALinear(nn.Module, BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, config: QALoRAConfig, name: str) -> None:
         """Add an adapter: A uniform, within 1/sqrt(K) (LoRA's own bound) for the offsets and 1 for
-        the scales, and B zero."""
+        the scales, and B zero.
+        """
         r, scaling = config.rank_and_scaling(name)
         spec = self.base_layer.spec
         self.r[adapter_name] = r
@@ -156,7 +157,7 @@ class QALoRALinear(nn.Module, BaseTunerLayer):
         )
 
     def forward(self, x: torch.Tensor, adapter_names: list[str] | None = None) -> torch.Tensor:
-        """x [..., K] -> [..., N] in the dtype of x (of autocast where it is on).
+        """X [..., K] -> [..., N] in the dtype of x (of autocast where it is on).
 
         Args:
             x: inputs.
@@ -326,7 +327,8 @@ class QALoRALinear(nn.Module, BaseTunerLayer):
     @contextmanager
     def own_grid(self) -> Iterator[None]:
         """Put the base layer's own scales and offsets in place for a while, if adapters are
-        merged."""
+        merged.
+        """
         base = self.base_layer
         present = base.scales, base.offsets
         base.scales, base.offsets = self._own_grid()

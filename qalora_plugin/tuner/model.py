@@ -176,7 +176,8 @@ class QALoRAModel(BaseTuner):
 
     def unload(self) -> nn.Module:
         """The plain model, adapters removed. As in PEFT's LoRA, what `merge_adapter` has folded in
-        stays, and the config's `merged` says so; `unmerge_adapter()` first gives the base."""
+        stays, and the config's `merged` says so; `unmerge_adapter()` first gives the base.
+        """
         records = self._merge_records([])
         return _recorded(super().unload(), records)
 

@@ -21,7 +21,8 @@ _SHOWN = 8  # names in an error message
 
 def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The base model's own (name, module): what lies inside an adapted layer is left out, the
-    layer itself stands for its base layer."""
+    layer itself stands for its base layer.
+    """
     inside: list[str] = []
     for name, module in model.named_modules():
         if not name or name.startswith(tuple(inside)):

@@ -1,13 +1,12 @@
 """The base of a run: recognised, quantized once, and found again."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from support.models import llama
 
 from qalora_plugin.axolotl import QALoRABlock
 from qalora_plugin.axolotl.base import (
@@ -28,17 +27,7 @@ def tokenize(text: str) -> list[int]:
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("base") / "dense"
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=128,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        tie_word_embeddings=False,
-    )
-    LlamaForCausalLM(config).save_pretrained(directory)
+    llama(hidden_size=32, intermediate_size=64, num_hidden_layers=1).save_pretrained(directory)
     return directory
 
 
@@ -90,15 +79,21 @@ def test_a_small_set_gives_fewer_windows() -> None:
     assert windows.shape == (1, 3)
 
 
-def test_calibration_from_preferences() -> None:
-    rows = [{"prompt": "ab", "chosen": "cd", "rejected": "zz"}]
-    windows = calibration_from_rows(rows, 1, 4, seed=0, tokenize=tokenize)
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "ab", "chosen": "cd", "rejected": "zz"},
+        {"prompt": "ab", "completion": "cd", "label": True},
+        {"prompt": "abcd"},
+    ],
+)
+def test_calibration_from_texts(row: dict[str, Any]) -> None:
+    windows = calibration_from_rows([row], 1, 4, seed=0, tokenize=tokenize)
     assert windows.tolist() == [tokenize("abcd")]
 
 
-@pytest.mark.parametrize("rows", [iter([]), [], [{"text": "x"}]])
+@pytest.mark.parametrize("rows", [iter([]), [], [{"labels": [1, 2]}]])
 def test_rows_without_tokens_are_refused(rows: Any) -> None:
-    assert isinstance(rows, list | Iterator)
     with pytest.raises(QuantizationError, match="calibration: FILE"):
         calibration_from_rows(rows, 1, 4, seed=0, tokenize=tokenize)
 

@@ -45,7 +45,7 @@ def test_quantized_while_loading_is_rtn_of_the_weights(dense_dir: Path, base_dir
     checkpoint = open_quantized(base_dir)
     for name, spec in checkpoint.layers.items():
         weight = dense[f"{name}.weight"]
-        fit = rtn(weight, bits=4, group_size=spec.group_size, name=name)
+        fit = rtn(weight, spec, name=name)
         layer = checkpoint.layer(name)
         assert torch.equal(layer.scales, fit.scales) and torch.equal(layer.offsets, fit.offsets)
     for name in checkpoint.dense_names:

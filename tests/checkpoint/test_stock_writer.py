@@ -44,8 +44,8 @@ def integer_base(directory: Path, bits: int = 4, tied: bool = False) -> Path:
     for name in [n for n in state if ".layers." in n and "norm" not in n]:
         layer = name.removesuffix(".weight")
         weight = state.pop(name)
-        fit = rtn(weight, bits=bits, group_size=32, name=layer, integer_zeros=True)
-        state |= pack_layer(layer, fit, quantization.spec_for(layer, *weight.shape[::-1]))
+        spec = quantization.spec_for(layer, *weight.shape[::-1])
+        state |= pack_layer(layer, rtn(weight, spec, name=layer, integer_zeros=True))
     directory.mkdir()
     save_file({n: t.contiguous() for n, t in state.items()}, directory / "model.safetensors")
     values = config.to_dict() | {

@@ -161,7 +161,7 @@ def test_layers_and_plan(base_dir: Path):
     assert {"lm_head.weight", "model.norm.weight"} < set(checkpoint.dense_names)
     stored = {n: (i.dtype, i.shape) for n, i in checkpoint.reader.tensors.items()}
     assert checkpoint.plan() == stored
-    found = pack_layer(LAYER, checkpoint.layer(LAYER), checkpoint.layers[LAYER])
+    found = pack_layer(LAYER, checkpoint.layer(LAYER))
     assert found.keys() == {n for n in stored if n.startswith(LAYER + ".")}
     for name, tensor in found.items():
         assert torch.equal(tensor, checkpoint.reader.get(name)), name
@@ -171,9 +171,9 @@ def test_layers_and_plan(base_dir: Path):
 def test_pack_layer_and_read_layer_are_inverse(bits: int, tmp_path: Path):
     torch.manual_seed(0)
     spec = QuantSpec(bits, 32, 172, 64)
-    weight = rtn(torch.randn(64, 172), bits=bits, group_size=32, name="w")
+    weight = rtn(torch.randn(64, 172), spec, name="w")
     weight = dataclasses.replace(weight, g_idx=torch.randperm(172).to(torch.int32) // 32)
-    save_file(pack_layer("w", weight, spec), tmp_path / "model.safetensors")
+    save_file(pack_layer("w", weight), tmp_path / "model.safetensors")
     found = read_layer(CheckpointReader(tmp_path), "w", spec)
     for field in ("qweight", "scales", "offsets", "g_idx"):
         assert torch.equal(getattr(found, field), getattr(weight, field)), field

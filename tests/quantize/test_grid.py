@@ -1,11 +1,9 @@
 """The grid: fits, integer zero-points, and groups that have no range."""
 
-import itertools
-
 import pytest
 import torch
 
-from qalora_kernels import OFFSETS_AT
+from qalora_kernels import PackedWeight, QuantSpec
 from qalora_plugin.errors import QuantizationError
 from qalora_plugin.quantize.grid import (
     MIN_SCALE,
@@ -13,12 +11,21 @@ from qalora_plugin.quantize.grid import (
     check_weight,
     fit_groups,
     fit_range,
-    packed,
     round_codes,
 )
 from qalora_plugin.quantize.rtn import rtn
 
 BITS = (2, 3, 4, 8)
+KINDS = {
+    "real": {},
+    "integer": {"offsets_dtype": torch.float32},
+    "minimum": {"offsets_dtype": torch.float32, "offsets_at": "minimum"},
+}
+
+
+def _rtn(w, bits, group_size, kind="real", **kwargs):
+    spec = QuantSpec(bits, group_size, w.shape[1], w.shape[0], **KINDS[kind])
+    return rtn(w, spec, name="w", integer_zeros=kind == "integer", **kwargs)
 
 
 def _error(w, scales, offsets, grid, importance):
@@ -56,7 +63,7 @@ def test_search_is_never_worse_than_the_range_and_stays_on_the_grid(bits, intege
 def test_minima_are_fp16_numbers_at_no_cost(bits):
     torch.manual_seed(0)
     w = torch.randn(9, 172) * 0.05 + 0.02
-    fits = [rtn(w, bits=bits, group_size=32, name="w", offsets_at=at) for at in OFFSETS_AT]
+    fits = [_rtn(w, bits, 32, kind) for kind in ("real", "minimum")]
     middle, minimum = (fit.dequantize().t() for fit in fits)
     scales, offsets = fits[1].scales.double(), fits[1].offsets.double()
     minima = offsets - (1 << (bits - 1)) * scales
@@ -70,32 +77,31 @@ def test_search_comes_close_to_brute_force():
     torch.manual_seed(1)
     grid = Grid(2)
     w = torch.randn(6, 1)
-    best = float("inf")
-    for codes in itertools.product(range(-2, 2), repeat=6):
-        c = torch.tensor(codes, dtype=torch.float64)
-        basis = torch.stack([c, torch.ones(6, dtype=torch.float64)], 1)
-        solution = torch.linalg.lstsq(basis, w.double(), driver="gelsd").solution
-        if solution[0] > 0:
-            best = min(best, (basis @ solution - w).square().sum().item())
+    codes = torch.cartesian_prod(*[torch.arange(-2, 2.0, dtype=torch.float64)] * 6)  # [4096, 6]
+    basis = torch.stack([codes, torch.ones_like(codes)], -1)
+    target = w.double().expand(len(codes), 6, 1)
+    solution = torch.linalg.lstsq(basis, target, driver="gelsd").solution
+    errors = (basis @ solution - target).square().sum((1, 2))
+    best = errors[solution[:, 0, 0] > 0].min().item()
     ours = _error(w, *fit_groups(w, grid, torch.ones(6, 1)), grid, torch.ones(6, 1)).item()
     assert best <= ours * (1 + 1e-3)
     assert ours <= 1.3 * best
 
 
-@pytest.mark.parametrize("kind", [{}, {"integer_zeros": True}, {"offsets_at": "minimum"}], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("value", [0.0, 0.3, -0.3, 1e-9, -1e-6, 3e4, -6e4])
 def test_constant_groups(value, kind):
     w = torch.full((4, 40), value)
-    weight = rtn(w, bits=4, group_size=16, name="w", **kind)
+    weight = _rtn(w, 4, 16, kind)
     out = weight.dequantize().t()
     assert out.isfinite().all() and (weight.scales >= MIN_SCALE).all()
     assert (out - w).abs().max() <= max(abs(value) * 2**-11, 2 * MIN_SCALE)
 
 
-@pytest.mark.parametrize("offsets_at", OFFSETS_AT)
-def test_range_beyond_fp16_is_clipped_not_infinite(offsets_at):
+@pytest.mark.parametrize("kind", ["real", "minimum"])
+def test_range_beyond_fp16_is_clipped_not_infinite(kind):
     w = torch.tensor([[60000.0, -60000.0, 0.0, 1.0]])
-    weight = rtn(w, bits=2, group_size=4, name="w", offsets_at=offsets_at)
+    weight = _rtn(w, 2, 4, kind)
     assert weight.scales.isfinite().all() and weight.offsets.isfinite().all()
     assert (weight.dequantize().t() - w).abs().max() <= 40000
 
@@ -108,12 +114,18 @@ def test_weights_that_no_grid_holds(bad):
         check_weight(w, "model.layers.0.q_proj")
 
 
-@pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("k, group_size", [(172, 32), (7, 3), (5, 5), (64, 64), (33, 1)])
+def test_integer_zero_points_need_offsets_that_hold_them():
+    with pytest.raises(ValueError, match="integer zero-points need fp32 offsets"):
+        Grid.of(QuantSpec(4, 8, 8, 8), integer_zeros=True)
+
+
+@pytest.mark.parametrize(
+    "bits, k, group_size", [(2, 172, 32), (3, 7, 3), (4, 5, 5), (8, 64, 64), (4, 33, 1), (3, 5, 8)]
+)
 def test_rtn_error_is_within_a_step(bits, k, group_size):
     torch.manual_seed(bits)
     w = torch.randn(9, k) * 0.02
-    weight = rtn(w, bits=bits, group_size=group_size, name="w", search=False)
+    weight = _rtn(w, bits, group_size, search=False)
     assert weight.codes().shape == (9, k) and int(weight.codes().max()) < 1 << bits
     groups = -(-k // group_size)
     assert weight.scales.shape == weight.offsets.shape == (groups, 9)
@@ -125,16 +137,16 @@ def test_rtn_error_is_within_a_step(bits, k, group_size):
 def test_rtn_in_chunks_of_outputs_is_the_same(monkeypatch):
     torch.manual_seed(0)
     w = torch.randn(50, 40)
-    whole = rtn(w, bits=3, group_size=16, name="w")
+    whole = _rtn(w, 3, 16)
     monkeypatch.setattr("qalora_plugin.quantize.rtn._CHUNK", 48 * 7)
-    parts = rtn(w, bits=3, group_size=16, name="w")
+    parts = _rtn(w, 3, 16)
     for field in ("qweight", "scales", "offsets"):
         assert torch.equal(getattr(whole, field), getattr(parts, field))
 
 
-def test_dequantize_follows_g_idx():
+def test_a_packed_weight_follows_g_idx():
     codes = torch.tensor([[0, 1, 2, 3]], dtype=torch.uint8)
     scales, offsets = torch.tensor([[1.0], [10.0]]), torch.tensor([[0.5], [0.0]])
     g_idx = torch.tensor([1, 0, 0, 1], dtype=torch.int32)
-    weight = packed(codes, scales, offsets, g_idx, Grid(2), group_size=2)
+    weight = PackedWeight.from_codes(codes, scales, offsets, g_idx, QuantSpec(2, 2, 4, 1))
     assert weight.dequantize().t().tolist() == [[-20.0, -0.5, 0.5, 10.0]]

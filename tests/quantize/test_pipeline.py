@@ -7,8 +7,9 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from support.architectures import ARCHITECTURES, save, token_ids
+from support.models import llama
 
-import qalora_plugin
+from qalora_kernels import QuantSpec
 from qalora_plugin.checkpoint.checkpoint import open_quantized
 from qalora_plugin.checkpoint.fingerprint import fingerprint
 from qalora_plugin.errors import CheckpointError, ConfigError, OutputError, QuantizationError
@@ -40,8 +41,14 @@ def _logits(model):
     return output.logits if "logits" in output else output.last_hidden_state
 
 
-@pytest.mark.parametrize("method", ["rtn", "gptq"])
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "name, method",
+    [
+        *((name, "gptq") for name in ARCHITECTURES),
+        # without calibration there is no forward, only names: those that differ from the model's
+        *((name, "rtn") for name in ("gemma3_multimodal", "bert_classifier", "t5_encoder")),
+    ],
+)
 def test_every_architecture(name, method, tmp_path):
     source = save(name, tmp_path / "source")
     result = _quantize(source, tmp_path / "out", bits=8, method=method)
@@ -65,40 +72,29 @@ def test_every_architecture(name, method, tmp_path):
             assert torch.equal(value, states[0][key]), key
 
 
-def test_inputs_come_from_the_quantized_layers_before(tmp_path):
+def test_inputs_come_from_the_quantized_layers_before(llama_dir, tmp_path):
     """Each layer must be solved on what it will see: everything before it quantized."""
-    source = save("llama", tmp_path / "source")
-    result = _quantize(source, tmp_path / "out", bits=3)
-    model = _load(source)
-    quantized = _load(result.out)
+    result = _quantize(llama_dir, tmp_path / "out", bits=3)
+    model, checkpoint = _load(llama_dir), open_quantized(result.out)
     order = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    for name in sorted(
-        result.layers, key=lambda n: (n.split(".")[2], order.index(n[n.rindex(".") + 1 :]))
-    ):
-        layer = quantized.get_submodule(name)
-        hessian = Hessian(layer.in_features)
-        handle = model.get_submodule(name).register_forward_pre_hook(
-            lambda module, args, hessian=hessian: hessian.add(args[0])
-        )
+    names = sorted(result.layers, key=lambda n: (n.split(".")[2], order.index(n.split(".")[-1])))
+    for name in names:
+        linear, layer = model.get_submodule(name), checkpoint.layer(name)
+        hessian = Hessian(linear.in_features)
+        handle = linear.register_forward_pre_hook(lambda _, args, h=hessian: h.add(args[0]))
         with torch.no_grad():
             model(input_ids=token_ids())
         handle.remove()
-        linear = model.get_submodule(name)
-        dense = layer.weight_t.t()
-
-        class Dense:
-            def dequantize(self, dtype, dense=dense):
-                return dense.t()
-
-        error = calibrated_error(linear.weight, Dense(), hessian.mean(name))
+        error = calibrated_error(linear.weight, layer, hessian.mean(name))
         assert result.layers[name]["error"] == pytest.approx(error, rel=2e-3)
-        linear.weight = torch.nn.Parameter(dense)
+        linear.weight = torch.nn.Parameter(layer.dequantize().t())
 
 
 def test_gptq_beats_rtn_on_the_calibration_text(tmp_path):
     source = base_model_path()
     text = ["def area(radius):\n    return math.pi * radius ** 2\n\n" * 20]
     common = {"bits": 2, "group_size": 128, "seq_len": 64, "samples": 4}
+    common["modules_to_not_convert"] = ["layers.2", "layers.3"]  # two of four blocks will do
     solved = quantize_model(source, tmp_path / "gptq", calibration=text, progress=False, **common)
     free = quantize_model(source, tmp_path / "rtn", method="rtn", progress=False, **common)
     original, gptq, nearest = (_load(path) for path in (source, solved.out, free.out))
@@ -133,12 +129,13 @@ def test_the_directory_is_complete(tmp_path):
     assert not list(tmp_path.glob(".*"))  # no partial directory is left
 
 
-@pytest.mark.parametrize("bits, group_size", [(2, 8), (3, 43), (4, -1), (4, 1), (8, 30)])
-@pytest.mark.parametrize("desc_act", [False, True])
-def test_grids(bits, group_size, desc_act, tmp_path):
-    source = save("llama", tmp_path / "source")
+@pytest.mark.parametrize(
+    "bits, group_size, desc_act",
+    [(2, 8, True), (3, 43, False), (4, -1, True), (4, 5, False), (8, 30, True)],
+)
+def test_grids(bits, group_size, desc_act, llama_dir, tmp_path):
     result = _quantize(
-        source, tmp_path / "out", bits=bits, group_size=group_size, desc_act=desc_act
+        llama_dir, tmp_path / "out", bits=bits, group_size=group_size, desc_act=desc_act
     )
     checkpoint = open_quantized(result.out)
     for name, spec in checkpoint.layers.items():
@@ -149,16 +146,9 @@ def test_grids(bits, group_size, desc_act, tmp_path):
 
 
 def test_integer_zero_points_and_stock_formats(tmp_path):
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=96,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-    )
     source = tmp_path / "source"
-    transformers.LlamaForCausalLM(config).save_pretrained(source)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_key_value_heads": 4}
+    llama(vocab_size=96, **sizes).save_pretrained(source)
     ours = _quantize(source, tmp_path / "ours", zero_points="integer")
     checkpoint = open_quantized(ours.out)
     for name, spec in checkpoint.layers.items():
@@ -175,12 +165,11 @@ def test_integer_zero_points_and_stock_formats(tmp_path):
 
 
 @pytest.mark.parametrize("method", ["rtn", "gptq"])
-def test_minima_in_fp16(method, tmp_path):
-    source = save("llama", tmp_path / "source")
+def test_minima_in_fp16(method, llama_dir, tmp_path):
     settings = {"method": method, "dynamic": {"*.v_proj": {"bits": 2}}}
-    plain = open_quantized(_quantize(source, tmp_path / "plain", **settings).out)
+    plain = open_quantized(_quantize(llama_dir, tmp_path / "plain", **settings).out)
     assert "offsets_at" not in plain.reader.config["quantization_config"]
-    out = _quantize(source, tmp_path / "out", offsets_at="minimum", **settings).out
+    out = _quantize(llama_dir, tmp_path / "out", offsets_at="minimum", **settings).out
     stored = open_quantized(out)
     bytes_of = [{n: t.nbytes for n, t in m.reader.tensors.items()} for m in (plain, stored)]
     assert bytes_of[0] == bytes_of[1]
@@ -196,10 +185,9 @@ def test_minima_in_fp16(method, tmp_path):
         assert torch.equal(again.reader.get(name), stored.reader.get(name)), name
 
 
-def test_overrides_and_kept_layers(tmp_path):
-    source = save("llama", tmp_path / "source")
+def test_overrides_and_kept_layers(llama_dir, tmp_path):
     result = _quantize(
-        source,
+        llama_dir,
         tmp_path / "out",
         method="rtn",
         dynamic={"down_proj": {"bits": 8, "group_size": 43}},
@@ -214,50 +202,38 @@ def test_overrides_and_kept_layers(tmp_path):
     assert model.model.layers[0].mlp.down_proj.spec.group_size == 43
 
 
-def test_a_model_in_memory(tmp_path):
-    source = save("llama", tmp_path / "source")
-    model = _load(source)
-    from_disk = _quantize(source, tmp_path / "disk")
+def test_a_model_in_memory(llama_dir, tmp_path):
+    model = _load(llama_dir)
+    from_disk = _quantize(llama_dir, tmp_path / "disk")
     from_memory = _quantize(model, tmp_path / "memory")
     for path in from_disk.out.glob("*.safetensors"):
         assert path.read_bytes() == (from_memory.out / path.name).read_bytes()
     config = json.loads((from_memory.out / "config.json").read_text())
-    assert config["quantization_config"]["base"]["name_or_path"] == "source"
+    assert config["quantization_config"]["base"]["name_or_path"] == "llama"
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
     with pytest.raises(QuantizationError, match="NaN"):
         _quantize(model, tmp_path / "damaged", method="rtn")
-    assert {path.name for path in tmp_path.iterdir()} == {"source", "disk", "memory"}
-
-
-def test_the_same_twice(tmp_path):
-    source = save("llama", tmp_path / "source")
-    runs = [_quantize(source, tmp_path / name, bits=3).out for name in ("a", "b")]
-    for path in runs[0].iterdir():
-        assert path.read_bytes() == (runs[1] / path.name).read_bytes()
+    assert {path.name for path in tmp_path.iterdir()} == {"disk", "memory"}
 
 
 @pytest.mark.parametrize("method", ["rtn", "gptq"])
-def test_one_block_in_memory_at_a_time(method, tmp_path, monkeypatch):
-    source = save("llama", tmp_path / "source")
+def test_one_block_in_memory_at_a_time(method, llama_dir, tmp_path, monkeypatch):
     held = []
     original = shards.pack_layer
 
-    def pack_layer(name, weight, spec):
+    def pack_layer(name, weight):
         real = [n for n, p in models[0].named_parameters() if not p.is_meta]
         held.append((name, real))
-        return original(name, weight, spec)
+        return original(name, weight)
 
     models = []
-    fill = ModelSource.__init__
-
-    def remember(self, *args, **kwargs):
-        fill(self, *args, **kwargs)
-        models.append(self.model)
-
-    monkeypatch.setattr(ModelSource, "__init__", remember)
+    check = ModelSource._check_complete
+    monkeypatch.setattr(
+        ModelSource, "_check_complete", lambda self: models.append(self.model) or check(self)
+    )
     monkeypatch.setattr(shards, "pack_layer", pack_layer)
-    _quantize(source, tmp_path / "out", method=method)
+    _quantize(llama_dir, tmp_path / "out", method=method)
     assert len(held) == 14
     for name, real in held:
         block = name.split(".")[:3]
@@ -276,40 +252,21 @@ def test_half_precision_shards(tmp_path):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"bits": 5}, "bits must be one of"),
-        ({"bits": 4.0}, "bits must be one of"),
-        ({"group_size": 0}, "group_size must be a positive integer"),
-        ({"group_size": -2}, "group_size must be a positive integer"),
         ({"group_size": 64}, r"group_size 64 is larger than .* \(at most 43\)"),
-        ({"method": "awq"}, "method must be one of"),
-        ({"ordering": "size"}, "ordering must be one of"),
-        ({"damp": 0.0}, "damp"),
-        ({"zero_points": "float"}, "zero_points must be"),
-        ({"format": "awq"}, "format must be one of"),
-        ({"format": "gptq", "zero_points": "real"}, "integer zero-points only"),
         ({"format": "gptq"}, "multiples of 32"),
-        ({"offsets_at": "zero"}, "offsets_at must be one of"),
-        ({"offsets_at": "minimum", "zero_points": "integer"}, "needs real-valued offsets"),
-        ({"offsets_at": "minimum", "format": "gptq"}, "needs real-valued offsets"),
         ({"format": "gptq", "dynamic": {"*.q_proj": {"bits": 8}}}, "one grid for all layers"),
-        ({"method": "rtn", "desc_act": True}, "desc_act"),
-        ({"method": "rtn", "calibration": token_ids()}, "method 'rtn' uses no data"),
-        ({"desc_act": True, "ordering": "none"}, "leave out one of the two"),
-        ({"device": "foo"}, "device 'foo' cannot be used"),
         ({"format": "gptq", "group_size": 20}, r"group_size 20: GPTQModel loads .* \[-1, 16, 32"),
+        ({"device": "foo"}, "device 'foo' cannot be used"),
         ({"seq_len": 4096}, "seq_len 4096 is more than the 2048"),
         ({"dynamic": {"*.nothing": {"bits": 8}}}, "matches none of the layers"),
         ({"modules_to_not_convert": ["*"]}, "excludes all"),
-        ({"modules_to_not_convert": "down_proj"}, "must be a list of names, found 'down_proj'"),
         ({"modules_to_not_convert": ["donw_proj"]}, "'donw_proj' matches no module"),
-        ({"calibration": None}, "GPTQ needs text"),
     ],
 )
-def test_bad_settings_write_nothing(settings, message, tmp_path):
-    source = save("llama", tmp_path / "source")
-    with pytest.raises((ConfigError, QuantizationError), match=message):
-        _quantize(source, tmp_path / "out", **settings)
-    assert {path.name for path in tmp_path.iterdir()} == {"source"}
+def test_bad_settings_write_nothing(settings, message, llama_dir, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        _quantize(llama_dir, tmp_path / "out", **settings)
+    assert not list(tmp_path.iterdir())
 
 
 def test_sources_that_cannot_be_quantized(tmp_path):
@@ -343,13 +300,12 @@ def test_architectures_that_cannot_be_quantized(tmp_path):
         _quantize(tmp_path / "t5", tmp_path / "out", method="rtn")
 
 
-def test_a_taken_output_is_refused(tmp_path):
-    source = save("llama", tmp_path / "source")
+def test_a_taken_output_is_refused(llama_dir, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "notes.txt").write_text("mine")
     with pytest.raises(OutputError, match="not empty"):
-        _quantize(source, out, method="rtn")
+        _quantize(llama_dir, out, method="rtn")
     assert (out / "notes.txt").read_text() == "mine"
 
 
@@ -364,14 +320,9 @@ def test_damaged_weights_are_named(tmp_path):
         assert not (tmp_path / method).exists()
 
 
-def test_it_is_a_public_name():
-    assert qalora_plugin.quantize_model is quantize_model
-
-
-def test_rtn_equals_the_fit_on_tensors(tmp_path):
-    source = save("llama", tmp_path / "source")
-    result = _quantize(source, tmp_path / "out", method="rtn")
+def test_rtn_equals_the_fit_on_tensors(llama_dir, tmp_path):
+    result = _quantize(llama_dir, tmp_path / "out", method="rtn")
     name = "model.layers.0.mlp.down_proj"
-    weight = load_file(source / "model.safetensors")[f"{name}.weight"]
-    fitted = rtn(weight, bits=4, group_size=16, name=name).dequantize().t()
+    weight = load_file(llama_dir / "model.safetensors")[f"{name}.weight"]
+    fitted = rtn(weight, QuantSpec(4, 16, 43, 32), name=name).dequantize().t()
     assert torch.equal(_load(result.out).get_submodule(name).weight_t.t(), fitted)

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import time
 import pytest
 from support.architectures import save, token_ids
 
-from qalora_plugin.quantize import pipeline
+from qalora_plugin.quantize import walk
 from qalora_plugin.quantize.pipeline import quantize_model
 
 _CHILD = """
@@ -49,16 +50,18 @@ class _StopError(Exception):
     pass
 
 
-def _interrupt_after(monkeypatch, blocks):
-    """Let the run die when it has written `blocks` blocks."""
-    original = pipeline.Walk.leave
+def _die_after_a_block(source, out, monkeypatch, **settings):
+    """Let a run die when it has written its first block."""
+    leave = walk.Walk.leave
 
-    def leave(self, index):
-        original(self, index)
-        if index + 1 == blocks:
-            raise _StopError
+    def dying(self, index):
+        leave(self, index)
+        raise _StopError
 
-    monkeypatch.setattr(pipeline.Walk, "leave", leave)
+    with monkeypatch.context() as patch:
+        patch.setattr(walk.Walk, "leave", dying)
+        with pytest.raises(_StopError):
+            _run(source, out, **settings)
 
 
 def test_killed_and_started_again(source, tmp_path):
@@ -83,66 +86,47 @@ def test_killed_and_started_again(source, tmp_path):
     assert _files(out) == _files(_run(source, tmp_path / "whole").out)
 
 
-@pytest.mark.parametrize("settings", [{}, {"desc_act": True}, {"zero_points": "integer"}])
+@pytest.mark.parametrize("settings", [{"desc_act": True}, {"zero_points": "integer"}])
 def test_activations_are_the_same_after_a_restart(source, tmp_path, monkeypatch, settings):
-    with monkeypatch.context() as patch:
-        _interrupt_after(patch, 1)
-        with pytest.raises(_StopError):
-            _run(source, tmp_path / "out", **settings)
+    _die_after_a_block(source, tmp_path / "out", monkeypatch, **settings)
     solved = []
-    original = pipeline.Walk.solve
+    original = walk.Walk.solve
     monkeypatch.setattr(
-        pipeline.Walk,
-        "solve",
-        lambda self, i, layers: solved.append(i) or original(self, i, layers),
+        walk.Walk, "solve", lambda self, i, layers: solved.append(i) or original(self, i, layers)
     )
     result = _run(source, tmp_path / "out", **settings)
     assert (result.resumed, solved) == (1, [1])
     assert _files(result.out) == _files(_run(source, tmp_path / "whole", **settings).out)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [{"bits": 4}, {"calibration": token_ids(3)}, {"damp": 0.02}],
-    ids=["settings", "data", "solver"],
-)
-def test_other_settings_start_over(source, tmp_path, monkeypatch, change, caplog):
-    with monkeypatch.context() as patch:
-        _interrupt_after(patch, 1)
-        with pytest.raises(_StopError):
-            _run(source, tmp_path / "out")
-    with caplog.at_level(logging.WARNING):
-        result = _run(source, tmp_path / "out", **change)
-    assert result.resumed == 0
-    assert "other settings, data or source; starting over" in caplog.text
-    assert _files(result.out) == _files(_run(source, tmp_path / "whole", **change).out)
-
-
-def test_a_changed_source_starts_over(source, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        _interrupt_after(patch, 1)
-        with pytest.raises(_StopError):
-            _run(source, tmp_path / "out")
-    weights = source / "model.safetensors"
-    os.utime(weights, (time.time(), time.time() + 5))
-    assert _run(source, tmp_path / "out").resumed == 0
+def test_other_settings_data_or_source_start_over(source, tmp_path, monkeypatch, caplog):
+    out = tmp_path / "out"
+    _die_after_a_block(source, out, monkeypatch)
+    for change in ({"bits": 4}, {"calibration": token_ids(3)}, {"damp": 0.02}):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            assert _run(source, out, **change).resumed == 0, change
+        assert "other settings, data or source; starting over" in caplog.text
+        shutil.rmtree(out)
+    os.utime(source / "model.safetensors", (time.time(), time.time() + 5))
+    assert _run(source, out).resumed == 0
 
 
 def test_data_free_runs_resume_too(source, tmp_path, monkeypatch):
-    original = pipeline.rtn
-    seen = []
+    free = {"method": "rtn", "calibration": None}
+    original = walk.rtn
 
-    def dying(weight, **kwargs):
-        if kwargs["name"].startswith("model.layers.1.mlp") and len(seen) == 0:
-            seen.append(kwargs["name"])
+    def dying(weight, spec, **kwargs):
+        if kwargs["name"].startswith("model.layers.1.mlp"):
             raise _StopError
-        return original(weight, **kwargs)
+        return original(weight, spec, **kwargs)
 
-    monkeypatch.setattr(pipeline, "rtn", dying)
-    with pytest.raises(_StopError):
-        _run(source, tmp_path / "out", method="rtn", calibration=None)
-    result = _run(source, tmp_path / "out", method="rtn", calibration=None)
+    with monkeypatch.context() as patch:
+        patch.setattr(walk, "rtn", dying)
+        with pytest.raises(_StopError):
+            _run(source, tmp_path / "out", **free)
+    assert _run(source, tmp_path / "out", **free, mse=False).resumed == 0
+    shutil.rmtree(tmp_path / "out")
+    result = _run(source, tmp_path / "out", **free)
     assert result.resumed == 1
-    assert _files(result.out) == _files(
-        _run(source, tmp_path / "whole", method="rtn", calibration=None).out
-    )
+    assert _files(result.out) == _files(_run(source, tmp_path / "whole", **free).out)

@@ -93,7 +93,7 @@ def quantize(
         if act_order:
             order = torch.randperm(k, generator=torch.Generator().manual_seed(index))
         weight = linear.weight.detach()[:, order].float()
-        found = rtn(weight, bits=bits, group_size=spec.group_size, name=name)
+        found = rtn(weight, spec, name=name)
         back = order.argsort()
         g_idx = (torch.arange(k) // spec.group_size)[back] if act_order else None
         layer = QuantLinear.from_codes(

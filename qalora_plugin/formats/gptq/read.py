@@ -255,7 +255,7 @@ def zero_points(qzeros: torch.Tensor, spec: QuantSpec, stock: StockConfig) -> to
 
 
 def _v1_zeros(qzeros: torch.Tensor, spec: QuantSpec, stock: StockConfig) -> torch.Tensor:
-    """z from the stored z - 1.
+    """Z from the stored z - 1.
 
     AutoGPTQ adds 1 to each unpacked value, modulo 2^bits. GPTQModel adds to whole words, so that a
     z of 0, whose 1 was borrowed from its neighbour when it was written, comes back right.

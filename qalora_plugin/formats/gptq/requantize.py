@@ -19,8 +19,7 @@ from ...checkpoint.config import QALoRAQuantConfig
 from ...errors import QuantizationError
 from ...files.atomic import AtomicDirectory
 from ...hf.load import load_model
-from ...quantize.calibration import Calibration, calibration_windows
-from ...quantize.options import fitting_length
+from ...quantize.calibration import Calibration, calibration_windows, fitting_length
 from ...quantize.pipeline import quantize_model
 from ...quantize.stdlib_text import calibration_texts
 from ..torchao.write import TorchAO

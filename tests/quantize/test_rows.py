@@ -1,0 +1,86 @@
+"""Which fields of a row hold its example, and rows of files."""
+
+import json
+
+import pytest
+
+from qalora_plugin.errors import QuantizationError
+from qalora_plugin.quantize.rows import file_rows, read_row
+
+PAIR = {"prompt": "ask", "completion": "say"}
+TURNS = [{"role": "user", "content": "ask"}, {"role": "assistant", "content": "say"}]
+
+
+class Plain:
+    """A tokenizer without a chat template."""
+
+
+class WithTemplate:
+    chat_template = "..."
+
+    def apply_chat_template(self, messages, tokenize):
+        return "|".join(f"{message['role']}:{message['content']}" for message in messages)
+
+
+@pytest.mark.parametrize(
+    "row, example",
+    [
+        ("words", {"text": "words"}),
+        ({"text": "words", "prompt": None}, {"text": "words"}),
+        ({"prompt": "ask", "completion": "say", "text": "both"}, PAIR),
+        ({"question": "ask", "answer": "say"}, PAIR),
+        ({"question": 1, "answer": 2}, {"prompt": "1", "completion": "2"}),
+        ({"instruction": "ask", "output": "say", "input": ""}, PAIR),
+        (
+            {"instruction": "ask", "output": "say", "input": "that"},
+            {"prompt": "ask\nthat", "completion": "say"},
+        ),
+        ({"instruction": "ask", "response": "say"}, PAIR),
+        ({"prompt": "ask", "response": "say"}, PAIR),
+        ({"prompt": "ask", "chosen": "say", "rejected": "no"}, PAIR),
+    ],
+)
+def test_fields(row, example):
+    assert read_row(row, "row 0") == example
+
+
+@pytest.mark.parametrize(
+    "row", [{"messages": TURNS}, {"prompt": TURNS[:1], "completion": TURNS[1:]}]
+)
+def test_messages_become_text(row):
+    assert read_row(row, "row 0", WithTemplate()) == {"text": "user:ask|assistant:say"}
+    assert read_row(row, "row 0", Plain()) == {"text": "ask\nsay"}
+    with pytest.raises(QuantizationError, match="row 0: expected text, found messages"):
+        read_row(row, "row 0")
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ({"body": "x"}, r"row 7: expected a string or .*question\+answer.* found \['body'\]"),
+        (3, "row 7: expected .* found int"),
+        ({"messages": [{"role": "user"}]}, "row 7: expected messages of the form"),
+    ],
+)
+def test_other_rows_are_named(row, message):
+    with pytest.raises(QuantizationError, match=message):
+        read_row(row, "row 7", Plain())
+
+
+def test_lines_of_a_file(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    # a line separator of Unicode is no end of a line of JSON
+    rows = [{"text": "a\u2028b"}, "c"]
+    path.write_text("\r\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows), "utf-8")
+    assert list(file_rows(path, 3)) == [(f"{path}:1", rows[0]), (f"{path}:3", rows[1])]
+    path.write_text('{"text": "a"}\n\n{"text": \n')
+    with pytest.raises(QuantizationError, match=r"rows\.jsonl:3: not JSON .* Correct this line"):
+        list(file_rows(path, 3))
+
+
+def test_pieces_of_a_text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("abcdefgh")
+    assert [piece for _, piece in file_rows(path, 3)] == ["abc", "def", "gh"]
+    with pytest.raises(QuantizationError, match=r"none\.txt: cannot be read .* Give a \.txt or"):
+        list(file_rows(tmp_path / "none.txt", 3))
