@@ -30,7 +30,7 @@ class AbsentWeight(torch.Tensor):
     def __new__(
         cls, shape: Sequence[int], dtype: torch.dtype, device: torch.device | str
     ) -> "AbsentWeight":
-        """Make one."""
+        """Make a weight without numbers; see the class for the arguments."""
         return torch.Tensor._make_wrapper_subclass(
             cls, torch.Size(shape), dtype=dtype, device=torch.device(device)
         )
@@ -43,7 +43,7 @@ class AbsentWeight(torch.Tensor):
         args: Any = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Refuse: there are no numbers to compute with."""
+        """Refuse the operation, as there are no numbers to compute with."""
         raise ConfigError(
             f"{operation} needs the numbers of a quantized layer's weight, which the layer does "
             "not hold: this model computes with them itself instead of calling the layer. Quantize "
@@ -51,5 +51,5 @@ class AbsentWeight(torch.Tensor):
         )
 
     def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
-        """Without the numbers."""
+        """Describe the weight; it has no numbers to print."""
         return f"AbsentWeight(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"

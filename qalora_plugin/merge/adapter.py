@@ -27,7 +27,8 @@ from ..files.hub import resolve_model_dir
 from ..files.json import read_json
 from ..files.names import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, CONFIG_FILE
 from ..files.safetensors import TensorInfo, read_header
-from ..tuner.config import ADAPT_PARTS, QALoRAConfig
+from ..tuner.config import QALoRAConfig
+from ..tuner.names import ADAPT_PARTS, MATRICES
 from .conventions import CONVENTIONS
 
 PREFIX = "base_model.model."
@@ -36,7 +37,7 @@ _AGAIN = "Config and tensors belong to two adapters, or are damaged: save or cop
 
 # (A, B) of each part, by peft_type and part
 _TENSORS = {
-    QALORA: {"zeros": ("qalora_A", "qalora_B"), "scales": ("qalora_scale_A", "qalora_scale_B")},
+    QALORA: MATRICES,
     LORA: {"zeros": ("lora_A", "lora_B")},
 }
 # LoRA's fields that say how large the change of a layer is
