@@ -22,7 +22,7 @@ from qalora_plugin import QALoRAQuantConfig, export_model, merge_adapter
 from qalora_plugin.checkpoint.checkpoint import open_quantized
 from qalora_plugin.cli import main
 from qalora_plugin.errors import OutputError
-from qalora_plugin.files.hub import public_name
+from qalora_plugin.formats.record import public_name
 from qalora_plugin.hub.card import find_subject, make_card, subject_of
 from qalora_plugin.hub.push import push, push_merged
 

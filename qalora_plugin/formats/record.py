@@ -1,18 +1,31 @@
 """qalora_export.json: what an export holds, kept beside it for verifying and for its model card."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 from .._version import __version__
 from ..checkpoint.checkpoint import QuantizedCheckpoint, open_quantized
 from ..files.atomic import atomic_file
-from ..files.hub import public_name, resolve_model_dir
+from ..files.hub import resolve_model_dir
 from ..files.json import read_json, write_json
 from ..files.names import ADAPTER_CONFIG_FILE, RECORD_FILE
 from .walk import ExportResult
 
 GGUF_KEY = "qalora.source"  # a GGUF file has no files beside it
 _ADAPTER_FACTS = ("r", "lora_alpha", "layers")
+
+
+def public_name(name_or_path: Any) -> str:
+    """A Hub id as it is; of a path only its last part, which tells nothing about the machine.
+
+    A name of two parts is a path if there is such a directory now, as when a model is loaded.
+    """
+    text = str(name_or_path or "")
+    if not text:
+        return text
+    is_path = os.path.isabs(text) or text.count("/") > 1 or text[0] in ".~" or os.path.isdir(text)
+    return os.path.basename(os.path.abspath(text)) if is_path else text
 
 
 def describe_source(checkpoint: QuantizedCheckpoint) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from ..checkpoint.checkpoint import QuantizedCheckpoint
 from ..checkpoint.layout import GUARD
 from ..checkpoint.validate import check_values
 from ..errors import CheckpointError
+from ..layers.absent import is_loaded, mark_loaded
 from ..layers.linear import QuantLinear
 from .sharded_loading import PendingLayer, load_layers
 
@@ -116,8 +117,7 @@ class StoredLayers:
             module.set_packed(checkpoint.layer(layer))
             mark_loaded(module)
         for part, tensor in [*module.named_parameters(), *module.named_buffers()]:
-            # buffers that no tensor filled are left uninitialised without a word
-            if tensor.is_meta or not getattr(tensor, "_is_hf_initialized", False):
+            if not is_loaded(tensor):
                 raise CheckpointError(
                     f"{checkpoint.directory}: {layer}.{part} was not loaded. "
                     "Write or copy the checkpoint again, or update qalora-plugin."
@@ -126,14 +126,6 @@ class StoredLayers:
             module.offsets = load_offsets(module.offsets, module.scales, module.spec)
             where = f"{checkpoint.directory}: {layer}"
             check_values(where, module.spec, module.scales, module.offsets, module.g_idx)
-
-
-def mark_loaded(layer: QuantLinear) -> None:
-    """Tell transformers that a layer's numbers are there; it loads the bias itself."""
-    for name, tensor in (*layer.named_parameters(), *layer.named_buffers()):
-        if name != "bias":
-            tensor._is_hf_initialized = True  # type: ignore[attr-defined]
-    layer._is_hf_initialized = True  # type: ignore[assignment]
 
 
 def _ignore(model: PreTrainedModel, kind: str, names: set[str]) -> None:

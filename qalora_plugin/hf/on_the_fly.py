@@ -15,10 +15,10 @@ from ..checkpoint.config import QALoRAQuantConfig
 from ..checkpoint.fingerprint import combine, mark
 from ..errors import ConfigError, QALoRAError
 from ..files.hub import public_name
+from ..layers.absent import mark_loaded
 from ..layers.linear import QuantLinear
 from ..layers.sharded import ShardedQuantLinear
 from ..quantize.rtn import rtn
-from .loading import mark_loaded
 from .sharded_loading import finish_sharding, loads_sharded, shard
 
 
@@ -56,8 +56,19 @@ class LayerQuantizer:
         check_overrides(config.dynamic, self.specs)
 
     def quantize(self, model: nn.Module, name: str, weight: torch.Tensor) -> None:
-        """Replace the layer `name` of the model by its quantized form."""
+        """Replace the layer `name` of the model by its quantized form, unless one has failed."""
+        if self.error is not None:
+            return
         linear = cast(nn.Linear, model.get_submodule(name))
+        try:
+            layer = self._quantized(name, weight)
+        except QALoRAError as error:
+            self.error = error
+            return
+        layer.bias = linear.bias  # loaded already, or about to be
+        model.set_submodule(name, layer)
+
+    def _quantized(self, name: str, weight: torch.Tensor) -> QuantLinear:
         spec = self.specs[name]
         found = rtn(
             weight,
@@ -73,8 +84,7 @@ class LayerQuantizer:
         else:
             layer = QuantLinear.from_packed(packed)
         mark_loaded(layer)
-        layer.bias = linear.bias  # loaded already, or about to be
-        model.set_submodule(name, layer)
+        return layer
 
     def finish(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
         """Complete the model, and let the config say where its integers came from.
@@ -136,12 +146,7 @@ class QuantizeOnLoad(ConversionOps):
             if name not in self._layers.specs:
                 rest[key] = value
                 continue
-            weight = value[0] if isinstance(value, list) else value
             if missing_keys is not None:
                 missing_keys.discard(key)
-            if self._layers.error is None:
-                try:
-                    self._layers.quantize(model, name, weight)
-                except QALoRAError as error:
-                    self._layers.error = error
+            self._layers.quantize(model, name, value[0] if isinstance(value, list) else value)
         return rest

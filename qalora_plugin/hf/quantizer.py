@@ -41,7 +41,6 @@ _VARIANT = re.compile(r"model\.[^.]+\.safetensors")
 class QALoRAQuantizer(HfQuantizer):
     """Loads quantized checkpoints as `QuantLinear` layers, and quantizes others while they load."""
 
-    requires_calibration = False
     quantization_config: QALoRAQuantConfig
 
     def __init__(self, quantization_config: QALoRAQuantConfig, **kwargs: Any) -> None:
@@ -136,13 +135,11 @@ class QALoRAQuantizer(HfQuantizer):
         state = model.state_dict()
         adapter_alone = getattr(model, "_hf_peft_config_loaded", False)
         for name, module in model.named_modules():
-            if not isinstance(module, QuantLinear):
+            wrapped = name.endswith(".base_layer")
+            if not isinstance(module, QuantLinear) or (wrapped and adapter_alone):
                 continue
-            if name.endswith(".base_layer") and adapter_alone:
-                continue  # only the adapter is saved
             _check_savable(name, module)
-            offsets = store_offsets(module.offsets, module.scales, module.spec)
-            state[f"{name}.offsets"] = offsets
+            state[f"{name}.offsets"] = store_offsets(module.offsets, module.scales, module.spec)
             state[f"{name}.{GUARD}"] = guard_tensor(module.in_features)
         return state, {}
 

@@ -13,7 +13,7 @@ from qalora_kernels import QuantSpec
 from ..checkpoint.checkpoint import QuantizedCheckpoint
 from ..checkpoint.fingerprint import fingerprint
 from ..distributed.sharding import fsdp_enabled, loads_from_rank_0, partition, zero3_enabled
-from ..layers.absent import AbsentWeight
+from ..layers.absent import AbsentWeight, mark_loaded
 from ..layers.sharded import ShardedQuantLinear
 
 
@@ -25,7 +25,7 @@ class PendingLayer(nn.Module):
         # some parents initialise their layers' weights
         self.weight = AbsentWeight((spec.out_features, spec.in_features), torch.float32, "meta")
         self.bias = bias
-        self._is_hf_initialized = True
+        mark_loaded(self)
 
 
 def loads_sharded() -> bool:

@@ -11,10 +11,9 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from ..checkpoint.checkpoint import QuantizedCheckpoint, open_quantized
 from ..errors import OutputError, QALoRAError
-from ..files.hub import public_name
 from ..files.json import read_json
 from ..files.names import RECORD_FILE, REPORT_FILE
-from ..formats.record import GGUF_KEY, describe_source, read_record
+from ..formats.record import GGUF_KEY, describe_source, public_name, read_record
 from ..formats.walk import require
 
 CARD_FILE = "README.md"

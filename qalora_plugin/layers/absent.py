@@ -1,11 +1,31 @@
-"""`AbsentWeight`: what a quantized layer answers where a model asks it for its `weight`."""
+"""What models and transformers are told of the numbers of a quantized layer.
+
+A model that asks for the layer's `weight` gets an `AbsentWeight`. transformers initialises what
+lacks its mark, which is spelled here.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..errors import ConfigError
+
+_MARK = "_is_hf_initialized"  # transformers' own name
+
+
+def mark_loaded(layer: nn.Module) -> None:
+    """Tell transformers that a layer has its numbers, all but the bias, which it loads itself."""
+    for name, tensor in (*layer.named_parameters(), *layer.named_buffers()):
+        if name != "bias":
+            setattr(tensor, _MARK, True)
+    setattr(layer, _MARK, True)
+
+
+def is_loaded(tensor: torch.Tensor) -> bool:
+    """Say whether a tensor has its numbers; a buffer that nothing fills is left uninitialised."""
+    return not tensor.is_meta and getattr(tensor, _MARK, False)
 
 
 class AbsentWeight(torch.Tensor):

@@ -1,5 +1,6 @@
 """`QuantLinear`: a frozen linear layer of packed integers, scales and real-valued offsets."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -53,18 +54,13 @@ class QuantLinear(nn.Module):
         self.out_features = spec.out_features
         self.weight_dtype = dtype or torch.get_default_dtype()
         """The dtype of the dense layer that this one stands for; `.to(dtype)` changes it."""
-        self.qweight = nn.Parameter(
-            torch.empty(spec.packed_rows, spec.out_features, dtype=torch.int32, device=device),
-            requires_grad=False,
-        )
+        empty = functools.partial(torch.empty, device=device)
+        qweight = empty(spec.packed_rows, spec.out_features, dtype=torch.int32)
+        self.qweight = nn.Parameter(qweight, requires_grad=False)
         self._register_grid(device)
-        g_idx = torch.empty(spec.in_features, dtype=torch.int32, device=device)
+        g_idx = empty(spec.in_features, dtype=torch.int32)
         self.register_buffer("g_idx", g_idx if desc_act else None)
-        self.bias = (
-            nn.Parameter(torch.empty(spec.out_features, device=device, dtype=dtype))
-            if bias
-            else None
-        )
+        self.bias = nn.Parameter(empty(spec.out_features, dtype=dtype)) if bias else None
 
     def _register_grid(self, device: torch.device | str | None) -> None:
         spec, shape = self.spec, (self.spec.num_groups, self.spec.out_features)
@@ -108,11 +104,8 @@ class QuantLinear(nn.Module):
         scales = weight.scales.detach().to(spec.scales_dtype)
         if spec.minimum_below is not None:
             offsets = round_minimum(offsets, scales, spec.minimum_below, spec.scales_dtype)
-        stored = {
-            "qweight": weight.qweight,
-            "scales": scales,
-            "offsets": offsets.to(spec.offsets_dtype),
-        }
+        offsets = offsets.to(spec.offsets_dtype)
+        stored = {"qweight": weight.qweight, "scales": scales, "offsets": offsets}
         if weight.g_idx is not None:
             stored["g_idx"] = weight.g_idx.to(torch.int32)
         return stored
@@ -163,16 +156,13 @@ class QuantLinear(nn.Module):
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         # a cast of scales or offsets would change the weights that were trained or merged:
         # keep the numbers, follow only the device
-        kept = {name: self._buffers.get(name) for name in ("scales", "offsets")}
+        before = {name: kept for name, kept in self._buffers.items() if kept is not None}
         super()._apply(fn, recurse)
         self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype, device="cpu")).dtype
-        for name, before in kept.items():
-            if before is None:
-                continue
-            after = getattr(self, name)
-            if after.dtype != before.dtype:
-                moved = before if after.device == before.device else before.to(after.device)
-                setattr(self, name, moved)
+        for name, kept in before.items():
+            moved = getattr(self, name)
+            if moved.dtype != kept.dtype:
+                setattr(self, name, kept.to(moved.device))
         return self
 
     def extra_repr(self) -> str:

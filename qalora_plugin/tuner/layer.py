@@ -140,16 +140,19 @@ class QALoRALinear(nn.Module, BaseTunerLayer):
                 yield attribute, holder[adapter_name].weight
 
     def change(self, part: str, adapters: Iterable[str]) -> LowRank | None:
-        """Return what adapters change together, None where they leave the part alone.
-
-        Args:
-            part: "zeros", for the change of the offsets, or "scales".
-            adapters: their names; for one of them `a` and `b` are its own parameters.
-        """
+        """Return what adapters change together in one part, None if they leave it alone."""
         a, b = (getattr(self, attribute) for attribute in MATRICES[part])
         return _stack(
             [LowRank(a[n].weight, b[n].weight, self.scaling[n]) for n in adapters if n in a]
         )
+
+    def changes(self, adapter_name: str) -> dict[str, LowRank]:
+        """Return an adapter's change of the offsets ("zeros") and of the scales ("scales").
+
+        Only what it adapts here; under ZeRO-3 and FSDP the matrices are this rank's parts.
+        """
+        found = {part: self.change(part, [adapter_name]) for part in MATRICES}
+        return {part: change for part, change in found.items() if change is not None}
 
     def forward(self, x: torch.Tensor, adapter_names: list[str] | None = None) -> torch.Tensor:
         """Compute the layer with its active adapters.

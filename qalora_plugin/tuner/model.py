@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import TaskType
@@ -13,7 +13,6 @@ from torch import nn
 
 from ..checkpoint.merged import MergedAdapter, merged_in_memory
 from ..distributed.sharding import plain_name
-from ..errors import ConfigError
 from ..layers.linear import QuantLinear
 from .config import PEFT_TYPE, QALoRAConfig
 from .layer import BASE, QALoRALinear
@@ -70,14 +69,9 @@ class QALoRAModel(BaseTuner):
     ) -> None:
         if isinstance(target, QALoRALinear):
             target.update_layer(adapter_name, peft_config, current_key)
-        elif isinstance(target, QuantLinear):
-            layer = QALoRALinear(target, adapter_name, peft_config, current_key)
+        else:  # a QuantLinear: `resolve_targets` has refused the rest
+            layer = QALoRALinear(cast(QuantLinear, target), adapter_name, peft_config, current_key)
             self._replace_module(parent, target_name, layer, target)
-        else:
-            raise ConfigError(
-                f"{current_key}: expected a quantized linear layer, found "
-                f"{type(target).__name__}; leave it out of target_modules"
-            )
 
     def _replace_module(
         self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module

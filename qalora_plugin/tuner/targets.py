@@ -4,7 +4,6 @@ import copy
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
@@ -12,7 +11,9 @@ from torch import nn
 
 from ..checkpoint.config import QUANT_METHOD, QALoRAQuantConfig
 from ..checkpoint.fingerprint import fingerprint
+from ..checkpoint.identity import BaseIdentity
 from ..errors import AdapterError, ConfigError
+from ..files.names import ADAPTER_CONFIG_FILE
 from ..layers.linear import QuantLinear
 from .config import ALL_LINEAR, QALoRAConfig
 
@@ -118,16 +119,6 @@ def _check_matched(
         )
 
 
-@dataclass(frozen=True)
-class BaseIdentity:
-    """What an adapter knows its base by; see the fields of `QALoRAConfig`."""
-
-    bits: int
-    group_size: int
-    fingerprint: str | None
-    base_merged: dict[str, Any] | None
-
-
 def quantization_config(model: nn.Module) -> QALoRAQuantConfig | None:
     """Return our quantization config of a model, None where it has none."""
     found = getattr(getattr(model, "config", None), "quantization_config", None)
@@ -163,26 +154,28 @@ def check_base(config: QALoRAConfig, base: BaseIdentity) -> None:
         AdapterError: the adapter was trained on another base.
     """
     known = config.fingerprint is not None
-    for name in ("bits", "group_size", "fingerprint"):
-        wanted, found = getattr(config, name), getattr(base, name)
-        if wanted is None:
-            setattr(config, name, found)
-        elif found is not None and wanted != found:
-            raise AdapterError(
-                f"adapter_config.json: {name}: the adapter belongs to a base with {name}="
-                f"{wanted!r}, found a base with {name}={found!r} (adapter: bits={config.bits}, "
-                f"group_size={config.group_size}, fingerprint={config.fingerprint}; base: "
-                f"bits={base.bits}, group_size={base.group_size}, fingerprint={base.fingerprint}). "
-                "Load the base that the adapter was trained on, quantized in the same way"
-            )
-    if not known:
-        config.base_merged = base.base_merged
-    elif config.base_merged != base.base_merged:
+    merged = config.base_merged if known else base.base_merged
+    stated = BaseIdentity(config.bits, config.group_size, config.fingerprint, merged)
+    different = stated.difference(base)
+    if different == "base_merged":
         raise AdapterError(
-            f"adapter_config.json: base_merged: the adapter was trained on a base into which "
+            f"{ADAPTER_CONFIG_FILE}: base_merged: the adapter was trained on a base into which "
             f"{_merges(config.base_merged)} was merged, found one into which "
             f"{_merges(base.base_merged)} is already merged. Load the base that it was trained on"
         )
+    if different is not None:
+        raise AdapterError(
+            f"{ADAPTER_CONFIG_FILE}: {different}: the adapter belongs to a base with {different}="
+            f"{getattr(stated, different)!r}, found a base with {different}="
+            f"{getattr(base, different)!r} (adapter: bits={config.bits}, "
+            f"group_size={config.group_size}, fingerprint={config.fingerprint}; base: "
+            f"bits={base.bits}, group_size={base.group_size}, fingerprint={base.fingerprint}). "
+            "Load the base that the adapter was trained on, quantized in the same way"
+        )
+    for name in ("bits", "group_size", "fingerprint"):
+        if getattr(config, name) is None:
+            setattr(config, name, getattr(base, name))
+    config.base_merged = merged
 
 
 def _merges(merged: dict[str, Any] | None) -> str:

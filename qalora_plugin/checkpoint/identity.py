@@ -1,0 +1,34 @@
+"""Does an adapter belong to a base? The one comparison; those who ask word their own errors."""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class BaseIdentity:
+    """What a quantized base is known by, read from the base or from an adapter's config.
+
+    Args:
+        bits: width of the integers; None where an adapter does not say.
+        group_size: inputs that share a scale; None likewise.
+        fingerprint: of the integers (see `fingerprint`); None where nobody computed it.
+        base_merged: the `merged` record of what is merged into the base; None for nothing.
+    """
+
+    bits: int | None
+    group_size: int | None
+    fingerprint: str | None
+    base_merged: dict[str, Any] | None
+
+    def difference(self, other: "BaseIdentity") -> str | None:
+        """Return the name of the first field that differs; None where both are one base.
+
+        A None differs from nothing, but in `base_merged`, where it means that nothing is merged.
+        """
+        if self.base_merged != other.base_merged:
+            return "base_merged"
+        for name in ("bits", "group_size", "fingerprint"):
+            values = {getattr(self, name), getattr(other, name)} - {None}
+            if len(values) > 1:
+                return name
+        return None
