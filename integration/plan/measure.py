@@ -165,7 +165,7 @@ def measure(case: dict[str, Any], device: str) -> int:
     from torch import nn
     from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 
-    from qalora_kernels import QuantSpec
+    from qalora_kernels import PackedWeight, QuantSpec
     from qalora_plugin import QALoRAConfig
     from qalora_plugin.architecture.selection import linears_in_blocks
     from qalora_plugin.layers.linear import QuantLinear
@@ -183,8 +183,8 @@ def measure(case: dict[str, Any], device: str) -> int:
         spec = QuantSpec(4, 32, k, n)
         codes = torch.randint(0, 16, (n, k), dtype=torch.uint8)
         scales = torch.full((spec.num_groups, n), 0.01)
-        bias = linear.bias
-        return QuantLinear.from_codes(spec, codes, scales, torch.zeros_like(scales), bias=bias)
+        packed = PackedWeight.from_codes(codes, scales, torch.zeros_like(scales), None, spec)
+        return QuantLinear.from_packed(packed, linear.bias)
 
     linears = linears_in_blocks(model)
     if case["method"] == "qalora":

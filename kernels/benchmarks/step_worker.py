@@ -83,7 +83,7 @@ def lora_fp32(model: nn.Module, spec: dict[str, Any]) -> nn.Module:
 
 def qalora(model: nn.Module, spec: dict[str, Any], adapt: str = "zeros") -> nn.Module:
     """QA-LoRA, folded: offsets, as in the paper."""
-    from qalora_kernels import QuantSpec
+    from qalora_kernels import PackedWeight, QuantSpec
     from qalora_plugin import QALoRAConfig
     from qalora_plugin.layers.linear import QuantLinear
 
@@ -92,8 +92,8 @@ def qalora(model: nn.Module, spec: dict[str, Any], adapt: str = "zeros") -> nn.M
         grid = QuantSpec(spec["bits"], spec["group_size"], k, n)
         codes = torch.randint(0, 1 << spec["bits"], (n, k), dtype=torch.uint8)
         scales = torch.full((grid.num_groups, n), 0.02)
-        layer = QuantLinear.from_codes(grid, codes, scales, torch.zeros_like(scales))
-        return layer.to(linear.weight.device)
+        packed = PackedWeight.from_codes(codes, scales, torch.zeros_like(scales), None, grid)
+        return QuantLinear.from_packed(packed).to(linear.weight.device)
 
     replace_linears(model, make)
     config = QALoRAConfig(r=spec["r"], lora_alpha=16, adapt=adapt)

@@ -3,7 +3,8 @@
 from typing import Any
 
 from ..errors import ConfigError
-from ..tuner.parameter_groups import SCALE_LR_RATIO, SCALE_PARAMETERS
+from ..tuner.names import SCALE_PREFIX
+from ..tuner.parameter_groups import SCALE_LR_RATIO
 
 GROUP = "qalora_scales"
 _WITHOUT_GROUPS = ("dion", "muon", "polora", "sinkgd")  # made from the model, not from groups
@@ -26,7 +27,7 @@ def set_scale_rate(cfg: Any) -> None:
             raise ConfigError(f"qalora: scale_learning_rate_ratio: {ratio}: {reason}; remove it")
         return
     rate = cfg["learning_rate"] * (SCALE_LR_RATIO if ratio is None else ratio)
-    ours = {"name": GROUP, "modules": [SCALE_PARAMETERS], "lr": rate}
+    ours = {"name": GROUP, "modules": [SCALE_PREFIX], "lr": rate}
     theirs = [group for group in cfg.get("lr_groups") or [] if group["name"] != GROUP]
     cfg["lr_groups"] = [*theirs, ours]
 

@@ -1,5 +1,8 @@
 """`QALoRAQuantConfig`: how a base is quantized, as config.json's `quantization_config` says it."""
 
+import dataclasses
+import functools
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,17 +20,40 @@ METHODS = ("rtn", "gptq")
 _LAYER_KEYS = {"bits", "group_size"}
 
 
+def _require(valid: bool, name: str, expected: str, found: Any) -> None:
+    if not valid:
+        raise ConfigError(f"quantization_config: {name} must be {expected}, found {found!r}")
+
+
 def _check_grid(where: str, bits: Any, group_size: Any) -> None:
-    if type(bits) is not int or bits not in SUPPORTED_BITS:
-        raise ConfigError(f"{where}bits must be one of {SUPPORTED_BITS}, found {bits!r}")
-    valid = isinstance(group_size, int) and not isinstance(group_size, bool)
-    if not valid or (group_size != -1 and group_size < 1):
-        raise ConfigError(
-            f"{where}group_size must be a positive integer, or -1 for one group per output, "
-            f"found {group_size!r}"
-        )
+    known = type(bits) is int and bits in SUPPORTED_BITS
+    _require(known, f"{where}bits", f"one of {SUPPORTED_BITS}", bits)
+    valid = type(group_size) is int and (group_size == -1 or group_size >= 1)
+    expected = "a positive integer, or -1 for one group per output"
+    _require(valid, f"{where}group_size", expected, group_size)
 
 
+def _refuse_unknown_keys(cls: type) -> type:
+    """Let the constructor take a config.json's entry, and name what it does not know."""
+    generated = cls.__init__  # type: ignore[misc]
+    known = {item.name for item in dataclasses.fields(cls)}
+
+    @functools.wraps(generated)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        kwargs.pop("quant_method", None)
+        if not kwargs.keys() <= known:
+            raise ConfigError(
+                f"quantization_config has unknown keys {sorted(kwargs.keys() - known)}; known are "
+                f"{sorted(known)}"
+            )
+        generated(self, *args, **kwargs)
+
+    cls.__init__ = __init__  # type: ignore[misc]
+    return cls
+
+
+@_refuse_unknown_keys
+@dataclass(repr=False)
 class QALoRAQuantConfig(QuantizationConfigMixin):
     """`quantization_config` of an INT-n base with real-valued offsets.
 
@@ -57,113 +83,88 @@ class QALoRAQuantConfig(QuantizationConfigMixin):
         ConfigError: a value is out of range, or of a format version that is newer than ours.
     """
 
-    def __init__(
-        self,
-        bits: int = 4,
-        group_size: int = 32,
-        desc_act: bool = False,
-        offsets_dtype: str = "float16",
-        modules_to_not_convert: list[str] | None = None,
-        dynamic: dict[str, dict[str, int]] | None = None,
-        method: str = "rtn",
-        base: dict[str, Any] | None = None,
-        merged: dict[str, Any] | None = None,
-        format_version: int = FORMAT_VERSION,
-        offsets_at: str = "middle",
-        **kwargs: Any,
-    ):
-        kwargs.pop("quant_method", None)
-        if kwargs:
-            raise ConfigError(
-                f"quantization_config has unknown keys {sorted(kwargs)}; known are "
-                f"{sorted(vars(QALoRAQuantConfig()))}"
-            )
-        self.quant_method = QUANT_METHOD
-        self.format_version = format_version
-        self.bits = bits
-        self.group_size = group_size
-        self.desc_act = desc_act
-        self.offsets_dtype = offsets_dtype
-        self.offsets_at = offsets_at
-        self.modules_to_not_convert = modules_to_not_convert
-        if isinstance(modules_to_not_convert, tuple):
-            self.modules_to_not_convert = list(modules_to_not_convert)
-        self.dynamic = dict(dynamic or {})
-        self.method = method
-        self.base = dict(base or {})
-        self.merged = merged
-        self._check()
+    quant_method: str = field(default=QUANT_METHOD, init=False)
+    bits: int = 4
+    group_size: int = 32
+    desc_act: bool = False
+    offsets_dtype: str = "float16"
+    modules_to_not_convert: list[str] | None = None
+    dynamic: dict[str, dict[str, int]] = field(default_factory=dict)
+    method: str = "rtn"
+    base: dict[str, Any] = field(default_factory=dict)
+    merged: dict[str, Any] | None = None
+    format_version: int = FORMAT_VERSION
+    offsets_at: str = "middle"
 
-    def _check(self) -> None:
+    def __post_init__(self) -> None:
+        self.quant_method = QUANT_METHOD  # transformers writes an object's own attributes
+        self.dynamic = dict(self.dynamic or {})
+        self.base = dict(self.base or {})
+        if isinstance(self.modules_to_not_convert, tuple):
+            self.modules_to_not_convert = list(self.modules_to_not_convert)
         if self.format_version != FORMAT_VERSION:
             raise ConfigError(
                 f"quantization_config: format_version {self.format_version!r} is not the one that "
                 f"this release reads ({FORMAT_VERSION}); update qalora-plugin"
             )
-        _check_grid("quantization_config: ", self.bits, self.group_size)
-        if self.offsets_dtype not in OFFSETS_DTYPES:
-            raise ConfigError(
-                f"quantization_config: offsets_dtype must be one of {sorted(OFFSETS_DTYPES)}, "
-                f"found {self.offsets_dtype!r}"
-            )
-        if self.offsets_at not in OFFSETS_AT:
-            raise ConfigError(
-                f"quantization_config: offsets_at must be one of {OFFSETS_AT}, "
-                f"found {self.offsets_at!r}"
-            )
+        self._check_choices()
+        self._check_layers()
+
+    def _check_choices(self) -> None:
+        for name, choices in (
+            ("offsets_dtype", tuple(OFFSETS_DTYPES)),
+            ("offsets_at", OFFSETS_AT),
+            ("method", METHODS),
+        ):
+            value = getattr(self, name)
+            _require(value in choices, name, f"one of {choices}", value)
         if self.offsets_at == "minimum" and self.offsets_dtype != "float16":
             raise ConfigError(
                 "quantization_config: offsets_at 'minimum' stores minima as offsets_dtype "
                 f"'float16', found {self.offsets_dtype!r}; leave offsets_dtype out"
             )
-        if self.method not in METHODS:
-            raise ConfigError(
-                f"quantization_config: method must be one of {METHODS}, found {self.method!r}"
-            )
-        listed = self.modules_to_not_convert
-        if listed is not None and not (
-            isinstance(listed, list) and all(isinstance(entry, str) for entry in listed)
-        ):
-            raise ConfigError(
-                "quantization_config: modules_to_not_convert must be a list of names, "
-                f"found {listed!r}"
-            )
+
+    def _check_layers(self) -> None:
+        _check_grid("", self.bits, self.group_size)
+        names = self.modules_to_not_convert
+        valid = names is None or (
+            isinstance(names, list) and all(isinstance(name, str) for name in names)
+        )
+        _require(valid, "modules_to_not_convert", "a list of names", names)
         for pattern, override in self.dynamic.items():
-            unknown = set(override) - _LAYER_KEYS
-            if unknown:
+            where = f"dynamic[{pattern!r}]"
+            _require(isinstance(override, dict), where, "an object", override)
+            if not override.keys() <= _LAYER_KEYS:
                 raise ConfigError(
-                    f"quantization_config: dynamic[{pattern!r}] has unknown keys "
-                    f"{sorted(unknown)}; known are {sorted(_LAYER_KEYS)}"
+                    f"quantization_config: {where} has unknown keys "
+                    f"{sorted(override.keys() - _LAYER_KEYS)}; known are {sorted(_LAYER_KEYS)}"
                 )
-            _check_grid(
-                f"quantization_config: dynamic[{pattern!r}]: ",
-                override.get("bits", self.bits),
-                override.get("group_size", self.group_size),
-            )
+            grid = {"bits": self.bits, "group_size": self.group_size} | override
+            _check_grid(f"{where}: ", **grid)
 
     def to_dict(self) -> dict[str, Any]:
-        """For config.json; what is as releases without it have it is left out."""
+        """Return what config.json holds; `offsets_at` is left out where older releases read it."""
         written = super().to_dict()
         if self.offsets_at == "middle":
             del written["offsets_at"]
         return written
 
     def get(self, key: str, default: Any = None) -> Any:
-        """Transformers asks the config of a loaded model as if it were a dict."""
+        """Return a value by name: transformers asks a loaded model's config as it does a dict."""
         return getattr(self, key, default)
 
     @property
     def group_sizes(self) -> list[int]:
-        """Every group size that this config names, those of `dynamic` included."""
+        """The group sizes that this config names, those of `dynamic` included."""
         overrides = (override.get("group_size") for override in self.dynamic.values())
         return [self.group_size, *(size for size in overrides if size is not None)]
 
     def is_converted(self, name: str) -> bool:
-        """Whether the linear module `name` is quantized, as `modules_to_not_convert` says."""
+        """Say whether the linear module `name` is quantized, by `modules_to_not_convert`."""
         return not is_excluded(name, self.modules_to_not_convert or ())
 
     def spec_for(self, name: str, in_features: int, out_features: int) -> QuantSpec:
-        """The grid of the module `name`, with its override from `dynamic` if one matches."""
+        """Return the grid of the module `name`, with the override of `dynamic` that matches."""
         computed = self.offsets_at == "minimum"  # from minima, which are stored; needs fp32
         override: dict[str, int] = {}
         for pattern, values in self.dynamic.items():

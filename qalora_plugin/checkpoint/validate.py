@@ -128,6 +128,23 @@ def _describe(dtype: torch.dtype, shape: tuple[int, ...]) -> str:
     return f"{str(dtype).removeprefix('torch.')} {list(shape)}"
 
 
+def bad_values(scales: torch.Tensor, offsets: torch.Tensor) -> str | None:
+    """Say what is wrong with a layer's numbers, as "scales: expected ..., found ...", or None.
+
+    Args:
+        scales: [G, N], which have to be positive and finite.
+        offsets: [G, N], which have to be finite.
+    """
+    for name, expected, tensor, valid in (
+        ("scales", "positive finite numbers", scales, scales.isfinite() & (scales > 0)),
+        ("offsets", "finite numbers", offsets, offsets.isfinite()),
+    ):
+        if not valid.all():
+            wrong = f"{int((~valid).sum())} of {tensor.numel()}"
+            return f"{name}: expected {expected}, found {wrong} that are not"
+    return None
+
+
 def check_values(
     where: str,
     spec: QuantSpec,
@@ -145,21 +162,12 @@ def check_values(
         g_idx: [K] or None.
 
     Raises:
-        CheckpointError: a scale that is not finite and positive, an offset that is not finite, or a
-            group index outside [0, G).
+        CheckpointError: a scale or an offset is bad (see `bad_values`), or a group index is outside
+            [0, G).
     """
-    bad_scales = int((~(scales.isfinite() & (scales > 0))).sum())
-    if bad_scales:
-        raise CheckpointError(
-            f"{where}.scales: expected positive finite numbers, found {bad_scales} of "
-            f"{scales.numel()} that are not. {_BAD_VALUES}"
-        )
-    bad_offsets = int((~offsets.isfinite()).sum())
-    if bad_offsets:
-        raise CheckpointError(
-            f"{where}.offsets: expected finite numbers, found {bad_offsets} of "
-            f"{offsets.numel()} that are not. {_BAD_VALUES}"
-        )
+    bad = bad_values(scales, offsets)
+    if bad is not None:
+        raise CheckpointError(f"{where}.{bad}. {_BAD_VALUES}")
     if g_idx is None:
         return
     low, high = (int(v) for v in torch.aminmax(g_idx))

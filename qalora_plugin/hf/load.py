@@ -8,9 +8,12 @@ from torch import nn
 
 
 def load_model(directory: Path, class_name: str | None = None, **options: Any) -> nn.Module:
-    """The model in the class that config.json names, or `class_name`, fp32.
+    """Load a model in fp32.
 
-    `options` are for `from_pretrained`.
+    Args:
+        directory: of the model.
+        class_name: of transformers; by default the one that config.json names.
+        options: for `from_pretrained`.
     """
     import transformers
 

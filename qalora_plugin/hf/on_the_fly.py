@@ -4,17 +4,21 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
 
 from qalora_kernels import QuantSpec
 
 from ..architecture.selection import check_group_sizes, check_overrides, linears_to_quantize
 from ..checkpoint.config import QALoRAQuantConfig
-from ..checkpoint.fingerprint import mark
+from ..checkpoint.fingerprint import combine, mark
 from ..errors import ConfigError, QALoRAError
+from ..files.hub import public_name
+from ..layers.absent import mark_loaded
 from ..layers.linear import QuantLinear
+from ..layers.sharded import ShardedQuantLinear
 from ..quantize.rtn import rtn
-from .sharded_loading import loads_sharded, shard
+from .sharded_loading import finish_sharding, loads_sharded, shard
 
 
 class LayerQuantizer:
@@ -23,7 +27,6 @@ class LayerQuantizer:
     Attributes:
         specs: the grid of every layer to quantize, by name.
         error: the first error, kept because transformers would only log it.
-        marks: for the fingerprint, where the layers are sharded at once.
     """
 
     def __init__(self, model: nn.Module, config: QALoRAQuantConfig) -> None:
@@ -38,9 +41,10 @@ class LayerQuantizer:
                 for what needs calibration data.
         """
         _check_data_free(config)
+        self._config = config
+        self._marks: list[str] = []  # for the fingerprint, where layers are sharded at once
         self.specs: dict[str, QuantSpec] = {}
         self.error: QALoRAError | None = None
-        self.marks: list[str] = []
         linears = linears_to_quantize(model, config.modules_to_not_convert)
         check_group_sizes(config.group_sizes, linears.values())
         for name, linear in linears.items():
@@ -51,23 +55,37 @@ class LayerQuantizer:
         check_overrides(config.dynamic, self.specs)
 
     def quantize(self, model: nn.Module, name: str, weight: torch.Tensor) -> None:
-        """Replace the layer `name` of the model by its quantized form."""
+        """Replace the layer `name` of the model by its quantized form, unless one has failed."""
+        if self.error is not None:
+            return
         linear = cast(nn.Linear, model.get_submodule(name))
-        spec = self.specs[name]
-        fit = rtn(weight, spec, name=name)
-        layer = QuantLinear.from_codes(spec, fit.codes(), fit.scales, fit.offsets)
-        if loads_sharded():
-            self.marks.append(mark(name, layer.qweight))
-            layer = shard(layer)
+        try:
+            layer = self._quantized(name, weight)
+        except QALoRAError as error:
+            self.error = error
+            return
         layer.bias = linear.bias  # loaded already, or about to be
-        for tensor in (*layer.parameters(recurse=False), *layer.buffers(recurse=False)):
-            if tensor is not layer.bias:
-                tensor._is_hf_initialized = True  # type: ignore[attr-defined]
-        layer._is_hf_initialized = True  # type: ignore[assignment]
         model.set_submodule(name, layer)
 
-    def finish(self, model: nn.Module, dtype: torch.dtype) -> None:
-        """Give layers that no tensor came for (new heads) the model's dtype again.
+    def _quantized(self, name: str, weight: torch.Tensor) -> QuantLinear:
+        spec = self.specs[name]
+        packed = rtn(weight, spec, name=name)
+        if loads_sharded():
+            self._marks.append(mark(name, packed.qweight))
+            layer: QuantLinear = shard(ShardedQuantLinear.from_packed(packed))
+        else:
+            layer = QuantLinear.from_packed(packed)
+        mark_loaded(layer)
+        return layer
+
+    def finish(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
+        """Complete the model, and let the config say where its integers came from.
+
+        Layers that no tensor came for (new heads) get the model's dtype again.
+
+        Args:
+            model: the model with its weights.
+            dtype: of its parameters.
 
         Raises:
             QALoRAError: a layer could not be quantized.
@@ -78,21 +96,25 @@ class LayerQuantizer:
             module = model.get_submodule(name)
             if isinstance(module, nn.Linear):
                 module.weight = nn.Parameter(module.weight.to(dtype))
+        base = self._config.base
+        if self._marks:
+            base["fingerprint"] = combine(self._marks)
+        finish_sharding(model)
+        base.setdefault("name_or_path", public_name(getattr(model.config, "name_or_path", "")))
 
 
 def _check_data_free(config: QALoRAQuantConfig) -> None:
     if config.desc_act:
-        raise ConfigError(
-            "quantization_config: desc_act orders inputs by calibration data, and there is none "
-            "while a model loads. Leave it out, or quantize with `qalora quantize MODEL --out DIR "
-            "--calibration FILE --desc-act` and load the result without quantization_config."
-        )
-    if config.method != "rtn":
-        raise ConfigError(
-            f"quantization_config: method {config.method!r} needs calibration data, and there is "
-            "none while a model loads. Leave it out (rtn), or quantize with `qalora quantize MODEL "
-            "--out DIR --calibration FILE` and load the result without quantization_config."
-        )
+        asked, switch = "desc_act orders inputs by", " --desc-act"
+    elif config.method != "rtn":
+        asked, switch = f"method {config.method!r} needs", ""
+    else:
+        return
+    raise ConfigError(
+        f"quantization_config: {asked} calibration data, and there is none while a model loads. "
+        "Leave it out, or quantize with `qalora quantize MODEL --out DIR --calibration "
+        f"FILE{switch}` and load the result without quantization_config."
+    )
 
 
 class QuantizeOnLoad(ConversionOps):
@@ -116,12 +138,7 @@ class QuantizeOnLoad(ConversionOps):
             if name not in self._layers.specs:
                 rest[key] = value
                 continue
-            weight = value[0] if isinstance(value, list) else value
             if missing_keys is not None:
                 missing_keys.discard(key)
-            if self._layers.error is None:
-                try:
-                    self._layers.quantize(model, name, weight)
-                except QALoRAError as error:
-                    self._layers.error = error
+            self._layers.quantize(model, name, value[0] if isinstance(value, list) else value)
         return rest

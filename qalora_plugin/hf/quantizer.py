@@ -24,7 +24,6 @@ from qalora_kernels import store_offsets
 
 from ..checkpoint.checkpoint import QuantizedCheckpoint, open_quantized
 from ..checkpoint.config import QUANT_METHOD, QALoRAQuantConfig
-from ..checkpoint.fingerprint import combine
 from ..checkpoint.layout import GUARD, guard_tensor, quantized_layers
 from ..errors import CheckpointError, ConfigError
 from ..files.reader import CheckpointReader
@@ -32,9 +31,9 @@ from ..files.safetensors import read_header
 from ..layers.linear import QuantLinear
 from ..layers.sharded import ShardedQuantLinear
 from . import routing
-from .loading import finish_layers, place_layers
+from .loading import StoredLayers
 from .on_the_fly import LayerQuantizer, QuantizeOnLoad
-from .sharded_loading import finish_sharding, load_layers, loads_sharded
+from .sharded_loading import loads_sharded
 
 _VARIANT = re.compile(r"model\.[^.]+\.safetensors")
 
@@ -42,16 +41,12 @@ _VARIANT = re.compile(r"model\.[^.]+\.safetensors")
 class QALoRAQuantizer(HfQuantizer):
     """Loads quantized checkpoints as `QuantLinear` layers, and quantizes others while they load."""
 
-    requires_calibration = False
     quantization_config: QALoRAQuantConfig
 
     def __init__(self, quantization_config: QALoRAQuantConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        self._checkpoint: QuantizedCheckpoint | None = None
-        self._placed: dict[str, str] = {}
-        self._layers: LayerQuantizer | None = None
-        self._dtype: torch.dtype | None = None
-        self._dtypes: dict[str, torch.dtype] = {}
+        self._layers: StoredLayers | LayerQuantizer | None = None
+        self._dtype = torch.get_default_dtype()
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuse offloading to disk, which would bypass the layers.
@@ -77,44 +72,44 @@ class QALoRAQuantizer(HfQuantizer):
                 "A quantized model is loaded from a directory or the Hub, not from a state_dict."
             )
         self._dtype = dtype or torch.get_default_dtype()
-        directory = Path(checkpoint_files[0]).parent
-        with torch.device("cpu"):  # this is called under the meta device
-            stored = quantized_layers(_tensor_names([Path(file) for file in checkpoint_files]))
-            # an AutoGPTQ directory may have quantize_config.json only, which transformers overlooks
-            if self.pre_quantized or stored:
-                self.pre_quantized: bool = True
-                self._checkpoint = open_quantized(directory)
-        if self._checkpoint is None:
+        checkpoint = self._open([Path(file) for file in checkpoint_files])
+        if checkpoint is None:
             self._layers = LayerQuantizer(model, self.quantization_config)
             return
-        routing.check_request(self.quantization_config, self._checkpoint.config, str(directory))
-        self.quantization_config = self._checkpoint.config
-        self._placed = place_layers(model, self._checkpoint, pending=loads_sharded())
-        self._dtypes = {
-            name: parameter.dtype
-            for name, parameter in model.named_parameters()
-            if parameter.is_floating_point()
-        }
+        directory = str(checkpoint.directory)
+        routing.check_request(self.quantization_config, checkpoint.config, directory)
+        self.quantization_config = checkpoint.config
+        self._layers = StoredLayers(model, checkpoint, pending=loads_sharded())
+
+    def _open(self, files: list[Path]) -> QuantizedCheckpoint | None:
+        """Open the directory of these files, or return None if they are to be quantized."""
+        with torch.device("cpu"):  # this is called under the meta device
+            # an AutoGPTQ directory may have quantize_config.json only, which transformers overlooks
+            if self.pre_quantized or quantized_layers(_tensor_names(files)):
+                self.pre_quantized: bool = True
+                return open_quantized(files[0].parent)
+        return None
 
     def param_needs_quantization(
         self, model: PreTrainedModel, param_name: str, **kwargs: Any
     ) -> bool:
-        """Whether this weight of a 16-bit checkpoint is quantized when it arrives."""
+        """Say whether this weight of a 16-bit checkpoint is quantized when it arrives."""
         name, _, part = param_name.rpartition(".")
-        return self._layers is not None and part == "weight" and name in self._layers.specs
+        quantizes = isinstance(self._layers, LayerQuantizer) and name in self._layers.specs
+        return quantizes and part == "weight"
 
     def get_quantize_ops(self) -> QuantizeOnLoad:
-        """The loading step for one such weight."""
-        assert self._layers is not None
+        """Return the loading step for one such weight."""
+        assert isinstance(self._layers, LayerQuantizer)
         return QuantizeOnLoad(self._layers)
 
     def param_element_size(
         self, model: PreTrainedModel, param_name: str, param: torch.Tensor
     ) -> float:
-        """Bytes an element takes once loaded, for device_map="auto"."""
+        """Return the bytes that an element takes once loaded, for device_map="auto"."""
         if not self.param_needs_quantization(model, param_name):
             return param.element_size()
-        assert self._layers is not None
+        assert isinstance(self._layers, LayerQuantizer)
         spec = self._layers.specs[param_name.removesuffix(".weight")]
         grid = spec.scales_dtype.itemsize + spec.offsets_dtype.itemsize
         return spec.bits / 8 + grid / spec.group_size
@@ -122,75 +117,29 @@ class QALoRAQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(
         self, model: PreTrainedModel, **kwargs: Any
     ) -> PreTrainedModel:
-        assert self._dtype is not None
-        if self._checkpoint is not None:
-            self._restore_dtypes(model)
-            if loads_sharded():
-                load_layers(model, self._checkpoint, self._placed)
-            else:
-                finish_layers(model, self._checkpoint, self._placed)
-            self._checkpoint = None
-        else:
-            assert self._layers is not None
-            self._layers.finish(model, self._dtype)
-            if self._layers.marks:
-                self.quantization_config.base["fingerprint"] = combine(self._layers.marks)
-            finish_sharding(model)
-            self.quantization_config.base.setdefault("name_or_path", _public_name(model))
-            self._layers = None
-        self._set_weight_dtypes(model)
+        assert self._layers is not None
+        self._layers.finish(model, self._dtype)
+        self._layers = None
+        _set_weight_dtypes(model, self._dtype)
         model.config.quantization_config = self.quantization_config
         return model
-
-    def _restore_dtypes(self, model: PreTrainedModel) -> None:
-        # transformers 5.16 leaves a tensor whose key it renamed in the file's dtype
-        kept = model._get_dtype_plan(self._dtype)
-        for name, parameter in model.named_parameters():
-            dtype = self._dtypes.get(name)
-            if (
-                dtype is not None
-                and parameter.dtype != dtype
-                and parameter.dtype not in kept.values()
-            ):
-                parameter.data = parameter.data.to(dtype)
-
-    def _set_weight_dtypes(self, model: PreTrainedModel) -> None:
-        """Quantized layers answer with the dtype of the dense layers, as T5's forward asks."""
-        assert self._dtype is not None
-        plan = model._get_dtype_plan(self._dtype)
-        kept, pattern_of, _ = build_glob_alternation(list(plan))
-        for name, module in model.named_modules():
-            if isinstance(module, QuantLinear):
-                found = kept.search(f"{name}.weight") if plan else None
-                dtype = plan[pattern_of[str(found.lastgroup)]] if found else self._dtype
-                module.weight_dtype = dtype
 
     def get_state_dict_and_metadata(
         self, model: PreTrainedModel
     ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-        """The model's state dict in the checkpoint's dtypes, with each layer's guard.
+        """Return the model's state dict in the checkpoint's dtypes, with each layer's guard.
 
         Raises:
             CheckpointError: a layer is wrapped by an adapter, or sharded away (ZeRO-3).
         """
         state = model.state_dict()
+        adapter_alone = getattr(model, "_hf_peft_config_loaded", False)
         for name, module in model.named_modules():
-            if not isinstance(module, QuantLinear):
+            wrapped = name.endswith(".base_layer")
+            if not isinstance(module, QuantLinear) or (wrapped and adapter_alone):
                 continue
-            if name.endswith(".base_layer"):
-                if getattr(model, "_hf_peft_config_loaded", False):
-                    continue  # only the adapter is saved
-                raise CheckpointError(
-                    f"{name} carries an adapter. Save the adapter with PeftModel.save_pretrained, "
-                    "or merge_and_unload() before saving the model."
-                )
-            if isinstance(module, ShardedQuantLinear) or module.qweight.dim() != 2:
-                raise CheckpointError(
-                    f"{name}.qweight is sharded (ZeRO-3, FSDP). Save with Trainer.save_model on "
-                    "all ranks, or merge from the saved adapter with `qalora merge`."
-                )
-            offsets = store_offsets(module.offsets, module.scales, module.spec)
-            state[f"{name}.offsets"] = offsets
+            _check_savable(name, module)
+            state[f"{name}.offsets"] = store_offsets(module.offsets, module.scales, module.spec)
             state[f"{name}.{GUARD}"] = guard_tensor(module.in_features)
         return state, {}
 
@@ -199,41 +148,55 @@ class QALoRAQuantizer(HfQuantizer):
     ) -> PreTrainedModel:
         for name, module in list(model.named_modules()):
             if isinstance(module, QuantLinear):
-                bias = module.bias is not None
-                linear = nn.Linear(module.in_features, module.out_features, bias, device="meta")
-                dense = module.dequantize_t(dtype or torch.float32).t().contiguous()
-                linear.weight = nn.Parameter(dense)
-                if module.bias is not None:
-                    linear.bias = module.bias
+                linear = nn.Linear(module.in_features, module.out_features, False, device="meta")
+                dense = module.packed.dequantize(dtype or torch.float32).t().contiguous()
+                linear.weight, linear.bias = nn.Parameter(dense), module.bias
                 model.set_submodule(name, linear.train(module.training))
         return model
 
     def is_serializable(self) -> bool:
-        """save_pretrained writes our format."""
+        """Return True: save_pretrained writes our format."""
         return True
 
     @property
     def is_trainable(self) -> bool:
-        """Adapters and biases can be trained; the integers are frozen."""
+        """True: adapters and biases can be trained; the integers are frozen."""
         return True
 
     @property
     def is_compileable(self) -> bool:
-        """The operators have fake kernels."""
+        """True: the operators have fake kernels."""
         return True
 
 
 def _tensor_names(files: list[Path]) -> list[str]:
-    """Names of the tensors in the files of one directory that transformers will read."""
+    """Return the names of the tensors in the files of one directory that transformers will read."""
     if all(_VARIANT.fullmatch(path.name) for path in files):  # from_pretrained(variant="fp16")
         return [name for path in files for name in read_header(path)[0]]
     return list(CheckpointReader(files[0].parent).tensors)
 
 
-def _public_name(model: PreTrainedModel) -> str:
-    """Where the model came from, without the path to a local directory."""
-    name = str(getattr(model.config, "name_or_path", ""))
-    return Path(name).name if Path(name).is_dir() else name
+def _set_weight_dtypes(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Have quantized layers answer with the dtype of the dense ones, as T5's forward asks."""
+    plan = model._get_dtype_plan(dtype)
+    kept, pattern_of, _ = build_glob_alternation(list(plan))
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLinear):
+            found = kept.search(f"{name}.weight") if plan else None
+            module.weight_dtype = plan[pattern_of[str(found.lastgroup)]] if found else dtype
+
+
+def _check_savable(name: str, module: QuantLinear) -> None:
+    if name.endswith(".base_layer"):
+        raise CheckpointError(
+            f"{name} carries an adapter. Save the adapter with PeftModel.save_pretrained, "
+            "or merge_and_unload() before saving the model."
+        )
+    if isinstance(module, ShardedQuantLinear) or module.qweight.dim() != 2:
+        raise CheckpointError(
+            f"{name}.qweight is sharded (ZeRO-3, FSDP). Save with Trainer.save_model on "
+            "all ranks, or merge from the saved adapter with `qalora merge`."
+        )
 
 
 def register() -> None:

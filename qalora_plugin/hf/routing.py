@@ -43,12 +43,8 @@ def check_request(
             )
 
 
-def _as_dict(config: Any) -> Any:
-    return config if isinstance(config, dict) else config.to_dict()
-
-
 def merge_configs(stored: Any, requested: Any) -> QALoRAQuantConfig | None:
-    """The config to load a directory with, or None to leave the decision to transformers.
+    """Return the config to load a directory with, None to leave the decision to transformers.
 
     Args:
         stored: `quantization_config` of config.json, as a dict or an object.
@@ -58,12 +54,12 @@ def merge_configs(stored: Any, requested: Any) -> QALoRAQuantConfig | None:
         ConfigError: the two contradict each other.
         CheckpointError: a stock GPTQ config that is not supported.
     """
-    stored = _as_dict(stored)
+    stored = stored if isinstance(stored, dict) else stored.to_dict()
     ours = isinstance(requested, QALoRAQuantConfig)
     config = None
     if base_format(stored) and (ours or (requested is None and not _gptqmodel_can_load())):
         config = foreign_config(stored, Path(CONFIG_FILE))
-    elif ours and isinstance(stored, dict) and stored.get("quant_method") == QUANT_METHOD:
+    elif ours and stored.get("quant_method") == QUANT_METHOD:
         config = QALoRAQuantConfig(**stored)
     if ours and config is not None:
         check_request(requested, config)

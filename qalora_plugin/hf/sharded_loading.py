@@ -13,9 +13,8 @@ from qalora_kernels import QuantSpec
 from ..checkpoint.checkpoint import QuantizedCheckpoint
 from ..checkpoint.fingerprint import fingerprint
 from ..distributed.sharding import fsdp_enabled, loads_from_rank_0, partition, zero3_enabled
-from ..layers.absent import AbsentWeight
-from ..layers.linear import QuantLinear
-from ..layers.sharded import ShardedQuantLinear, pack_grid
+from ..layers.absent import AbsentWeight, mark_loaded
+from ..layers.sharded import ShardedQuantLinear
 
 
 class PendingLayer(nn.Module):
@@ -26,11 +25,11 @@ class PendingLayer(nn.Module):
         # some parents initialise their layers' weights
         self.weight = AbsentWeight((spec.out_features, spec.in_features), torch.float32, "meta")
         self.bias = bias
-        self._is_hf_initialized = True
+        mark_loaded(self)
 
 
 def loads_sharded() -> bool:
-    """Whether a model that is loaded now will be trained by ZeRO-3 or FSDP."""
+    """Say whether a model that is loaded now will be trained by ZeRO-3 or FSDP."""
     return zero3_enabled() or fsdp_enabled()
 
 
@@ -50,44 +49,32 @@ def load_layers(
     Raises:
         CheckpointError: a layer holds numbers that no layer can have.
     """
-    get = checkpoint.reader.get
-    if checkpoint.config.base.get("fingerprint") is None:  # a stock GPTQ one
+    get, config = checkpoint.reader.get, checkpoint.config
+    if config.base.get("fingerprint") is None:  # a foreign format has none
         marks = ((name, get(f"{layer}.qweight")) for name, layer in placed.items())
-        checkpoint.config.base["fingerprint"] = fingerprint(marks)
+        config.base["fingerprint"] = fingerprint(marks)
     for name, layer in placed.items():
         pending = model.get_submodule(name)
-        spec, desc_act = checkpoint.layers[layer], checkpoint.config.desc_act
-        made = ShardedQuantLinear(spec, desc_act=desc_act, device="meta")
+        made = ShardedQuantLinear(checkpoint.layers[layer], desc_act=config.desc_act, device="meta")
         if not loads_from_rank_0():
-            tensors = checkpoint.layer(layer)
-            made.qweight = _frozen(tensors.qweight)
-            made.grid = _frozen(pack_grid(tensors.scales, tensors.offsets, spec))
-            if tensors.g_idx is not None:
-                made.g_idx = _frozen(tensors.g_idx)
+            made.set_packed(checkpoint.layer(layer))
         made.bias = pending.bias  # type: ignore[assignment]
         model.set_submodule(name, shard(made.train(pending.training)))
     finish_sharding(model)
 
 
-def shard(layer: QuantLinear) -> QuantLinear:
-    """A layer as this rank keeps it in the training that is set up: unchanged without sharding."""
-    if not loads_sharded():
-        return layer
-    sharded = layer if isinstance(layer, ShardedQuantLinear) else ShardedQuantLinear.of(layer)
+def shard(layer: ShardedQuantLinear) -> ShardedQuantLinear:
+    """Leave this rank its part of a layer, in the training that is set up."""
     if loads_from_rank_0():
-        return sharded.to("meta")
+        return layer.to("meta")
     if zero3_enabled():
-        bias, sharded.bias = sharded.bias, None  # may not be loaded yet
-        partition(sharded)
-        sharded.bias = bias
-    return sharded
+        bias, layer.bias = layer.bias, None  # may not be loaded yet
+        partition(layer)
+        layer.bias = bias
+    return layer
 
 
 def finish_sharding(model: nn.Module) -> None:
     """Partition what is left under ZeRO-3: embeddings, norms, biases."""
     if zero3_enabled():
         partition(model)
-
-
-def _frozen(tensor: "nn.Parameter | object") -> nn.Parameter:
-    return nn.Parameter(tensor, requires_grad=False)  # type: ignore[arg-type]

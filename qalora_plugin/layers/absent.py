@@ -1,11 +1,31 @@
-"""`AbsentWeight`: what a quantized layer answers where a model asks it for its `weight`."""
+"""What models and transformers are told of the numbers of a quantized layer.
+
+A model that asks for the layer's `weight` gets an `AbsentWeight`. transformers initialises what
+lacks its mark, which is spelled here.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..errors import ConfigError
+
+_MARK = "_is_hf_initialized"  # transformers' own name
+
+
+def mark_loaded(layer: nn.Module) -> None:
+    """Tell transformers that a layer has its numbers, all but the bias, which it loads itself."""
+    for name, tensor in (*layer.named_parameters(), *layer.named_buffers()):
+        if name != "bias":
+            setattr(tensor, _MARK, True)
+    setattr(layer, _MARK, True)
+
+
+def is_loaded(tensor: torch.Tensor) -> bool:
+    """Say whether a tensor has its numbers; a buffer that nothing fills is left uninitialised."""
+    return not tensor.is_meta and getattr(tensor, _MARK, False)
 
 
 class AbsentWeight(torch.Tensor):
@@ -30,7 +50,7 @@ class AbsentWeight(torch.Tensor):
     def __new__(
         cls, shape: Sequence[int], dtype: torch.dtype, device: torch.device | str
     ) -> "AbsentWeight":
-        """Make one."""
+        """Make a weight without numbers; see the class for the arguments."""
         return torch.Tensor._make_wrapper_subclass(
             cls, torch.Size(shape), dtype=dtype, device=torch.device(device)
         )
@@ -43,7 +63,7 @@ class AbsentWeight(torch.Tensor):
         args: Any = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Refuse: there are no numbers to compute with."""
+        """Refuse the operation, as there are no numbers to compute with."""
         raise ConfigError(
             f"{operation} needs the numbers of a quantized layer's weight, which the layer does "
             "not hold: this model computes with them itself instead of calling the layer. Quantize "
@@ -51,5 +71,5 @@ class AbsentWeight(torch.Tensor):
         )
 
     def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
-        """Without the numbers."""
+        """Describe the weight; it has no numbers to print."""
         return f"AbsentWeight(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"

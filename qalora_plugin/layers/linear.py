@@ -1,15 +1,21 @@
 """`QuantLinear`: a frozen linear layer of packed integers, scales and real-valued offsets."""
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
 
-from qalora_kernels import LowRank, QuantSpec, folded_linear, quantized_linear, round_minimum
-from qalora_kernels import ops as kernel_ops
+from qalora_kernels import (
+    LowRank,
+    PackedWeight,
+    QuantSpec,
+    folded_linear,
+    quantized_linear,
+    round_minimum,
+)
 from qalora_kernels.groups import sum_groups
-from qalora_kernels.packing import pack
 
 from .absent import AbsentWeight
 
@@ -47,19 +53,14 @@ class QuantLinear(nn.Module):
         self.in_features = spec.in_features
         self.out_features = spec.out_features
         self.weight_dtype = dtype or torch.get_default_dtype()
-        """That of the dense layer that this one stands for; `.to(dtype)` changes it."""
-        self.qweight = nn.Parameter(
-            torch.empty(spec.packed_rows, spec.out_features, dtype=torch.int32, device=device),
-            requires_grad=False,
-        )
+        """The dtype of the dense layer that this one stands for; `.to(dtype)` changes it."""
+        empty = functools.partial(torch.empty, device=device)
+        qweight = empty(spec.packed_rows, spec.out_features, dtype=torch.int32)
+        self.qweight = nn.Parameter(qweight, requires_grad=False)
         self._register_grid(device)
-        g_idx = torch.empty(spec.in_features, dtype=torch.int32, device=device)
+        g_idx = empty(spec.in_features, dtype=torch.int32)
         self.register_buffer("g_idx", g_idx if desc_act else None)
-        self.bias = (
-            nn.Parameter(torch.empty(spec.out_features, device=device, dtype=dtype))
-            if bias
-            else None
-        )
+        self.bias = nn.Parameter(empty(spec.out_features, dtype=dtype)) if bias else None
 
     def _register_grid(self, device: torch.device | str | None) -> None:
         spec, shape = self.spec, (self.spec.num_groups, self.spec.out_features)
@@ -67,50 +68,53 @@ class QuantLinear(nn.Module):
         self.register_buffer("offsets", torch.empty(shape, dtype=spec.offsets_dtype, device=device))
 
     @classmethod
-    def from_codes(
-        cls,
-        spec: QuantSpec,
-        codes: torch.Tensor,
-        scales: torch.Tensor,
-        offsets: torch.Tensor,
-        g_idx: torch.Tensor | None = None,
-        bias: torch.Tensor | None = None,
-    ) -> "QuantLinear":
-        """Build a layer from integers [N, K] in [0, 2^bits), scales and offsets [G, N]."""
-        layer = cls(spec, bias=bias is not None, desc_act=g_idx is not None, device="meta")
-        layer.qweight = nn.Parameter(pack(codes.t(), spec.bits), requires_grad=False)
-        layer.scales = scales.detach().to(spec.scales_dtype)
-        if spec.minimum_below is not None:
-            offsets = round_minimum(offsets, layer.scales, spec.minimum_below, spec.scales_dtype)
-        layer.offsets = offsets.detach().to(spec.offsets_dtype)
-        layer.g_idx = None if g_idx is None else g_idx.to(torch.int32)
-        layer.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+    def from_packed(cls, weight: PackedWeight, bias: torch.Tensor | None = None) -> Self:
+        """Build a layer that holds a weight's numbers.
+
+        Args:
+            weight: as for `set_packed`.
+            bias: [N] or None; a Parameter becomes the layer's own.
+        """
+        layer = cls(weight.spec, desc_act=weight.g_idx is not None, device="meta")
+        layer.set_packed(weight)
+        if bias is not None:
+            layer.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias)
         return layer
 
     @property
-    def weight(self) -> AbsentWeight:
-        """Shape [N, K], dtype and device for models that look at them; it holds no numbers."""
-        shape = (self.out_features, self.in_features)
-        return AbsentWeight(shape, self.weight_dtype, self.qweight.device)
+    def packed(self) -> PackedWeight:
+        """The layer's numbers as one value, which shares the layer's memory."""
+        return PackedWeight(self.qweight, self.scales, self.offsets, self.g_idx, self.spec)
+
+    def set_packed(self, weight: PackedWeight) -> None:
+        """Take over a weight's numbers, rounded to the dtypes of the layer's own `spec`.
+
+        They go to the device of the layer, or stay where they are if the layer is on "meta".
+        """
+        device = weight.qweight.device if self.qweight.is_meta else self.qweight.device
+        for name, tensor in self._stored(weight).items():
+            tensor = tensor.to(device)
+            if name in self._parameters:
+                tensor = nn.Parameter(tensor, requires_grad=False)
+            setattr(self, name, tensor)
+
+    def _stored(self, weight: PackedWeight) -> dict[str, torch.Tensor]:
+        """Return the layer's own tensors for a weight, by their names in the layer."""
+        spec, offsets = self.spec, weight.offsets.detach()
+        scales = weight.scales.detach().to(spec.scales_dtype)
+        if spec.minimum_below is not None:
+            offsets = round_minimum(offsets, scales, spec.minimum_below, spec.scales_dtype)
+        offsets = offsets.to(spec.offsets_dtype)
+        stored = {"qweight": weight.qweight, "scales": scales, "offsets": offsets}
+        if weight.g_idx is not None:
+            stored["g_idx"] = weight.g_idx.to(torch.int32)
+        return stored
 
     @property
-    def weight_t(self) -> torch.Tensor:
-        """Dense W^T [K, N], fp32."""
-        return self.dequantize_t(torch.float32)
-
-    def dequantize_t(self, dtype: torch.dtype) -> torch.Tensor:
-        """Dense W^T [K, N] in `dtype`."""
-        spec = self.spec
-        return kernel_ops.dequantize(
-            self.qweight,
-            self.scales,
-            self.offsets,
-            self.g_idx,
-            spec.bits,
-            spec.group_size,
-            spec.in_features,
-            dtype,
-        )
+    def weight(self) -> AbsentWeight:
+        """The shape [N, K], dtype and device that some models look at; it holds no numbers."""
+        shape = (self.out_features, self.in_features)
+        return AbsentWeight(shape, self.weight_dtype, self.qweight.device)
 
     def forward(
         self,
@@ -118,9 +122,15 @@ class QuantLinear(nn.Module):
         zeros: LowRank | None = None,
         scale: LowRank | None = None,
     ) -> torch.Tensor:
-        """X [..., K] -> [..., N] in the dtype of x (of autocast where it is on).
+        """Compute x W^T + bias.
 
-        With `zeros` or `scale` the adapter is folded into the offsets and scales first.
+        Args:
+            x: [..., K], any float dtype.
+            zeros: a change of the offsets, folded in first; gradients flow to its A and B.
+            scale: a relative change of the scales, likewise.
+
+        Returns:
+            [..., N] in the dtype of x, or of autocast where that is on.
         """
         if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(x.device.type))
@@ -140,26 +150,23 @@ class QuantLinear(nn.Module):
         return folded_linear(*tensors, spec=self.spec, zeros=zeros, scale=scale)
 
     def pool(self, x: torch.Tensor) -> torch.Tensor:
-        """Group sums of x [..., K] -> [..., G] in the dtype of x, differentiable."""
+        """Sum x [..., K] over the inputs of each group: [..., G] in its dtype, differentiable."""
         return sum_groups(x, self.g_idx, self.spec.group_size, self.spec.num_groups)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         # a cast of scales or offsets would change the weights that were trained or merged:
         # keep the numbers, follow only the device
-        kept = {name: self._buffers.get(name) for name in ("scales", "offsets")}
+        before = {name: kept for name, kept in self._buffers.items() if kept is not None}
         super()._apply(fn, recurse)
         self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype, device="cpu")).dtype
-        for name, before in kept.items():
-            if before is None:
-                continue
-            after = getattr(self, name)
-            if after.dtype != before.dtype:
-                moved = before if after.device == before.device else before.to(after.device)
-                setattr(self, name, moved)
+        for name, kept in before.items():
+            moved = getattr(self, name)
+            if moved.dtype != kept.dtype:
+                setattr(self, name, kept.to(moved.device))
         return self
 
     def extra_repr(self) -> str:
-        """As nn.Linear prints itself, with the grid."""
+        """Describe the layer as nn.Linear does, with its grid."""
         spec = self.spec
         return (
             f"in_features={spec.in_features}, out_features={spec.out_features}, "

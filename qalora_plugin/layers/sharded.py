@@ -6,13 +6,13 @@ import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from qalora_kernels import LowRank, QuantSpec, load_offsets, store_offsets
+from qalora_kernels import LowRank, PackedWeight, QuantSpec, load_offsets, store_offsets
 
 from .linear import QuantLinear
 
 
 def pack_grid(scales: torch.Tensor, offsets: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
-    """Scales and offsets [G, N] as int32 [G, N], or [G, 2N] where one of them is stored in fp32."""
+    """Pack scales and offsets [G, N] as int32 [G, N], or [G, 2N] if one is stored in fp32."""
     dtype = torch.promote_types(spec.scales_dtype, spec.stored_dtype)
     stored = store_offsets(offsets, scales, spec)
     pair = torch.stack([scales.to(dtype), stored.to(dtype)], dim=-1)
@@ -20,7 +20,7 @@ def pack_grid(scales: torch.Tensor, offsets: torch.Tensor, spec: QuantSpec) -> t
 
 
 def unpack_grid(grid: torch.Tensor, spec: QuantSpec) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scales and offsets, fp32 [G, N], of what `pack_grid` made."""
+    """Return the scales and offsets, fp32 [G, N], of what `pack_grid` made."""
     dtype = torch.promote_types(spec.scales_dtype, spec.stored_dtype)
     pair = grid.view(dtype).reshape(spec.num_groups, spec.out_features, 2)
     scales = pair[..., 0].float()
@@ -38,7 +38,7 @@ class ShardedQuantLinear(QuantLinear):
     grid: nn.Parameter
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Those of `QuantLinear`."""
+        """Take the arguments of `QuantLinear`."""
         super().__init__(*args, **kwargs)
         if self.g_idx is not None:  # on every rank, also where its numbers come from another
             self.g_idx = nn.Parameter(self.g_idx, requires_grad=False)
@@ -50,25 +50,25 @@ class ShardedQuantLinear(QuantLinear):
         empty = torch.empty(shape, dtype=torch.int32, device=device)
         self.grid = nn.Parameter(empty, requires_grad=False)
 
-    @classmethod
-    def of(cls, layer: QuantLinear) -> "ShardedQuantLinear":
-        """The same layer in this form; it takes over the tensors."""
-        made = cls(layer.spec, desc_act=layer.g_idx is not None, device="meta")
-        made.qweight, made.bias = layer.qweight, layer.bias
-        if layer.g_idx is not None:
-            made.g_idx = nn.Parameter(layer.g_idx, requires_grad=False)
-        grid = pack_grid(layer.scales, layer.offsets, layer.spec)
-        made.grid = nn.Parameter(grid, requires_grad=False)
-        return made.train(layer.training)
+    def _stored(self, weight: PackedWeight) -> dict[str, torch.Tensor]:
+        stored = super()._stored(weight)
+        stored["grid"] = pack_grid(stored.pop("scales"), stored.pop("offsets"), self.spec)
+        return stored
+
+    @property
+    def packed(self) -> PackedWeight:
+        """The layer's numbers as one value, with an fp32 grid, which has to be whole here."""
+        scales, offsets = unpack_grid(self.grid, self.spec)
+        return PackedWeight(self.qweight, scales, offsets, self.g_idx, self.spec)
 
     @property
     def scales(self) -> torch.Tensor:  # type: ignore[override]
-        """fp32 [G, N]; the grid has to be whole here."""
+        """The scales, fp32 [G, N]; the grid has to be whole here."""
         return unpack_grid(self.grid, self.spec)[0]
 
     @property
     def offsets(self) -> torch.Tensor:  # type: ignore[override]
-        """fp32 [G, N]; the grid has to be whole here."""
+        """The offsets, fp32 [G, N]; the grid has to be whole here."""
         return unpack_grid(self.grid, self.spec)[1]
 
     def _linear(

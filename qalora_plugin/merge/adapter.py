@@ -27,8 +27,8 @@ from ..files.hub import resolve_model_dir
 from ..files.json import read_json
 from ..files.names import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, CONFIG_FILE
 from ..files.safetensors import TensorInfo, read_header
-from ..tuner.config import ADAPT_PARTS, PEFT_TYPE, QALoRAConfig
-from ..tuner.names import MATRICES
+from ..tuner.config import PEFT_TYPE, QALoRAConfig
+from ..tuner.names import ADAPT_PARTS, MATRICES
 from .conventions import CONVENTIONS
 
 PREFIX = "base_model.model."

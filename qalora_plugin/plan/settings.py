@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import ConfigError
-from ..tuner.config import ADAPT_PARTS
+from ..tuner.names import ADAPT_PARTS
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 OPTIMIZERS = ("adamw", "adamw_8bit", "sgd")

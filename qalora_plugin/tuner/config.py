@@ -2,22 +2,21 @@
 
 import dataclasses
 import functools
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from peft.utils.other import get_pattern_key
 from peft.utils.peft_types import PeftType
 
 from qalora_kernels import SUPPORTED_BITS
 
 from ..errors import AdapterError, ConfigError
+from .names import ADAPT_PARTS
+from .scaling import SCALING_FIELDS, check_scaling, is_int, is_number, rank_and_scaling
 
 PEFT_TYPE = "QALORA"
-ADAPT_PARTS = {"zeros": ("zeros",), "scales": ("scales",), "both": ("zeros", "scales")}
 CONVENTION = "sum"
 ALL_LINEAR = "all-linear"
 
@@ -34,45 +33,35 @@ _ADVICE = {
 }
 
 
-def _lora_defaults() -> dict[str, Any]:
-    """Every field of LoRA's and the value that it has when nobody asks for it."""
-    defaults = {}
-    for item in dataclasses.fields(LoraConfig):
-        if item.default_factory is not dataclasses.MISSING:
-            defaults[item.name] = item.default_factory()
-        else:
-            defaults[item.name] = item.default
-    return defaults
+def _unsupported(name: str, value: Any) -> ConfigError:
+    advice = _ADVICE.get(name, "there is no counterpart for an INT-n base")
+    return ConfigError(
+        f"QALoRAConfig: {name}={value!r} is LoRA's and not supported by QA-LoRA: {advice}. "
+        f"Leave {name} out"
+    )
 
 
 def _refuse_lora_only_fields(cls: type) -> type:
     """Let the constructor take every field of LoRA's: switched off it is dropped, else refused."""
     generated = cls.__init__  # type: ignore[misc]
+    lora = LoraConfig()
     ours = {item.name for item in dataclasses.fields(cls)}
-    unsupported = {name: off for name, off in _lora_defaults().items() if name not in ours}
+    switched_off = {
+        item.name: getattr(lora, item.name)
+        for item in dataclasses.fields(lora)
+        if item.name not in ours
+    }
 
     @functools.wraps(generated)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        for name, off in unsupported.items():
+        for name, off in switched_off.items():
             value = kwargs.pop(name, off)
             if value and value != off:
-                advice = _ADVICE.get(name, "there is no counterpart for an INT-n base")
-                raise ConfigError(
-                    f"QALoRAConfig: {name}={value!r} is LoRA's and not supported by QA-LoRA: "
-                    f"{advice}. Leave {name} out"
-                )
+                raise _unsupported(name, value)
         generated(self, *args, **kwargs)
 
     cls.__init__ = __init__  # type: ignore[misc]
     return cls
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 @_refuse_lora_only_fields
@@ -110,42 +99,26 @@ class QALoRAConfig(PeftConfig):
         ConfigError: a value is out of range, or a field of LoRA's that is not supported is set.
     """
 
-    r: int = field(default=8, metadata={"help": "rank"})
-    lora_alpha: float = field(default=8, metadata={"help": "scaling is lora_alpha / r"})
-    lora_dropout: float = field(default=0.0, metadata={"help": "dropout on pool(x)"})
-    target_modules: list[str] | set[str] | str | None = field(
-        default=None, metadata={"help": "modules to adapt; None: every quantized linear layer"}
-    )
-    exclude_modules: list[str] | set[str] | str | None = field(
-        default=None, metadata={"help": "modules to leave alone"}
-    )
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "unquantized modules to train and save as a whole"}
-    )
-    layers_to_transform: list[int] | int | None = field(
-        default=None, metadata={"help": "only layers with these numbers"}
-    )
-    layers_pattern: list[str] | str | None = field(
-        default=None, metadata={"help": "name of the ModuleList that layers_to_transform means"}
-    )
-    rank_pattern: dict[str, int] = field(
-        default_factory=dict, metadata={"help": "other ranks for some modules"}
-    )
-    alpha_pattern: dict[str, float] = field(
-        default_factory=dict, metadata={"help": "other lora_alpha for some modules"}
-    )
-    use_rslora: bool = field(default=False, metadata={"help": "scaling is lora_alpha / sqrt(r)"})
-    bias: str = field(default="none", metadata={"help": "none, the only value"})
-    init_lora_weights: bool = field(default=True, metadata={"help": "start as a no-op"})
-    adapt: str = field(default="zeros", metadata={"help": "zeros, scales or both"})
-    seed: int = field(default=0, metadata={"help": "seed of the initialisation"})
-    bits: int | None = field(default=None, metadata={"help": "of the base; filled in"})
-    group_size: int | None = field(default=None, metadata={"help": "of the base; filled in"})
-    fingerprint: str | None = field(default=None, metadata={"help": "of the base; filled in"})
-    base_merged: dict[str, Any] | None = field(
-        default=None, metadata={"help": "what was merged into the base; filled in"}
-    )
-    convention: str = field(default=CONVENTION, metadata={"help": "sum, the only value"})
+    r: int = 8
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    target_modules: list[str] | set[str] | str | None = None
+    exclude_modules: list[str] | set[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    use_rslora: bool = False
+    bias: str = "none"
+    init_lora_weights: bool = True
+    adapt: str = "zeros"
+    seed: int = 0
+    bits: int | None = None
+    group_size: int | None = None
+    fingerprint: str | None = None
+    base_merged: dict[str, Any] | None = None
+    convention: str = CONVENTION
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -156,27 +129,14 @@ class QALoRAConfig(PeftConfig):
             value = getattr(self, name)
             if isinstance(value, list | tuple):
                 setattr(self, name, set(value))
-        self._check_numbers()
+        check_scaling(vars(self), "QALoRAConfig", ConfigError)
         self._check_choices()
         self._check_modules()
 
-    def _require(self, valid: bool, name: str, expected: str, value: Any = None) -> None:
+    def _require(self, valid: bool, name: str, expected: str) -> None:
         if not valid:
-            found = getattr(self, name) if value is None else value
+            found = getattr(self, name)
             raise ConfigError(f"QALoRAConfig: {name} must be {expected}, found {found!r}")
-
-    def _check_numbers(self) -> None:
-        ranks = {"r": self.r} | {f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()}
-        for name, rank in ranks.items():
-            self._require(_is_int(rank) and rank > 0, name, "a positive integer", rank)
-        alphas = {"lora_alpha": self.lora_alpha}
-        alphas |= {f"alpha_pattern[{k!r}]": v for k, v in self.alpha_pattern.items()}
-        for name, alpha in alphas.items():
-            valid = _is_number(alpha) and 0 < alpha < math.inf
-            self._require(valid, name, "a positive number", alpha)
-        dropout = self.lora_dropout
-        self._require(_is_number(dropout) and 0 <= dropout < 1, "lora_dropout", "in [0, 1)")
-        self._require(_is_int(self.seed) and self.seed >= 0, "seed", "an integer of 0 or more")
 
     def _check_choices(self) -> None:
         self._require(self.adapt in ADAPT_PARTS, "adapt", f"one of {sorted(ADAPT_PARTS)}")
@@ -193,11 +153,14 @@ class QALoRAConfig(PeftConfig):
             '"none" (biases of quantized layers stay as they are; to train one, leave its layer '
             "unquantized with modules_to_not_convert and name the layer in modules_to_save)",
         )
+        dropout, seed = self.lora_dropout, self.seed
+        self._require(is_number(dropout) and 0 <= dropout < 1, "lora_dropout", "in [0, 1)")
+        self._require(is_int(seed) and seed >= 0, "seed", "an integer of 0 or more")
         known_bits = self.bits is None or self.bits in SUPPORTED_BITS
         self._require(known_bits, "bits", f"one of {SUPPORTED_BITS}, or left out")
-        if self.lora_dropout > 0 and self.adapt != "zeros":
+        if dropout > 0 and self.adapt != "zeros":
             raise ConfigError(
-                f'QALoRAConfig: lora_dropout={self.lora_dropout} needs adapt="zeros", found '
+                f'QALoRAConfig: lora_dropout={dropout} needs adapt="zeros", found '
                 f"adapt={self.adapt!r}: a change of the scales acts on each input by itself, so "
                 "there is no pool(x) to drop from. Set lora_dropout=0"
             )
@@ -225,26 +188,16 @@ class QALoRAConfig(PeftConfig):
 
     @trainable_token_indices.setter
     def trainable_token_indices(self, value: Any) -> None:
-        raise ConfigError(
-            f"QALoRAConfig: trainable_token_indices={value!r} is not supported by QA-LoRA; "
-            f"{_ADVICE['trainable_token_indices']}"
-        )
+        raise _unsupported("trainable_token_indices", value)
 
     def rank_and_scaling(self, name: str) -> tuple[int, float]:
-        """Rank, and the factor of B A, for the module `name` of the base model."""
-        rank_key = get_pattern_key(self.rank_pattern.keys(), name)
-        alpha_key = get_pattern_key(self.alpha_pattern.keys(), name)
-        rank = self.rank_pattern.get(rank_key, self.r)
-        alpha = self.alpha_pattern.get(alpha_key, self.lora_alpha)
-        return rank, alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+        """Return the rank, and the factor of B A, for the module `name` of the base model."""
+        return rank_and_scaling(name, **{field: getattr(self, field) for field in SCALING_FIELDS})
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; sets are sorted, so that equal configs make equal files."""
-        values = super().to_dict()
-        return {
-            name: sorted(value) if isinstance(value, set) else value
-            for name, value in values.items()
-        }
+        """Return plain JSON values; sets are sorted, so that equal configs make equal files."""
+        values = super().to_dict().items()
+        return {name: sorted(value) if isinstance(value, set) else value for name, value in values}
 
     @classmethod
     def from_pretrained(

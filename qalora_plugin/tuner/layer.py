@@ -1,11 +1,11 @@
 """`QALoRALinear`: adapters on a quantized linear layer, folded into it in training.
 
-    offsets' = offsets + scaling * (B A)^T              adapt="zeros"   qalora_A [r, G], _B [N, r]
-    scales'  = scales * (1 + scaling * (B A)^T)         adapt="scales"  qalora_scale_A, _scale_B
+    offsets' = offsets + scaling * (B A)^T              adapt="zeros"
+    scales'  = scales * (1 + scaling * (B A)^T)         adapt="scales"
 
-(arXiv 2309.14717, eq. 5-7; `qalora_kernels.fold` is the one owner of the formula.) Training folds
-on every forward, merging folds once: the same function on the same numbers, so the merged layer
-computes what was trained, bit for bit.
+(arXiv 2309.14717, eq. 5-7; `qalora_kernels.fold` is the one owner of the formula, `names` that of
+the names of A and B.) Training folds on every forward, merging folds once: the same function on
+the same numbers, so the merged layer computes what was trained, bit for bit.
 """
 
 import hashlib
@@ -21,20 +21,19 @@ from torch import nn
 from qalora_kernels import LowRank, fold
 from qalora_kernels.groups import expand
 
+from ..checkpoint.validate import bad_values
 from ..distributed.sharding import is_sharded
 from ..errors import AdapterError
 from ..layers.linear import QuantLinear
-from .config import ADAPT_PARTS, QALoRAConfig
+from .config import QALoRAConfig
+from .names import ADAPT_PARTS, MATRICES
 
 BASE = "__base__"  # PEFT's name, in mixed batches, for no adapter at all
-_MATRICES = {
-    "zeros": ("qalora_A", "qalora_B"),
-    "scales": ("qalora_scale_A", "qalora_scale_B"),
-}
+_DIVERGED = "training diverged. Go back to an earlier checkpoint, or lower the learning rate"
 
 
 def _uniform(shape: tuple[int, int], bound: float, seed: int, key: str) -> torch.Tensor:
-    """fp32 values in [-bound, bound) that depend on seed and key only, on every device."""
+    """Draw fp32 values in [-bound, bound) that depend on seed and key only, on every device."""
     digest = hashlib.sha256(f"{seed}:{key}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
     values = torch.empty(shape, dtype=torch.float32, device="cpu")
@@ -42,7 +41,7 @@ def _uniform(shape: tuple[int, int], bound: float, seed: int, key: str) -> torch
 
 
 def _as_linear(weight: torch.Tensor) -> nn.Linear:
-    """nn.Linear with this weight [out, in]; made on meta, so that it draws no random numbers."""
+    """Make an nn.Linear of this weight [out, in], on meta, so that it draws no random numbers."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(weight)
     # PEFT has FSDP shard every trainable module without children by itself, and whole again only
@@ -52,7 +51,7 @@ def _as_linear(weight: torch.Tensor) -> nn.Linear:
 
 
 def _stack(parts: list[LowRank]) -> LowRank | None:
-    """Several changes as one, along the rank; None for none."""
+    """Join several changes into one along the rank; None for none."""
     if len(parts) <= 1:
         return parts[0] if parts else None
     a = torch.cat([part.a.double() for part in parts])
@@ -70,7 +69,7 @@ class QALoRALinear(nn.Module, BaseTunerLayer):
         name: of the layer in the base model: patterns match it, the initialisation hangs on it.
     """
 
-    adapter_layer_names = tuple(name for pair in _MATRICES.values() for name in pair)
+    adapter_layer_names = tuple(name for pair in MATRICES.values() for name in pair)
     other_param_names = ("r", "scaling", "qalora_dropout")
     active_adapters: list[str]  # PEFT's property
 
@@ -87,35 +86,39 @@ class QALoRALinear(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._unmerged: tuple[torch.Tensor, torch.Tensor] | None = None
         self.additive = False
-        """Add the adapter's output instead of folding it in: slower, equal within rounding."""
+        """Whether to add the adapter's output instead of folding it in: slower, less exact."""
         self.train(base_layer.training)
         self.update_layer(adapter_name, config, name)
 
     def update_layer(self, adapter_name: str, config: QALoRAConfig, name: str) -> None:
-        """Add an adapter: A uniform, within 1/sqrt(K) (LoRA's own bound) for the offsets and 1 for
-        the scales, and B zero.
+        """Add an adapter whose B is zero, so that it changes nothing yet.
+
+        A is uniform, within 1/sqrt(K) (LoRA's own bound) for the offsets and 1 for the scales: a
+        step of B then moves a weight as far as it does in LoRA, as pool(x) is a sum, and the
+        scales' change is relative to weights of about 1/sqrt(K) (docs/adapt_modes.md has a sweep).
+
+        Args:
+            adapter_name: of the adapter.
+            config: its settings.
+            name: of the layer in the base model.
         """
         r, scaling = config.rank_and_scaling(name)
-        spec = self.base_layer.spec
+        spec, device = self.base_layer.spec, self.base_layer.qweight.device
+        if device.type == "meta":  # its weights come from rank 0 later (FSDP)
+            device = torch.device("cpu")
         self.r[adapter_name] = r
         self.scaling[adapter_name] = scaling
-        self.qalora_dropout[adapter_name] = nn.Dropout(config.lora_dropout)
         for part in ADAPT_PARTS[config.adapt]:
-            name_a, name_b = _MATRICES[part]
-            # A step of B then moves a weight as far as it does in LoRA: pool(x) is a sum, and the
-            # scales' change is relative to weights of about 1/sqrt(K). docs/adapt_modes.md: sweep
+            name_a, name_b = MATRICES[part]
             bound = 1 / math.sqrt(spec.in_features) if part == "zeros" else 1.0
             a = _uniform((r, spec.num_groups), bound, config.seed, f"{name}.{name_a}")
             b = torch.zeros(spec.out_features, r, dtype=torch.float32, device="cpu")
             if not config.init_lora_weights:
-                shape = (spec.out_features, r)
-                b = _uniform(shape, 1 / math.sqrt(r), config.seed, f"{name}.{name_b}")
-            device = self.base_layer.qweight.device
-            if device.type == "meta":  # its weights come from rank 0 later (FSDP)
-                device = torch.device("cpu")
+                b = _uniform((len(b), r), 1 / math.sqrt(r), config.seed, f"{name}.{name_b}")
             getattr(self, name_a)[adapter_name] = _as_linear(a.to(device))
             getattr(self, name_b)[adapter_name] = _as_linear(b.to(device))
-        self.qalora_dropout[adapter_name].train(self.training)
+        dropout = nn.Dropout(config.lora_dropout)
+        self.qalora_dropout[adapter_name] = dropout.train(self.training)
 
     @property
     def weight(self) -> torch.Tensor:
@@ -130,38 +133,36 @@ class QALoRALinear(nn.Module, BaseTunerLayer):
         return device, None
 
     def matrices(self, adapter_name: str) -> Iterator[tuple[str, torch.Tensor]]:
-        """(attribute, weight) of each matrix that an adapter has here."""
+        """Yield (attribute, weight) of each matrix that an adapter has here."""
         for attribute in self.adapter_layer_names:
             holder = getattr(self, attribute)
             if adapter_name in holder:
                 yield attribute, holder[adapter_name].weight
+
+    def change(self, part: str, adapters: Iterable[str]) -> LowRank | None:
+        """Return what adapters change together in one part, None if they leave it alone."""
+        a, b = (getattr(self, attribute) for attribute in MATRICES[part])
+        return _stack(
+            [LowRank(a[n].weight, b[n].weight, self.scaling[n]) for n in adapters if n in a]
+        )
 
     def changes(self, adapter_name: str) -> dict[str, LowRank]:
         """Return an adapter's change of the offsets ("zeros") and of the scales ("scales").
 
         Only what it adapts here; under ZeRO-3 and FSDP the matrices are this rank's parts.
         """
-        found = {}
-        for part, (name_a, name_b) in _MATRICES.items():
-            a, b = getattr(self, name_a), getattr(self, name_b)
-            if adapter_name in a:
-                factor = self.scaling[adapter_name]
-                found[part] = LowRank(a[adapter_name].weight, b[adapter_name].weight, factor)
-        return found
-
-    def _change(self, part: str, adapters: Iterable[str]) -> LowRank | None:
-        """The adapters' joint change of the offsets ("zeros") or of the scales ("scales")."""
-        a, b = (getattr(self, attribute) for attribute in _MATRICES[part])
-        return _stack(
-            [LowRank(a[n].weight, b[n].weight, self.scaling[n]) for n in adapters if n in a]
-        )
+        found = {part: self.change(part, [adapter_name]) for part in MATRICES}
+        return {part: change for part, change in found.items() if change is not None}
 
     def forward(self, x: torch.Tensor, adapter_names: list[str] | None = None) -> torch.Tensor:
-        """X [..., K] -> [..., N] in the dtype of x (of autocast where it is on).
+        """Compute the layer with its active adapters.
 
         Args:
-            x: inputs.
+            x: [..., K], any float dtype.
             adapter_names: one adapter, or "__base__", for each x[i]: a mixed batch.
+
+        Returns:
+            [..., N] in the dtype of x, or of autocast where that is on.
 
         Raises:
             ValueError: a mixed batch on a merged layer, or names and rows differ in number.
@@ -179,7 +180,7 @@ class QALoRALinear(nn.Module, BaseTunerLayer):
     def _adapted(self, x: torch.Tensor, adapters: list[str]) -> torch.Tensor:
         if self.additive or any(self._drops(name) for name in adapters):
             return self._added(x, adapters)
-        zeros, scale = self._change("zeros", adapters), self._change("scales", adapters)
+        zeros, scale = self.change("zeros", adapters), self.change("scales", adapters)
         return self.base_layer(x, zeros=zeros, scale=scale)
 
     def _drops(self, adapter_name: str) -> bool:
@@ -189,22 +190,22 @@ class QALoRALinear(nn.Module, BaseTunerLayer):
         return isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
 
     def _added(self, x: torch.Tensor, adapters: list[str]) -> torch.Tensor:
-        """base(x) + scaling * dropout(pool(x)) A^T B^T + x (W * scaling * (B A)^T)^T."""
+        """Compute base(x) + scaling * dropout(pool(x)) A^T B^T + x (W * scaling * (B A)^T)^T."""
         base = self.base_layer
         y = base(x)
         dtype = torch.promote_types(y.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
             x, total = x.to(y.dtype).to(dtype), y.to(dtype)
             for name in adapters:
-                weights = {key: weight.to(dtype) for key, weight in self.matrices(name)}
-                if "qalora_A" in weights:
+                zeros, scale = self.change("zeros", [name]), self.change("scales", [name])
+                if zeros is not None:
                     pooled = self.qalora_dropout[name](base.pool(x))
-                    low = pooled @ weights["qalora_A"].t() @ weights["qalora_B"].t()
-                    total = total + self.scaling[name] * low
-                if "qalora_scale_A" in weights:
-                    change = weights["qalora_scale_A"].t() @ weights["qalora_scale_B"].t()
+                    low = pooled @ zeros.a.to(dtype).t() @ zeros.b.to(dtype).t()
+                    total = total + zeros.factor * low
+                if scale is not None:
+                    change = scale.a.to(dtype).t() @ scale.b.to(dtype).t()
                     spread = expand(change, base.g_idx, base.spec.group_size, base.in_features)
-                    total = total + self.scaling[name] * (x @ (base.dequantize_t(dtype) * spread))
+                    total = total + scale.factor * (x @ (base.packed.dequantize(dtype) * spread))
         return total.to(y.dtype)
 
     def _mixed(self, x: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
@@ -251,10 +252,7 @@ class QALoRALinear(nn.Module, BaseTunerLayer):
                     "adapter and merge the saved one with `qalora merge`"
                 )
             if not weight.isfinite().all():
-                raise AdapterError(
-                    f"{where}: holds NaN or infinity: training diverged. Go back to an earlier "
-                    "checkpoint, or lower the learning rate"
-                )
+                raise AdapterError(f"{where}: holds NaN or infinity: {_DIVERGED}")
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Fold adapters into the base layer's scales and offsets; `unmerge` undoes it exactly.
@@ -265,8 +263,8 @@ class QALoRALinear(nn.Module, BaseTunerLayer):
 
         Raises:
             AdapterError: A or B is not a whole matrix (ZeRO-3 leaves shape (0,)), or holds NaN or
-                infinity; or the merged numbers overflow their stored dtype, or scales are not
-                positive. Nothing has changed then.
+                infinity; or no checkpoint could hold the merged numbers (`validate.bad_values`).
+                Nothing has changed then.
         """
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.scaling]
         if not names:
@@ -277,7 +275,7 @@ class QALoRALinear(nn.Module, BaseTunerLayer):
         self.merged_adapters = merged
 
     def _own_grid(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The base layer's own scales and offsets, whatever is merged."""
+        """Return the base layer's own scales and offsets, whatever is merged."""
         base = self.base_layer
         if self._unmerged is None:
             return base.scales, base.offsets
@@ -286,32 +284,24 @@ class QALoRALinear(nn.Module, BaseTunerLayer):
         return scales.to(base.qweight.device), offsets.to(base.qweight.device)
 
     def _folded(self, adapters: list[str], name: str = "") -> tuple[torch.Tensor, torch.Tensor]:
-        """Scales and offsets with these adapters and no others; errors as in `merge`."""
+        """Return scales and offsets with these adapters and no others; errors as in `merge`."""
         for adapter_name in adapters:
             self._check_matrices(adapter_name, name)
-        base = self.base_layer
+        spec = self.base_layer.spec
         with torch.no_grad():
-            zeros, scale = self._change("zeros", adapters), self._change("scales", adapters)
+            zeros, scale = self.change("zeros", adapters), self.change("scales", adapters)
             scales, offsets = fold(
                 *self._own_grid(),
                 zeros=None if zeros is None else zeros.delta(),
                 scale=None if scale is None else scale.delta(),
-                offsets_dtype=base.spec.offsets_dtype,
-                scales_dtype=base.spec.scales_dtype,
-                minimum_below=base.spec.minimum_below,
+                offsets_dtype=spec.offsets_dtype,
+                scales_dtype=spec.scales_dtype,
+                minimum_below=spec.minimum_below,
             )
-        where = f"{name}: merging {adapters}".removeprefix(": ")
-        advice = "training diverged. Go back to an earlier checkpoint, or lower the learning rate"
-        if not (scales.isfinite().all() and offsets.isfinite().all()):
-            raise AdapterError(
-                f"{where}: scales or offsets overflow {base.spec.offsets_dtype}: {advice}"
-            )
-        if (scales <= 0).any():
-            wrong = int((scales <= 0).sum())
-            raise AdapterError(
-                f"{where}: expected positive scales, found {wrong} of {scales.numel()} that are "
-                f"not: {advice}"
-            )
+        bad = bad_values(scales, offsets)
+        if bad is not None:
+            where = f"{name}: merging {adapters}".removeprefix(": ")
+            raise AdapterError(f"{where}: {bad}, once rounded to {spec.stored_dtype}: {_DIVERGED}")
         return scales, offsets
 
     def unmerge(self) -> None:
@@ -326,9 +316,7 @@ class QALoRALinear(nn.Module, BaseTunerLayer):
 
     @contextmanager
     def own_grid(self) -> Iterator[None]:
-        """Put the base layer's own scales and offsets in place for a while, if adapters are
-        merged.
-        """
+        """Put the base layer's own scales and offsets in place for a while, whatever is merged."""
         base = self.base_layer
         present = base.scales, base.offsets
         base.scales, base.offsets = self._own_grid()
@@ -338,8 +326,7 @@ class QALoRALinear(nn.Module, BaseTunerLayer):
             base.scales, base.offsets = present
 
     def check_deletable(self, adapter_name: str) -> None:
-        """Refuse to delete a merged adapter: scales and offsets are folded anew from A and B at
-        every merge, so its change would vanish at the next one.
+        """Refuse to delete a merged adapter: the next merge, from A and B anew, would drop it.
 
         Raises:
             AdapterError: the adapter is merged.

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import TaskType
@@ -11,11 +11,13 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from ..checkpoint.merged import MergedAdapter, merged_in_memory
 from ..distributed.sharding import plain_name
-from ..errors import AdapterError, ConfigError
 from ..layers.linear import QuantLinear
 from .config import PEFT_TYPE, QALoRAConfig
 from .layer import BASE, QALoRALinear
+from .names import PREFIX
+from .state_dict import check_state_dict
 from .targets import BaseIdentity, base_identity, check_base, quantization_config, resolve_targets
 
 _HEADS_ADDED_LATER = (TaskType.TOKEN_CLS, TaskType.QUESTION_ANS)
@@ -24,7 +26,7 @@ _HEADS_ADDED_LATER = (TaskType.TOKEN_CLS, TaskType.QUESTION_ANS)
 class QALoRAModel(BaseTuner):
     """A model whose quantized linear layers carry QA-LoRA adapters; see PEFT's `BaseTuner`."""
 
-    prefix = "qalora_"
+    prefix = PREFIX
     tuner_layer_cls = QALoRALinear
     target_module_mapping: dict[str, list[str]] = {}
 
@@ -67,14 +69,9 @@ class QALoRAModel(BaseTuner):
     ) -> None:
         if isinstance(target, QALoRALinear):
             target.update_layer(adapter_name, peft_config, current_key)
-        elif isinstance(target, QuantLinear):
-            layer = QALoRALinear(target, adapter_name, peft_config, current_key)
+        else:  # a QuantLinear: `resolve_targets` has refused the rest
+            layer = QALoRALinear(cast(QuantLinear, target), adapter_name, peft_config, current_key)
             self._replace_module(parent, target_name, layer, target)
-        else:
-            raise ConfigError(
-                f"{current_key}: expected a quantized linear layer, found "
-                f"{type(target).__name__}; leave it out of target_modules"
-            )
 
     def _replace_module(
         self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
@@ -93,7 +90,7 @@ class QALoRAModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """PEFT calls the model inside this: hand `adapter_names` to the layers of a mixed batch."""
+        """Hand `adapter_names` to the layers of a mixed batch; PEFT calls the model inside this."""
         names = kwargs.get("adapter_names")
         if names is None:
             yield
@@ -159,7 +156,7 @@ class QALoRAModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
-        """The plain model with the adapters folded in; its save_pretrained writes our format.
+        """Return the plain model with the adapters folded in, which saves in our format.
 
         Args:
             progressbar: show one.
@@ -171,21 +168,23 @@ class QALoRAModel(BaseTuner):
         """
         self._check_merge(adapter_names)
         names = self.active_adapters if adapter_names is None else adapter_names
-        records = self._merge_records(names)
-        return _recorded(super().merge_and_unload(progressbar, safe_merge, adapter_names), records)
+        adapters = self._merged_adapters(names)
+        return _recorded(super().merge_and_unload(progressbar, safe_merge, adapter_names), adapters)
 
     def unload(self) -> nn.Module:
-        """The plain model, adapters removed. As in PEFT's LoRA, what `merge_adapter` has folded in
-        stays, and the config's `merged` says so; `unmerge_adapter()` first gives the base.
-        """
-        records = self._merge_records([])
-        return _recorded(super().unload(), records)
+        """Return the plain model, adapters removed.
 
-    def _merge_records(self, names: list[str]) -> list[dict[str, Any]]:
-        """Of the adapters that are merged already, and of these."""
+        As in PEFT's LoRA, what `merge_adapter` has folded in stays, and the config's `merged` says
+        so; `unmerge_adapter()` first gives the base.
+        """
+        adapters = self._merged_adapters([])
+        return _recorded(super().unload(), adapters)
+
+    def _merged_adapters(self, names: list[str]) -> list[MergedAdapter]:
+        """Describe the adapters that are merged already, and these."""
         merged = {name for _, layer in self._layers() for name in layer.merged_adapters}
         return [
-            _merge_record(name, config)
+            _describe(name, config)
             for name, config in self.peft_config.items()
             if name in merged or name in names
         ]
@@ -193,89 +192,39 @@ class QALoRAModel(BaseTuner):
     def _load_from_state_dict(
         self, state_dict: dict[str, torch.Tensor], prefix: str, *args: Any
     ) -> None:
-        # PEFT loads adapters with strict=False and only warns: a layer whose key is missing would
-        # silently keep its initial A and B
-        self._check_keys(state_dict, prefix)
+        found = {plain_name(k): v for k, v in state_dict.items() if k.startswith(prefix)}
+        parameters = self.named_parameters(remove_duplicate=False)  # tied ones have two names
+        known = {plain_name(prefix + name) for name, _ in (*parameters, *self.named_buffers())}
+        check_state_dict(found, self._matrices(prefix), known)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _check_keys(self, state_dict: dict[str, torch.Tensor], prefix: str) -> None:
-        """Check the keys of a state dict that is about to be loaded: an adapter's, the whole
-        model's, or the base's alone, which torch refuses itself unless strict=False.
-
-        Raises:
-            AdapterError: an adapter is incomplete, a shape is wrong, or a key belongs to nothing.
-        """
-        found = {
-            plain_name(key): value for key, value in state_dict.items() if key.startswith(prefix)
-        }
-        expected: dict[str, dict[str, torch.Tensor]] = {name: {} for name in self.peft_config}
+    def _matrices(self, prefix: str) -> dict[str, dict[str, torch.Tensor]]:
+        """Return every A and B by adapter name and key in a state dict with this prefix."""
+        matrices: dict[str, dict[str, torch.Tensor]] = {name: {} for name in self.peft_config}
         for name, layer in self._layers():
             for adapter_name in layer.scaling:
                 for attribute, weight in layer.matrices(adapter_name):
                     key = plain_name(f"{prefix}{name}.{attribute}.{adapter_name}.weight")
-                    expected[adapter_name][key] = weight
-        parameters = self.named_parameters(remove_duplicate=False)  # tied ones have two names
-        known = {plain_name(prefix + name) for name, _ in (*parameters, *self.named_buffers())}
-        # PEFT also saves resized embeddings under the wrapper's name, without the adapter's
-        wrappers = [f".modules_to_save.{name}." for name in self.peft_config]
-        repeated = {k.replace(w, ".modules_to_save.") for k in found for w in wrappers if w in k}
-        unexpected = sorted(set(found) - known - repeated)
-        if unexpected:
-            raise AdapterError(
-                f"adapter: unexpected key {unexpected[0]} ({len(unexpected)} in all): the model "
-                "has no such tensor. Load the adapter that belongs to this model and config"
-            )
-        loaded = {n: keys for n, keys in expected.items() if not keys.keys().isdisjoint(found)}
-        if not loaded and any(".base_layer." in key for key in found):
-            return  # the base's: no adapter's file has these
-        if not loaded:
-            example = next(iter(next(iter(expected.values()))), "none")
-            raise AdapterError(
-                f"adapter: missing every key of {sorted(expected)}: expected tensors such as "
-                f"{example}, found {len(found)} others. Was the adapter saved completely?"
-            )
-        for name, keys in loaded.items():
-            missing = sorted(set(keys) - set(found))
-            if missing:
-                raise AdapterError(
-                    f"adapter {name!r}: missing key {missing[0]} ({len(missing)} of {len(keys)}): "
-                    "the file is incomplete, or was trained with other target_modules or adapt"
-                )
-            for key, weight in keys.items():
-                if weight.dim() == 2 and found[key].shape != weight.shape:
-                    raise AdapterError(
-                        f"adapter {name!r}: {key}: expected shape {tuple(weight.shape)}, found "
-                        f"{tuple(found[key].shape)}: it was trained with another rank, or on "
-                        "another base"
-                    )
+                    matrices[adapter_name][key] = weight
+        return matrices
 
 
-def _recorded(model: Any, records: list[dict[str, Any]]) -> nn.Module:
+def _describe(name: str, config: QALoRAConfig) -> MergedAdapter:
+    return MergedAdapter(
+        adapter=name,
+        peft_type=PEFT_TYPE,
+        convention=config.convention,
+        adapt=config.adapt,
+        r=config.r,
+        lora_alpha=config.lora_alpha,
+        modules_to_save=sorted(config.modules_to_save or []),
+    )
+
+
+def _recorded(model: Any, adapters: list[MergedAdapter]) -> nn.Module:
     """Write into the model's config what was merged into it."""
     stored = quantization_config(model)
-    if stored is not None and records:
-        stored.merged = _merged(records, stored.merged)
+    if stored is not None and adapters:
+        stored.merged = merged_in_memory(adapters, stored.merged)
         model.config.quantization_config = stored
     return model
-
-
-def _merge_record(name: str, config: QALoRAConfig) -> dict[str, Any]:
-    """What a merged model's config says of an adapter."""
-    return {
-        "adapter": name,
-        "peft_type": PEFT_TYPE,
-        "convention": config.convention,
-        "adapt": config.adapt,
-        "r": config.r,
-        "lora_alpha": config.lora_alpha,
-        "modules_to_save": sorted(config.modules_to_save or []),
-    }
-
-
-def _merged(records: list[dict[str, Any]], before: dict[str, Any] | None) -> dict[str, Any]:
-    """The quantization config's `merged` after merging adapters into a base."""
-    merged = records[0]
-    if len(records) > 1:
-        names = ", ".join(record["adapter"] for record in records)
-        merged = {"adapter": names, "peft_type": PEFT_TYPE, "adapters": records}
-    return merged if before is None else merged | {"before": before}

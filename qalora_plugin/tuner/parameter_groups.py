@@ -6,9 +6,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import ConfigError
-
-SCALE_PARAMETERS = "qalora_scale_"
-"""Part of the name of every parameter that changes scales."""
+from .names import SCALE_PREFIX
 
 SCALE_LR_RATIO = 3.0
 """Learning rate of the scales' part over that of the rest (docs/adapt_modes.md has the sweep)."""
@@ -21,7 +19,7 @@ def parameter_groups(
     scale_lr_ratio: float = SCALE_LR_RATIO,
     weight_decay: float = 0.0,
 ) -> list[dict[str, Any]]:
-    """What is trained in `model`, as the parameter groups of a torch optimizer.
+    """Return what is trained in `model`, as the parameter groups of a torch optimizer.
 
         trainer = SFTTrainer(..., peft_config=QALoRAConfig(adapt="both"))
         trainer.optimizer = torch.optim.AdamW(parameter_groups(trainer.model, lr=2e-4))
@@ -53,7 +51,7 @@ def parameter_groups(
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            key = (SCALE_PARAMETERS in name, name not in decays)
+            key = (SCALE_PREFIX in name, name not in decays)
             groups.setdefault(key, []).append(parameter)
     if not groups:
         raise ConfigError(

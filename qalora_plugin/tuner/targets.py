@@ -13,6 +13,7 @@ from ..checkpoint.config import QUANT_METHOD, QALoRAQuantConfig
 from ..checkpoint.fingerprint import fingerprint
 from ..checkpoint.identity import BaseIdentity
 from ..errors import AdapterError, ConfigError
+from ..files.names import ADAPTER_CONFIG_FILE
 from ..layers.linear import QuantLinear
 from .config import ALL_LINEAR, QALoRAConfig
 
@@ -20,9 +21,7 @@ _SHOWN = 8  # names in an error message
 
 
 def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The base model's own (name, module): what lies inside an adapted layer is left out, the
-    layer itself stands for its base layer.
-    """
+    """Yield the base model's own (name, module): an adapted layer stands for its base layer."""
     inside: list[str] = []
     for name, module in model.named_modules():
         if not name or name.startswith(tuple(inside)):
@@ -34,7 +33,7 @@ def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantLinear]:
-    """Every quantized layer by its name in the base model, adapted or not."""
+    """Return every quantized layer by its name in the base model, adapted or not."""
     return {name: m for name, m in _modules(model) if isinstance(m, QuantLinear)}
 
 
@@ -70,14 +69,7 @@ def resolve_targets(config: QALoRAConfig, model: nn.Module) -> None:
     quantized = quantized_layers(model)
     if not quantized:
         raise _not_quantized(config)
-    for entry in config.modules_to_save or []:
-        held = [n for n in quantized if re.match(rf"(^|.*\.){entry}($|\..*)", n)]
-        if held:
-            raise ConfigError(
-                f"QALoRAConfig: modules_to_save names {entry!r}, which is quantized "
-                f"({_shorten(held)}): integers cannot be trained. Adapt it through "
-                "target_modules, or leave it unquantized (modules_to_not_convert)"
-            )
+    _refuse_quantized_saves(config, quantized)
     asked = config.target_modules
     matched: dict[str, nn.Module]
     if asked is None or (isinstance(asked, str) and asked.lower() == ALL_LINEAR):
@@ -88,14 +80,31 @@ def resolve_targets(config: QALoRAConfig, model: nn.Module) -> None:
         config.target_modules = set(matched)
     else:
         matched = {n: m for n, m in _modules(model) if check_target_module_exists(config, n)}
+    _check_matched(f"QALoRAConfig: target_modules={asked!r}", config, matched, quantized)
+
+
+def _refuse_quantized_saves(config: QALoRAConfig, quantized: dict[str, QuantLinear]) -> None:
+    for entry in config.modules_to_save or []:
+        held = [n for n in quantized if re.match(rf"(^|.*\.){entry}($|\..*)", n)]
+        if held:
+            raise ConfigError(
+                f"QALoRAConfig: modules_to_save names {entry!r}, which is quantized "
+                f"({_shorten(held)}): integers cannot be trained. Adapt it through "
+                "target_modules, or leave it unquantized (modules_to_not_convert)"
+            )
+
+
+def _check_matched(
+    asked: str,
+    config: QALoRAConfig,
+    matched: dict[str, nn.Module],
+    quantized: dict[str, QuantLinear],
+) -> None:
     if not matched:
-        limits = {
-            name: getattr(config, name)
-            for name in ("exclude_modules", "layers_to_transform", "layers_pattern")
-            if getattr(config, name) is not None
-        }
+        names = ("exclude_modules", "layers_to_transform", "layers_pattern")
+        limits = {n: getattr(config, n) for n in names if getattr(config, n) is not None}
         raise ConfigError(
-            f"QALoRAConfig: target_modules={asked!r}{f' with {limits}' if limits else ''} matches "
+            f"{asked}{f' with {limits}' if limits else ''} matches "
             f"no module of the base. Its quantized layers are {_shorten(_leaves(quantized))} "
             f"(such as {next(iter(quantized))})"
         )
@@ -103,7 +112,7 @@ def resolve_targets(config: QALoRAConfig, model: nn.Module) -> None:
     if wrong:
         kinds = [f"{name} ({type(module).__name__})" for name, module in wrong.items()]
         raise ConfigError(
-            f"QALoRAConfig: target_modules={asked!r} matches modules that are not quantized: "
+            f"{asked} matches modules that are not quantized: "
             f"{_shorten(kinds)}. Leave them out, train them whole through modules_to_save, or "
             "quantize them too (modules_to_not_convert). Quantized are "
             f"{_shorten(_leaves(quantized))}"
@@ -111,7 +120,7 @@ def resolve_targets(config: QALoRAConfig, model: nn.Module) -> None:
 
 
 def quantization_config(model: nn.Module) -> QALoRAQuantConfig | None:
-    """Our quantization config of a model, None where it has none."""
+    """Return our quantization config of a model, None where it has none."""
     found = getattr(getattr(model, "config", None), "quantization_config", None)
     if isinstance(found, dict) and found.get("quant_method") == QUANT_METHOD:
         return QALoRAQuantConfig(**found)
@@ -150,13 +159,13 @@ def check_base(config: QALoRAConfig, base: BaseIdentity) -> None:
     different = stated.difference(base)
     if different == "base_merged":
         raise AdapterError(
-            f"adapter_config.json: base_merged: the adapter was trained on a base into which "
+            f"{ADAPTER_CONFIG_FILE}: base_merged: the adapter was trained on a base into which "
             f"{_merges(config.base_merged)} was merged, found one into which "
             f"{_merges(base.base_merged)} is already merged. Load the base that it was trained on"
         )
     if different is not None:
         raise AdapterError(
-            f"adapter_config.json: {different}: the adapter belongs to a base with {different}="
+            f"{ADAPTER_CONFIG_FILE}: {different}: the adapter belongs to a base with {different}="
             f"{getattr(stated, different)!r}, found a base with {different}="
             f"{getattr(base, different)!r} (adapter: bits={config.bits}, "
             f"group_size={config.group_size}, fingerprint={config.fingerprint}; base: "

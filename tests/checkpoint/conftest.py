@@ -1,67 +1,8 @@
-"""Small models on disk, quantized and not, and a way to change their files."""
+"""Small models on disk, quantized and not, and those that other programs wrote."""
 
-import json
-import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import pytest
-import torch
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
-
-from qalora_plugin import QALoRAQuantConfig
+from support.directories import altered, base_dir, dense_dir  # noqa: F401
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 STOCK = sorted(path for path in FIXTURES.glob("gptq_*"))
-
-
-@pytest.fixture(scope="session")
-def dense_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A 16-bit Llama of two layers; 172 inputs in one of its projections."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=64,
-        intermediate_size=172,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    directory = tmp_path_factory.mktemp("dense") / "model"
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
-    return directory
-
-
-@pytest.fixture(scope="session")
-def base_dir(dense_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same, quantized while loading and saved: 4 bits, groups of 32."""
-    directory = tmp_path_factory.mktemp("base") / "model"
-    config = QALoRAQuantConfig(bits=4, group_size=32)
-    model = AutoModelForCausalLM.from_pretrained(dense_dir, quantization_config=config)
-    model.save_pretrained(directory)
-    return directory
-
-
-@pytest.fixture
-def altered(tmp_path: Path) -> Callable[..., Path]:
-    """Copy a directory; `tensors` changes its state dict, `config` its quantization_config."""
-
-    def alter(
-        source: Path,
-        tensors: Callable[[dict[str, torch.Tensor]], None] | None = None,
-        **config: Any,
-    ) -> Path:
-        target = tmp_path / "altered"
-        shutil.copytree(source, target)
-        if tensors is not None:
-            state = load_file(target / "model.safetensors")
-            tensors(state)
-            save_file(state, target / "model.safetensors", metadata={"format": "pt"})
-        values = json.loads((target / "config.json").read_text())
-        values["quantization_config"].update(config)
-        (target / "config.json").write_text(json.dumps(values))
-        return target
-
-    return alter

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from support.layers import quant_layer
 from torch.autograd.graph import saved_tensors_hooks
 
 from qalora_plugin import QALoRAConfig
@@ -15,51 +16,51 @@ def _new(layer: QuantLinear, name: str = "layer", **settings: object) -> QALoRAL
     return QALoRALinear(layer, "default", QALoRAConfig(r=4, **settings), name)  # type: ignore[arg-type]
 
 
-def test_initialisation_hangs_on_seed_and_name_only(make_layer):
+def test_initialisation_hangs_on_seed_and_name_only():
     torch.manual_seed(1)
     state = torch.get_rng_state()
-    first = _new(make_layer(), adapt="both")
+    first = _new(quant_layer(), adapt="both")
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(2)
-    again = _new(make_layer(), adapt="both")
+    again = _new(quant_layer(), adapt="both")
     for (name, one), (_, two) in zip(
         first.matrices("default"), again.matrices("default"), strict=True
     ):
         assert one.dtype == torch.float32
         assert torch.equal(one, two), name
     a = first.qalora_A["default"].weight
-    for other in (_new(make_layer(), seed=1), _new(make_layer(), name="layer2")):
+    for other in (_new(quant_layer(), seed=1), _new(quant_layer(), name="layer2")):
         assert not torch.equal(other.qalora_A["default"].weight, a)
     assert not torch.equal(first.qalora_scale_A["default"].weight, a)
 
 
-def test_initialisation_moves_weights_as_far_as_loras(make_layer):
-    layer = _new(make_layer(group_size=16, in_features=4096), adapt="both")
+def test_initialisation_moves_weights_as_far_as_loras():
+    layer = _new(quant_layer(group_size=16, in_features=4096), adapt="both")
     for name, weight in layer.matrices("default"):
         bound = 1.0 if "scale" in name else 1 / math.sqrt(4096)
         if name.endswith("B"):
             assert not weight.any()
         else:
             assert 0.95 * bound < weight.abs().max() <= bound
-    random = _new(make_layer(), init_lora_weights=False)
+    random = _new(quant_layer(), init_lora_weights=False)
     assert random.qalora_B["default"].weight.abs().max() > 0.4
 
 
-def test_new_adapter_is_a_no_op(make_layer):
-    base = make_layer()
+def test_new_adapter_is_a_no_op():
+    base = quant_layer()
     x = torch.randn(3, 172)
     wanted = base(x)
     for adapt in ("zeros", "scales", "both"):
-        assert torch.equal(_new(make_layer(), adapt=adapt)(x), wanted)
+        assert torch.equal(_new(quant_layer(), adapt=adapt)(x), wanted)
 
 
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize("adapt", ["zeros", "scales", "both"])
-def test_size_and_saved_activations(make_layer, adapt, act_order):
+def test_size_and_saved_activations(adapt, act_order):
     """r * (G + N) parameters a part. Kept for the backward: pool(x), K/g numbers a token; with
     scales x itself, not a copy."""
     tokens, r, groups = 7, 4, 10
-    layer = _new(make_layer(group_size=16, in_features=160, act_order=act_order), adapt=adapt)
+    layer = _new(quant_layer(group_size=16, in_features=160, act_order=act_order), adapt=adapt)
     trained = [p for p in layer.parameters() if p.requires_grad and p is not layer.bias]
     parts = 2 if adapt == "both" else 1
     assert sum(p.numel() for p in trained) == parts * r * (groups + layer.out_features)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from qalora_kernels import reference
+from qalora_plugin import QALoRAConfig
 
 SHAPES = [
     pytest.param(4, 64, False, id="4bit_g64_short"),
@@ -40,13 +41,8 @@ def _gradients(function, adapted, x, dy):
 @pytest.mark.parametrize("adapt", ["zeros", "scales", "both"])
 @pytest.mark.parametrize(("bits", "group_size", "act_order"), SHAPES)
 def test_gradients(make_adapted, bits, group_size, act_order, adapt, additive):
-    adapted = make_adapted(
-        {"adapt": adapt},
-        bits=bits,
-        group_size=group_size,
-        act_order=act_order,
-        grid=torch.float64,
-    ).double()
+    layer = {"bits": bits, "group_size": group_size, "act_order": act_order}
+    adapted = make_adapted({"adapt": adapt}, grid=torch.float64, **layer).double()
     adapted.additive = additive
     gen = torch.Generator().manual_seed(0)
     x = torch.randn(2, 3, 172, generator=gen, dtype=torch.float64, requires_grad=True)
@@ -60,8 +56,6 @@ def test_gradients(make_adapted, bits, group_size, act_order, adapt, additive):
 
 def test_gradients_of_several_adapters(make_adapted, fill_adapters):
     """Folding stacks the adapters along the rank: each still gets its own gradient."""
-    from qalora_plugin import QALoRAConfig
-
     adapted = make_adapted({"adapt": "both"}, grid=torch.float64)
     adapted.update_layer("other", QALoRAConfig(r=2, lora_alpha=5), "layer")
     fill_adapters(adapted)

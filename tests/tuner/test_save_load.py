@@ -11,13 +11,10 @@ from peft import (
     get_peft_model_state_dict,
 )
 from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoModelForCausalLM,
-    BertConfig,
-    BertForSequenceClassification,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
+from support.architectures import ARCHITECTURES
+from support.layers import quantize
+from support.models import llama
+from transformers import AutoModelForCausalLM
 
 from qalora_plugin import QALoRAConfig, QALoRAQuantConfig
 from qalora_plugin.errors import AdapterError, ConfigError
@@ -172,14 +169,10 @@ def test_fingerprint_of_the_base_config_is_used(make_llama):
     assert stored.fingerprint == "0" * 32
 
 
-def test_modules_to_save(quantize_linears, fill_adapters, ids, tmp_path):
+def test_modules_to_save(fill_adapters, ids, tmp_path):
     def build():
         torch.manual_seed(0)
-        config = BertConfig(
-            hidden_size=64, intermediate_size=172, num_hidden_layers=1, num_attention_heads=4,
-            vocab_size=100, num_labels=3,
-        )  # fmt: skip
-        return quantize_linears(BertForSequenceClassification(config))
+        return quantize(ARCHITECTURES["bert_classifier"]())
 
     config = QALoRAConfig(r=2, task_type="SEQ_CLS", modules_to_save=["classifier"])
     model = get_peft_model(build(), config).eval()
@@ -239,13 +232,8 @@ def test_mixed_batch_generates(make_peft, ids):
 @torch.no_grad()
 def test_through_transformers_from_disk(fill_adapters, ids, tmp_path):
     """A base on disk, AutoPeftModel, merge_and_unload, save_pretrained, and the merged model."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=64, intermediate_size=172, num_hidden_layers=1, num_attention_heads=4,
-        vocab_size=100,
-    )  # fmt: skip
     plain, base, adapter, merged = (str(tmp_path / name) for name in "pbam")
-    LlamaForCausalLM(config).save_pretrained(plain)
+    llama(num_hidden_layers=1).save_pretrained(plain)
     quantization = QALoRAQuantConfig(bits=4, group_size=16)
     model = AutoModelForCausalLM.from_pretrained(plain, quantization_config=quantization)
     model.save_pretrained(base)

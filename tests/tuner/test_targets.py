@@ -1,10 +1,9 @@
 """Which layers get an adapter, and what is refused."""
 
 import pytest
-import torch
 from peft import get_peft_model
+from support.models import llama
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from qalora_plugin import QALoRAConfig
 from qalora_plugin.errors import ConfigError
@@ -48,7 +47,6 @@ def test_targets(make_llama, settings, count, leaves):
 
 def test_all_linear_is_written_out_even_when_peft_shortens_the_names(make_llama):
     """From 20 names on PEFT looks for suffixes; layers_to_transform still has to hold."""
-    torch.manual_seed(0)
     model = make_llama()
     while len(model.model.layers) < 4:
         model.model.layers.append(make_llama().model.layers[0])
@@ -81,11 +79,7 @@ def test_only_adapters_train(make_llama):
 
 
 def test_base_that_is_not_quantized_is_refused_with_both_ways():
-    config = LlamaConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-        vocab_size=50,
-    )  # fmt: skip
-    plain = LlamaForCausalLM(config)
+    plain = llama(num_hidden_layers=1)
     with pytest.raises(
         ConfigError, match=r"quantization_config=QALoRAQuantConfig.*qalora quantize"
     ):

@@ -4,16 +4,14 @@ import copy
 
 import pytest
 import torch
+from support.layers import quant_layer
 
-from qalora_kernels import QuantSpec
 from qalora_plugin.errors import ConfigError
 from qalora_plugin.layers.linear import QuantLinear
 
 
 def layer() -> QuantLinear:
-    spec = QuantSpec(bits=4, group_size=32, in_features=64, out_features=24)
-    codes = torch.randint(16, (24, 64), dtype=torch.uint8)
-    return QuantLinear.from_codes(spec, codes, torch.ones(2, 24), torch.zeros(2, 24))
+    return quant_layer(in_features=64, bias=False)
 
 
 def test_weight_has_shape_dtype_and_device_and_follows_casts():

@@ -4,44 +4,47 @@ import copy
 
 import pytest
 import torch
+from support.layers import quant_layer
 
 from qalora_kernels import LowRank, QuantSpec
 from qalora_plugin.layers import sharded
 from qalora_plugin.layers.linear import QuantLinear
-from qalora_plugin.layers.sharded import ShardedQuantLinear, pack_grid, unpack_grid
+from qalora_plugin.layers.sharded import ShardedQuantLinear, unpack_grid
 
 K, N, R = 80, 24, 4
 
 
-def _layer(offsets_dtype: torch.dtype, desc_act: bool, offsets_at: str = "middle") -> QuantLinear:
-    spec = QuantSpec(4, 32, K, N, offsets_dtype=offsets_dtype, offsets_at=offsets_at)
-    generator = torch.Generator().manual_seed(1)
-    groups = spec.num_groups
-    return QuantLinear.from_codes(
-        spec,
-        torch.randint(0, 16, (N, K), generator=generator, dtype=torch.uint8),
-        torch.rand(groups, N, generator=generator) * 0.1 + 0.01,
-        torch.randn(groups, N, generator=generator) * 0.05,
-        g_idx=torch.randperm(K, generator=generator) // 32 if desc_act else None,
-        bias=torch.randn(N, generator=generator),
-    )
+# offsets_dtype, offsets_at and words of the grid for each scale and offset
+STORED = [(torch.float16, "middle", 1), (torch.float32, "middle", 2), (torch.float32, "minimum", 1)]
 
 
+def _layer(
+    offsets_dtype: torch.dtype = torch.float16, offsets_at: str = "middle", act_order: bool = False
+) -> QuantLinear:
+    grid = {"offsets_dtype": offsets_dtype, "offsets_at": offsets_at}
+    return quant_layer(in_features=K, out_features=N, act_order=act_order, **grid)
+
+
+def _sharded(layer: QuantLinear) -> ShardedQuantLinear:
+    return ShardedQuantLinear.from_packed(layer.packed, layer.bias)
+
+
+@pytest.mark.parametrize(("offsets_dtype", "offsets_at", "words"), STORED, ids=str)
 @pytest.mark.parametrize(
-    ("offsets_dtype", "offsets_at"),
-    [(torch.float16, "middle"), (torch.float32, "middle"), (torch.float32, "minimum")],
-    ids=str,
+    ("adapt", "act_order"), [("zeros", True), ("scales", False), ("both", True), (None, False)]
 )
-@pytest.mark.parametrize("desc_act", [False, True])
-@pytest.mark.parametrize("adapt", ["zeros", "scales", "both", None])
 def test_outputs_and_gradients_are_the_same_bits(
-    offsets_dtype: torch.dtype, offsets_at: str, desc_act: bool, adapt: str | None
+    offsets_dtype: torch.dtype, offsets_at: str, words: int, adapt: str | None, act_order: bool
 ) -> None:
-    plain = _layer(offsets_dtype, desc_act, offsets_at)
-    other = ShardedQuantLinear.of(copy.deepcopy(plain))
+    plain = _layer(offsets_dtype, offsets_at, act_order)
+    other = _sharded(copy.deepcopy(plain))
     assert not dict(other.named_buffers())
-    assert torch.equal(other.scales, plain.scales)
-    assert torch.equal(other.offsets, plain.offsets)
+    for name in ("qweight", "scales", "offsets"):
+        wanted = getattr(plain, name)
+        assert torch.equal(getattr(other, name), wanted)
+        assert torch.equal(getattr(other.packed, name), wanted)
+    assert other.grid.dtype == torch.int32
+    assert other.grid.shape == (plain.spec.num_groups, words * N)
     results = []
     for layer in (plain, other):
         generator = torch.Generator().manual_seed(2)
@@ -69,7 +72,7 @@ def test_the_backward_unpacks_the_grid_again(monkeypatch: pytest.MonkeyPatch) ->
         return unpack_grid(grid, spec)
 
     monkeypatch.setattr(sharded, "unpack_grid", counted)
-    layer = ShardedQuantLinear.of(_layer(torch.float16, False))
+    layer = _sharded(_layer())
     x = torch.randn(5, K, requires_grad=True)
     a, b = torch.randn(R, 3, requires_grad=True), torch.randn(N, R, requires_grad=True)
     y = layer(x, zeros=LowRank(a, b, 0.01))
@@ -79,7 +82,7 @@ def test_the_backward_unpacks_the_grid_again(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_casting_the_model_leaves_the_grid_alone() -> None:
-    layer = ShardedQuantLinear.of(_layer(torch.float16, True))
+    layer = _sharded(_layer(act_order=True))
     before = layer.grid.clone(), layer.scales
     layer.to(torch.bfloat16)
     assert layer.bias.dtype == torch.bfloat16
@@ -87,24 +90,9 @@ def test_casting_the_model_leaves_the_grid_alone() -> None:
     assert torch.equal(layer.scales, before[1])
 
 
-@pytest.mark.parametrize(
-    ("dtype", "offsets_at", "words"),
-    [(torch.float16, "middle", 1), (torch.float32, "middle", 2), (torch.float32, "minimum", 1)],
-    ids=str,
-)
-def test_grid_has_the_stored_size(dtype: torch.dtype, offsets_at: str, words: int) -> None:
-    layer = _layer(dtype, False, offsets_at)
-    grid = pack_grid(layer.scales, layer.offsets, layer.spec)
-    assert grid.dtype == torch.int32
-    assert grid.shape == (layer.spec.num_groups, words * N)
-    scales, offsets = unpack_grid(grid, layer.spec)
-    assert torch.equal(scales, layer.scales)
-    assert torch.equal(offsets, layer.offsets)
-
-
 def test_an_empty_layer_has_the_parameters_of_a_loaded_one() -> None:
     """Ranks that FSDP sends their part make the layer without numbers; the shards have to match."""
-    loaded = ShardedQuantLinear.of(_layer(torch.float16, desc_act=True))
+    loaded = _sharded(_layer(act_order=True))
     empty = ShardedQuantLinear(loaded.spec, bias=True, desc_act=True, device="meta")
     shapes = [{n: p.shape for n, p in m.named_parameters()} for m in (loaded, empty)]
     assert shapes[0] == shapes[1] and "g_idx" in shapes[0]

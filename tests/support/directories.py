@@ -1,0 +1,56 @@
+"""Fixtures of small models on disk, for conftest.py to import."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from qalora_plugin import QALoRAQuantConfig
+from support.models import llama
+
+
+@pytest.fixture(scope="session")
+def dense_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A 16-bit Llama of two layers; 172 inputs in one of its projections."""
+    directory = tmp_path_factory.mktemp("dense") / "model"
+    llama().to(torch.bfloat16).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def base_dir(dense_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, quantized while loading and saved: 4 bits, groups of 32."""
+    directory = tmp_path_factory.mktemp("base") / "model"
+    config = QALoRAQuantConfig(bits=4, group_size=32)
+    model = AutoModelForCausalLM.from_pretrained(dense_dir, quantization_config=config)
+    model.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def altered(tmp_path: Path) -> Callable[..., Path]:
+    """Copy a directory; `tensors` changes its state dict, `config` its quantization_config."""
+
+    def alter(
+        source: Path,
+        tensors: Callable[[dict[str, torch.Tensor]], None] | None = None,
+        **config: Any,
+    ) -> Path:
+        target = tmp_path / "altered"
+        shutil.copytree(source, target)
+        if tensors is not None:
+            state = load_file(target / "model.safetensors")
+            tensors(state)
+            save_file(state, target / "model.safetensors", metadata={"format": "pt"})
+        values = json.loads((target / "config.json").read_text())
+        values["quantization_config"].update(config)
+        (target / "config.json").write_text(json.dumps(values))
+        return target
+
+    return alter
