@@ -1,6 +1,8 @@
 """Find a model's directory: a local one, or a snapshot from the Hugging Face Hub."""
 
+import os
 from pathlib import Path
+from typing import Any
 
 from ..errors import CheckpointError
 
@@ -37,3 +39,15 @@ def resolve_model_dir(name_or_path: str | Path, revision: str | None = None) -> 
             f"({type(error).__name__}: {str(error).splitlines()[0]}). "
             "Check the name, or log in with `hf auth login` if the repository is private."
         ) from error
+
+
+def public_name(name_or_path: Any) -> str:
+    """Return a Hub id as it is, and of a path its last part: the rest is about the machine.
+
+    A name of two parts is a path if there is such a directory now, as when a model is loaded.
+    """
+    text = str(name_or_path or "")
+    if not text:
+        return text
+    is_path = os.path.isabs(text) or text.count("/") > 1 or text[0] in ".~" or os.path.isdir(text)
+    return os.path.basename(os.path.abspath(text)) if is_path else text

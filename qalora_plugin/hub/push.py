@@ -10,9 +10,10 @@ from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from ..checkpoint.config import QUANT_METHOD
 from ..errors import OutputError, QALoRAError
 from ..files.manifest import check_manifest
-from .card import CARD_FILE, HUB_FAILURES, MERGED, Subject, find_subject, make_card
+from .card import CARD_FILE, HUB_FAILURES, Subject, find_subject, make_card
 
 _REASONS = {
     401: "you are not logged in, or the token is not valid: log in with `hf auth login`",
@@ -44,11 +45,11 @@ class PushResult:
     url: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the fields, ready for JSON."""
         return dataclasses.asdict(self)
 
     def as_text(self) -> str:
-        """For people."""
+        """Return a few lines for people."""
         total = sum(self.files.values())
         what = f"{len(self.files)} files, {total / 1e6:.1f} MB, format {self.format}"
         if self.url is not None:
@@ -128,13 +129,16 @@ def push_merged(
     data: str | None = None,
     log_history: Sequence[dict[str, Any]] = (),
 ) -> str:
-    """`push` of a merged checkpoint and nothing else; returns the address of the repository.
+    """Push a merged checkpoint, and nothing else, as `push` does.
+
+    Returns:
+        The address of the repository.
 
     Raises:
         OutputError: it is not merged, or the Hub refused it.
     """
     subject = find_subject(directory)
-    if subject.format != MERGED or not subject.tuned:
+    if subject.format != QUANT_METHOD or not subject.tuned:
         raise OutputError(f"{directory}: is not a merged checkpoint. Nothing was pushed.")
     result = push(directory, repo_id, private=private, data=data, log_history=log_history)
     assert result.url is not None
@@ -142,7 +146,7 @@ def push_merged(
 
 
 def _checked(path: str | Path, repo_id: str) -> Subject:
-    """What is to be pushed, its weights as they were written."""
+    """Return what is to be pushed, once its weights are known to be as they were written."""
     try:
         validate_repo_id(repo_id)
         subject = find_subject(path)
@@ -159,7 +163,7 @@ def _checked(path: str | Path, repo_id: str) -> Subject:
 
 
 def _card(files: dict[str, Path], make: Callable[[], ModelCard]) -> str:
-    """The card that is there already, or a new one."""
+    """Return the card that is there already, or a new one."""
     if CARD_FILE in files:
         return files[CARD_FILE].read_text(encoding="utf-8")
     return str(make())

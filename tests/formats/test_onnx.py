@@ -50,7 +50,7 @@ def test_weights_are_equal(
 
     source = quantized(bits, group_size)
     for name in list(source.layers)[:7]:  # 64 and 172 inputs
-        terms = matmul_nbits(source.layer(name), source.layers[name])
+        terms = matmul_nbits(source.layer(name))
         assert len(terms) == (2 if bits == 8 else 1)
         found = torch.stack([run_node(term) for term in terms]).sum(0)
         assert error_in_steps(found, source, name) <= 2.0 ** (bits - 22)

@@ -12,11 +12,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from qalora_plugin.checkpoint.checkpoint import QuantizedCheckpoint
+from qalora_plugin.checkpoint.format import format_named
 from qalora_plugin.cli import main
 from qalora_plugin.errors import VerificationError
 from qalora_plugin.formats.export import export_model
-from qalora_plugin.verify.runtimes import RUNTIMES, check_runtime
-from qalora_plugin.verify.runtimes.rounding import q8_1, rounded
+from qalora_plugin.formats.gguf.activations import q8_1, rounded
+from qalora_plugin.verify.runtime import check_runtime
 
 from .test_lora import write_adapter
 from .weights import SIZES
@@ -37,9 +38,10 @@ def sources(family: Callable[..., QuantizedCheckpoint]) -> list[QuantizedCheckpo
 
 def require(format: str) -> None:
     """Skip where the runtime is not installed."""
-    for names in RUNTIMES[format].modules:
+    runtime = format_named(format).runtime
+    for names in runtime.modules:
         if not any(map(find_spec, names)):
-            pytest.skip(f"needs {RUNTIMES[format].title}: pip install {RUNTIMES[format].install}")
+            pytest.skip(f"needs {runtime.title}: pip install {runtime.install}")
 
 
 @pytest.mark.parametrize("format", NAMES)
@@ -55,12 +57,12 @@ def test_runtime_computes_what_we_compute_and_nothing_else(
         save_file({key: value + 0.01 for key, value in load_file(path).items()}, path)
     out = tmp_path / ("model.gguf" if format == "gguf" else "model")
     export_model(models[0], out, format)
-    report = check_runtime(out, models[0], format)
-    assert report.runtime == RUNTIMES[format].title and report.not_run is None
+    report = check_runtime(out, models[0], format_named(format))
+    assert report.runtime == format_named(format).runtime.title and report.not_run is None
     assert report.difference is not None and report.allowed is not None
     assert 0 < report.difference <= report.allowed < (0.05 if format == "gguf" else 2e-4)
     with pytest.raises(VerificationError, match="computes something else"):
-        check_runtime(out, models[1], format)
+        check_runtime(out, models[1], format_named(format))
 
 
 def test_llama_cpp_computes_in_fp32_where_nothing_is_rounded(
@@ -68,7 +70,7 @@ def test_llama_cpp_computes_in_fp32_where_nothing_is_rounded(
 ) -> None:
     require("gguf")
     export_model(sources[0].directory, tmp_path / "model.gguf", "gguf", exact=True)
-    report = check_runtime(tmp_path / "model.gguf", sources[0].directory, "gguf")
+    report = check_runtime(tmp_path / "model.gguf", sources[0].directory, format_named("gguf"))
     assert report.difference is not None and report.difference < 1e-5
     assert report.allowed == 1e-4
 

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
+from ...checkpoint.checkpoint import QuantizedCheckpoint
 from ...errors import CheckpointError
+from . import FORMAT
 
 
 @dataclass(frozen=True)
@@ -145,3 +147,34 @@ class Metadata:
             return halves.transpose(1, 2).reshape(tensor.shape)
 
         return permute
+
+    def tensor_names(self, source: QuantizedCheckpoint) -> dict[str, str]:
+        """Return GGUF's name of every tensor, in the order of the source's files.
+
+        Returns:
+            {name in the source: name in GGUF}; a quantized layer is there as its `weight`.
+
+        Raises:
+            CheckpointError: llama.cpp has no place for a tensor.
+        """
+        gguf, family = FORMAT.library("gguf"), self.architecture.name
+        kind = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == family)
+        table = gguf.get_tensor_name_map(kind, self.config.num_hidden_layers)
+        tied = bool(self.config.tie_word_embeddings)
+        other = set(source.dense_names)
+        names = {}
+        for tensor in source.reader.tensors:
+            layer, _, part = tensor.rpartition(".")
+            if tensor not in other and part != "qweight":
+                continue
+            wanted = tensor if tensor in other else f"{layer}.weight"
+            if tied and wanted == "lm_head.weight":
+                continue  # a copy of the embedding
+            found = table.get_name(wanted, try_suffixes=(".weight", ".bias"))
+            if found is None:
+                raise CheckpointError(
+                    f"{source.directory}: llama.cpp's {family} has no place for the tensor "
+                    f"{wanted}."
+                )
+            names[wanted] = found
+        return names

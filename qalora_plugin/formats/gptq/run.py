@@ -1,6 +1,6 @@
 """Run a stock GPTQ directory with the engine that invented or maintains the format.
 
-PYTHON run_gptq.py MODEL_DIR INPUT.safetensors OUT.safetensors [--engine gptqmodel|autogptq]
+PYTHON run.py MODEL_DIR INPUT.safetensors OUT.safetensors [--engine gptqmodel|autogptq]
 
 This package is not needed; the engine is by default the one that is installed. INPUT holds
 `input_ids` int64 [B, T]; OUT gets `logits` fp32 [B, T, vocab]. Weights are dequantized and

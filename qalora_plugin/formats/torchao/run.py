@@ -2,7 +2,7 @@
 
 This package is not needed, and not imported.
 
-PYTHON run_transformers.py MODEL_DIR INPUT.safetensors OUT.safetensors [ADAPTER_DIR]
+PYTHON run.py MODEL_DIR INPUT.safetensors OUT.safetensors [ADAPTER_DIR]
 
 INPUT holds `input_ids` int64 [B, T]; OUT gets `logits` fp32 [B, T, vocab]. Prints one line of JSON:
 the types of the linear layers' weights and the largest change of a logit by the adapter.

@@ -1,6 +1,6 @@
 """Run a GGUF file in llama.cpp, through xllamacpp; this package is not needed.
 
-PYTHON run_llama_cpp.py MODEL.gguf INPUT.safetensors OUT.safetensors [ASKED.json]
+PYTHON run.py MODEL.gguf INPUT.safetensors OUT.safetensors [ASKED.json]
 
 INPUT holds `input_ids` int64 [B, T]; OUT gets `logprobs` fp32 [B, vocab], of the token after each
 row. ASKED holds `text` and chat `messages`. Prints one line of JSON: llama.cpp's tokens of the text

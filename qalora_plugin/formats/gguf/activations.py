@@ -13,14 +13,13 @@ import torch
 from torch import nn
 
 from ...checkpoint.checkpoint import QuantizedCheckpoint
-from ..readers import gguf_kinds
-
-_BLOCK = 32
+from .blocks import BLOCK
+from .weights import Weights
 
 
 def q8_1(x: torch.Tensor) -> torch.Tensor:
-    """Activations [..., K] through Q8_1 and back (ggml-quants.c, `quantize_row_q8_1_ref`)."""
-    blocks = x.float().reshape(*x.shape[:-1], -1, _BLOCK)
+    """Round activations [..., K] to Q8_1 and back (ggml-quants.c, `quantize_row_q8_1_ref`)."""
+    blocks = x.float().reshape(*x.shape[:-1], -1, BLOCK)
     scales = blocks.abs().amax(-1, keepdim=True) / 127
     codes = torch.where(scales > 0, blocks / scales, 0.0).round()
     return (codes * scales.half().float()).reshape(x.shape)
@@ -37,11 +36,10 @@ ROUNDINGS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 def rounded(model: nn.Module, exported: Path, source: QuantizedCheckpoint) -> Iterator[None]:
     """Within it, the model's layers round their inputs as llama.cpp does for this GGUF file."""
     handles = []
-    for name, kind in gguf_kinds(exported, source).items():
-        if kind in ROUNDINGS:
-            module = model.get_submodule(name.removesuffix(".weight"))
-            if isinstance(module, nn.Embedding):  # looked up, not multiplied
-                continue
+    for name, kind in Weights(exported, source).matrices().items():
+        module = model.get_submodule(name.removesuffix(".weight"))
+        # an embedding is looked up, not multiplied
+        if kind in ROUNDINGS and not isinstance(module, nn.Embedding):
             handles.append(module.register_forward_pre_hook(_hook(ROUNDINGS[kind])))
     try:
         yield

@@ -1,6 +1,6 @@
 """Run an ONNX directory with ONNX Runtime; this package is not needed.
 
-PYTHON run_onnx.py MODEL_DIR INPUT.safetensors OUT.safetensors
+PYTHON run.py MODEL_DIR INPUT.safetensors OUT.safetensors
 
 INPUT holds `input_ids` int64 [B, T]; OUT gets `logits` fp32 [B, T, vocab], and where
 onnxruntime-genai is installed `generated` int64 [new tokens]: what it generates greedily after the

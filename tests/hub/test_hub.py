@@ -22,7 +22,7 @@ from qalora_plugin import QALoRAQuantConfig, export_model, merge_adapter
 from qalora_plugin.checkpoint.checkpoint import open_quantized
 from qalora_plugin.cli import main
 from qalora_plugin.errors import OutputError
-from qalora_plugin.formats.record import public_name
+from qalora_plugin.files.hub import public_name
 from qalora_plugin.hub.card import find_subject, make_card, subject_of
 from qalora_plugin.hub.push import push, push_merged
 
@@ -320,7 +320,7 @@ def test_dry_run_asks_nobody(
 def test_what_is_no_model_of_ours_is_not_pushed(
     hub: Hub, base_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    stock = Path(__file__).parent / "fixtures" / "gptq_4bit_g32_asym"
+    stock = Path(__file__).parents[1] / "fixtures" / "gptq_4bit_g32_asym"
     (tmp_path / "empty").mkdir()
     for path in (base_dir.parent / "tiny-base", stock, tmp_path / "empty"):
         assert main(["push", str(path), "my-model"]) == 1
