@@ -27,13 +27,12 @@ class Grids:
 
     Args:
         bits: widths of its integers.
-        blocks: numbers of neighbouring inputs that may share a scale, largest first; a larger group
-            is cut into equal ones. None if any number may.
+        blocks: numbers of neighbouring inputs that may share a scale, largest first, into which
+            larger groups are cut; None if any number may.
         short_last: whether a layer's last block may be short.
         act_order: whether the inputs of a group may lie apart (g_idx).
-        integer_zeros: whether zero-points are integers, so that an offset is a multiple of a scale.
-        holder: what has these limits, in messages.
-        pieces: what it wants groups to be cut into, in messages.
+        integer_zeros: whether zero-points are integers.
+        holder, pieces: for messages: what has these limits, and into what groups are to be cut.
         dense_as: dtype of layers that do not fit, of which a whole model may consist. None: they
             are written in fp32, and a model in which no layer fits is refused.
     """
@@ -59,12 +58,7 @@ class Grids:
         return next((block for block in self.blocks if length % block == 0), 0)
 
     def obstacle(self, spec: QuantSpec, act_order: bool) -> str | None:
-        """Say why a layer cannot be held as integers; None if it can.
-
-        Args:
-            spec: shape and grid of the layer.
-            act_order: whether its groups follow g_idx.
-        """
+        """Say why a layer cannot be held as integers; None if it can."""
         why = None
         if spec.bits not in self.bits:
             why = f"{self.holder} has no type with {spec.bits} bits and an offset"
@@ -99,17 +93,16 @@ class Option:
 
 @dataclass(frozen=True)
 class Runtime:
-    """The program that a format is for, run by `run.py` of the format's folder to verify exports.
+    """The program that a format is for.
 
     Args:
         title: its name.
         modules: what its interpreter needs; of alternatives in one entry, one.
-        install: what to install, as pip takes it.
-        rounds_activations: whether it rounds them to fewer bits than ours have. Then `run.py` gives
-            log-probabilities of the last token, and the folder has a module `activations` with
-            `rounded(model, exported, source)`, a context in which our model rounds likewise.
-        on: of an adapter: name of the format that its base is written in; that format's `run.py`
-            takes the adapter beside it.
+        install: what pip installs.
+        rounds_activations: whether it rounds them; then `run` gives log-probabilities of the last
+            token, and `weights.rounded(model, exported, source)` is a context in which our model
+            rounds likewise.
+        on: of an adapter: the format in which its base is written, whose `run` takes the adapter.
     """
 
     title: str
@@ -123,14 +116,14 @@ class Runtime:
 class Format:
     """What is known of one foreign format before any of its code is imported.
 
-    Its folder holds the record, and by convention these modules, imported on first use:
+    Its folder has, by convention, these modules, imported on first use:
 
-        read      of a format that can be a base: `parse_config(raw, path) -> QALoRAQuantConfig`,
+        read      of a base: `parse_config(raw, path) -> QALoRAQuantConfig` and
                   `open_checkpoint(directory) -> QuantizedCheckpoint`
         write     `check(source)`, `export(source, out, *, progress, **options) -> ExportResult`
         weights   `Weights(exported, source)`, see `formats.weights`; of an adapter
                   `compare(exported, adapter, base, progress)`
-        run       a program of its own that runs an export in its runtime; imports nothing of ours
+        run       a program that runs an export in its runtime, and imports nothing of ours
         record    of a format that is one file: `read_record(path)`, see `formats.record`
 
     Args:
@@ -138,9 +131,8 @@ class Format:
         package: dotted name of the folder.
         grids: the layers that it holds.
         suffix: of the file that it is; empty if it is a directory.
-        marker: a file that marks a directory in this format; where there are `quant_methods`, only
-            if config.json says nothing.
         quant_methods: values of `quant_method` in config.json's `quantization_config`.
+        marker: a file that marks a directory; beside `quant_methods` only if config.json is silent.
         config_key: a key that only its config.json has.
         is_base: whether models in this format are read, as bases.
         of_adapter: whether it holds an adapter instead of a merged model.
@@ -149,9 +141,9 @@ class Format:
         options: of an export.
         libraries: modules that writing needs, installed by the extra "export".
         runs_in: the programs that load it.
-        runtime: how it is verified.
+        runtime: the one that verifies exports.
         hub_library: `library_name` of its model card.
-        usage: Markdown of its model card that says how it is loaded, with {repo_id} and {file}.
+        usage: how it is loaded, Markdown of its model card with {repo_id} and {file}.
     """
 
     name: str
@@ -177,11 +169,7 @@ class Format:
         return importlib.import_module(f"{self.package}.{part}")
 
     def library(self, module: str) -> ModuleType:
-        """Import a library that the format needs.
-
-        Raises:
-            ConfigError: it is not installed.
-        """
+        """Import a library that the format needs; a ConfigError says how to install it."""
         try:
             return importlib.import_module(module)
         except ImportError as error:
@@ -191,11 +179,7 @@ class Format:
             ) from error
 
     def check_libraries(self) -> None:
-        """Refuse to write the format without its libraries.
-
-        Raises:
-            ConfigError: one is not installed.
-        """
+        """Raise ConfigError if a library that writing needs is not installed."""
         for module in self.libraries:
             self.library(module)
 

@@ -24,7 +24,7 @@ from ..files.json import write_json
 from ..files.names import CONFIG_FILE
 from ..files.safetensors import TensorInfo
 from ..files.writer import DEFAULT_METADATA, CheckpointWriter, ShardWriter, split_plan
-from .result import Progress
+from .export import Progress
 
 
 def regroup(per_group: torch.Tensor, spec: QuantSpec, block: int) -> torch.Tensor:

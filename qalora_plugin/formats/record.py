@@ -15,7 +15,6 @@ from ..files.atomic import atomic_file
 from ..files.hub import public_name, resolve_model_dir
 from ..files.json import read_json, write_json
 from ..files.names import ADAPTER_CONFIG_FILE, RECORD_FILE
-from .result import ExportResult
 
 _ADAPTER_FACTS = ("r", "lora_alpha", "layers")
 
@@ -65,21 +64,20 @@ def licence_of(base: str) -> str | None:
     return None
 
 
-def write_record(result: ExportResult, source: str | Path) -> None:
+def write_record(exported: Path, result: dict[str, Any], source: str | Path) -> None:
     """Write the record into an exported directory.
 
     Args:
-        result: the export.
+        exported: the directory.
+        result: fields of `ExportResult`.
         source: what was exported: a model, or an adapter.
     """
-    if format_named(result.format).of_adapter:
-        facts = _describe_adapter(result.out, source)
+    if format_named(result["format"]).of_adapter:
+        facts = _describe_adapter(exported, source)
     else:
         facts = describe_source(open_quantized(source))
-    record = {**result.as_dict(), "source": facts, "qalora_version": __version__}
-    del record["out"]
-    with atomic_file(result.out / RECORD_FILE) as partial:
-        write_json(partial, record)
+    with atomic_file(exported / RECORD_FILE) as partial:
+        write_json(partial, {**result, "source": facts, "qalora_version": __version__})
 
 
 def read_record(exported: Path) -> dict[str, Any] | None:

@@ -39,6 +39,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained("{repo_id}")
 tokenizer = AutoTokenizer.from_pretrained("{repo_id}")
 ```"""
+_TUNED = " and fine-tuned with [QA-LoRA](https://arxiv.org/abs/2309.14717)"
 _TEXT = """# {title}
 
 {base}, quantized to INT{bits} (groups of {group_size}){tuned}.
@@ -189,17 +190,15 @@ def make_card(
         log_history: the Trainer's, for the losses.
         online: ask the Hub for the base's licence, if the base is there.
     """
-    ours = subject.format == QUANT_METHOD
+    facts, ours = subject.facts, subject.format == QUANT_METHOD
     usage = _OUR_USAGE if ours else format_named(subject.format).usage
     rows = _rows(subject, data) | _training_losses(log_history) | subject.measured
     text = _TEXT.format(
         title=repo_id.rpartition("/")[2],
         base=f"`{subject.base}`" if subject.base else "A base model",
-        bits=subject.facts.get("bits", "-n"),
-        group_size=subject.facts.get("group_size"),
-        tuned=" and fine-tuned with [QA-LoRA](https://arxiv.org/abs/2309.14717)"
-        if subject.tuned
-        else ", not fine-tuned",
+        bits=facts.get("bits", "-n"),
+        group_size=facts.get("group_size"),
+        tuned=_TUNED if subject.tuned else ", not fine-tuned",
         exactness=subject.exactness,
         usage=usage.format(repo_id=repo_id, file=subject.path.name),
         rows="\n".join(f"| {key} | {value} |" for key, value in rows.items() if value is not None),

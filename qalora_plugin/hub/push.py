@@ -1,12 +1,12 @@
 """Push a quantized model, or an export of one, to the Hugging Face Hub, with a model card."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
+from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
@@ -96,17 +96,25 @@ def push(
             "Leave out data (--data) and log_history (--trainer-state). Nothing was pushed."
         )
     files = subject.files()
+
+    def result(name: str, url: str | None) -> PushResult:
+        if CARD_FILE in files:
+            card = files[CARD_FILE].read_text(encoding="utf-8")
+        else:
+            card = str(make_card(subject, name, data, log_history, online=not dry_run))
+        sizes = {key: file.stat().st_size for key, file in files.items()}
+        sizes.setdefault(CARD_FILE, len(card.encode()))
+        return PushResult(name, subject.format, private, revision, sizes, card, url)
+
     if dry_run:
-        card = _card(files, lambda: make_card(subject, repo_id, data, log_history, online=False))
-        return PushResult(repo_id, subject.format, private, revision, _sizes(files, card), card)
+        return result(repo_id, None)
     api = HfApi()
     try:
         repo = api.create_repo(repo_id, private=private, exist_ok=True)
-        name = repo.repo_id
-        card = _card(files, lambda: make_card(subject, name, data, log_history))
+        name, done = repo.repo_id, result(repo.repo_id, str(repo))
         operations = [CommitOperationAdd(key, str(file)) for key, file in files.items()]
         if CARD_FILE not in files:
-            operations.append(CommitOperationAdd(CARD_FILE, card.encode()))
+            operations.append(CommitOperationAdd(CARD_FILE, done.card.encode()))
         if revision is not None:
             api.create_branch(name, branch=revision, exist_ok=True)
         api.create_commit(
@@ -117,8 +125,7 @@ def push(
         )
     except HUB_FAILURES as error:
         raise OutputError(_refusal(repo_id, subject.path, error)) from error
-    sizes = _sizes(files, card)
-    return PushResult(name, subject.format, private, revision, sizes, card, str(repo))
+    return done
 
 
 def push_merged(
@@ -160,19 +167,6 @@ def _checked(path: str | Path, repo_id: str) -> Subject:
         ) from error
     except QALoRAError as error:
         raise OutputError(f"{error} Nothing was pushed.") from error
-
-
-def _card(files: dict[str, Path], make: Callable[[], ModelCard]) -> str:
-    """Return the card that is there already, or a new one."""
-    if CARD_FILE in files:
-        return files[CARD_FILE].read_text(encoding="utf-8")
-    return str(make())
-
-
-def _sizes(files: dict[str, Path], card: str) -> dict[str, int]:
-    sizes = {name: path.stat().st_size for name, path in files.items()}
-    sizes.setdefault(CARD_FILE, len(card.encode()))
-    return sizes
 
 
 def _refusal(repo_id: str, path: Path, error: BaseException) -> str:

@@ -15,8 +15,8 @@ import torch
 from ..checkpoint.checkpoint import open_quantized
 from ..checkpoint.format import Format, recognise
 from ..errors import CheckpointError, ConfigError, VerificationError
+from ..formats.export import Progress
 from ..formats.record import read_record
-from ..formats.result import Progress
 from ..formats.weights import ExactWeight, ExportedWeights
 from .runtime import RuntimeReport, check_runtime
 

@@ -5,7 +5,6 @@ this package; it is run as one, by the interpreter that has the runtime. A crash
 then its own, and stock libraries are stock.
 """
 
-import dataclasses
 import json
 import os
 import subprocess
@@ -52,10 +51,6 @@ class RuntimeReport:
     difference: float | None = None
     allowed: float | None = None
     quantity: str = "logits"
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the fields, ready for JSON."""
-        return dataclasses.asdict(self)
 
     def as_text(self) -> str:
         """Return one line for people."""
@@ -108,13 +103,11 @@ class _Run:
         """Return what the runtime computes; `arguments` are what else its program takes."""
         given, out = self.scratch / "input.safetensors", self.scratch / "out.safetensors"
         save_file({"input_ids": ids}, given)
-        command = [
-            self.python,
-            "-P",
-            *map(str, (self.format.script, model, given, out, *arguments)),
-        ]
+        command = [self.python, "-P", self.format.script, model, given, out, *arguments]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        done = subprocess.run(
+            list(map(str, command)), capture_output=True, text=True, env=environment
+        )
         if done.returncode or not out.exists():
             tail = "\n".join((done.stdout + done.stderr).strip().splitlines()[-5:])
             raise VerificationError(
@@ -144,8 +137,8 @@ class _Run:
 def _missing(runtime: Runtime, python: str) -> str | None:
     """Say what keeps the runtime from running there; None if nothing does."""
     code = (
-        "import importlib.util as u, json, sys; "
-        "print(json.dumps([any(map(u.find_spec, names)) for names in json.loads(sys.argv[1])]))"
+        "import importlib.util as u, json, sys; print(json.dumps("
+        "[names for names in json.loads(sys.argv[1]) if not any(map(u.find_spec, names))]))"
     )
     try:
         done = subprocess.run(
@@ -155,10 +148,7 @@ def _missing(runtime: Runtime, python: str) -> str | None:
         raise VerificationError(f"{python}: cannot be run ({error.strerror}).") from error
     if done.returncode:
         raise VerificationError(f"{python}: is no Python interpreter: {done.stderr.strip()}")
-    found = json.loads(done.stdout.strip().splitlines()[-1])
-    lacking = [
-        " or ".join(names) for names, there in zip(runtime.modules, found, strict=True) if not there
-    ]
+    lacking = [" or ".join(names) for names in json.loads(done.stdout.strip().splitlines()[-1])]
     if not lacking:
         return None
     return (
@@ -174,7 +164,7 @@ def _check(run: _Run, against: str | Path) -> RuntimeReport:
     expected, found = _logits(model, ids), run(ids, run.exported)
     if format.runtime.rounds_activations:
         ours = expected[:, -1].log_softmax(-1)
-        with format.module("activations").rounded(model, run.exported, source):
+        with format.module("weights").rounded(model, run.exported, source):
             effect = _rms(_logits(model, ids)[:, -1].log_softmax(-1) - ours)
         allowed = TOLERANCE + ROUNDING_SHARE * effect.item()
         return run.report(_rms(found["logprobs"] - ours), allowed, "log-probabilities (rms)")

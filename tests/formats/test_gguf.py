@@ -25,8 +25,8 @@ from qalora_plugin.checkpoint.checkpoint import QuantizedCheckpoint, open_quanti
 from qalora_plugin.cli import main
 from qalora_plugin.errors import CheckpointError, ConfigError, OutputError, VerificationError
 from qalora_plugin.formats.export import export_model
-from qalora_plugin.formats.gguf.metadata import Metadata
 from qalora_plugin.formats.gguf.blocks import least_rounding
+from qalora_plugin.formats.gguf.metadata import Metadata
 from qalora_plugin.hub.card import find_subject, make_card
 from qalora_plugin.verify.export import verify_export
 
@@ -112,9 +112,7 @@ def test_stated_rounding_is_the_measured_one(
         for name in source.layers
     )
     assert f"by at most {worst:.1e} of a step, " in result.exactness
-    errors = [
-        least_rounding(source.layer(name)).error for name in source.layers
-    ]
+    errors = [least_rounding(source.layer(name)).error for name in source.layers]
     above = sum(int((error > 2e-3).sum()) for error in errors)
     share = 100 * above / sum(error.numel() for error in errors)
     assert above and result.exactness.endswith(f"{share:.1f}% of groups above 0.002.")

@@ -16,7 +16,7 @@ from qalora_plugin.checkpoint.format import format_named
 from qalora_plugin.cli import main
 from qalora_plugin.errors import VerificationError
 from qalora_plugin.formats.export import export_model
-from qalora_plugin.formats.gguf.activations import q8_1, rounded
+from qalora_plugin.formats.gguf.weights import q8_1, rounded
 from qalora_plugin.verify.runtime import check_runtime
 
 from .test_lora import write_adapter

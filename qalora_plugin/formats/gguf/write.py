@@ -19,8 +19,8 @@ from ...checkpoint.checkpoint import QuantizedCheckpoint, open_quantized
 from ...errors import CheckpointError, ConfigError
 from ...files.atomic import atomic_file, check_target
 from ..directory import dense_weight, obstacles
+from ..export import ExportResult, Progress
 from ..record import describe_source
-from ..result import ExportResult, Progress
 from . import FORMAT
 from .blocks import BLOCK, BLOCK_BYTES, Rounding, least_rounding, q4_1
 from .metadata import Metadata
@@ -33,14 +33,7 @@ _DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 def export(
     source: str | Path, out: str | Path, *, progress: Progress | None, exact: bool = False
 ) -> ExportResult:
-    """Write the file; see `export_model`.
-
-    Args:
-        source: the merged model.
-        out: the file.
-        progress: called with (tensors written, tensors in all).
-        exact: write every layer as F32.
-    """
+    """Write the file; see `export_model`. With `exact` every layer becomes F32."""
     gguf = FORMAT.library("gguf")
     target = check_target(out)
     if target.suffix != FORMAT.suffix:
@@ -104,21 +97,21 @@ class _Export:
 
     def data(self, name: str) -> torch.Tensor:
         """Return one tensor as it is stored."""
-        order, layer = self.metadata.rows(name), name.removesuffix(".weight")
+        layer = name.removesuffix(".weight")
         if layer == name or layer not in self.source.layers:
             value = self.source.reader.get(name)
             if self.metadata.architecture.norm_plus_one and name.endswith("norm.weight"):
                 value = value.float() + 1
-            return order(value).to(self.stored(name)[1])
-        packed = self.source.layer(layer)
-        if layer not in self.reasons:
-            return order(q4_1(packed))
-        weight = dense_weight(packed).to(self.dense_dtype)
-        if not weight.isfinite().all():
-            raise CheckpointError(
-                f"{self.source.directory}: {layer}: a weight is out of the range of f16"
-            )
-        return order(weight)
+            value = value.to(self.stored(name)[1])
+        elif layer not in self.reasons:
+            value = q4_1(self.source.layer(layer))
+        else:
+            value = dense_weight(self.source.layer(layer)).to(self.dense_dtype)
+            if not value.isfinite().all():
+                raise CheckpointError(
+                    f"{self.source.directory}: {layer}: a weight is out of the range of f16"
+                )
+        return self.metadata.in_pairs(name, value)
 
 
 def _measure(source: QuantizedCheckpoint, reasons: dict[str, str]) -> Rounding:

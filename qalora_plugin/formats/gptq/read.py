@@ -11,18 +11,18 @@ depends on who wrote the file, see `_v1_zeros`.
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from qalora_kernels import SUPPORTED_BITS, QuantSpec
+from qalora_kernels import QuantSpec
 from qalora_kernels.packing import unpack_columns
 
 from ...checkpoint.checkpoint import QuantizedCheckpoint
 from ...checkpoint.config import QALoRAQuantConfig
-from ...errors import CheckpointError
+from ...errors import CheckpointError, ConfigError
 from ...files.json import read_json
 from ...files.names import CONFIG_FILE, QUANTIZE_CONFIG_FILE
 from .limits import VERSIONS
@@ -119,15 +119,11 @@ def _parse(raw: dict[str, Any], path: Path) -> StockConfig:
 
 
 def _check_grid(where: str, bits: Any, group_size: Any) -> None:
-    if bits not in SUPPORTED_BITS:
-        raise CheckpointError(
-            f"{where}bits: expected one of {SUPPORTED_BITS}, found {bits!r}. {_QUANTIZE_AGAIN}"
-        )
-    if not isinstance(group_size, int) or (group_size != -1 and group_size < 1):
-        raise CheckpointError(
-            f"{where}group_size: expected a positive number or -1, found {group_size!r}. "
-            f"{_QUANTIZE_AGAIN}"
-        )
+    try:
+        QALoRAQuantConfig(bits, group_size)
+    except ConfigError as error:
+        why = str(error).removeprefix("quantization_config: ")
+        raise CheckpointError(f"{where}{why}. {_QUANTIZE_AGAIN}") from error
 
 
 def _check_override(where: str, pattern: str, override: Any, bits: int, group_size: int) -> None:
@@ -185,7 +181,7 @@ class GPTQCheckpoint(QuantizedCheckpoint):
         dynamic = {
             name: {"bits": spec.bits, "group_size": spec.group_size}
             for name, spec in layers.items()
-            if spec != self._common_grid(spec)
+            if spec != replace(spec, bits=stock.bits, group_size=stock.group_size)
         }
         config = QALoRAQuantConfig(
             bits=stock.bits,
@@ -202,11 +198,6 @@ class GPTQCheckpoint(QuantizedCheckpoint):
             },
         )
         return config, layers
-
-    def _common_grid(self, spec: QuantSpec) -> QuantSpec:
-        """Return the grid of a layer of this shape without an override."""
-        sizes = (spec.in_features, spec.out_features)
-        return QuantSpec(self.stock.bits, self.stock.group_size, *sizes, torch.float32)
 
     def _check_layer(self, name: str) -> QuantSpec:
         """Check a layer's tensors against the config, from the headers, and return its grid."""

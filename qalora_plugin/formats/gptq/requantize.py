@@ -6,9 +6,9 @@ then run on text that was not calibrated on.
 """
 
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch.nn.functional import cross_entropy, kl_div
@@ -22,7 +22,7 @@ from ...quantize.options import fitting_length
 from ...quantize.pipeline import quantize_model
 from ...quantize.stdlib_text import calibration_texts
 from ..directory import DenseLayers, dense_config, write_directory
-from ..result import Progress
+from ..export import Progress
 from ..weights import load_exact
 from .limits import check_specs
 
@@ -95,10 +95,6 @@ class Loss:
     tokens: int
     text: str
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return the fields, ready for JSON."""
-        return asdict(self)
-
     def as_text(self) -> str:
         """Return one sentence for people."""
         return (
@@ -166,14 +162,7 @@ def requantize(
 
 @torch.no_grad()
 def compare(source: QuantizedCheckpoint, directory: Path, ids: torch.Tensor, text: str) -> Loss:
-    """Run the merged model and the stock GPTQ one made of it, both read by us, in fp32.
-
-    Args:
-        source: the merged model.
-        directory: the stock GPTQ one.
-        ids: int64 [samples, seq_len].
-        text: where they came from.
-    """
+    """Run the merged model and the stock GPTQ one made of it on `ids`, int64 [samples, seq_len]."""
     exact, other = load_exact(source), load_exact(open_quantized(directory))
     sums = torch.zeros(3, dtype=torch.float64)
     for window in ids:

@@ -11,6 +11,7 @@ AutoGPTQ wrote, and the other way round: there v1 is for AutoGPTQ, v2 for GPTQMo
 
 import copy
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +28,7 @@ from ...files.atomic import AtomicDirectory
 from ...files.json import write_json
 from ...files.names import CONFIG_FILE, QUANTIZE_CONFIG_FILE
 from ..directory import WeightPlan, write_weights
-from ..result import ExportResult, Progress
+from ..export import ExportResult, Progress
 from . import FORMAT
 from .limits import VERSIONS, check_specs, check_writable, integer_zeros
 
@@ -56,13 +57,11 @@ def export(
     """Write the directory; see `export_model` and `write_stock_gptq`.
 
     Args:
-        source: the merged model.
-        out: the directory to make.
-        progress: called with (tensors written, tensors in all).
+        source, out, progress: as `export_model` has them.
         checkpoint_format: "gptq", or "gptq_v2" for GPTQModel alone.
         requantize: quantize the merged weights again, with integer zero-points, and measure what
             that costs.
-        text: what for: `calibration`, `samples`, `seq_len` and `seed` of `requantize.Text`.
+        text: of `requantize.Text`.
 
     Raises:
         CheckpointError: zero-points are not integers, and `requantize` was not asked for.
@@ -89,7 +88,7 @@ def export(
     written = set(open_quantized(target).layers)
     reason = "it is outside the model's blocks, which alone are quantized again; written in fp32"
     dense = dict.fromkeys(sorted(set(checkpoint.layers) - written), reason)
-    return ExportResult(target, FORMAT.name, len(written), loss.as_text(), dense, loss.as_dict())
+    return ExportResult(target, FORMAT.name, len(written), loss.as_text(), dense, asdict(loss))
 
 
 def write_stock_gptq(

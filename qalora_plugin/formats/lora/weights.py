@@ -9,7 +9,7 @@ from safetensors import safe_open
 from ...errors import VerificationError
 from ...files.names import ADAPTER_WEIGHTS_FILE
 from ...merge.merge import MergePlan, plan_merge
-from ..result import Progress
+from ..export import Progress
 from .write import groups_of_inputs, layer_keys
 
 _TOLERANCE = 1e-6  # of the largest change of a layer's weights

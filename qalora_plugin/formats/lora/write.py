@@ -23,7 +23,7 @@ from ...files.names import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
 from ...files.writer import ShardWriter
 from ...merge.adapter import PREFIX
 from ...merge.merge import MergePlan, plan_merge
-from ..result import ExportResult, Progress
+from ..export import ExportResult, Progress
 from . import FORMAT
 
 EXACTNESS = (
@@ -51,14 +51,7 @@ def export(
     base: str | Path | None = None,
     convention: str = "auto",
 ) -> ExportResult:
-    """Write the adapter; see `export_model`.
-
-    Args:
-        source: the adapter.
-        out: the directory to make.
-        progress: called with (layers written, layers in all).
-        base: the quantized base; by default what the adapter's config names.
-        convention: how the adapter pools, where its config does not say.
+    """Write the adapter `source`; see `export_model`, and `merge_adapter` for the options.
 
     Raises:
         AdapterError: it changes scales, which is no low-rank change of the weight.

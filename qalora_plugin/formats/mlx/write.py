@@ -23,7 +23,7 @@ from ...checkpoint.checkpoint import QuantizedCheckpoint, open_quantized
 from ...checkpoint.layout import TensorPlan
 from ...files.safetensors import TensorInfo
 from ..directory import DenseLayers, dense_config, obstacles, regroup, write_directory
-from ..result import ExportResult, Progress
+from ..export import ExportResult, Progress
 from ..rope import with_legacy_rope
 from . import FORMAT
 

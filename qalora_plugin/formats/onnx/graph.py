@@ -8,7 +8,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
-from ..result import Progress
+from ..export import Progress
 from . import FORMAT, MODEL_FILE
 
 DATA_FILE = "model.onnx.data"

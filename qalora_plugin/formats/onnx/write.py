@@ -24,7 +24,7 @@ from ...checkpoint.checkpoint import QuantizedCheckpoint, open_quantized
 from ...errors import CheckpointError
 from ...files.atomic import AtomicDirectory
 from ..directory import DenseLayers, dense_config, obstacles, regroup, write_directory
-from ..result import ExportResult, Progress
+from ..export import ExportResult, Progress
 from ..rope import with_legacy_rope
 from . import FORMAT, MODEL_FILE
 from .graph import DATA_FILE, Graph, Term
@@ -83,7 +83,6 @@ def export(source: str | Path, out: str | Path, *, progress: Progress | None) ->
     Raises:
         CheckpointError: onnxruntime-genai cannot build the architecture.
     """
-    FORMAT.check_libraries()
     directory = AtomicDirectory(out)
     checkpoint = open_quantized(source)
     reasons = check(checkpoint)

@@ -22,7 +22,7 @@ from qalora_kernels import PackedWeight, QuantSpec
 from ...checkpoint.checkpoint import QuantizedCheckpoint, open_quantized
 from ...checkpoint.layout import TensorPlan
 from ..directory import DenseLayers, dense_config, obstacles, regroup, write_directory
-from ..result import ExportResult, Progress
+from ..export import ExportResult, Progress
 from . import FORMAT
 
 EXACTNESS = (
