@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.random_adapter import random_adapter
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from qalora_plugin.checkpoint.checkpoint import QuantizedCheckpoint
@@ -19,21 +20,16 @@ from qalora_plugin.formats.export import export_model
 from qalora_plugin.formats.gguf.weights import q8_1, rounded
 from qalora_plugin.verify.runtime import check_runtime
 
-from .test_lora import write_adapter
-from .weights import SIZES
+from .weights import BLOCKS_OF_32, STOCK
 
-STOCK = Path(__file__).parent.parent / "fixtures" / "gptq_4bit_g32_asym"
 NAMES = ("mlx", "torchao", "onnx", "gguf", "lora")
 
 
 @pytest.fixture(scope="module")
 def sources(family: Callable[..., QuantizedCheckpoint]) -> list[QuantizedCheckpoint]:
-    """Two models of the same shapes."""
-    config = LlamaConfig(**SIZES | {"intermediate_size": 96})
-    first = family(config)
-    torch.manual_seed(1)
-    second = family(LlamaConfig(**SIZES | {"intermediate_size": 96}, initializer_range=0.03))
-    return [first, second]
+    """Two models of the same shapes; one projection has 8 bits and groups of 16."""
+    configs = (LlamaConfig(**BLOCKS_OF_32), LlamaConfig(**BLOCKS_OF_32, initializer_range=0.03))
+    return [family(config, mixed=(8, 16)) for config in configs]
 
 
 def require(format: str) -> None:
@@ -52,7 +48,7 @@ def test_runtime_computes_what_we_compute_and_nothing_else(
     models = [source.directory for source in sources]
     if format == "lora":
         # each for the first model, but with other numbers
-        models = [write_adapter(sources[0], tmp_path / f"adapter-{i}") for i in range(2)]
+        models = [random_adapter(sources[0], tmp_path / f"adapter-{i}") for i in range(2)]
         path = models[1] / "adapter_model.safetensors"
         save_file({key: value + 0.01 for key, value in load_file(path).items()}, path)
     out = tmp_path / ("model.gguf" if format == "gguf" else "model")
