@@ -47,6 +47,7 @@ def check_formats(cfg: Any, base: str | Path | None) -> None:
     """Refuse to train towards an export that would be refused.
 
     Args:
+        cfg: Axolotl's.
         base: the quantized base; None before a 16-bit model is quantized.
 
     Raises:

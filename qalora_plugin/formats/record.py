@@ -5,6 +5,7 @@ A directory has qalora_export.json, a file in a format that is one file holds th
 `measured` (see `gptq.requantize.Loss`).
 """
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from ..checkpoint.format import format_named, recognise
 from ..files.atomic import atomic_file
 from ..files.hub import public_name, resolve_model_dir
 from ..files.json import read_json, write_json
-from ..files.names import ADAPTER_CONFIG_FILE, RECORD_FILE
+from ..files.names import ADAPTER_CONFIG_FILE, CONFIG_FILE, RECORD_FILE
 
 _ADAPTER_FACTS = ("r", "lora_alpha", "layers")
 
@@ -50,18 +51,14 @@ def licence_of(base: str) -> str | None:
     """Return the licence that a base on this disk names in its card, or in its config.json."""
     from huggingface_hub import ModelCard
 
-    directory = Path(base)
-    if (directory / "README.md").is_file():
-        try:
-            licence = ModelCard.load(directory / "README.md").data.license
-        except (OSError, ValueError):
-            licence = None
-        if licence:
-            return str(licence)
-    if (directory / "config.json").is_file():
-        licence = read_json(directory / "config.json").get("license")
-        return str(licence) if licence else None
-    return None
+    card, config = Path(base, "README.md"), Path(base, CONFIG_FILE)
+    licence = None
+    if card.is_file():
+        with suppress(OSError, ValueError):
+            licence = ModelCard.load(card).data.license
+    if not licence and config.is_file():
+        licence = read_json(config).get("license")
+    return str(licence) if licence else None
 
 
 def write_record(exported: Path, result: dict[str, Any], source: str | Path) -> None:

@@ -6,19 +6,10 @@ FORMAT = Format(
     name="gguf",
     package=__name__,
     grids=Grids(
-        bits=(2, 3, 4),
-        blocks=(32,),
-        holder="GGUF",
-        pieces="whole blocks of 32",
-        dense_as="F16",
+        bits=(2, 3, 4), blocks=(32,), holder="GGUF", pieces="whole blocks of 32", dense_as="F16"
     ),
     runs_in="llama.cpp",
-    runtime=Runtime(
-        title="llama.cpp",
-        modules=(("xllamacpp",),),
-        install="xllamacpp",
-        rounds_activations=True,
-    ),
+    runtime=Runtime("llama.cpp", (("xllamacpp",),), "xllamacpp", rounds_activations=True),
     hub_library="gguf",
     usage="""```
 hf download {repo_id} {file} --local-dir .
@@ -26,11 +17,7 @@ llama-cli -m {file} -p "Once upon a time"
 ```""",
     suffix=".gguf",
     options=(
-        Option(
-            "exact",
-            "layers in fp32, 6.4 times the size, where Q4_1 would round minima to f16",
-            type=bool,
-        ),
+        Option("exact", "layers in fp32, 6.4 times the size: Q4_1 may round minima to f16", bool),
     ),
     libraries=("gguf",),
 )

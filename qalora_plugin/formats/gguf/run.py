@@ -38,6 +38,7 @@ def start(model: str, length: int) -> xllamacpp.Server:
 
 
 def main() -> None:
+    """Run it."""
     input_ids = load_file(sys.argv[2])["input_ids"]
     server = start(sys.argv[1], input_ids.shape[1])
 

@@ -26,6 +26,7 @@ class Weights(ExportedWeights):
     """Weights by gguf-py's `dequantize`, rows in Hugging Face's order."""
 
     def __init__(self, exported: Path, source: QuantizedCheckpoint) -> None:
+        """Open an export; see `ExportedWeights`."""
         super().__init__(exported, source)
         self._gguf, self._metadata = FORMAT.library("gguf"), Metadata(source.directory)
         self._names = self._metadata.tensor_names(source)

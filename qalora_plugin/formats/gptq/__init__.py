@@ -8,9 +8,7 @@ FORMAT = Format(
     package=__name__,
     grids=Grids(act_order=True, integer_zeros=True),
     runs_in="AutoGPTQ, GPTQModel, vLLM, SGLang",
-    runtime=Runtime(
-        title="GPTQModel or AutoGPTQ", modules=(("gptqmodel", "auto_gptq"),), install="gptqmodel"
-    ),
+    runtime=Runtime("GPTQModel or AutoGPTQ", (("gptqmodel", "auto_gptq"),), "gptqmodel"),
     hub_library="transformers",
     usage="""```python
 from gptqmodel import GPTQModel  # pip install gptqmodel
@@ -34,7 +32,7 @@ model = GPTQModel.load("{repo_id}")
             "requantize",
             "of a model with real-valued zero-points: quantize the merged weights again, with "
             "integer ones, and print what that costs in held-out loss and KL divergence",
-            type=bool,
+            bool,
         ),
         Option(
             "calibration",
@@ -43,12 +41,8 @@ model = GPTQModel.load("{repo_id}")
             "model's own training data is better)",
             metavar="FILE",
         ),
-        Option("samples", "with --requantize: calibration windows (default: 128)", type=int),
-        Option(
-            "seq_len",
-            "with --requantize: tokens in a window (default: 512, or the model's limit)",
-            type=int,
-        ),
-        Option("seed", "with --requantize: of the choice of windows (default: 0)", type=int),
+        Option("samples", "with --requantize: calibration windows (default: 128)", int),
+        Option("seq_len", "with --requantize: tokens in a window (default: at most 512)", int),
+        Option("seed", "with --requantize: of the choice of windows (default: 0)", int),
     ),
 )

@@ -57,7 +57,9 @@ def export(
     """Write the directory; see `export_model` and `write_stock_gptq`.
 
     Args:
-        source, out, progress: as `export_model` has them.
+        source: the merged model.
+        out: the directory to make.
+        progress: called with (tensors written, tensors in all).
         checkpoint_format: "gptq", or "gptq_v2" for GPTQModel alone.
         requantize: quantize the merged weights again, with integer zero-points, and measure what
             that costs.

@@ -8,12 +8,7 @@ FORMAT = Format(
     package=__name__,
     grids=Grids(act_order=True),
     runs_in="PEFT, vLLM or SGLang on the quantized base",
-    runtime=Runtime(
-        title="stock PEFT",
-        modules=(("peft",), ("torchao",)),
-        install="peft torchao",
-        on="torchao",
-    ),
+    runtime=Runtime("stock PEFT", (("peft",), ("torchao",)), "peft torchao", on="torchao"),
     hub_library="peft",
     usage="""```python
 from peft import PeftModel
@@ -26,11 +21,7 @@ model = PeftModel.from_pretrained(base, "{repo_id}")  # base: the quantized base
     advice="a change of scales is no low-rank change of the weights. Set adapt: zeros, or remove "
     "lora",
     options=(
-        Option(
-            "base",
-            "the quantized base (default: what the adapter's config names)",
-            metavar="DIR",
-        ),
+        Option("base", "its quantized base (default: what its config names)", metavar="DIR"),
         Option(
             "convention",
             "how the adapter pools, where its config does not say (see `qalora merge`)",

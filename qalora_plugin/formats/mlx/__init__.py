@@ -9,7 +9,7 @@ FORMAT = Format(
         blocks=(128, 64, 32), holder="MLX", pieces="whole groups of 32, 64 or 128, which MLX has"
     ),
     runs_in="mlx-lm",
-    runtime=Runtime(title="mlx-lm", modules=(("mlx_lm",),), install="'mlx[cpu]' mlx-lm"),
+    runtime=Runtime("mlx-lm", (("mlx_lm",),), "'mlx[cpu]' mlx-lm"),
     hub_library="mlx",
     usage="""```
 pip install mlx-lm

@@ -13,7 +13,7 @@ FORMAT = Format(
         pieces="blocks of 16, 32, 64, 128 or 256",
     ),
     runs_in="ONNX Runtime",
-    runtime=Runtime(title="ONNX Runtime", modules=(("onnxruntime",),), install="onnxruntime-genai"),
+    runtime=Runtime("ONNX Runtime", (("onnxruntime",),), "onnxruntime-genai"),
     hub_library="onnxruntime",
     usage="""```python
 import onnxruntime_genai as og  # pip install onnxruntime-genai huggingface_hub

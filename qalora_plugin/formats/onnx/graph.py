@@ -14,7 +14,6 @@ from . import FORMAT, MODEL_FILE
 DATA_FILE = "model.onnx.data"
 DOMAIN = "com.microsoft"
 _ALIGNMENT = 64
-_COPY_BYTES = 16 << 20
 _PRODUCT = re.compile(r"^/model/layers\.(\d+)/(attn|mlp)/(\w+)/MatMul$")
 
 
@@ -135,12 +134,8 @@ class _Data:
             return result
         place = {entry.key: entry.value for entry in initializer.external_data}
         old.seek(int(place["offset"]))
-        left = int(place["length"])
         start = self._align()
-        while left:
-            chunk = old.read(min(left, _COPY_BYTES))
-            self.file.write(chunk)
-            left -= len(chunk)
+        self.file.write(old.read(int(place["length"])))
         self._place(result, start)
         return result
 

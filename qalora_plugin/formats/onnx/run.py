@@ -20,6 +20,7 @@ NEW_TOKENS = 16
 
 
 def main() -> None:
+    """Run it."""
     directory, ids = sys.argv[1], load_file(sys.argv[2])["input_ids"]
     session = onnxruntime.InferenceSession(str(Path(directory) / "model.onnx"))
     inputs = {"input_ids": ids, "attention_mask": np.ones_like(ids)}

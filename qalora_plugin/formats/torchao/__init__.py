@@ -8,9 +8,7 @@ FORMAT = Format(
     grids=Grids(holder="torchao"),
     runs_in="stock transformers",
     runtime=Runtime(
-        title="stock transformers",
-        modules=(("transformers",), ("torchao",)),
-        install="transformers torchao",
+        "stock transformers", (("transformers",), ("torchao",)), "transformers torchao"
     ),
     hub_library="transformers",
     usage="""```python

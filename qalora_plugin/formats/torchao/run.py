@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 
 def main() -> None:
+    """Run it."""
     model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
     linears = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
     kinds = sorted({type(linear.weight).__name__ for linear in linears})
