@@ -23,10 +23,10 @@ from transformers import (
 )
 
 from qalora_plugin import QALoRAQuantConfig
+from qalora_plugin.checkpoint.format import format_named
 from qalora_plugin.quickstart.embedded import base_model_path
-from qalora_plugin.verify.merge import runtimes
 
-RUNNER = Path(runtimes.__file__).with_name("run_llama_cpp.py")
+RUNNER = format_named("gguf").script
 # of log-probabilities with a spread of 1.2; llama.cpp rounds activations to 8 bits
 ROUNDING, DIVERGENCE = 0.25, 2e-3
 

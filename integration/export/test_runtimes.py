@@ -11,21 +11,20 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.random_adapter import PREFIX, random_adapter
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qalora_kernels.groups import group_index
-from qalora_plugin import QALoRAConfig, QALoRAQuantConfig, merge_adapter
+from qalora_plugin import QALoRAQuantConfig, merge_adapter
 from qalora_plugin.checkpoint.checkpoint import open_quantized
+from qalora_plugin.checkpoint.format import format_named
 from qalora_plugin.cli import main as qalora
 from qalora_plugin.formats.export import export_model
+from qalora_plugin.formats.weights import ExactWeight
 from qalora_plugin.quickstart.embedded import base_model_path
-from qalora_plugin.verify.additive import dense
-from qalora_plugin.verify.merge import runtimes
 
 HERE = Path(__file__).resolve().parent
-RUNTIMES = Path(runtimes.__file__).parent
-PREFIX = "base_model.model."
 RANK = 8
 TEXT = "KING HENRY:\nWhat's this? 1066 and all that,\n\n  my lord!"
 PROMPT = "KING HENRY:\nWhat"
@@ -40,39 +39,14 @@ class Model(NamedTuple):
     merged: Path
 
 
-def write_adapter(base: Path, out: Path, adapt: str) -> Path:
-    """An adapter of random numbers for every quantized layer."""
-    source = open_quantized(base)
-    generator = torch.Generator().manual_seed(0)
-    part = {"zeros": "qalora_", "scales": "qalora_scale_"}[adapt]
-    tensors = {}
-    for name, spec in source.layers.items():
-        a = torch.randn(RANK, spec.num_groups, generator=generator)
-        b = torch.randn(spec.out_features, RANK, generator=generator)
-        tensors[f"{PREFIX}{name}.{part}A.weight"] = a * 0.02
-        tensors[f"{PREFIX}{name}.{part}B.weight"] = b * 0.05
-    out.mkdir()
-    save_file(tensors, out / "adapter_model.safetensors")
-    QALoRAConfig(
-        r=RANK,
-        lora_alpha=RANK,
-        adapt=adapt,
-        target_modules=sorted({name.rpartition(".")[2] for name in source.layers}),
-        base_model_name_or_path=str(base),
-        bits=source.config.bits,
-        group_size=source.config.group_size,
-        task_type="CAUSAL_LM",
-    ).save_pretrained(out)
-    return out
-
-
 def write_model(folder: Path, config: QALoRAQuantConfig) -> Model:
     """The three below `folder`."""
     AutoModelForCausalLM.from_pretrained(
         base_model_path(), quantization_config=config
     ).save_pretrained(folder / "base")
     AutoTokenizer.from_pretrained(base_model_path()).save_pretrained(folder / "base")
-    adapter = write_adapter(folder / "base", folder / "adapter", "zeros")
+    base = open_quantized(folder / "base")
+    adapter = random_adapter(base, folder / "adapter", rank=RANK, alpha=RANK, size=0.05)
     merge_adapter(adapter, folder / "merged", folder / "base")
     return Model(folder / "base", adapter, folder / "merged")
 
@@ -111,7 +85,7 @@ def test_mlx(
 ) -> None:
     export_model(model.merged, tmp_path / "mlx", "mlx")
     arguments = [tmp_path / "mlx", input_ids, tmp_path / "out", PROMPT]
-    result = run_json(env_python("export"), RUNTIMES / "run_mlx.py", *arguments)
+    result = run_json(env_python("export"), format_named("mlx").script, *arguments)
     assert_equal(tmp_path / "out", our_logits(model.merged, input_ids))
     ours = AutoModelForCausalLM.from_pretrained(model.merged, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(model.merged)
@@ -130,7 +104,7 @@ def test_torchao_in_stock_transformers(
 ) -> None:
     export_model(model.merged, tmp_path / "torchao", "torchao")
     arguments = [tmp_path / "torchao", input_ids, tmp_path / "out"]
-    result = run_json(env_python("export"), RUNTIMES / "run_transformers.py", *arguments)
+    result = run_json(env_python("export"), format_named("torchao").script, *arguments)
     assert "IntxUnpackedToInt8Tensor" in result["weights"]
     assert_equal(tmp_path / "out", our_logits(model.merged, input_ids))
 
@@ -146,7 +120,7 @@ def test_lora_in_stock_peft(
     export_model(model.base, tmp_path / "base", "torchao")
     export_model(model.adapter, tmp_path / "lora", "lora")
     arguments = [tmp_path / "base", input_ids, tmp_path / "out", tmp_path / "lora"]
-    result = run_json(env_python("export"), RUNTIMES / "run_transformers.py", *arguments)
+    result = run_json(env_python("export"), format_named("lora").script, *arguments)
     assert result["change"] > 0.1
 
     expected = AutoModelForCausalLM.from_pretrained(base_model_path(), dtype=torch.float32)
@@ -157,7 +131,7 @@ def test_lora_in_stock_peft(
     for name, spec in source.layers.items():
         a, b = (adapter[f"{PREFIX}{name}.qalora_{part}.weight"].double() for part in "AB")
         index = group_index(None, spec.group_size, spec.in_features, a.device)
-        weight = dense(source.layer(name)).t() + (b @ a)[:, index]
+        weight = ExactWeight(source.layer(name)).values + (b @ a)[:, index]
         expected.get_submodule(name).weight.data = weight.float()
     with torch.no_grad():
         logits = expected(input_ids=load_file(input_ids)["input_ids"]).logits
@@ -183,7 +157,7 @@ def test_onnx(
     python = env_python("export")
     export_in_environment(python, project_path, model.merged, "onnx", tmp_path / "onnx")
     arguments = [tmp_path / "onnx", input_ids, tmp_path / "out"]
-    subprocess.run([python, RUNTIMES / "run_onnx.py", *arguments], check=True)
+    subprocess.run([python, format_named("onnx").script, *arguments], check=True)
     assert_equal(tmp_path / "out", our_logits(model.merged, input_ids))
     ours = AutoModelForCausalLM.from_pretrained(model.merged, dtype=torch.float32)
     ids = load_file(input_ids)["input_ids"][:1]
@@ -202,7 +176,7 @@ def run_llama_cpp(
     """Log-probabilities after `ids` in `folder`/out; tokens of the text and an answer."""
     save_file({"input_ids": torch.tensor([ids])}, folder / "ids")
     (folder / "asked.json").write_text(json.dumps({"text": text, "messages": MESSAGES}))
-    script = RUNTIMES / "run_llama_cpp.py"
+    script = format_named("gguf").script
     return run_json(python, script, model, folder / "ids", folder / "out", folder / "asked.json")
 
 
@@ -296,11 +270,13 @@ def test_gptq_of_merged_scales(
     base = tmp_path / "base"
     options = ["--bits", "4", "--group-size", "32", "--method", "rtn", "--zero-points", "integer"]
     assert qalora(["quantize", str(base_model_path()), "--out", str(base), *options]) == 0
-    adapter = write_adapter(base, tmp_path / "adapter", "scales")
+    adapter = random_adapter(
+        open_quantized(base), tmp_path / "adapter", "scales", rank=RANK, alpha=RANK, size=0.05
+    )
     merge_adapter(adapter, tmp_path / "merged", base)
     export_model(tmp_path / "merged", tmp_path / "gptq", "gptq")
-    arguments = [tmp_path / "gptq", input_ids, tmp_path / "out", "--engine", engine]
-    run_json(env_python(engine), RUNTIMES / "run_gptq.py", *arguments)
+    arguments = [tmp_path / "gptq", input_ids, tmp_path / "out"]
+    run_json(env_python(engine), format_named("gptq").script, *arguments)
     expected = our_logits(tmp_path / "merged", input_ids)
     assert (expected - our_logits(base, input_ids)).abs().max() > 0.01
     assert_equal(tmp_path / "out", expected)

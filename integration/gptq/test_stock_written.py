@@ -7,18 +7,19 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.random_adapter import random_adapter
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qalora_plugin import QALoRAConfig, QALoRAQuantConfig, merge_adapter, quantize_model
+from qalora_plugin import QALoRAQuantConfig, merge_adapter, quantize_model
 from qalora_plugin.checkpoint.checkpoint import open_quantized
+from qalora_plugin.checkpoint.format import format_named
 from qalora_plugin.errors import CheckpointError
 from qalora_plugin.formats.export import export_model
 from qalora_plugin.quantize.stdlib_text import calibration_texts
 from qalora_plugin.quickstart.embedded import base_model_path
 from qalora_plugin.verify.export import verify_export
-from qalora_plugin.verify.merge import runtimes
 
-RUN = Path(runtimes.__file__).with_name("run_gptq.py")
+RUN = format_named("gptq").script
 TOLERANCE = {"autogptq": 1e-5, "gptqmodel": 2e-3}  # GPTQModel dequantizes to fp16 here
 
 
@@ -53,7 +54,7 @@ def test_engines_compute_what_we_compute(
         ours = model(input_ids=ids).logits
     for engine, tolerance in TOLERANCE.items():
         out = tmp_path / f"{engine}.safetensors"
-        arguments = [stock, tmp_path / "input.safetensors", out, "--engine", engine]
+        arguments = [stock, tmp_path / "input.safetensors", out]
         run_json(env_python(engine), RUN, *arguments)
         theirs = load_file(out)["logits"]
         error = (theirs - ours).norm() / ours.norm()
@@ -72,7 +73,7 @@ def test_requantized_offsets_run_in_gptqmodel(
     )
     model.save_pretrained(base)
     AutoTokenizer.from_pretrained(base_model_path()).save_pretrained(base)
-    write_adapter(base, tmp_path / "adapter")
+    random_adapter(open_quantized(base), tmp_path / "adapter", alpha=4, size=0.05)
     merge_adapter(tmp_path / "adapter", tmp_path / "merged", base)
     with pytest.raises(CheckpointError, match=r"not integers .*--requantize"):
         export_model(tmp_path / "merged", tmp_path / "gptq", "gptq")
@@ -96,24 +97,3 @@ def test_requantized_offsets_run_in_gptqmodel(
 
 # measured: divergence 0.074 and 0.0033, change of loss 0.034 and 0.010 nats a token
 LOSS = {2: 0.15, 4: 0.02}
-
-
-def write_adapter(base: Path, out: Path) -> None:
-    """A random adapter of rank 4 for every layer."""
-    generator = torch.Generator().manual_seed(0)
-    tensors = {}
-    source = open_quantized(base)
-    for name, spec in source.layers.items():
-        key = f"base_model.model.{name}.qalora_"
-        tensors[f"{key}A.weight"] = torch.randn(4, spec.num_groups, generator=generator) * 0.02
-        tensors[f"{key}B.weight"] = torch.randn(spec.out_features, 4, generator=generator) * 0.05
-    out.mkdir()
-    save_file(tensors, out / "adapter_model.safetensors")
-    QALoRAConfig(
-        r=4,
-        lora_alpha=4,
-        target_modules=sorted({name.rpartition(".")[2] for name in source.layers}),
-        base_model_name_or_path=str(base),
-        bits=source.config.bits,
-        group_size=32,
-    ).save_pretrained(out)

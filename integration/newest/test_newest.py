@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-AREAS = ("checkpoint", "tuner", "merge", "trl", "test_hub.py")
+AREAS = ("checkpoint", "tuner", "merge", "trl", "hub")
 
 
 def test_the_fast_suite_passes_on_the_newest_releases(

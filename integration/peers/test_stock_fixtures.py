@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qalora_plugin.verify.merge import runtimes
+from qalora_plugin.checkpoint.format import format_named
 
 HERE = Path(__file__).resolve().parent
 FIXTURES = HERE.parents[1] / "tests" / "fixtures"
@@ -37,8 +37,8 @@ def test_engine_reproduces_reference_logits(
 ) -> None:
     reference = FIXTURES / fixture / "reference.safetensors"
     out = tmp_path / "logits.safetensors"
-    script = Path(runtimes.__file__).with_name("run_gptq.py")
-    arguments = [FIXTURES / fixture, reference, out, "--engine", engine]
+    script = format_named("gptq").script
+    arguments = [FIXTURES / fixture, reference, out]
     run_json(env_python(engine), script, *arguments)
     expected = load_file(reference)["logits"]
     # fp32 matrix products of another CPU may add in another order

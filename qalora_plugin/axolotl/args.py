@@ -5,18 +5,10 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from ..formats.export import ADAPTS
+from ..checkpoint.config import QUANT_METHOD
+from ..checkpoint.format import format_named, formats
 from ..quantize.options import OptionError, QuantizeOptions
 from ..tuner.parameter_groups import SCALE_LR_RATIO
-
-_ADAPT_ADVICE = {
-    "gptq": "stock GPTQ stores integer zero-points, and training the offsets makes them "
-    "real-valued. Set adapt: scales and zero_points: integer; or remove gptq, and quantize the "
-    "merged model again with `qalora export --format gptq --requantize`",
-    "lora": "a change of scales is no low-rank change of the weights. Set adapt: zeros, or remove "
-    "lora",
-}
-MergeFormat = Literal["qalora", "gptq", "gguf", "mlx", "onnx", "torchao", "lora"]
 
 
 class QALoRABlock(BaseModel):
@@ -68,8 +60,10 @@ class QALoRABlock(BaseModel):
         description="Folder of quantized bases, reused by later runs; "
         "default: quantized_bases beside output_dir.",
     )
-    merge_on_finish: bool = Field(default=True, description="Write output_dir/merged at the end.")
-    merge_formats: list[MergeFormat] = Field(
+    merge_on_finish: bool = Field(
+        default=True, description="Write output_dir/merged when training ends."
+    )
+    merge_formats: list[str] = Field(
         default=["qalora"],
         description="What to write at the end: qalora (always: output_dir/merged), and exports of "
         "it to output_dir/merged-FORMAT (gguf: output_dir/merged.gguf).",
@@ -99,17 +93,23 @@ class QALoRABlock(BaseModel):
 
     @model_validator(mode="after")
     def _check_formats(self) -> Self:
-        formats = [name for name in self.merge_formats if name != "qalora"]
-        if formats and not self.merge_on_finish:
+        chosen = [name for name in self.merge_formats if name != QUANT_METHOD]
+        known = [format.name for format in formats()]
+        if not set(known).issuperset(chosen):
             raise ValueError(
-                f"qalora: merge_formats: {formats} are exports of the merged model, and "
+                f"qalora: merge_formats: expected some of {QUANT_METHOD}, {', '.join(known)}, "
+                f"found {self.merge_formats}"
+            )
+        if chosen and not self.merge_on_finish:
+            raise ValueError(
+                f"qalora: merge_formats: {chosen} are exports of the merged model, and "
                 "merge_on_finish: false makes none; remove one of the two"
             )
-        for name in formats:
-            if name in ADAPTS and self.adapt not in ADAPTS[name]:
+        for format in map(format_named, chosen):
+            if self.adapt not in format.adapts:
                 raise ValueError(
-                    f"qalora: merge_formats: {name} does not go with adapt: {self.adapt}: "
-                    + _ADAPT_ADVICE[name]
+                    f"qalora: merge_formats: {format.name} does not go with adapt: {self.adapt}: "
+                    + format.advice
                 )
         return self
 

@@ -4,9 +4,11 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.config import QUANT_METHOD
+from ..checkpoint.format import Format, format_named
 from ..errors import CheckpointError, ConfigError, OutputError, QALoRAError
 from ..files.json import read_json
-from ..formats.export import check_format, check_libraries, export_model
+from ..formats.export import check_format, export_model
 from ..hub.push import push_merged
 from ..merge.merge import merge_adapter
 
@@ -15,18 +17,14 @@ MERGED_DIR = "merged"
 
 
 def merged_dir(cfg: Any) -> Path:
-    """Where the merged checkpoint of a run goes: `output_dir/merged`."""
+    """Return where the merged checkpoint of a run goes: `output_dir/merged`."""
     return Path(cfg["output_dir"]).expanduser() / MERGED_DIR
 
 
 def export_paths(cfg: Any) -> dict[str, Path]:
-    """Where each format of `merge_formats` beside our own goes."""
-    out = Path(cfg["output_dir"]).expanduser()
-    formats = [name for name in cfg.qalora["merge_formats"] if name != "qalora"]
-    return {
-        name: out / (f"{MERGED_DIR}.gguf" if name == "gguf" else f"{MERGED_DIR}-{name}")
-        for name in formats
-    }
+    """Return where each format of `merge_formats` beside our own goes."""
+    names = [name for name in cfg.qalora["merge_formats"] if name != QUANT_METHOD]
+    return {name: format_named(name).beside(merged_dir(cfg)) for name in names}
 
 
 def check_free(cfg: Any) -> None:
@@ -49,6 +47,7 @@ def check_formats(cfg: Any, base: str | Path | None) -> None:
     """Refuse to train towards an export that would be refused.
 
     Args:
+        cfg: Axolotl's.
         base: the quantized base; None before a 16-bit model is quantized.
 
     Raises:
@@ -60,16 +59,26 @@ def check_formats(cfg: Any, base: str | Path | None) -> None:
         try:
             if base is not None:
                 check_format(base, name)
-                continue
-            check_libraries(name)
-            if name == "gptq" and cfg.qalora["zero_points"] != "integer":
-                raise ConfigError("it stores integer zero-points: set zero_points: integer")
-            if name in ("mlx", "onnx", "torchao") and cfg.qalora["desc_act"]:
-                raise ConfigError("it has no act-order: set desc_act: false")
+            else:
+                _check_settings(cfg, format_named(name))
         except QALoRAError as error:
             raise ConfigError(
                 f"qalora: merge_formats: {name} could not be written after training: {error}"
             ) from error
+
+
+def _check_settings(cfg: Any, format: Format) -> None:
+    """Refuse a format that cannot hold any base quantized with these settings.
+
+    Raises:
+        ConfigError: names the setting, or the format's library is not installed.
+    """
+    format.check_libraries()
+    grids = format.grids
+    if grids.integer_zeros and cfg.qalora["zero_points"] != "integer":
+        raise ConfigError("it stores integer zero-points: set zero_points: integer")
+    if cfg.qalora["desc_act"] and not grids.act_order and grids.dense_as is None:
+        raise ConfigError("it has no act-order: set desc_act: false")
 
 
 def merge(cfg: Any, adapter: Path) -> None:
@@ -91,7 +100,8 @@ def export(cfg: Any, adapter: Path) -> None:
     failed = []
     for name, path in export_paths(cfg).items():
         try:
-            exported = export_model(adapter if name == "lora" else merged_dir(cfg), path, name)
+            source = adapter if format_named(name).of_adapter else merged_dir(cfg)
+            exported = export_model(source, path, name)
             LOG.info("qalora: %s", exported.as_text())
         except QALoRAError as error:
             failed.append(f"{name}: {error}")

@@ -6,44 +6,205 @@ result, without importing any format.
 """
 
 import importlib
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+from qalora_kernels import SUPPORTED_BITS, QuantSpec
+
 from ..errors import ConfigError
+from ..files.json import read_json
+from ..files.names import CONFIG_FILE
 from .config import QALoRAQuantConfig
+
+
+@dataclass(frozen=True)
+class Grids:
+    """Which quantized layers a format holds as integers.
+
+    Args:
+        bits: widths of its integers.
+        blocks: numbers of neighbouring inputs that may share a scale, largest first, into which
+            larger groups are cut; None if any number may.
+        short_last: whether a layer's last block may be short.
+        act_order: whether the inputs of a group may lie apart (g_idx).
+        integer_zeros: whether zero-points are integers.
+        holder, pieces: for messages: what has these limits, and into what groups are to be cut.
+        dense_as: dtype of layers that do not fit, of which a whole model may consist. None: they
+            are written in fp32, and a model in which no layer fits is refused.
+    """
+
+    bits: tuple[int, ...] = SUPPORTED_BITS
+    blocks: tuple[int, ...] | None = None
+    short_last: bool = False
+    act_order: bool = False
+    integer_zeros: bool = False
+    holder: str = ""
+    pieces: str = ""
+    dense_as: str | None = None
+
+    def block(self, spec: QuantSpec) -> int:
+        """Return the largest block that a layer's groups can be cut into, 0 if there is none."""
+        if self.blocks is None:
+            return math.gcd(spec.group_size, spec.in_features)
+        if self.short_last and spec.num_groups == 1:
+            return self.blocks[0] if spec.in_features >= self.blocks[0] else self.blocks[-1]
+        length = spec.group_size
+        if not self.short_last:
+            length = math.gcd(length, spec.in_features)
+        return next((block for block in self.blocks if length % block == 0), 0)
+
+    def obstacle(self, spec: QuantSpec, act_order: bool) -> str | None:
+        """Say why a layer cannot be held as integers; None if it can."""
+        why = None
+        if spec.bits not in self.bits:
+            why = f"{self.holder} has no type with {spec.bits} bits and an offset"
+        elif act_order and not self.act_order:
+            why = f"its groups follow act-order (g_idx), the blocks of {self.holder} are neighbours"
+        elif not self.block(spec):
+            inputs = "" if self.short_last else f" in {spec.in_features} inputs"
+            why = f"groups of {spec.group_size}{inputs} cannot be cut into {self.pieces}"
+        if why is None or self.dense_as is None:
+            return why
+        return f"{why}; written as {self.dense_as}"
+
+
+@dataclass(frozen=True)
+class Option:
+    """A setting of an export: a keyword of `export_model`, and an option of `qalora export`.
+
+    Args:
+        name: the keyword, such as "checkpoint_format".
+        help: for the command line.
+        type: of its value; a bool is a flag.
+        choices: the values that it may have; empty if any.
+        metavar: of its value in the help.
+    """
+
+    name: str
+    help: str
+    type: type = str
+    choices: tuple[str, ...] = ()
+    metavar: str | None = None
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """The program that a format is for.
+
+    Args:
+        title: its name.
+        modules: what its interpreter needs; of alternatives in one entry, one.
+        install: what pip installs.
+        rounds_activations: whether it rounds them; then `run` gives log-probabilities of the last
+            token, and `weights.rounded(model, exported, source)` is a context in which our model
+            rounds likewise.
+        on: of an adapter: the format in which its base is written, whose `run` takes the adapter.
+    """
+
+    title: str
+    modules: tuple[tuple[str, ...], ...]
+    install: str
+    rounds_activations: bool = False
+    on: str | None = None
 
 
 @dataclass(frozen=True)
 class Format:
     """What is known of one foreign format before any of its code is imported.
 
+    Its folder has, by convention, these modules, imported on first use:
+
+        read      of a base: `parse_config(raw, path) -> QALoRAQuantConfig` and
+                  `open_checkpoint(directory) -> QuantizedCheckpoint`
+        write     `check(source)`, `export(source, out, *, progress, **options) -> ExportResult`
+        weights   `Weights(exported, source)`, see `formats.weights`; of an adapter
+                  `compare(exported, adapter, base, progress)`
+        run       a program that runs an export in its runtime, and imports nothing of ours
+        record    of a format that is one file: `read_record(path)`, see `formats.record`
+
     Args:
         name: as `--format` takes it.
-        package: dotted name of the format's folder, whose modules are imported on first use.
-        quant_methods: values of config.json's `quant_method` that mark a base in this format; empty
-            where the format cannot be a base. Such a format has a module `read` with
-            `parse_config(raw, path) -> QALoRAQuantConfig` and
-            `open_checkpoint(directory) -> QuantizedCheckpoint`.
-        marker: name of a file that marks a base where config.json says nothing.
+        package: dotted name of the folder.
+        grids: the layers that it holds.
+        suffix: of the file that it is; empty if it is a directory.
+        quant_methods: values of `quant_method` in config.json's `quantization_config`.
+        marker: a file that marks a directory; beside `quant_methods` only if config.json is silent.
+        config_key: a key that only its config.json has.
+        is_base: whether models in this format are read, as bases.
+        of_adapter: whether it holds an adapter instead of a merged model.
+        adapts: what an adapter may change so that the format holds the result.
+        advice: why it may not change more, and what to do.
+        options: of an export.
+        libraries: modules that writing needs, installed by the extra "export".
+        runs_in: the programs that load it.
+        runtime: the one that verifies exports.
+        hub_library: `library_name` of its model card.
+        usage: how it is loaded, Markdown of its model card with {repo_id} and {file}.
     """
 
     name: str
     package: str
-    quant_methods: tuple[str, ...] = ()
+    grids: Grids
+    runs_in: str
+    runtime: Runtime
+    hub_library: str
+    usage: str
+    suffix: str = ""
     marker: str | None = None
+    quant_methods: tuple[str, ...] = ()
+    config_key: str | None = None
+    is_base: bool = False
+    of_adapter: bool = False
+    adapts: tuple[str, ...] = ("zeros", "scales", "both")
+    advice: str = ""
+    options: tuple[Option, ...] = ()
+    libraries: tuple[str, ...] = ()
 
     def module(self, part: str) -> Any:
         """Import one module of the format's folder, such as "read" or "write"."""
         return importlib.import_module(f"{self.package}.{part}")
 
-    def is_base(self, quantization_config: Any, directory: Path | None = None) -> bool:
-        """Say whether a config.json's `quantization_config`, or else a file, marks this format."""
-        if isinstance(quantization_config, dict):
-            return quantization_config.get("quant_method") in self.quant_methods
-        unmarked = quantization_config is not None or self.marker is None or directory is None
-        return not unmarked and (directory / self.marker).exists()
+    def library(self, module: str) -> ModuleType:
+        """Import a library that the format needs; a ConfigError says how to install it."""
+        try:
+            return importlib.import_module(module)
+        except ImportError as error:
+            raise ConfigError(
+                f"format {self.name!r} needs the package {module.partition('.')[0]!r} ({error}). "
+                "Install it with: pip install 'qalora-plugin[export]'"
+            ) from error
+
+    def check_libraries(self) -> None:
+        """Raise ConfigError if a library that writing needs is not installed."""
+        for module in self.libraries:
+            self.library(module)
+
+    @property
+    def script(self) -> Path:
+        """The program `run.py` that runs an export: in the folder, or in that of `runtime.on`."""
+        if self.runtime.on is not None:
+            return format_named(self.runtime.on).script
+        return Path(str(importlib.import_module(self.package).__file__)).with_name("run.py")
+
+    def beside(self, path: Path) -> Path:
+        """Return where an export goes beside `path`: `path.suffix` of a file, else `path-name`."""
+        return path.with_name(path.name + (self.suffix or f"-{self.name}"))
+
+    def marks(self, config: Mapping[str, Any], directory: Path | None = None) -> bool:
+        """Say whether a config.json, and the files beside it, are of this format."""
+        quantization = config.get("quantization_config")
+        if self.quant_methods and quantization is not None:
+            method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+            return method in self.quant_methods
+        if self.config_key is not None and self.config_key in config:
+            return True
+        if self.marker is None or directory is None:
+            return False
+        return (directory / self.marker).exists()
 
 
 _FORMATS: dict[str, Format] = {}
@@ -70,10 +231,24 @@ def format_named(name: str) -> Format:
     return _FORMATS[name]
 
 
+def recognise(path: Path) -> Format | None:
+    """Return the format that a file or directory is in, None if it is none that is known.
+
+    Raises:
+        CheckpointError: config.json cannot be read.
+    """
+    if path.is_file():
+        return next((f for f in formats() if f.suffix and path.suffix == f.suffix), None)
+    config = read_json(path / CONFIG_FILE) if (path / CONFIG_FILE).exists() else {}
+    # what has files of its own first: an adapter may lie beside a quantized model's config.json
+    known = sorted(formats(), key=lambda format: bool(format.quant_methods))
+    return next((format for format in known if format.marks(config, path)), None)
+
+
 def base_format(quantization_config: Any, directory: Path | None = None) -> Format | None:
-    """Return the foreign format in which a model is quantized, None where it is none of them."""
-    found = (f for f in formats() if f.is_base(quantization_config, directory))
-    return next(found, None)
+    """Return the foreign format in which a base is quantized, None if we read it in none."""
+    config = {"quantization_config": quantization_config}
+    return next((f for f in formats() if f.is_base and f.marks(config, directory)), None)
 
 
 def foreign_config(quantization_config: Any, path: Path) -> QALoRAQuantConfig | None:

@@ -29,11 +29,12 @@ def main(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from ..checkpoint.describe import describe
+    from ..checkpoint.format import recognise
     from ..files.hub import resolve_model_dir
 
     path = Path(args.model).expanduser()
-    is_file = path.is_file() and path.suffix == ".gguf"
-    directory = path if is_file else resolve_model_dir(args.model)
+    is_export = path.is_file() and recognise(path) is not None
+    directory = path if is_export else resolve_model_dir(args.model)
     with tqdm(desc="checking", unit="layer", file=sys.stderr, delay=1, leave=False) as bar:
 
         def progress(done: int, total: int) -> None:
@@ -48,14 +49,18 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _describe_export(path: Path, quick: bool) -> dict[str, Any] | None:
-    """What `qalora export` says of its output; None of what `describe` can read itself."""
+    """Return what an export says of itself; None of what `describe` can read itself."""
+    from ..checkpoint.format import format_named
     from ..errors import CheckpointError
     from ..files.manifest import check_manifest
     from ..formats.record import read_record
     from ..hub.card import find_subject
 
-    if path.is_dir() and (read_record(path) or {}).get("format") in (None, "gptq", "lora"):
-        return None
+    if path.is_dir():
+        record = read_record(path)
+        format = format_named(record["format"]) if record else None
+        if format is None or format.is_base or format.of_adapter:
+            return None
     subject = find_subject(path)
     files = subject.files().values()
     found: dict[str, Any] = {
@@ -81,7 +86,7 @@ def _describe_export(path: Path, quick: bool) -> dict[str, Any] | None:
 
 
 def table(found: dict[str, Any]) -> str:
-    """The result of `describe` as text, one line a property."""
+    """Return the result of `describe` as text, one line a property."""
     rows = []
     for key, value in found.items():
         if key in ("bytes", "valid", "problem") or value in (None, {}):

@@ -47,17 +47,19 @@ def note_what_gguf_cannot_hold(args: argparse.Namespace) -> None:
     Args:
         args: with `offsets_at`, `bits`, `group_size`, and `desc_act` where the command has it.
     """
-    from ..formats.gguf.write import BLOCK, obstacle
+    from ..checkpoint.format import format_named
 
     if args.offsets_at != "minimum":
         return
-    inputs = math.lcm(abs(args.group_size), BLOCK)  # whole groups in whole blocks, if these fit
+    grids = format_named("gguf").grids
+    (block,) = grids.blocks or ()
+    inputs = math.lcm(abs(args.group_size), block)  # whole groups in whole blocks, if these fit
     spec = QuantSpec(args.bits, args.group_size, inputs, out_features=1)
-    if obstacle(spec, getattr(args, "desc_act", False)):
+    if grids.obstacle(spec, getattr(args, "desc_act", False)):
         order = " in act-order" if getattr(args, "desc_act", False) else ""
         print(
             f"qalora: note: --offsets-at minimum is of no use with {args.bits} bits and groups of "
             f"{args.group_size}{order}: GGUF holds up to 4 bits in contiguous groups that are a "
-            f"multiple of {BLOCK}, other layers become F16",
+            f"multiple of {block}, other layers become F16",
             file=sys.stderr,
         )

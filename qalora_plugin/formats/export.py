@@ -1,6 +1,7 @@
 """Export a merged model to what other runtimes read."""
 
 from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -8,50 +9,63 @@ from ..checkpoint.checkpoint import open_quantized
 from ..checkpoint.format import format_named
 from ..errors import ConfigError
 from .record import write_record
-from .walk import ExportResult, Progress, require
 
-FORMATS = ("gptq", "gguf", "mlx", "onnx", "torchao", "lora")
-OPTIONS: dict[str, frozenset[str]] = {
-    "gguf": frozenset({"exact"}),
-    "gptq": frozenset(
-        {"checkpoint_format", "requantize", "calibration", "samples", "seq_len", "seed"}
-    ),
-    "lora": frozenset({"base", "convention"}),
-}
-
-# what an adapter may change for a format; any other takes every `adapt`
-ADAPTS = {"gptq": frozenset({"scales"}), "lora": frozenset({"zeros"})}
-_LIBRARIES = {"gguf": ("gguf",), "onnx": ("onnx", "onnxruntime_genai", "onnx_ir")}
-
-__all__ = ["ADAPTS", "FORMATS", "ExportResult", "check_format", "check_libraries", "export_model"]
+Progress = Callable[[int, int], None]
+"""Called with (tensors done, tensors in all)."""
 
 
-def _module(format: str) -> str:
-    return "export" if format == "gptq" else "write"
+@dataclass(frozen=True)
+class ExportResult:
+    """What an export wrote.
 
-
-def check_libraries(format: str) -> None:
-    """Refuse a format whose libraries are missing.
-
-    Raises:
-        ConfigError: names the library.
+    Args:
+        out: the directory or file.
+        format: name of the format.
+        layers: number of quantized layers that were written as integers.
+        exactness: how far the exported weights equal the source's, in one sentence.
+        dense: layers that the format cannot hold as integers, and why, by name.
+        measured: what an inexact export was measured to cost, see `gptq.requantize.Loss`.
     """
-    for module in _LIBRARIES.get(format, ()):
-        require(module, format)
+
+    out: Path
+    format: str
+    layers: int
+    exactness: str
+    dense: dict[str, str] = field(default_factory=dict)
+    measured: dict[str, Any] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields, ready for JSON."""
+        return {**asdict(self), "out": str(self.out)}
+
+    def as_text(self) -> str:
+        """Return a few lines for people."""
+        whys = set(self.dense.values())
+        if not self.layers and len(whys) == 1:
+            return (
+                f"{self.out}: {len(self.dense)} layers in format {self.format}, all of them dense "
+                f"({whys.pop()}). {self.exactness}"
+            )
+        lines = [f"{self.out}: {self.layers} layers in format {self.format}. {self.exactness}"]
+        for why in sorted(whys):
+            names = [name for name, reason in self.dense.items() if reason == why]
+            lines.append(f"  {len(names)} layers dense, {names[0]} the first: {why}")
+        return "\n".join(lines)
 
 
 def check_format(base: str | Path, format: str) -> None:
     """Refuse now what `export_model` would refuse of any model that is this base, adapted.
 
-    What the adapter may change is `ADAPTS`.
+    What the adapter may change is `Format.adapts`.
 
     Raises:
         CheckpointError: the base is damaged, or the format cannot hold it.
-        ConfigError: the format's library is not installed.
+        ConfigError: no such format, or its library is not installed.
     """
-    check_libraries(format)
-    if format != "lora":  # which holds any base's adapter
-        format_named(format).module(_module(format)).check(open_quantized(base))
+    found = format_named(format)
+    found.check_libraries()
+    if not found.of_adapter:  # any base's adapter is held
+        found.module("write").check(open_quantized(base))
 
 
 def export_model(
@@ -68,11 +82,11 @@ def export_model(
         source: the merged model: a directory in our format or stock GPTQ, or a Hub id. For "lora",
             the adapter.
         out: the directory to make (for "gguf", the file); it must not exist.
-        format: one of `FORMATS`.
+        format: "gptq", "gguf", "mlx", "onnx", "torchao" or "lora".
         progress: called with (tensors written, tensors in all).
         options: `base` and `convention` for "lora", as `merge_adapter` has them;
             `exact` for "gguf" (layers in fp32); `checkpoint_format` for "gptq" ("gptq", or
-            "gptq_v2" for GPTQModel), and `requantize` with its settings (see `gptq.export`).
+            "gptq_v2" for GPTQModel), and `requantize` with its settings (see `gptq.write.export`).
 
     Returns:
         What was written, and how exactly.
@@ -82,17 +96,17 @@ def export_model(
         CheckpointError, AdapterError: the source is damaged, or the format cannot hold it.
         ConfigError: no such format or option, or the format's library is not installed.
     """
-    if format not in FORMATS:
-        raise ConfigError(f"format: expected one of {', '.join(FORMATS)}, found {format!r}")
-    known = OPTIONS.get(format, frozenset())
-    unknown = set(options) - known
+    found = format_named(format)
+    known = sorted(option.name for option in found.options)
+    unknown = sorted(set(options) - set(known))
     if unknown:
         raise ConfigError(
-            f"format {format!r} has no option {sorted(unknown)[0]!r}; it has "
-            f"{', '.join(sorted(known)) or 'none'}"
+            f"format {format!r} has no option {unknown[0]!r}; it has {', '.join(known) or 'none'}"
         )
-    export: Callable[..., ExportResult] = format_named(format).module(_module(format)).export
-    result = export(source, out, progress=progress, **options)
+    found.check_libraries()
+    result: ExportResult = found.module("write").export(source, out, progress=progress, **options)
     if result.out.is_dir():
-        write_record(result, source)
+        record = result.as_dict()
+        del record["out"]
+        write_record(result.out, record, source)
     return result

@@ -1,35 +1,27 @@
-"""qalora_export.json: what an export holds, kept beside it for verifying and for its model card."""
+"""What an export says of itself, for verifying it and for its model card.
 
-import os
+A directory has qalora_export.json, a file in a format that is one file holds the same: `format`,
+`source` (facts about the model it was made from), `exactness` and, where it was measured,
+`measured` (see `gptq.requantize.Loss`).
+"""
+
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from .._version import __version__
 from ..checkpoint.checkpoint import QuantizedCheckpoint, open_quantized
+from ..checkpoint.format import format_named, recognise
 from ..files.atomic import atomic_file
-from ..files.hub import resolve_model_dir
+from ..files.hub import public_name, resolve_model_dir
 from ..files.json import read_json, write_json
-from ..files.names import ADAPTER_CONFIG_FILE, RECORD_FILE
-from .walk import ExportResult
+from ..files.names import ADAPTER_CONFIG_FILE, CONFIG_FILE, RECORD_FILE
 
-GGUF_KEY = "qalora.source"  # a GGUF file has no files beside it
 _ADAPTER_FACTS = ("r", "lora_alpha", "layers")
 
 
-def public_name(name_or_path: Any) -> str:
-    """A Hub id as it is; of a path only its last part, which tells nothing about the machine.
-
-    A name of two parts is a path if there is such a directory now, as when a model is loaded.
-    """
-    text = str(name_or_path or "")
-    if not text:
-        return text
-    is_path = os.path.isabs(text) or text.count("/") > 1 or text[0] in ".~" or os.path.isdir(text)
-    return os.path.basename(os.path.abspath(text)) if is_path else text
-
-
 def describe_source(checkpoint: QuantizedCheckpoint) -> dict[str, Any]:
-    """What the card of an export says about the model it was made from."""
+    """Return what the card of an export says about the model it was made from."""
     config, merged = checkpoint.config, checkpoint.config.merged or {}
     adapters = merged.get("adapters", [merged])  # several, if they were merged in one step
     adapts = sorted({adapter["adapt"] for adapter in adapters if "adapt" in adapter})
@@ -45,51 +37,56 @@ def describe_source(checkpoint: QuantizedCheckpoint) -> dict[str, Any]:
     }
 
 
+def _describe_adapter(exported: Path, adapter: str | Path) -> dict[str, Any]:
+    """Return the same of an adapter, and of the base that the export names."""
+    config = read_json(resolve_model_dir(adapter) / ADAPTER_CONFIG_FILE)
+    # the adapter's own may be relative to where it was trained
+    base = str(read_json(exported / ADAPTER_CONFIG_FILE)["base_model_name_or_path"])
+    keys = ("bits", "group_size", "r", "lora_alpha")
+    facts = {key: config[key] for key in keys if config.get(key) is not None}
+    return {"base": public_name(base), "licence": licence_of(base), "fine_tuned": True} | facts
+
+
 def licence_of(base: str) -> str | None:
-    """The licence that a base on this disk names in its card, or in its config.json."""
+    """Return the licence that a base on this disk names in its card, or in its config.json."""
     from huggingface_hub import ModelCard
 
-    directory = Path(base)
-    if (directory / "README.md").is_file():
-        try:
-            licence = ModelCard.load(directory / "README.md").data.license
-        except (OSError, ValueError):
-            licence = None
-        if licence:
-            return str(licence)
-    if (directory / "config.json").is_file():
-        licence = read_json(directory / "config.json").get("license")
-        return str(licence) if licence else None
-    return None
+    card, config = Path(base, "README.md"), Path(base, CONFIG_FILE)
+    licence = None
+    if card.is_file():
+        with suppress(OSError, ValueError):
+            licence = ModelCard.load(card).data.license
+    if not licence and config.is_file():
+        licence = read_json(config).get("license")
+    return str(licence) if licence else None
 
 
-def write_record(result: ExportResult, source: str | Path) -> None:
+def write_record(exported: Path, result: dict[str, Any], source: str | Path) -> None:
     """Write the record into an exported directory.
 
     Args:
-        result: the export.
-        source: what was exported; for lora the adapter.
+        exported: the directory.
+        result: fields of `ExportResult`.
+        source: what was exported: a model, or an adapter.
     """
-    if result.format == "lora":
-        config = read_json(resolve_model_dir(source) / ADAPTER_CONFIG_FILE)
-        # the adapter's own may be relative to where it was trained
-        base = str(read_json(result.out / ADAPTER_CONFIG_FILE)["base_model_name_or_path"])
-        keys = ("bits", "group_size", "r", "lora_alpha")
-        facts = {"base": public_name(base), "licence": licence_of(base), "fine_tuned": True}
-        facts |= {key: config[key] for key in keys if config.get(key) is not None}
+    if format_named(result["format"]).of_adapter:
+        facts = _describe_adapter(exported, source)
     else:
         facts = describe_source(open_quantized(source))
-    record = {**result.as_dict(), "source": facts, "qalora_version": __version__}
-    del record["out"]
-    with atomic_file(result.out / RECORD_FILE) as partial:
-        write_json(partial, record)
+    with atomic_file(exported / RECORD_FILE) as partial:
+        write_json(partial, {**result, "source": facts, "qalora_version": __version__})
 
 
-def read_record(directory: Path) -> dict[str, Any] | None:
-    """The record of an exported directory, or None where it has none.
+def read_record(exported: Path) -> dict[str, Any] | None:
+    """Return the record of an exported directory or file, None if it has none.
 
     Raises:
         CheckpointError: it cannot be read.
     """
-    path = directory / RECORD_FILE
-    return read_json(path) if path.exists() else None
+    if exported.is_dir():
+        path = exported / RECORD_FILE
+        return read_json(path) if path.exists() else None
+    format = recognise(exported)
+    if format is None:
+        return None
+    return format.module("record").read_record(exported)

@@ -1,18 +1,19 @@
 """Push a quantized model, or an export of one, to the Hugging Face Hub, with a model card."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
+from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from ..checkpoint.config import QUANT_METHOD
 from ..errors import OutputError, QALoRAError
 from ..files.manifest import check_manifest
-from .card import CARD_FILE, HUB_FAILURES, MERGED, Subject, find_subject, make_card
+from .card import CARD_FILE, HUB_FAILURES, Subject, find_subject, make_card
 
 _REASONS = {
     401: "you are not logged in, or the token is not valid: log in with `hf auth login`",
@@ -44,11 +45,11 @@ class PushResult:
     url: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the fields, ready for JSON."""
         return dataclasses.asdict(self)
 
     def as_text(self) -> str:
-        """For people."""
+        """Return a few lines for people."""
         total = sum(self.files.values())
         what = f"{len(self.files)} files, {total / 1e6:.1f} MB, format {self.format}"
         if self.url is not None:
@@ -95,17 +96,25 @@ def push(
             "Leave out data (--data) and log_history (--trainer-state). Nothing was pushed."
         )
     files = subject.files()
+
+    def result(name: str, url: str | None) -> PushResult:
+        if CARD_FILE in files:
+            card = files[CARD_FILE].read_text(encoding="utf-8")
+        else:
+            card = str(make_card(subject, name, data, log_history, online=not dry_run))
+        sizes = {key: file.stat().st_size for key, file in files.items()}
+        sizes.setdefault(CARD_FILE, len(card.encode()))
+        return PushResult(name, subject.format, private, revision, sizes, card, url)
+
     if dry_run:
-        card = _card(files, lambda: make_card(subject, repo_id, data, log_history, online=False))
-        return PushResult(repo_id, subject.format, private, revision, _sizes(files, card), card)
+        return result(repo_id, None)
     api = HfApi()
     try:
         repo = api.create_repo(repo_id, private=private, exist_ok=True)
-        name = repo.repo_id
-        card = _card(files, lambda: make_card(subject, name, data, log_history))
+        name, done = repo.repo_id, result(repo.repo_id, str(repo))
         operations = [CommitOperationAdd(key, str(file)) for key, file in files.items()]
         if CARD_FILE not in files:
-            operations.append(CommitOperationAdd(CARD_FILE, card.encode()))
+            operations.append(CommitOperationAdd(CARD_FILE, done.card.encode()))
         if revision is not None:
             api.create_branch(name, branch=revision, exist_ok=True)
         api.create_commit(
@@ -116,8 +125,7 @@ def push(
         )
     except HUB_FAILURES as error:
         raise OutputError(_refusal(repo_id, subject.path, error)) from error
-    sizes = _sizes(files, card)
-    return PushResult(name, subject.format, private, revision, sizes, card, str(repo))
+    return done
 
 
 def push_merged(
@@ -128,13 +136,16 @@ def push_merged(
     data: str | None = None,
     log_history: Sequence[dict[str, Any]] = (),
 ) -> str:
-    """`push` of a merged checkpoint and nothing else; returns the address of the repository.
+    """Push a merged checkpoint, and nothing else, as `push` does.
+
+    Returns:
+        The address of the repository.
 
     Raises:
         OutputError: it is not merged, or the Hub refused it.
     """
     subject = find_subject(directory)
-    if subject.format != MERGED or not subject.tuned:
+    if subject.format != QUANT_METHOD or not subject.tuned:
         raise OutputError(f"{directory}: is not a merged checkpoint. Nothing was pushed.")
     result = push(directory, repo_id, private=private, data=data, log_history=log_history)
     assert result.url is not None
@@ -142,7 +153,7 @@ def push_merged(
 
 
 def _checked(path: str | Path, repo_id: str) -> Subject:
-    """What is to be pushed, its weights as they were written."""
+    """Return what is to be pushed, once its weights are known to be as they were written."""
     try:
         validate_repo_id(repo_id)
         subject = find_subject(path)
@@ -156,19 +167,6 @@ def _checked(path: str | Path, repo_id: str) -> Subject:
         ) from error
     except QALoRAError as error:
         raise OutputError(f"{error} Nothing was pushed.") from error
-
-
-def _card(files: dict[str, Path], make: Callable[[], ModelCard]) -> str:
-    """The card that is there already, or a new one."""
-    if CARD_FILE in files:
-        return files[CARD_FILE].read_text(encoding="utf-8")
-    return str(make())
-
-
-def _sizes(files: dict[str, Path], card: str) -> dict[str, int]:
-    sizes = {name: path.stat().st_size for name, path in files.items()}
-    sizes.setdefault(CARD_FILE, len(card.encode()))
-    return sizes
 
 
 def _refusal(repo_id: str, path: Path, error: BaseException) -> str:

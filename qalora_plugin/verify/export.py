@@ -11,26 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
-
-from qalora_kernels import PackedWeight, QuantSpec
-from qalora_kernels.groups import expand, group_index
 
 from ..checkpoint.checkpoint import open_quantized
+from ..checkpoint.format import Format, recognise
 from ..errors import CheckpointError, ConfigError, VerificationError
-from ..files.json import read_json
-from ..files.names import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, CONFIG_FILE
-from ..formats.onnx.write import MODEL_FILE
+from ..formats.export import Progress
 from ..formats.record import read_record
-from ..formats.walk import Progress
-from ..merge.adapter import PREFIX
-from ..merge.plan import plan_merge
-from . import readers
-from .additive import dense
-from .runtimes import RuntimeReport, check_runtime
-
-_FP32, _F16 = 2.0**-22, 2.0**-11  # of the largest number that is rounded
-_F16_SUBNORMAL = 2.0**-25
+from ..formats.weights import ExactWeight, ExportedWeights
+from .runtime import RuntimeReport, check_runtime
 
 
 @dataclass(frozen=True)
@@ -56,11 +44,11 @@ class ExportReport:
     runtime: RuntimeReport | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the fields, ready for JSON."""
         return dataclasses.asdict(self)
 
     def as_text(self) -> str:
-        """For people."""
+        """Return a few lines for people."""
         unit = "of the largest change" if self.format == "lora" else "of a step"
         largest = f"largest difference {self.largest_error:.1e} {unit}"
         text = (
@@ -70,30 +58,6 @@ class ExportReport:
         )
         text += f", {self.unchecked} were not compared" if self.unchecked else ""
         return text if self.runtime is None else f"{text}\n{self.runtime.as_text()}"
-
-
-def find_format(exported: Path) -> str:
-    """The format of an export, from what is there.
-
-    Raises:
-        CheckpointError: it is none.
-    """
-    if exported.is_file() and exported.suffix == ".gguf":
-        return "gguf"
-    if (exported / ADAPTER_CONFIG_FILE).exists():
-        return "lora"
-    if (exported / MODEL_FILE).exists():
-        return "onnx"
-    config = read_json(exported / CONFIG_FILE)
-    if "quantization" in config:
-        return "mlx"
-    method = (config.get("quantization_config") or {}).get("quant_method")
-    if method in ("torchao", "gptq"):
-        return str(method)
-    raise CheckpointError(
-        f"{exported}: not what `qalora export` writes (quant_method {method!r}). To compare a "
-        "merged model with base and adapter, name the adapter with --adapter."
-    )
 
 
 def verify_export(
@@ -122,13 +86,19 @@ def verify_export(
         ConfigError: the library of the format is not installed, or `base` for another format.
     """
     path = Path(exported)
-    format = find_format(path)
-    if format == "lora":
-        report = _verify_lora(path, against, base, progress)
+    format = recognise(path)
+    if format is None:
+        raise CheckpointError(
+            f"{exported}: not what `qalora export` writes. To compare a merged model with base and "
+            "adapter, name the adapter with --adapter."
+        )
+    if format.of_adapter:
+        layers, worst = format.module("weights").compare(path, against, base, progress)
+        report = ExportReport(str(path), format.name, layers, 0, 0, worst)
     elif base is not None:
         raise ConfigError(
-            f"{exported}: is in format {format!r}, which is compared with the merged model alone; "
-            "leave out base (--base)"
+            f"{exported}: is in format {format.name!r}, which is compared with the merged model "
+            "alone; leave out base (--base)"
         )
     else:
         report = _verify_weights(path, against, format, progress)
@@ -138,36 +108,35 @@ def verify_export(
 
 
 def _verify_weights(
-    path: Path, against: str | Path, format: str, progress: Progress | None
+    path: Path, against: str | Path, format: Format, progress: Progress | None
 ) -> ExportReport:
     """Compare all tensors."""
     source = open_quantized(against)
     if path.resolve() != source.directory.resolve():
         _check_not_requantized(path)
-    read = getattr(readers, format)(path, source)
-    kinds = readers.gguf_kinds(path, source) if format == "gguf" else {}
-    names = [*(f"{name}.weight" for name in source.layers), *source.dense_names]
-    largest, unchecked, layers = 0.0, 0, 0
+    weights: ExportedWeights = format.module("weights").Weights(path, source)
+    layers = {f"{name}.weight": name for name in source.layers}
+    names = [*layers, *source.dense_names]
+    largest, unchecked, equal = 0.0, 0, 0
     for done, name in enumerate(names, start=1):
-        found = read(name)
-        layer = name.removesuffix(".weight")
+        found = weights.get(name)
         if found is None:
             unchecked += 1
-        elif layer != name and layer in source.layers:
-            layers += 1
-            tensors, spec = source.layer(layer), source.layers[layer]
-            kind = kinds.get(name, format)
-            largest = max(largest, _check_layer(path, name, found, tensors, spec, kind))
+        elif name in layers:
+            equal += 1
+            exact = ExactWeight(source.layer(layers[name]))
+            error = _layer_error(weights, name, found, exact, format.name)
+            largest = max(largest, error)
         elif not torch.equal(found.float(), source.reader.get(name).float()):
             raise VerificationError(f"{path}: {name} differs from that of {source.directory}.")
         if progress is not None:
             progress(done, len(names))
-    other = len(names) - unchecked - layers
-    return ExportReport(str(path), format, layers, other, unchecked, largest)
+    other = len(names) - unchecked - equal
+    return ExportReport(str(path), format.name, equal, other, unchecked, largest)
 
 
 def _check_not_requantized(path: Path) -> None:
-    """An export by --requantize has other weights, and says what that costs.
+    """Refuse an export by --requantize, which has other weights, and says what that costs.
 
     Raises:
         VerificationError: this is one.
@@ -180,78 +149,22 @@ def _check_not_requantized(path: Path) -> None:
         )
 
 
-def _check_layer(
-    path: Path,
-    name: str,
-    found: torch.Tensor,
-    layer: PackedWeight,
-    spec: QuantSpec,
-    kind: str,
+def _layer_error(
+    weights: ExportedWeights, name: str, found: torch.Tensor, exact: ExactWeight, format: str
 ) -> float:
-    """Compare one weight; the largest difference in steps. `kind` is a format or GGUF's type."""
-    exact = dense(layer).t()
-    if found.shape != exact.shape:
+    """Compare one weight [N, K], and return the largest difference in steps."""
+    if found.shape != exact.values.shape:
         raise VerificationError(
-            f"{path}: {name}: shape {list(found.shape)}, expected {list(exact.shape)}."
+            f"{weights.exported}: {name}: shape {list(found.shape)}, expected "
+            f"{list(exact.values.shape)}."
         )
-    step, offset = (
-        expand(values, layer.g_idx, spec.group_size, spec.in_features).t().double()
-        for values in (layer.scales, layer.offsets)
-    )
-    bound = _FP32 * (offset.abs() + step * 2**spec.bits)
-    if kind == "Q4_1" and spec.minimum_below is None:  # else minima are f16; codes go up to 15
-        bound = _F16 * (offset.abs() + step * 16)
-    elif kind == "F16":
-        bound = _F16 * exact.abs() + _F16_SUBNORMAL
-    difference = (found.double() - exact).abs()
-    worst = (difference / step).max().item()
-    if not (difference <= bound).all():  # NaN fails this too
-        wrong = int((~(difference <= bound)).sum())
+    difference = (found.double() - exact.values).abs()
+    worst = (difference / exact.steps).max().item()
+    wrong = ~(difference <= weights.rounding(name, exact))  # NaN is wrong too
+    if wrong.any():
         raise VerificationError(
-            f"{path}: {name}: {wrong} of {exact.numel()} weights differ by more than the rounding "
-            f"of {kind} (up to {worst:.3g} of a step). It is of another model, or damaged."
+            f"{weights.exported}: {name}: {int(wrong.sum())} of {wrong.numel()} weights differ by "
+            f"more than the rounding of {weights.kind(name) or format} (up to {worst:.3g} of a "
+            "step). It is of another model, or damaged."
         )
     return worst
-
-
-def _verify_lora(
-    exported: Path, against: str | Path, base: str | Path | None, progress: Progress | None
-) -> ExportReport:
-    """Compare the change of each weight with the change of offsets by the adapter."""
-    from safetensors import safe_open
-
-    plan = plan_merge(against, base)
-    config = LoraConfig.from_pretrained(exported)
-    worst = 0.0
-    with safe_open(exported / ADAPTER_WEIGHTS_FILE, framework="pt") as file:
-        keys = set(file.keys())
-        for done, (name, merge) in enumerate(plan.layers.items(), start=1):
-            start = f"{PREFIX}{plan.trained.in_model(name)}.lora_"
-            if not {f"{start}A.weight", f"{start}B.weight"} <= keys:
-                raise VerificationError(f"{exported}: no {start}A.weight and {start}B.weight.")
-            a, b = (file.get_tensor(f"{start}{part}.weight").double() for part in "AB")
-            spec = merge.merged_spec
-            change = merge.change(plan.adapter, "zeros")
-            assert change is not None
-            g_idx = plan.base.reader.get(f"{name}.g_idx") if plan.base.config.desc_act else None
-            index = group_index(g_idx, spec.group_size, spec.in_features, a.device).long()
-            expected = change.delta().t()[:, index]
-            found = merge.layer.scaling * (b @ a)
-            if found.shape != expected.shape:
-                raise VerificationError(f"{exported}: {name}: of another shape than the base.")
-            error = ((found - expected).abs().max() / expected.abs().max().clamp(min=1e-30)).item()
-            if not error <= 1e-6:
-                raise VerificationError(
-                    f"{exported}: {name}: changes weights by something else than the adapter "
-                    f"{against} (by {error:.3g} of the largest change)."
-                )
-            worst = max(worst, error)
-            if progress is not None:
-                progress(done, len(plan.layers))
-    stated = (config.r, config.lora_alpha, config.use_rslora)
-    wanted = tuple(plan.adapter.config.get(k) or False for k in ("r", "lora_alpha", "use_rslora"))
-    if stated != wanted:
-        raise VerificationError(
-            f"{exported}: {stated} as r, lora_alpha, use_rslora, expected {wanted}."
-        )
-    return ExportReport(str(exported), "lora", len(plan.layers), 0, 0, worst)

@@ -2,17 +2,15 @@
 
 import importlib
 import sys
-from typing import get_args
 
 import pytest
 from pydantic import ValidationError
 
 import qalora_plugin.axolotl
 from qalora_plugin.axolotl import QALoRAArgs, QALoRABlock
-from qalora_plugin.axolotl.args import MergeFormat
 from qalora_plugin.axolotl.checks import check_config
 from qalora_plugin.errors import ConfigError
-from qalora_plugin.formats.export import FORMATS
+from qalora_plugin.formats import FOLDERS
 
 
 def test_defaults_are_the_papers_mode() -> None:
@@ -71,8 +69,12 @@ def test_formats_that_cannot_hold_what_is_trained(format: str, adapt: str, advic
     QALoRABlock.model_validate({"merge_formats": ["qalora", format], "adapt": advice})
 
 
-def test_merge_formats_are_what_can_be_exported() -> None:
-    assert set(get_args(MergeFormat)) == {"qalora", *FORMATS}
+@pytest.mark.parametrize("format", ["qalora", *FOLDERS])
+def test_merge_formats_are_what_can_be_exported(format: str) -> None:
+    adapt = {"gptq": "scales"}.get(format, "zeros")
+    assert QALoRABlock(merge_formats=[format], adapt=adapt).merge_formats == [format]
+    with pytest.raises(ValidationError, match=f"merge_formats: expected some of.* {format}.*'hqq'"):
+        QALoRABlock(merge_formats=["hqq"])
 
 
 def test_every_key_has_a_help_text() -> None:

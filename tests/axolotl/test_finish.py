@@ -123,7 +123,7 @@ def test_a_calibration_file_has_to_be_there(tmp_path: Path) -> None:
 
 
 def test_pushing_needs_a_hub_model_id(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The push itself is tested in test_hub.py; here, when and where to."""
+    """The push itself is tested in tests/hub; here, when and where to."""
     pushed: list[tuple[Any, ...]] = []
 
     def push_merged(directory: Path, repo_id: str, **facts: Any) -> str:

@@ -174,10 +174,10 @@ def test_where_gptqmodel_is_installed_it_is_asked_first(monkeypatch: pytest.Monk
 
 REFUSED = {
     "marlin": ({"checkpoint_format": "marlin"}, "'marlin' is not read"),
-    "bits": ({"bits": 5}, "bits: expected"),
+    "bits": ({"bits": 5}, "bits must be one of"),
     "other bits": ({"bits": 8}, "contradicts the tensors"),
     "group_size": ({"group_size": 64}, r"expected shape \[1, \d+\].*found \[2, \d+\]"),
-    "group_size 0": ({"group_size": 0}, "a positive number or -1"),
+    "group_size 0": ({"group_size": 0}, "a positive integer, or -1"),
     "packing": ({"pack_dtype": "int16"}, "pack_dtype"),
     "dynamic list": ({"dynamic": ["x"]}, "dynamic: expected an object"),
     "dynamic option": ({"dynamic": {"+:.*": {"adapter": 1}}}, r"dynamic\['\+:\.\*'\]"),

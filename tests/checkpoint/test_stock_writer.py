@@ -111,7 +111,7 @@ def test_real_valued_zero_points_are_refused(base_dir: Path, tmp_path: Path):
         write_stock_gptq(source, tmp_path / "out")
     assert "adapt='scales'" in str(error.value)
     assert not (tmp_path / "out").exists()
-    with pytest.raises(CheckpointError, match=r"multiple of 32|not integers"):
+    with pytest.raises(CheckpointError, match=r"multiples of 32|not integers"):
         write_stock_gptq(base_dir, tmp_path / "out")
 
 

@@ -21,16 +21,16 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from qalora_kernels import PackedWeight, QuantSpec
 from qalora_plugin import QALoRAConfig, merge_adapter, verify_merge
-from qalora_plugin.checkpoint.checkpoint import QuantizedCheckpoint
+from qalora_plugin.checkpoint.checkpoint import QuantizedCheckpoint, open_quantized
 from qalora_plugin.cli import main
 from qalora_plugin.errors import CheckpointError, ConfigError, OutputError, VerificationError
 from qalora_plugin.formats.export import export_model
+from qalora_plugin.formats.gguf.blocks import least_rounding
 from qalora_plugin.formats.gguf.metadata import Metadata
-from qalora_plugin.formats.gguf.write import least_rounding
 from qalora_plugin.hub.card import find_subject, make_card
 from qalora_plugin.verify.export import verify_export
 
-from .weights import ACT_ORDER, SIZES, error_in_steps, exact_weight
+from .weights import ACT_ORDER, BLOCKS_OF_32, SIZES, error_in_steps, exact_weight
 
 gguf = pytest.importorskip("gguf", reason="needs gguf: pip install 'qalora-plugin[export]'")
 
@@ -70,6 +70,12 @@ def dequantized(tensor: Any) -> torch.Tensor:
     return torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
 
 
+def llama_layer(tensor: Any, name: str) -> torch.Tensor:
+    """A layer of a Llama of `SIZES` in fp32, its rows in Hugging Face's order."""
+    heads = {"q_proj": 4, "k_proj": 2}.get(name.rpartition(".")[2])
+    return in_hf_order(dequantized(tensor), heads) if heads else dequantized(tensor)
+
+
 EXACT = "Exact: integers, scales and minima, bit for bit."
 # of the f16 minimum, in steps: at 4 bits half an f16 unit of 8 to 11 steps, below that chosen
 ROUNDING = {2: 2e-3, 3: 2e-3, 4: 4e-3}
@@ -88,10 +94,7 @@ def test_weights_are_equal_to_the_stated_rounding(
         held = bits <= 4 and not name.endswith("down_proj")  # of 172 inputs
         assert (name in result.dense) == (not held)
         assert tensor.tensor_type.name == ("Q4_1" if held else "F16")
-        weight = dequantized(tensor)
-        heads = {"q_proj": 4, "k_proj": 2}.get(name.rpartition(".")[2])
-        if heads:
-            weight = in_hf_order(weight, heads)
+        weight = llama_layer(tensor, name)
         if held:
             assert error_in_steps(weight, source, name) <= ROUNDING[bits]
         else:
@@ -104,7 +107,7 @@ def test_weights_are_equal_to_the_stated_rounding(
 def test_stated_rounding_is_the_measured_one(
     family: Callable[..., QuantizedCheckpoint], tmp_path: Path
 ) -> None:
-    source = family(Qwen3Config(**{**SIZES, "intermediate_size": 96}))
+    source = family(Qwen3Config(**BLOCKS_OF_32))
     result = export_model(source.directory, tmp_path / "model.gguf", "gguf")
     tensors, _ = read(result.out)
     worst = max(
@@ -112,9 +115,7 @@ def test_stated_rounding_is_the_measured_one(
         for name in source.layers
     )
     assert f"by at most {worst:.1e} of a step, " in result.exactness
-    errors = [
-        least_rounding(source.layer(name), spec).error for name, spec in source.layers.items()
-    ]
+    errors = [least_rounding(source.layer(name)).error for name in source.layers]
     above = sum(int((error > 2e-3).sum()) for error in errors)
     share = 100 * above / sum(error.numel() for error in errors)
     assert above and result.exactness.endswith(f"{share:.1f}% of groups above 0.002.")
@@ -137,8 +138,7 @@ def trained_one_step(base: Path, folder: Path) -> Any:
 def test_minima_make_it_bit_for_bit(
     bits: int, family: Callable[..., QuantizedCheckpoint], tmp_path: Path
 ) -> None:
-    sizes = {**SIZES, "intermediate_size": 96}
-    base = family(Qwen3Config(**sizes), bits, offsets_at="minimum")
+    base = family(Qwen3Config(**BLOCKS_OF_32), bits, offsets_at="minimum")
     trained = trained_one_step(base.directory, tmp_path / "adapter")
     merge_adapter(tmp_path / "adapter", tmp_path / "merged", base.directory)
     assert (
@@ -165,11 +165,10 @@ def test_a_minimum_that_is_off_is_found(
     family: Callable[..., QuantizedCheckpoint], tmp_path: Path
 ) -> None:
     """What verifying allows for the rounding of a minimum, it does not where nothing is rounded."""
-    sizes = {**SIZES, "intermediate_size": 96}
-    middle = family(Qwen3Config(**sizes))
+    middle = family(Qwen3Config(**BLOCKS_OF_32))
     out = export_model(middle.directory, tmp_path / "model.gguf", "gguf").out
     verify_export(out, middle.directory)
-    claimed = family(Qwen3Config(**sizes), offsets_at="minimum")
+    claimed = family(Qwen3Config(**BLOCKS_OF_32), offsets_at="minimum")
     with pytest.raises(VerificationError, match="differ by more than the rounding of Q4_1"):
         verify_export(out, claimed.directory)
 
@@ -193,7 +192,7 @@ def test_no_q4_1_block_holds_every_group_to_2e_3_of_a_step() -> None:
     spec = QuantSpec(4, 32, 32, 1)
     numbers = (torch.tensor([[value]]) for value in (s, o))
     layer = PackedWeight(torch.zeros(4, 1, dtype=torch.int32), *numbers, None, spec)
-    assert least_rounding(layer, spec).error.item() == best
+    assert least_rounding(layer).error.item() == best
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -208,10 +207,7 @@ def test_exact_holds_every_layer_in_fp32(
     for name in source.layers:
         tensor = tensors[gguf_name(name)]
         assert tensor.tensor_type.name == "F32"
-        weight = dequantized(tensor)
-        heads = {"q_proj": 4, "k_proj": 2}.get(name.rpartition(".")[2])
-        weight = in_hf_order(weight, heads) if heads else weight
-        assert error_in_steps(weight, source, name) < 1e-5
+        assert error_in_steps(llama_layer(tensor, name), source, name) < 1e-5
     assert verify_export(result.out, source.directory).largest_error < 1e-5
 
 
@@ -265,7 +261,7 @@ def test_unknown_split_is_refused(
 
 
 def test_act_order_becomes_f16(tmp_path: Path) -> None:
-    source = QuantizedCheckpoint(with_tokenizer_of_its_size(tmp_path / "model"))
+    source = open_quantized(with_tokenizer_of_its_size(tmp_path / "model"))
     result = export_model(source.directory, tmp_path / "model.gguf", "gguf")
     assert (result.layers, set(result.dense)) == (0, set(source.layers))
     tensors, _ = read(result.out)
@@ -323,7 +319,7 @@ def test_places_that_are_taken_or_wrong(
 
 
 def test_model_card_of_a_file(family: Callable[..., QuantizedCheckpoint], tmp_path: Path) -> None:
-    source = family(LlamaConfig(**SIZES | {"intermediate_size": 96}))
+    source = family(LlamaConfig(**BLOCKS_OF_32))
     rounded = "7 matrices are Q4_1. Integers and scales are exact; minima are rounded to f16: by at"
     for exact, wanted in ((False, rounded), (True, "Exact to the rounding of fp32")):
         path = tmp_path / f"model-{exact}.gguf"

@@ -8,10 +8,10 @@ import pytest
 import torch
 from huggingface_hub import constants
 from peft import LoraConfig, PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from support.random_adapter import PREFIX, random_adapter
 from transformers import AutoModelForCausalLM
 
-from qalora_plugin import QALoRAConfig
 from qalora_plugin.checkpoint.checkpoint import QuantizedCheckpoint, open_quantized
 from qalora_plugin.cli import main
 from qalora_plugin.errors import AdapterError, OutputError
@@ -20,35 +20,6 @@ from qalora_plugin.formats.export import export_model
 from .weights import ACT_ORDER, exact_weight
 
 RANK = 4
-PREFIX = "base_model.model."
-
-
-def write_adapter(source: QuantizedCheckpoint, out: Path, adapt: str = "zeros") -> Path:
-    """A random adapter for every quantized layer."""
-    generator = torch.Generator().manual_seed(0)
-    middle = {"zeros": "qalora_", "scales": "qalora_scale_"}
-    tensors = {}
-    for name, spec in source.layers.items():
-        for part in ("zeros", "scales") if adapt == "both" else (adapt,):
-            key = f"{PREFIX}{name}.{middle[part]}"
-            a = torch.randn(RANK, spec.num_groups, generator=generator)
-            tensors[f"{key}A.weight"] = a * 0.02
-            b = torch.randn(spec.out_features, RANK, generator=generator)
-            tensors[f"{key}B.weight"] = b * 0.02
-    out.mkdir()
-    save_file(tensors, out / "adapter_model.safetensors")
-    targets = sorted({name.rpartition(".")[2] for name in source.layers})
-    QALoRAConfig(
-        r=RANK,
-        lora_alpha=2 * RANK,
-        adapt=adapt,
-        target_modules=targets,
-        base_model_name_or_path=str(source.directory),
-        bits=source.config.bits,
-        group_size=source.config.group_size,
-        task_type="CAUSAL_LM",
-    ).save_pretrained(out)
-    return out
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -56,7 +27,7 @@ def test_peft_computes_base_plus_adapter(
     bits: int, quantized: Callable[..., QuantizedCheckpoint], dense_dir: Path, tmp_path: Path
 ) -> None:
     source = quantized(bits)
-    adapter = write_adapter(source, tmp_path / "adapter")
+    adapter = random_adapter(source, tmp_path / "adapter")
     result = export_model(adapter, tmp_path / "lora", "lora")
     assert result.layers == 14
 
@@ -84,7 +55,7 @@ def test_config_is_plain_lora(
     quantized: Callable[..., QuantizedCheckpoint], tmp_path: Path
 ) -> None:
     source = quantized(4)
-    adapter = write_adapter(source, tmp_path / "adapter")
+    adapter = random_adapter(source, tmp_path / "adapter")
     export_model(adapter, tmp_path / "lora", "lora")
     config = LoraConfig.from_pretrained(tmp_path / "lora")
     assert (config.peft_type.value, config.r, config.lora_alpha) == ("LORA", RANK, 2 * RANK)
@@ -96,7 +67,7 @@ def test_config_is_plain_lora(
 
 def test_act_order_pools_by_g_idx(tmp_path: Path) -> None:
     source = open_quantized(ACT_ORDER)
-    adapter = write_adapter(source, tmp_path / "adapter")
+    adapter = random_adapter(source, tmp_path / "adapter")
     export_model(adapter, tmp_path / "lora", "lora")
     ours = load_file(adapter / "adapter_model.safetensors")
     theirs = load_file(tmp_path / "lora" / "adapter_model.safetensors")
@@ -110,7 +81,7 @@ def test_act_order_pools_by_g_idx(tmp_path: Path) -> None:
 def test_changed_scales_are_refused(
     adapt: str, quantized: Callable[..., QuantizedCheckpoint], tmp_path: Path
 ) -> None:
-    adapter = write_adapter(quantized(4), tmp_path / "adapter", adapt)
+    adapter = random_adapter(quantized(4), tmp_path / "adapter", adapt)
     with pytest.raises(AdapterError, match="no low-rank change"):
         export_model(adapter, tmp_path / "lora", "lora")
     assert not (tmp_path / "lora").exists()
@@ -119,7 +90,7 @@ def test_changed_scales_are_refused(
 def test_nothing_is_overwritten(
     quantized: Callable[..., QuantizedCheckpoint], tmp_path: Path
 ) -> None:
-    adapter = write_adapter(quantized(4), tmp_path / "adapter")
+    adapter = random_adapter(quantized(4), tmp_path / "adapter")
     (tmp_path / "lora").mkdir()
     (tmp_path / "lora" / "mine").write_text("kept")
     with pytest.raises(OutputError, match="not empty"):
@@ -135,7 +106,7 @@ def test_the_base_may_have_moved(
 ) -> None:
     """The adapter's config has a path relative to where it was trained."""
     source = quantized(4)
-    adapter = write_adapter(source, tmp_path / "adapter")
+    adapter = random_adapter(source, tmp_path / "adapter")
     config = adapter / "adapter_config.json"
     text = json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": "models/base"})
     config.write_text(text)

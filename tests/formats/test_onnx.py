@@ -6,11 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import LlamaConfig
 
 from qalora_plugin.checkpoint.checkpoint import QuantizedCheckpoint
 from qalora_plugin.errors import CheckpointError
 from qalora_plugin.formats.export import export_model
+from qalora_plugin.formats.onnx.write import matmul_nbits
 
 from .weights import ACT_ORDER, SIZES, error_in_steps
 
@@ -41,22 +42,21 @@ def run_node(node: tuple[dict[str, int], dict[str, torch.Tensor]]) -> torch.Tens
     return torch.from_numpy(y).t()
 
 
-@pytest.mark.parametrize("group_size", [16, 32, 48, -1])
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize(
+    ("bits", "group_size"), [(2, 16), (3, 48), (4, 32), (4, -1), (8, 48), (8, -1)]
+)
 def test_weights_are_equal(
     bits: int, group_size: int, quantized: Callable[..., QuantizedCheckpoint]
 ) -> None:
-    from qalora_plugin.formats.onnx.write import matmul_nbits
-
     source = quantized(bits, group_size)
     for name in list(source.layers)[:7]:  # 64 and 172 inputs
-        terms = matmul_nbits(source.layer(name), source.layers[name])
+        terms = matmul_nbits(source.layer(name))
         assert len(terms) == (2 if bits == 8 else 1)
         found = torch.stack([run_node(term) for term in terms]).sum(0)
         assert error_in_steps(found, source, name) <= 2.0 ** (bits - 22)
 
 
-def test_model_with_cache_computes_the_same(
+def test_every_product_is_replaced(
     family: Callable[..., QuantizedCheckpoint], tmp_path: Path
 ) -> None:
     pytest.importorskip("onnxruntime_genai", reason=REASON)
@@ -70,23 +70,6 @@ def test_model_with_cache_computes_the_same(
     assert len(products) == 8  # two for the v_proj of 8 bits
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
     assert not (tmp_path / "out" / "build").exists()
-
-    session = onnxruntime.InferenceSession(str(tmp_path / "out" / "model.onnx"))
-    ids = torch.arange(24).view(2, 12)
-    ours = AutoModelForCausalLM.from_pretrained(source.directory, dtype=torch.float32)
-    with torch.no_grad():
-        expected = ours(ids).logits
-    # the last token through the cache of the ones before
-    empty = np.zeros((2, 2, 0, 16), dtype=np.float32)
-    cache = {i.name: empty for i in session.get_inputs() if i.name.startswith("past")}
-    names = [output.name for output in session.get_outputs()]
-    for start, end in ((0, 11), (11, 12)):
-        inputs = {"input_ids": ids[:, start:end].numpy(), **cache}
-        inputs["attention_mask"] = np.ones((2, end), dtype=np.int64)
-        outputs = dict(zip(names, session.run(names, inputs), strict=True))
-        found = torch.from_numpy(outputs["logits"])
-        torch.testing.assert_close(found, expected[:, start:end], atol=1e-4, rtol=0)
-        cache = {name: outputs[name.replace("past_key_values", "present")] for name in cache}
 
 
 def test_what_blocks_cannot_hold_is_refused(

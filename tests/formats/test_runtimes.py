@@ -9,37 +9,35 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.random_adapter import random_adapter
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from qalora_plugin.checkpoint.checkpoint import QuantizedCheckpoint
+from qalora_plugin.checkpoint.format import format_named
 from qalora_plugin.cli import main
 from qalora_plugin.errors import VerificationError
 from qalora_plugin.formats.export import export_model
-from qalora_plugin.verify.runtimes import RUNTIMES, check_runtime
-from qalora_plugin.verify.runtimes.rounding import q8_1, rounded
+from qalora_plugin.formats.gguf.weights import q8_1, rounded
+from qalora_plugin.verify.runtime import check_runtime
 
-from .test_lora import write_adapter
-from .weights import SIZES
+from .weights import BLOCKS_OF_32, STOCK
 
-STOCK = Path(__file__).parent.parent / "fixtures" / "gptq_4bit_g32_asym"
 NAMES = ("mlx", "torchao", "onnx", "gguf", "lora")
 
 
 @pytest.fixture(scope="module")
 def sources(family: Callable[..., QuantizedCheckpoint]) -> list[QuantizedCheckpoint]:
-    """Two models of the same shapes."""
-    config = LlamaConfig(**SIZES | {"intermediate_size": 96})
-    first = family(config)
-    torch.manual_seed(1)
-    second = family(LlamaConfig(**SIZES | {"intermediate_size": 96}, initializer_range=0.03))
-    return [first, second]
+    """Two models of the same shapes; one projection has 8 bits and groups of 16."""
+    configs = (LlamaConfig(**BLOCKS_OF_32), LlamaConfig(**BLOCKS_OF_32, initializer_range=0.03))
+    return [family(config, mixed=(8, 16)) for config in configs]
 
 
 def require(format: str) -> None:
     """Skip where the runtime is not installed."""
-    for names in RUNTIMES[format].modules:
+    runtime = format_named(format).runtime
+    for names in runtime.modules:
         if not any(map(find_spec, names)):
-            pytest.skip(f"needs {RUNTIMES[format].title}: pip install {RUNTIMES[format].install}")
+            pytest.skip(f"needs {runtime.title}: pip install {runtime.install}")
 
 
 @pytest.mark.parametrize("format", NAMES)
@@ -50,17 +48,17 @@ def test_runtime_computes_what_we_compute_and_nothing_else(
     models = [source.directory for source in sources]
     if format == "lora":
         # each for the first model, but with other numbers
-        models = [write_adapter(sources[0], tmp_path / f"adapter-{i}") for i in range(2)]
+        models = [random_adapter(sources[0], tmp_path / f"adapter-{i}") for i in range(2)]
         path = models[1] / "adapter_model.safetensors"
         save_file({key: value + 0.01 for key, value in load_file(path).items()}, path)
     out = tmp_path / ("model.gguf" if format == "gguf" else "model")
     export_model(models[0], out, format)
-    report = check_runtime(out, models[0], format)
-    assert report.runtime == RUNTIMES[format].title and report.not_run is None
+    report = check_runtime(out, models[0], format_named(format))
+    assert report.runtime == format_named(format).runtime.title and report.not_run is None
     assert report.difference is not None and report.allowed is not None
     assert 0 < report.difference <= report.allowed < (0.05 if format == "gguf" else 2e-4)
     with pytest.raises(VerificationError, match="computes something else"):
-        check_runtime(out, models[1], format)
+        check_runtime(out, models[1], format_named(format))
 
 
 def test_llama_cpp_computes_in_fp32_where_nothing_is_rounded(
@@ -68,7 +66,7 @@ def test_llama_cpp_computes_in_fp32_where_nothing_is_rounded(
 ) -> None:
     require("gguf")
     export_model(sources[0].directory, tmp_path / "model.gguf", "gguf", exact=True)
-    report = check_runtime(tmp_path / "model.gguf", sources[0].directory, "gguf")
+    report = check_runtime(tmp_path / "model.gguf", sources[0].directory, format_named("gguf"))
     assert report.difference is not None and report.difference < 1e-5
     assert report.allowed == 1e-4
 

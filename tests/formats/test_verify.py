@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.random_adapter import random_adapter
 from transformers import LlamaConfig, Qwen2Config
 
 from qalora_plugin.checkpoint.checkpoint import QuantizedCheckpoint
@@ -16,10 +17,9 @@ from qalora_plugin.errors import CheckpointError, VerificationError
 from qalora_plugin.formats.export import export_model
 from qalora_plugin.verify.export import verify_export
 
-from .weights import SIZES
+from .weights import SIZES, STOCK
 
 REASON = "needs the format's library: pip install 'qalora-plugin[export]'"
-STOCK = Path(__file__).parent.parent / "fixtures" / "gptq_4bit_g32_asym"
 LIBRARIES = {"mlx": "mlx.core", "torchao": "torchao", "gguf": "gguf", "onnx": "onnx_ir"}
 
 
@@ -110,9 +110,7 @@ def test_gptq_and_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_lora(family: Callable[..., QuantizedCheckpoint], tmp_path: Path) -> None:
-    from .test_lora import write_adapter
-
-    adapter = write_adapter(family(LlamaConfig(**SIZES)), tmp_path / "adapter")
+    adapter = random_adapter(family(LlamaConfig(**SIZES)), tmp_path / "adapter")
     export_model(adapter, tmp_path / "lora", "lora")
     report = verify_export(tmp_path / "lora", adapter)
     assert (report.format, report.layers) == ("lora", 7)

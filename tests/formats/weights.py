@@ -1,42 +1,49 @@
-"""Weights of a checkpoint by the reference formula, how far others are from them; a tokenizer."""
+"""Weights of a checkpoint by the formula, how far others are from them; a tokenizer."""
 
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+from support.models import SIZES as _LLAMA
 
 from qalora_kernels.groups import expand
 from qalora_plugin.checkpoint.checkpoint import QuantizedCheckpoint
 from qalora_plugin.quickstart.embedded import base_model_path
-from qalora_plugin.verify.additive import dense
 
-ACT_ORDER = Path(__file__).parent.parent / "fixtures" / "gptq_4bit_g128_actorder_asym"
-SIZES: dict[str, Any] = dict(
-    vocab_size=2048,
-    hidden_size=64,
-    intermediate_size=172,
-    num_hidden_layers=1,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-)
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+ACT_ORDER = FIXTURES / "gptq_4bit_g128_actorder_asym"
+STOCK = FIXTURES / "gptq_4bit_g32_asym"
+SIZES: dict[str, Any] = {
+    **{key: value for key, value in _LLAMA.items() if key != "tie_word_embeddings"},
+    "vocab_size": 2048,
+    "num_hidden_layers": 1,
+    "head_dim": 16,
+}
+BLOCKS_OF_32 = SIZES | {"intermediate_size": 96}
 
 
 def exact_weight(source: QuantizedCheckpoint, name: str) -> torch.Tensor:
-    """W [N, K] in float64, by the kernels' reference formula."""
-    return dense(source.layer(name)).t()
+    """Return W [N, K] in float64: scales * (q - mid) + offsets."""
+    layer = source.layer(name)
+    codes = layer.codes().double() - layer.spec.mid
+    return codes * _of_inputs(layer.scales, source, name) + _of_inputs(layer.offsets, source, name)
 
 
 def error_in_steps(found: torch.Tensor, source: QuantizedCheckpoint, name: str) -> float:
-    """Largest difference of a weight from the source's, in steps of its own group's scale."""
-    spec, layer = source.layers[name], source.layer(name)
-    step = expand(layer.scales, layer.g_idx, spec.group_size, spec.in_features).t()
+    """Return the largest difference from the source's weights, in steps of the own group."""
+    step = _of_inputs(source.layer(name).scales, source, name)
     return float(((found.double() - exact_weight(source, name)).abs() / step).max())
 
 
+def _of_inputs(values: torch.Tensor, source: QuantizedCheckpoint, name: str) -> torch.Tensor:
+    """[G, N] of groups -> float64 [N, K]."""
+    layer = source.layer(name)
+    return expand(values, layer.g_idx, layer.spec.group_size, layer.spec.in_features).t().double()
+
+
 def with_tokenizer(source: Path, target: Path) -> Path:
-    """A copy of a model with the quickstart's tokenizer (2048 tokens)."""
+    """Copy a model, with the quickstart's tokenizer (2048 tokens) beside it."""
     shutil.copytree(source, target)
     for path in base_model_path().glob("*token*"):
         shutil.copy(path, target)

@@ -1,5 +1,23 @@
 """GGUF files for llama.cpp and all that is built on it."""
 
-from ...checkpoint.format import Format
+from ...checkpoint.format import Format, Grids, Option, Runtime
 
-FORMAT = Format(name="gguf", package=__name__)
+FORMAT = Format(
+    name="gguf",
+    package=__name__,
+    grids=Grids(
+        bits=(2, 3, 4), blocks=(32,), holder="GGUF", pieces="whole blocks of 32", dense_as="F16"
+    ),
+    runs_in="llama.cpp",
+    runtime=Runtime("llama.cpp", (("xllamacpp",),), "xllamacpp", rounds_activations=True),
+    hub_library="gguf",
+    usage="""```
+hf download {repo_id} {file} --local-dir .
+llama-cli -m {file} -p "Once upon a time"
+```""",
+    suffix=".gguf",
+    options=(
+        Option("exact", "layers in fp32, 6.4 times the size: Q4_1 may round minima to f16", bool),
+    ),
+    libraries=("gguf",),
+)

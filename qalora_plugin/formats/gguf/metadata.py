@@ -1,7 +1,6 @@
 """What llama.cpp has to know of an architecture, as its convert_hf_to_gguf.py writes it."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
+from ...checkpoint.checkpoint import QuantizedCheckpoint
 from ...errors import CheckpointError
+from . import FORMAT
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Metadata:
     Attributes:
         config: transformers' config, with its defaults.
         architecture: the family.
-        head_dim: of the attention.
+        heads, kv_heads, head_dim: of the attention.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -61,10 +62,10 @@ class Metadata:
                 f"{', '.join(ARCHITECTURES)} can."
             )
         self.architecture = ARCHITECTURES[kind]
-        self.head_dim: int = (
-            getattr(self.config, "head_dim", None)
-            or self.config.hidden_size // self.config.num_attention_heads
-        )
+        self.heads: int = self.config.num_attention_heads
+        self.kv_heads: int = getattr(self.config, "num_key_value_heads", None) or self.heads
+        head_dim = getattr(self.config, "head_dim", None)
+        self.head_dim: int = head_dim or self.config.hidden_size // self.heads
         rope = self.config.rope_parameters
         self._rope: dict[str, Any] = rope.get("full_attention", rope)
         self._rope_type = self._rope.get("rope_type", "default")
@@ -77,13 +78,12 @@ class Metadata:
     def add_to(self, writer: Any) -> None:
         """Write the architecture's numbers."""
         config = self.config
-        heads = config.num_attention_heads
         writer.add_context_length(config.max_position_embeddings)
         writer.add_block_count(config.num_hidden_layers)
         writer.add_embedding_length(config.hidden_size)
         writer.add_feed_forward_length(config.intermediate_size)
-        writer.add_head_count(heads)
-        writer.add_head_count_kv(getattr(config, "num_key_value_heads", None) or heads)
+        writer.add_head_count(self.heads)
+        writer.add_head_count_kv(self.kv_heads)
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
         writer.add_key_length(self.head_dim)
         writer.add_value_length(self.head_dim)
@@ -96,23 +96,16 @@ class Metadata:
         if self.architecture.name == "gemma2":
             writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
             writer.add_final_logit_softcapping(config.final_logit_softcapping)
-        self._add_rope_scaling(writer)
-
-    def _add_rope_scaling(self, writer: Any) -> None:
-        if self._rope_type not in ("linear", "yarn"):
-            return
-        from gguf import RopeScalingType
-
-        writer.add_rope_scaling_type(
-            RopeScalingType.YARN if self._rope_type == "yarn" else RopeScalingType.LINEAR
-        )
-        writer.add_rope_scaling_factor(float(self._rope["factor"]))
+        if self._rope_type in ("linear", "yarn"):
+            kinds = FORMAT.library("gguf").RopeScalingType
+            writer.add_rope_scaling_type(kinds[self._rope_type.upper()])
+            writer.add_rope_scaling_factor(float(self._rope["factor"]))
         if self._rope_type == "yarn":
             original = self._rope["original_max_position_embeddings"]
             writer.add_rope_scaling_orig_ctx_len(original)
 
     def rope_factors(self) -> torch.Tensor | None:
-        """Llama 3's stretch of each frequency, fp32 [head_dim / 2], or None without.
+        """Return Llama 3's stretch of each frequency, fp32 [head_dim / 2], None without.
 
         As `_compute_llama3_parameters` of transformers has it.
         """
@@ -130,18 +123,41 @@ class Metadata:
             factors.append(1 / ((1 - smooth) / factor + smooth))
         return torch.tensor(factors, dtype=torch.float32)
 
-    def rows(self, name: str) -> Callable[[torch.Tensor], torch.Tensor]:
-        """The order of a tensor's rows in llama.cpp: rotary pairs are neighbours there."""
-        heads = {
-            "q_proj": self.config.num_attention_heads,
-            "k_proj": getattr(self.config, "num_key_value_heads", None)
-            or self.config.num_attention_heads,
-        }.get(name.split(".")[-2])
+    def in_pairs(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Return a tensor with its rows as llama.cpp has them: rotary pairs are neighbours."""
+        heads = {"q_proj": self.heads, "k_proj": self.kv_heads}.get(name.split(".")[-2])
         if heads is None or not self.architecture.permuted:
-            return lambda tensor: tensor
+            return tensor
+        halves = tensor.reshape(heads, 2, tensor.shape[0] // heads // 2, *tensor.shape[1:])
+        return halves.transpose(1, 2).reshape(tensor.shape)
 
-        def permute(tensor: torch.Tensor) -> torch.Tensor:
-            halves = tensor.reshape(heads, 2, tensor.shape[0] // heads // 2, *tensor.shape[1:])
-            return halves.transpose(1, 2).reshape(tensor.shape)
+    def tensor_names(self, source: QuantizedCheckpoint) -> dict[str, str]:
+        """Return GGUF's name of every tensor, in the order of the source's files.
 
-        return permute
+        Returns:
+            {name in the source: name in GGUF}; a quantized layer is there as its `weight`.
+
+        Raises:
+            CheckpointError: llama.cpp has no place for a tensor.
+        """
+        gguf, family = FORMAT.library("gguf"), self.architecture.name
+        kind = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == family)
+        table = gguf.get_tensor_name_map(kind, self.config.num_hidden_layers)
+        tied = bool(self.config.tie_word_embeddings)
+        other = set(source.dense_names)
+        names = {}
+        for tensor in source.reader.tensors:
+            layer, _, part = tensor.rpartition(".")
+            if tensor not in other and part != "qweight":
+                continue
+            wanted = tensor if tensor in other else f"{layer}.weight"
+            if tied and wanted == "lm_head.weight":
+                continue  # a copy of the embedding
+            found = table.get_name(wanted, try_suffixes=(".weight", ".bias"))
+            if found is None:
+                raise CheckpointError(
+                    f"{source.directory}: llama.cpp's {family} has no place for the tensor "
+                    f"{wanted}."
+                )
+            names[wanted] = found
+        return names

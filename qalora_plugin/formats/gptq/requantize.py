@@ -6,28 +6,74 @@ then run on text that was not calibrated on.
 """
 
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch.nn.functional import cross_entropy, kl_div
 from transformers import AutoConfig, AutoTokenizer
 
-from ...checkpoint.checkpoint import QuantizedCheckpoint
-from ...checkpoint.config import QALoRAQuantConfig
+from ...checkpoint.checkpoint import QuantizedCheckpoint, open_quantized
 from ...errors import QuantizationError
 from ...files.atomic import AtomicDirectory
-from ...hf.load import load_model
 from ...quantize.calibration import Calibration, calibration_windows, fitting_length
 from ...quantize.pipeline import quantize_model
 from ...quantize.stdlib_text import calibration_texts
-from ..torchao.write import TorchAO
-from ..walk import Progress, dense_config, write_directory
-from .write import check_specs
+from ..directory import DenseLayers, dense_config, write_directory
+from ..export import Progress
+from ..weights import load_exact
+from .limits import check_specs
 
 HELD_OUT = 16  # windows, or an eighth of a shorter text
-DEFAULT_TEXT = "functions of the Python standard library"
+
+
+@dataclass(frozen=True)
+class Text:
+    """The text to calibrate and to measure on, cut into windows.
+
+    Args:
+        calibration: see `calibration_windows`; by default functions of the Python standard library.
+        samples: windows to calibrate on.
+        seq_len: tokens in a window; by default 512, or the model's limit where that is less.
+        seed: of the choice of windows.
+    """
+
+    calibration: Calibration | None = None
+    samples: int = 128
+    seq_len: int | None = None
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        """What the text is called in results and errors."""
+        if self.calibration is None:
+            return "functions of the Python standard library"
+        is_file = isinstance(self.calibration, str | Path)
+        return str(self.calibration) if is_file else "the calibration text"
+
+    def windows(self, model: Path) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return token ids int64 [samples, seq_len] to calibrate on, and others to measure on.
+
+        Raises:
+            QuantizationError: too little text.
+        """
+        length = fitting_length(AutoConfig.from_pretrained(model), self.seq_len)
+        is_text = not isinstance(self.calibration, torch.Tensor)
+        windows = calibration_windows(
+            calibration_texts() if self.calibration is None else self.calibration,
+            AutoTokenizer.from_pretrained(model) if is_text else None,
+            samples=self.samples + HELD_OUT,
+            seq_len=length,
+            seed=self.seed,
+        )
+        if len(windows) < 2:
+            raise QuantizationError(
+                f"{self.name}: holds one window of {length} tokens; one is needed to calibrate on "
+                "and another to measure on. Give more text, or a smaller seq_len."
+            )
+        count = min(HELD_OUT, max(1, len(windows) // 8))
+        return windows[:-count][: self.samples], windows[-count:]
 
 
 @dataclass(frozen=True)
@@ -48,12 +94,8 @@ class Loss:
     tokens: int
     text: str
 
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
-
     def as_text(self) -> str:
-        """For people."""
+        """Return one sentence for people."""
         return (
             f"Quantized again, not exact: held-out loss {self.exact:.4f} -> "
             f"{self.requantized:.4f} ({self.requantized - self.exact:+.4f}), KL divergence "
@@ -65,36 +107,35 @@ class Loss:
 def requantize(
     source: QuantizedCheckpoint,
     out: str | Path,
-    *,
     checkpoint_format: Literal["gptq", "gptq_v2"],
-    calibration: Calibration | None,
-    samples: int,
-    seq_len: int | None,
-    seed: int,
+    text: Text,
     progress: Progress | None,
 ) -> tuple[Path, Loss]:
-    """Write a stock GPTQ directory of a model whose zero-points are not integers.
+    """Write a stock GPTQ directory of a model's weights, quantized again.
 
-    Arguments as `gptq.export` has them. Needs disk for the weights in fp32 beside the output, and
-    memory for both models.
+    Args:
+        source: the merged model.
+        out: the directory to make.
+        checkpoint_format: "gptq" or "gptq_v2".
+        text: to calibrate and to measure on.
+        progress: called while the merged weights are written; then bars go to stderr.
+
+    Returns:
+        The directory written, and what it costs.
 
     Raises:
+        OutputError: the target is not empty, or cannot be written.
         QuantizationError: too little text.
         ConfigError, CheckpointError: the stock format does not hold the model's layers.
     """
     directory, config = AtomicDirectory(out), source.config
     check_specs(source.layers, checkpoint_format, config)
-    windows, held_out = _windows(source, calibration, samples, seq_len, seed)
+    windows, held_out = text.windows(source.directory)
     reader = source.reader
     kept = [name for name in source.dense_names if len(reader.info(name).shape) == 2]
     with directory as partial:
-        # every layer is among the reasons, so none is converted
-        everything = dict.fromkeys(source.layers, "to be quantized")
         dense, new = partial / "dense", partial / "new"
-        metadata = {"format": "pt"}
-        write_directory(
-            source, dense, TorchAO(), dense_config(source), everything, metadata, progress
-        )
+        write_directory(source, dense, DenseLayers(), dense_config(source), {}, progress=progress)
         quantize_model(
             dense,
             new,
@@ -103,7 +144,7 @@ def requantize(
             calibration=windows,
             samples=len(windows),
             seq_len=windows.shape[1],
-            seed=seed,
+            seed=text.seed,
             format=checkpoint_format,
             desc_act=config.desc_act,
             dynamic=config.dynamic,
@@ -111,58 +152,17 @@ def requantize(
             progress=progress is not None,
         )
         shutil.rmtree(dense)
-        loss = compare(source, new, held_out, _name(calibration))
+        loss = compare(source, new, held_out, text.name)
         for path in new.iterdir():
             path.rename(partial / path.name)
         new.rmdir()
     return directory.target, loss
 
 
-def _windows(
-    source: QuantizedCheckpoint,
-    calibration: Calibration | None,
-    samples: int,
-    seq_len: int | None,
-    seed: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids int64 [samples, seq_len] to calibrate on, and others to measure on."""
-    length = fitting_length(AutoConfig.from_pretrained(source.directory), seq_len)
-    is_text = not isinstance(calibration, torch.Tensor)
-    windows = calibration_windows(
-        calibration_texts() if calibration is None else calibration,
-        AutoTokenizer.from_pretrained(source.directory) if is_text else None,
-        samples=samples + HELD_OUT,
-        seq_len=length,
-        seed=seed,
-    )
-    if len(windows) < 2:
-        raise QuantizationError(
-            f"{_name(calibration)}: holds one window of {length} tokens; one is needed to "
-            "calibrate on and another to measure on. Give more text, or a smaller seq_len."
-        )
-    count = min(HELD_OUT, max(1, len(windows) // 8))
-    return windows[:-count][:samples], windows[-count:]
-
-
-def _name(calibration: Calibration | None) -> str:
-    """What the text is called in results and errors."""
-    if calibration is None:
-        return DEFAULT_TEXT
-    return str(calibration) if isinstance(calibration, str | Path) else "the calibration text"
-
-
 @torch.no_grad()
 def compare(source: QuantizedCheckpoint, directory: Path, ids: torch.Tensor, text: str) -> Loss:
-    """Run the merged model and the stock GPTQ one made of it, both read by us, in fp32.
-
-    Args:
-        source: the merged model.
-        directory: the stock GPTQ one.
-        ids: int64 [samples, seq_len].
-        text: where they came from.
-    """
-    own = QALoRAQuantConfig(source.config.bits, source.config.group_size)
-    exact, other = load_model(source.directory), load_model(directory, quantization_config=own)
+    """Run the merged model and the stock GPTQ one made of it on `ids`, int64 [samples, seq_len]."""
+    exact, other = load_exact(source), load_exact(open_quantized(directory))
     sums = torch.zeros(3, dtype=torch.float64)
     for window in ids:
         labels = window[1:]

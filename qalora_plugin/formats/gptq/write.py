@@ -1,42 +1,103 @@
-"""Write a checkpoint with integer zero-points as a stock GPTQ one, for runtimes without us.
+"""Write stock GPTQ directories, for AutoGPTQ, GPTQModel and every runtime with GPTQ kernels.
 
-The layout is that of stock_gptq.py. Two formats: "gptq" (v1), which AutoGPTQ and GPTQModel read,
-and "gptq_v2", which GPTQModel reads. At 3 bits GPTQModel before 7.0 misreads v1 zero-points that
+The format stores integer zero-points. A model has them that was quantized with
+`--zero-points integer` and adapted with adapt="scales"; any other is refused by name, unless
+`requantize` asks for what is not exact.
+
+The layout is that of `read`. Two versions: "gptq" (v1), which AutoGPTQ and GPTQModel read, and
+"gptq_v2", which GPTQModel reads. At 3 bits GPTQModel before 7.0 misreads v1 zero-points that
 AutoGPTQ wrote, and the other way round: there v1 is for AutoGPTQ, v2 for GPTQModel.
 """
 
 import copy
 import re
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from qalora_kernels import PackedWeight, QuantSpec
 from qalora_kernels.packing import pack_columns
 
 from ..._version import __version__
 from ...architecture.model import read_architecture
 from ...checkpoint.checkpoint import QuantizedCheckpoint, open_quantized
-from ...checkpoint.config import QALoRAQuantConfig
-from ...checkpoint.layout import TensorPlan
 from ...checkpoint.side_files import copy_side_files
 from ...errors import CheckpointError, ConfigError
 from ...files.atomic import AtomicDirectory
 from ...files.json import write_json
 from ...files.names import CONFIG_FILE, QUANTIZE_CONFIG_FILE
-from ...files.writer import CheckpointWriter, split_plan
+from ..directory import WeightPlan, write_weights
+from ..export import ExportResult, Progress
+from . import FORMAT
+from .limits import VERSIONS, check_specs, check_writable, integer_zeros
 
-FORMATS = ("gptq", "gptq_v2")
-GPTQMODEL_GROUP_SIZES = (-1, 16, 32, 64, 128, 256, 512, 1024)
-"""What GPTQModel 5.8 loads (`SUPPORTS_GROUP_SIZE` of its TorchQuantLinear)."""
+__all__ = ["check", "check_specs", "export", "write_stock_gptq"]
+
+EXACTNESS = "Exact: integers, scales and zero-points as they are."
 # GPTQModel reads an asymmetric v1 checkpoint only if it names itself, from this version on, as the
 # producer: the first that stored zero-points unclipped, as we do
 _GPTQMODEL_COMPATIBLE = "gptqmodel:0.9.0"
 
 
+def check(source: QuantizedCheckpoint) -> None:
+    """Refuse a model that cannot be written as it is; see `limits.check_writable`."""
+    check_writable(source, "gptq")
+
+
+def export(
+    source: str | Path,
+    out: str | Path,
+    *,
+    progress: Progress | None,
+    checkpoint_format: Literal["gptq", "gptq_v2"] = "gptq",
+    requantize: bool = False,
+    **text: Any,
+) -> ExportResult:
+    """Write the directory; see `export_model` and `write_stock_gptq`.
+
+    Args:
+        source: the merged model.
+        out: the directory to make.
+        progress: called with (tensors written, tensors in all).
+        checkpoint_format: "gptq", or "gptq_v2" for GPTQModel alone.
+        requantize: quantize the merged weights again, with integer zero-points, and measure what
+            that costs.
+        text: of `requantize.Text`.
+
+    Raises:
+        CheckpointError: zero-points are not integers, and `requantize` was not asked for.
+        ConfigError: `requantize` of a model that needs none.
+    """
+    checkpoint = open_quantized(source)
+    if not requantize:
+        if text.get("calibration") is not None:
+            raise ConfigError(
+                "calibration: nothing is calibrated when integers are written as they are; "
+                "leave it out, or ask for requantize (--requantize)"
+            )
+        target = write_stock_gptq(checkpoint, out, checkpoint_format, progress)
+        return ExportResult(target, FORMAT.name, len(checkpoint.layers), EXACTNESS)
+    if _has_integer_zeros(checkpoint):
+        raise ConfigError(
+            f"{checkpoint.directory}: its zero-points are integers, so it can be written as it is. "
+            "Leave out requantize (--requantize)."
+        )
+    from .requantize import Text
+    from .requantize import requantize as quantize_again  # which takes the quantizer
+
+    target, loss = quantize_again(checkpoint, out, checkpoint_format, Text(**text), progress)
+    written = set(open_quantized(target).layers)
+    reason = "it is outside the model's blocks, which alone are quantized again; written in fp32"
+    dense = dict.fromkeys(sorted(set(checkpoint.layers) - written), reason)
+    return ExportResult(target, FORMAT.name, len(written), loss.as_text(), dense, asdict(loss))
+
+
 def write_stock_gptq(
-    source: str | Path | QuantizedCheckpoint, target: str | Path, checkpoint_format: str = "gptq"
+    source: str | Path | QuantizedCheckpoint,
+    target: str | Path,
+    checkpoint_format: str = "gptq",
+    progress: Progress | None = None,
 ) -> Path:
     """Write a quantized checkpoint in a stock GPTQ format. Nothing is rounded.
 
@@ -46,6 +107,7 @@ def write_stock_gptq(
             base.
         target: the directory to make.
         checkpoint_format: "gptq" or "gptq_v2".
+        progress: called with (tensors written, tensors in all).
 
     Returns:
         The directory written.
@@ -56,113 +118,38 @@ def write_stock_gptq(
         CheckpointError: a zero-point that is not an integer in range, or a layer whose sizes the
             stock format does not hold.
     """
-    if checkpoint_format not in FORMATS:
+    if checkpoint_format not in VERSIONS:
         raise ConfigError(
-            f"checkpoint_format: expected one of {FORMATS}, found {checkpoint_format!r}"
+            f"checkpoint_format: expected one of {VERSIONS}, found {checkpoint_format!r}"
         )
     directory = AtomicDirectory(target)
     if not isinstance(source, QuantizedCheckpoint):
         source = open_quantized(source)
     symmetric = check_writable(source, checkpoint_format)
-    plan, copies = _plan(source)
+    weights = _plan(source, checkpoint_format)
     config, quantize_config = _configs(source, checkpoint_format, symmetric)
     with directory as partial:
-        writer = CheckpointWriter(partial, split_plan(plan))
-        for index, names in enumerate(writer.plans):
-            with writer.shard(index) as shard:
-                _write_shard(source, shard, names, copies, checkpoint_format)
-        writer.finish()
+        write_weights(source, partial, weights, progress=progress)
         copy_side_files(source.directory, partial)
         write_json(partial / CONFIG_FILE, config)
         write_json(partial / QUANTIZE_CONFIG_FILE, quantize_config)
     return directory.target
 
 
-def integer_zeros(where: str, layer: PackedWeight, spec: QuantSpec) -> torch.Tensor:
-    """Zero-points z = mid - offsets / scales as integers, int32 [G, N].
-
-    Raises:
-        CheckpointError: one of them is not exactly an integer from 0 to 2^bits - 1.
-    """
-    exact = spec.mid - layer.offsets.double() / layer.scales.double()
-    zeros = exact.round()
-    top = (1 << spec.bits) - 1
-    wrong = layer.scales.double() * (spec.mid - zeros) != layer.offsets.double()
-    if wrong.any():
-        distance = (exact - zeros).abs().amax().item()
-        raise CheckpointError(
-            f"{where}: {int(wrong.sum())} of {wrong.numel()} zero-points are not integers (up to "
-            f"{distance:.3g} away), and stock GPTQ stores integers only. Quantize with "
-            "`--zero-points integer` and adapt with adapt='scales', export to a format with "
-            "real-valued offsets, or accept a measured loss: `qalora export MERGED --format gptq "
-            "--requantize --calibration FILE`."
-        )
-    if zeros.amin() < 0 or zeros.amax() > top:
-        raise CheckpointError(
-            f"{where}: zero-points from {int(zeros.amin())} to {int(zeros.amax())}; stock GPTQ "
-            f"stores 0 to {top}. Export to a format with real-valued offsets."
-        )
-    return zeros.to(torch.int32)
+def _has_integer_zeros(checkpoint: QuantizedCheckpoint) -> bool:
+    """Say whether every layer's zero-points are integers that the format holds."""
+    try:
+        for name in checkpoint.layers:
+            integer_zeros(name, checkpoint.layer(name))
+    except CheckpointError:
+        return False
+    return True
 
 
-def check_writable(source: QuantizedCheckpoint, checkpoint_format: str = "gptq") -> bool:
-    """Check every layer before anything is written; see `write_stock_gptq` for the errors.
-
-    Returns:
-        Whether all zero-points are the middle code.
-    """
-    if source.config.dynamic and checkpoint_format == "gptq":
-        raise ConfigError(
-            f"{source.directory / CONFIG_FILE}: layers differ in bits or group_size (dynamic), "
-            "which AutoGPTQ cannot read. Write checkpoint_format 'gptq_v2' for GPTQModel."
-        )
-    symmetric = True
-    for name, spec in source.layers.items():
-        where = f"{source.directory}: {name}"
-        for size in ("in_features", "out_features"):
-            if getattr(spec, size) % 32:
-                raise CheckpointError(
-                    f"{where}: {size} {getattr(spec, size)} is not a multiple of 32, which stock "
-                    "GPTQ needs. Quantize with this layer in modules_to_not_convert."
-                )
-        zeros = integer_zeros(where, source.layer(name), spec)
-        if checkpoint_format == "gptq" and not zeros.all():
-            raise CheckpointError(
-                f"{where}: has zero-points of 0, which v1 stores as -1 and its readers decode "
-                "differently. Write checkpoint_format 'gptq_v2' for GPTQModel."
-            )
-        symmetric = symmetric and bool((zeros == spec.mid).all())
-    return symmetric
-
-
-def check_specs(specs: dict[str, QuantSpec], format: str, config: QALoRAQuantConfig) -> None:
-    """Refuse what `write_stock_gptq` or GPTQModel would refuse, before anything is quantized.
-
-    Raises:
-        ConfigError: an override with "gptq", a group size, or a layer's sizes.
-    """
-    for size in (config.group_size, *(o.get("group_size", -1) for o in config.dynamic.values())):
-        if size not in GPTQMODEL_GROUP_SIZES:
-            raise ConfigError(
-                f"group_size {size}: GPTQModel loads stock checkpoints with one of "
-                f"{list(GPTQMODEL_GROUP_SIZES)} only. Choose one of these, or use format 'qalora'"
-            )
-    if format == "gptq" and config.dynamic:
-        raise ConfigError(
-            "format 'gptq' holds one grid for all layers: leave out dynamic, or use 'gptq_v2'"
-        )
-    for name, spec in specs.items():
-        if spec.in_features % 32 or spec.out_features % 32:
-            raise ConfigError(
-                f"{name} has {spec.in_features} inputs and {spec.out_features} outputs; stock GPTQ "
-                "needs multiples of 32. List it in modules_to_not_convert, or use format 'qalora'"
-            )
-
-
-def _plan(source: QuantizedCheckpoint) -> tuple[TensorPlan, dict[str, str]]:
-    """What to write, and which of it are copies of tied tensors, as {name: name in the source}."""
-    plan: TensorPlan = {}
-    copies = {}
+def _plan(source: QuantizedCheckpoint, version: str) -> WeightPlan:
+    """Return what to write: dense tensors, copies of tied ones, layers."""
+    weights = WeightPlan(lambda name: _stock_layer(source, name, version))
+    plan = weights.tensors
     for name in source.dense_names:
         info = source.reader.info(name)
         plan[name] = (info.dtype, info.shape)
@@ -171,49 +158,39 @@ def _plan(source: QuantizedCheckpoint) -> tuple[TensorPlan, dict[str, str]]:
     for name, original in (architecture.tied if architecture else {}).items():
         if name not in plan and original in plan:
             plan[name] = plan[original]
-            copies[name] = original
+            weights.copies[name] = original
     for name, spec in source.layers.items():
         n, groups = spec.out_features, spec.num_groups
-        plan[f"{name}.qweight"] = (torch.int32, (spec.packed_rows, n))
-        plan[f"{name}.qzeros"] = (torch.int32, (groups, n * spec.bits // 32))
-        plan[f"{name}.scales"] = (spec.scales_dtype, (groups, n))
-        plan[f"{name}.g_idx"] = (torch.int32, (spec.in_features,))
-    return plan, copies
-
-
-def _write_shard(
-    source: QuantizedCheckpoint, shard: Any, names: Any, copies: dict[str, str], version: str
-) -> None:
-    layer: str | None = None
-    parts: dict[str, torch.Tensor] = {}
-    for name in names:
-        owner, _, part = name.rpartition(".")
-        if part in ("qweight", "qzeros", "scales", "g_idx") and owner in source.layers:
-            if owner != layer:  # a layer's tensors follow each other in the plan
-                layer, parts = owner, _stock_layer(source, owner, version)
-            shard.write(name, parts[part])
-        else:
-            shard.write_raw(name, source.reader.chunks(copies.get(name, name)))
+        weights.add_layer(
+            name,
+            {
+                f"{name}.qweight": (torch.int32, (spec.packed_rows, n)),
+                f"{name}.qzeros": (torch.int32, (groups, n * spec.bits // 32)),
+                f"{name}.scales": (spec.scales_dtype, (groups, n)),
+                f"{name}.g_idx": (torch.int32, (spec.in_features,)),
+            },
+        )
+    return weights
 
 
 def _stock_layer(source: QuantizedCheckpoint, name: str, version: str) -> dict[str, torch.Tensor]:
-    spec, layer = source.layers[name], source.layer(name)
-    zeros = integer_zeros(f"{source.directory}: {name}", layer, spec)
-    g_idx = layer.g_idx
+    weight = source.layer(name)
+    spec, g_idx = weight.spec, weight.g_idx
+    zeros = integer_zeros(f"{source.directory}: {name}", weight)
     if g_idx is None:
         g_idx = torch.arange(spec.in_features, dtype=torch.int32) // spec.group_size
     return {
-        "qweight": layer.qweight,
-        "qzeros": pack_columns(zeros - 1 if version == "gptq" else zeros, spec.bits),
-        "scales": layer.scales.to(spec.scales_dtype),
-        "g_idx": g_idx,
+        f"{name}.qweight": weight.qweight,
+        f"{name}.qzeros": pack_columns(zeros - 1 if version == "gptq" else zeros, spec.bits),
+        f"{name}.scales": weight.scales.to(spec.scales_dtype),
+        f"{name}.g_idx": g_idx,
     }
 
 
 def _configs(
     source: QuantizedCheckpoint, checkpoint_format: str, symmetric: bool
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """config.json and quantize_config.json."""
+    """Return config.json and quantize_config.json."""
     ours = source.config
     old_3bit = ours.bits == 3 and checkpoint_format == "gptq"
     producers = [f"qalora:{__version__}"] + ([] if old_3bit else [_GPTQMODEL_COMPATIBLE])

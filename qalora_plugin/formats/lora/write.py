@@ -1,4 +1,4 @@
-"""A plain PEFT LoRA adapter for the quantized base as it is, from an adapter that pools.
+"""Write an adapter that pools as a plain PEFT LoRA adapter for the quantized base as it is.
 
     pool(x) A^T = x A'^T   with A'[:, k] = A[:, group of k]
 
@@ -21,11 +21,15 @@ from ...files.atomic import AtomicDirectory
 from ...files.json import write_json
 from ...files.names import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
 from ...files.writer import ShardWriter
-from ...merge.adapter import PREFIX, Adapter
-from ...merge.pairing import LayerMerge
+from ...merge.adapter import PREFIX
 from ...merge.plan import MergePlan, plan_merge
-from ..walk import ExportResult, Progress
+from ..export import ExportResult, Progress
+from . import FORMAT
 
+EXACTNESS = (
+    "Exact: the same output as base and adapter. The merged model differs by the rounding of "
+    "its stored offsets."
+)
 # fields of LoRA's config that the adapter's own config has as well
 _COPIED = (
     "lora_alpha",
@@ -47,7 +51,7 @@ def export(
     base: str | Path | None = None,
     convention: str = "auto",
 ) -> ExportResult:
-    """Write the adapter; see `export_model`.
+    """Write the adapter `source`; see `export_model`, and `merge_adapter` for the options.
 
     Raises:
         AdapterError: it changes scales, which is no low-rank change of the weight.
@@ -55,7 +59,7 @@ def export(
     directory = AtomicDirectory(out)
     plan = plan_merge(source, base, convention)
     adapter = plan.adapter
-    if adapter.adapt != "zeros":
+    if adapter.adapt not in FORMAT.adapts:
         raise AdapterError(
             f"{adapter.directory / ADAPTER_CONFIG_FILE}: adapt={adapter.adapt!r} changes "
             "scales, which is no low-rank change of the weights, so no LoRA adapter is equal to "
@@ -65,10 +69,9 @@ def export(
     config = _config(plan, str(base or adapter.config["base_model_name_or_path"]))
     with directory as partial:
         writer = ShardWriter(partial / ADAPTER_WEIGHTS_FILE, _plan(plan))
-        for done, (name, merge) in enumerate(plan.layers.items(), start=1):
-            a, b = _expand(adapter, merge, _g_idx(plan, name))
-            writer.write(f"{_key(plan, name)}.lora_A.weight", a)
-            writer.write(f"{_key(plan, name)}.lora_B.weight", b)
+        for done, name in enumerate(plan.layers, start=1):
+            for key, matrix in zip(layer_keys(plan, name), _expand(plan, name), strict=True):
+                writer.write(key, matrix)
             if progress is not None:
                 progress(done, len(plan.layers))
         for key in _saved(plan):
@@ -76,15 +79,7 @@ def export(
         writer.close()
         write_json(partial / ADAPTER_CONFIG_FILE, config)
         copy_side_files(adapter.directory, partial, TOKENIZER_FILES)
-    exactness = (
-        "Exact: the same output as base and adapter. The merged model differs by the rounding of "
-        "its stored offsets."
-    )
-    return ExportResult(directory.target, "lora", len(plan.layers), exactness)
-
-
-def _key(plan: MergePlan, name: str) -> str:
-    return f"{PREFIX}{plan.trained.in_model(name)}"
+    return ExportResult(directory.target, FORMAT.name, len(plan.layers), EXACTNESS)
 
 
 def _saved(plan: MergePlan) -> list[str]:
@@ -92,40 +87,44 @@ def _saved(plan: MergePlan) -> list[str]:
     return list(dict.fromkeys(plan.dense.from_adapter.values()))
 
 
+def layer_keys(plan: MergePlan, name: str) -> tuple[str, str]:
+    """Return the names of a layer's A' and B in the exported adapter."""
+    start = f"{PREFIX}{plan.trained.in_model(name)}.lora_"
+    return f"{start}A.weight", f"{start}B.weight"
+
+
+def groups_of_inputs(plan: MergePlan, name: str) -> torch.Tensor:
+    """Return the merged group of every input of a layer, int64 [K]."""
+    spec = plan.layers[name].merged_spec
+    g_idx = plan.base.reader.get(f"{name}.g_idx") if plan.base.config.desc_act else None
+    return group_index(g_idx, spec.group_size, spec.in_features, torch.device("cpu")).long()
+
+
 def _plan(plan: MergePlan) -> TensorPlan:
-    """Names, dtypes and shapes of the adapter's tensors."""
+    """Return names, dtypes and shapes of the exported adapter's tensors."""
     adapter = plan.adapter
     tensors: TensorPlan = {}
     for name, merge in plan.layers.items():
+        key_a, key_b = layer_keys(plan, name)
         a, b = (adapter.infos[key] for key in merge.layer.keys["zeros"])
-        tensors[f"{_key(plan, name)}.lora_A.weight"] = (
-            a.dtype,
-            (merge.layer.rank, merge.spec.in_features),
-        )
-        tensors[f"{_key(plan, name)}.lora_B.weight"] = (b.dtype, b.shape)
+        tensors[key_a] = (a.dtype, (merge.layer.rank, merge.spec.in_features))
+        tensors[key_b] = (b.dtype, b.shape)
     for key in _saved(plan):
         tensors[key] = (adapter.infos[key].dtype, adapter.infos[key].shape)
     return tensors
 
 
-def _g_idx(plan: MergePlan, name: str) -> torch.Tensor | None:
-    return plan.base.reader.get(f"{name}.g_idx") if plan.base.config.desc_act else None
-
-
-def _expand(
-    adapter: Adapter, merge: LayerMerge, g_idx: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """A' [r, K] and B [N, r], B times the factor of the convention (1 for ours)."""
-    a, b = adapter.get_pair(merge.layer.keys["zeros"])
-    spec = merge.merged_spec
-    index = group_index(g_idx, spec.group_size, spec.in_features, a.device).long()
-    expanded = merge.regrouping.spread(a).index_select(1, index)
+def _expand(plan: MergePlan, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return A' [r, K] and B [N, r], B times the factor of the convention (1 for ours)."""
+    merge = plan.layers[name]
+    a, b = plan.adapter.get_pair(merge.layer.keys["zeros"])
+    expanded = merge.regrouping.spread(a).index_select(1, groups_of_inputs(plan, name))
     factor = merge.factor / merge.layer.scaling
     return expanded.contiguous(), b.clone() if factor == 1 else (b.double() * factor).to(b.dtype)
 
 
 def _config(plan: MergePlan, base: str) -> dict[str, Any]:
-    """`base` as it was given: a Hub id stays one."""
+    """Return adapter_config.json; `base` is as it was given: a Hub id stays one."""
     adapter, is_local = plan.adapter, Path(base).expanduser().is_dir()
     config = {key: adapter.config[key] for key in _COPIED if key in adapter.config}
     return {
@@ -142,7 +141,7 @@ def _config(plan: MergePlan, base: str) -> dict[str, Any]:
 
 
 def _target_modules(plan: MergePlan) -> list[str]:
-    """Last parts of the names, as vLLM and SGLang want them, where these mean the same layers."""
+    """Return last parts of names, as vLLM and SGLang want them, if these mean the same layers."""
     short = {name.rpartition(".")[2] for name in plan.layers}
     dense = {name.rpartition(".")[0] for name in plan.base.dense_names}
     selected = {n for n in dense | set(plan.base.layers) if n.rpartition(".")[2] in short}

@@ -1,5 +1,20 @@
 """Directories that stock transformers loads with torchao."""
 
-from ...checkpoint.format import Format
+from ...checkpoint.format import Format, Grids, Runtime
 
-FORMAT = Format(name="torchao", package=__name__)
+FORMAT = Format(
+    name="torchao",
+    package=__name__,
+    grids=Grids(holder="torchao"),
+    runs_in="stock transformers",
+    runtime=Runtime(
+        "stock transformers", (("transformers",), ("torchao",)), "transformers torchao"
+    ),
+    hub_library="transformers",
+    usage="""```python
+from transformers import pipeline  # pip install transformers torchao
+
+print(pipeline("text-generation", "{repo_id}")("Once upon a time")[0])
+```""",
+    quant_methods=("torchao",),
+)

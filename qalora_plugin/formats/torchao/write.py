@@ -1,4 +1,4 @@
-"""Directories that stock transformers loads with torchao installed, without this package.
+"""Write directories that stock transformers loads with torchao, without this package.
 
 Each quantized weight is a torchao `IntxUnpackedToInt8Tensor` (torchao 0.17,
 `quantization/quantize_/workflows/intx/`), flattened into safetensors as
@@ -12,7 +12,6 @@ The metadata of the file names the type, the block and the dtype of every tensor
 """
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,9 @@ from qalora_kernels import PackedWeight, QuantSpec
 
 from ...checkpoint.checkpoint import QuantizedCheckpoint, open_quantized
 from ...checkpoint.layout import TensorPlan
-from ...files.safetensors import TensorInfo
-from ..walk import ExportResult, Progress, codes, dense_config, obstacles, regroup, write_directory
+from ..directory import DenseLayers, dense_config, obstacles, regroup, write_directory
+from ..export import ExportResult, Progress
+from . import FORMAT
 
 EXACTNESS = (
     "Exact in fp32 (to its rounding, 1e-6 of a weight), the dtype that config.json asks for; after "
@@ -31,92 +31,76 @@ EXACTNESS = (
 )
 
 
-class TorchAO:
-    """`LayerFormat` of torchao."""
-
-    name = "torchao"
-
-    def dense_dtype(self, info: TensorInfo) -> torch.dtype:
-        """As it is."""
-        return info.dtype
-
-    @staticmethod
-    def block(spec: QuantSpec) -> int:
-        """Inputs a block: torchao has no short last group, so groups are cut where K needs it."""
-        return math.gcd(spec.group_size, spec.in_features)
-
-    def obstacle(self, spec: QuantSpec, act_order: bool) -> str | None:
-        """Why the layer cannot be held as integers, or None."""
-        return (
-            "its groups follow act-order (g_idx), torchao's are neighbours" if act_order else None
-        )
+class TorchAOLayers(DenseLayers):
+    """Quantized layers as torchao holds them; it has no short last group, so groups are cut."""
 
     def plan(self, name: str, spec: QuantSpec) -> TensorPlan:
-        """Names, dtypes and shapes of the layer's tensors."""
+        """Return names, dtypes and shapes of a layer's tensors."""
         n, k = spec.out_features, spec.in_features
-        grid = (torch.float32, (n, k // self.block(spec)))
+        grid = (torch.float32, (n, k // FORMAT.grids.block(spec)))
         return {
             f"{name}._weight_qdata": (torch.int8, (n, k)),
             f"{name}._weight_scale": grid,
             f"{name}._weight_zero_point": grid,
         }
 
-    def convert(self, name: str, spec: QuantSpec, layer: PackedWeight) -> dict[str, torch.Tensor]:
-        """These tensors."""
-        zeros = -(layer.offsets.double() / layer.scales.double()).float()
-        block = self.block(spec)
-        centred = codes(layer, spec).to(torch.int16) - spec.mid
+    def convert(self, name: str, weight: PackedWeight) -> dict[str, torch.Tensor]:
+        """Return these tensors."""
+        spec, block = weight.spec, FORMAT.grids.block(weight.spec)
+        zeros = -(weight.offsets.double() / weight.scales.double()).float()
+        centred = weight.codes().to(torch.int16) - spec.mid
         return {
             f"{name}._weight_qdata": centred.to(torch.int8),
-            f"{name}._weight_scale": regroup(layer.scales, spec, block),
+            f"{name}._weight_scale": regroup(weight.scales, spec, block),
             f"{name}._weight_zero_point": regroup(zeros, spec, block),
         }
 
-    def attributes(self, spec: QuantSpec) -> str:
-        """The metadata of one quantized weight, as JSON."""
-        data = {
-            "target_dtype": _dtype(f"int{spec.bits}"),
-            "block_size": [1, self.block(spec)],
-            "dtype": _dtype("float32"),
-            "activation_quantization": None,
-        }
-        names = ["qdata", "scale", "zero_point"]
-        return json.dumps(
-            {"_type": "IntxUnpackedToInt8Tensor", "_data": data, "_tensor_data_names": names}
-        )
-
 
 def check(source: QuantizedCheckpoint) -> dict[str, str]:
-    """Layers that become dense, and why; see `obstacles`."""
-    return obstacles(source, TorchAO().obstacle, TorchAO.name)
+    """Return the layers that become dense, and why; see `obstacles`."""
+    return obstacles(source, FORMAT)
 
 
 def export(source: str | Path, out: str | Path, *, progress: Progress | None) -> ExportResult:
     """Write the directory; see `export_model`."""
     checkpoint = open_quantized(source)
-    format = TorchAO()
     reasons = check(checkpoint)
-    metadata = _metadata(checkpoint, format, reasons)
+    metadata = _metadata(checkpoint, reasons)
     config = dense_config(checkpoint)
     config["dtype"] = "float32"
     config["quantization_config"] = _quantization_config(checkpoint, reasons)
-    target = write_directory(checkpoint, out, format, config, reasons, metadata, progress)
+    target = write_directory(
+        checkpoint, out, TorchAOLayers(), config, reasons, metadata=metadata, progress=progress
+    )
     layers = len(checkpoint.layers) - len(reasons)
-    return ExportResult(target, format.name, layers, EXACTNESS, reasons)
+    return ExportResult(target, FORMAT.name, layers, EXACTNESS, reasons)
 
 
-def _metadata(
-    source: QuantizedCheckpoint, format: TorchAO, reasons: dict[str, str]
-) -> dict[str, str]:
+def _attributes(spec: QuantSpec) -> str:
+    """Return the metadata of one quantized weight, as JSON."""
+    data = {
+        "target_dtype": _dtype(f"int{spec.bits}"),
+        "block_size": [1, FORMAT.grids.block(spec)],
+        "dtype": _dtype("float32"),
+        "activation_quantization": None,
+    }
+    names = ["qdata", "scale", "zero_point"]
+    return json.dumps(
+        {"_type": "IntxUnpackedToInt8Tensor", "_data": data, "_tensor_data_names": names}
+    )
+
+
+def _metadata(source: QuantizedCheckpoint, reasons: dict[str, str]) -> dict[str, str]:
+    """Return the safetensors header's metadata, which says how each tensor is quantized."""
     plain = json.dumps({"_type": "Tensor"})
     tensors = dict.fromkeys(source.dense_names, plain)
     for name, spec in source.layers.items():
-        tensors[f"{name}.weight"] = plain if name in reasons else format.attributes(spec)
+        tensors[f"{name}.weight"] = plain if name in reasons else _attributes(spec)
     return {"format": "pt", "tensor_names": json.dumps(list(tensors)), **tensors}
 
 
 def _quantization_config(source: QuantizedCheckpoint, reasons: dict[str, str]) -> dict[str, Any]:
-    """What transformers needs to know; the tensors' own metadata say how each is quantized."""
+    """Return what transformers needs to know; each tensor's own metadata say the rest."""
     data = {
         "weight_dtype": _dtype(f"int{source.config.bits}"),
         "granularity": {

@@ -1,6 +1,6 @@
 """Run a GGUF file in llama.cpp, through xllamacpp; this package is not needed.
 
-PYTHON run_llama_cpp.py MODEL.gguf INPUT.safetensors OUT.safetensors [ASKED.json]
+PYTHON run.py MODEL.gguf INPUT.safetensors OUT.safetensors [ASKED.json]
 
 INPUT holds `input_ids` int64 [B, T]; OUT gets `logprobs` fp32 [B, vocab], of the token after each
 row. ASKED holds `text` and chat `messages`. Prints one line of JSON: llama.cpp's tokens of the text
@@ -19,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 THREADS = 2
 ANSWER_TOKENS = 24
+ATTEMPTS = 20
 ALL = 1 << 24  # more tokens than any vocabulary has
 
 
@@ -37,6 +38,7 @@ def start(model: str, length: int) -> xllamacpp.Server:
 
 
 def main() -> None:
+    """Run it."""
     input_ids = load_file(sys.argv[2])["input_ids"]
     server = start(sys.argv[1], input_ids.shape[1])
 
@@ -49,11 +51,20 @@ def main() -> None:
         with urllib.request.urlopen(request) as answer:
             return json.load(answer)
 
+    def logprobs(ids: list[int]) -> list[dict[str, Any]]:
+        # probabilities are those before sampling, but an end of text and a part of a character come
+        # without them: so any token is drawn, and another one if need be
+        any_token = {"temperature": 1e3, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "ignore_eos": True}
+        for seed in range(ATTEMPTS):
+            body = {"prompt": ids, "n_predict": 1, "n_probs": ALL, "seed": seed, **any_token}
+            found = post("/completion", body).get("completion_probabilities")
+            if found:
+                return found[0]["top_logprobs"]
+        raise RuntimeError(f"no probabilities of the token after {len(ids)} tokens")
+
     rows = []
     for ids in input_ids.tolist():
-        # an end of text would come without its probabilities
-        body = {"prompt": ids, "n_predict": 1, "n_probs": ALL, "ignore_eos": True}
-        found = post("/completion", body)["completion_probabilities"][0]["top_logprobs"]
+        found = logprobs(ids)
         row = np.full(len(found), np.nan, dtype=np.float32)
         for entry in found:
             row[entry["id"]] = entry["logprob"]

@@ -1,6 +1,6 @@
 """Run an MLX directory with mlx-lm; this package is not needed.
 
-PYTHON run_mlx.py MODEL_DIR INPUT.safetensors OUT.safetensors [PROMPT] -> one line of JSON
+PYTHON run.py MODEL_DIR INPUT.safetensors OUT.safetensors [PROMPT] -> one line of JSON
 
 INPUT holds `input_ids` int64 [B, T]; OUT gets `logits` fp32 [B, T, vocab]. The line holds the text
 after the prompt.
@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 
 def main() -> None:
+    """Run it."""
     model, tokenizer = load(sys.argv[1])
     logits = model(mx.array(load_file(sys.argv[2])["input_ids"])).astype(mx.float32)
     save_file({"logits": np.array(logits)}, sys.argv[3])

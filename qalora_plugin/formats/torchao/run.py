@@ -2,7 +2,7 @@
 
 This package is not needed, and not imported.
 
-PYTHON run_transformers.py MODEL_DIR INPUT.safetensors OUT.safetensors [ADAPTER_DIR]
+PYTHON run.py MODEL_DIR INPUT.safetensors OUT.safetensors [ADAPTER_DIR]
 
 INPUT holds `input_ids` int64 [B, T]; OUT gets `logits` fp32 [B, T, vocab]. Prints one line of JSON:
 the types of the linear layers' weights and the largest change of a logit by the adapter.
@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 
 def main() -> None:
+    """Run it."""
     model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
     linears = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
     kinds = sorted({type(linear.weight).__name__ for linear in linears})

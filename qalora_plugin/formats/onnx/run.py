@@ -1,6 +1,6 @@
 """Run an ONNX directory with ONNX Runtime; this package is not needed.
 
-PYTHON run_onnx.py MODEL_DIR INPUT.safetensors OUT.safetensors
+PYTHON run.py MODEL_DIR INPUT.safetensors OUT.safetensors
 
 INPUT holds `input_ids` int64 [B, T]; OUT gets `logits` fp32 [B, T, vocab], and where
 onnxruntime-genai is installed `generated` int64 [new tokens]: what it generates greedily after the
@@ -20,6 +20,7 @@ NEW_TOKENS = 16
 
 
 def main() -> None:
+    """Run it."""
     directory, ids = sys.argv[1], load_file(sys.argv[2])["input_ids"]
     session = onnxruntime.InferenceSession(str(Path(directory) / "model.onnx"))
     inputs = {"input_ids": ids, "attention_mask": np.ones_like(ids)}

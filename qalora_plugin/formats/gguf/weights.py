@@ -1,0 +1,109 @@
+"""Read a GGUF file's weights back with gguf-py, and bound what llama.cpp rounds.
+
+ggml multiplies a quantized or 16-bit matrix with activations rounded to a type of its own
+(`vec_dot_type` in ggml-cpu.c): Q4_1 with Q8_1, which is 8 bits in blocks of 32 with an f16 scale;
+F16 with F16, BF16 with BF16, F32 with F32.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from ...checkpoint.checkpoint import QuantizedCheckpoint
+from ..weights import ExactWeight, ExportedWeights
+from . import FORMAT
+from .blocks import BLOCK, TOP_CODE
+from .metadata import Metadata
+
+_F16, _F16_SUBNORMAL = 2.0**-11, 2.0**-25  # rounding: of a number, and of the smallest ones
+
+
+class Weights(ExportedWeights):
+    """Weights by gguf-py's `dequantize`, rows in Hugging Face's order."""
+
+    def __init__(self, exported: Path, source: QuantizedCheckpoint) -> None:
+        """Open an export; see `ExportedWeights`."""
+        super().__init__(exported, source)
+        self._gguf, self._metadata = FORMAT.library("gguf"), Metadata(source.directory)
+        self._names = self._metadata.tensor_names(source)
+        self._tensors = {tensor.name: tensor for tensor in self._gguf.GGUFReader(exported).tensors}
+
+    def get(self, name: str) -> torch.Tensor | None:
+        """Return one tensor; None of an output head that is the embedding."""
+        stored = self._tensors.get(self._names.get(name, ""))
+        if stored is None:
+            return None
+        values = self._gguf.quants.dequantize(stored.data, stored.tensor_type)
+        value = torch.from_numpy(np.array(values, dtype=np.float32))
+        if self._metadata.architecture.norm_plus_one and name.endswith("norm.weight"):
+            value -= 1
+        rows = self._metadata.in_pairs(name, torch.arange(value.shape[0]))
+        return torch.empty_like(value).index_copy_(0, rows, value)
+
+    def kind(self, name: str) -> str:
+        """Return GGUF's type of a tensor, such as "Q4_1"."""
+        return str(self._tensors[self._names[name]].tensor_type.name)
+
+    def rounding(self, name: str, exact: ExactWeight) -> torch.Tensor:
+        """Bound the rounding of minima in Q4_1, whose codes go up to 15, and of weights in F16."""
+        kind, spec = self.kind(name), exact.spec
+        if kind == "Q4_1" and spec.minimum_below is None:  # else minima are f16 numbers
+            return _F16 * (exact.offsets.abs() + exact.steps * (TOP_CODE + 1))
+        if kind == "F16":
+            return _F16 * exact.values.abs() + _F16_SUBNORMAL
+        return super().rounding(name, exact)
+
+    def matrices(self) -> dict[str, str]:
+        """Return GGUF's type of every weight; tied output embeddings have one of their own."""
+        kinds = {
+            name: self.kind(name)
+            for name, stored in self._names.items()
+            if name.endswith("weight") and stored in self._tensors
+        }
+        if "output.weight" not in self._tensors:
+            kinds["lm_head.weight"] = self._tensors["token_embd.weight"].tensor_type.name
+        return kinds
+
+
+def q8_1(x: torch.Tensor) -> torch.Tensor:
+    """Round activations [..., K] to Q8_1 and back (ggml-quants.c, `quantize_row_q8_1_ref`)."""
+    blocks = x.float().reshape(*x.shape[:-1], -1, BLOCK)
+    scales = blocks.abs().amax(-1, keepdim=True) / 127
+    codes = torch.where(scales > 0, blocks / scales, 0.0).round()
+    return (codes * scales.half().float()).reshape(x.shape)
+
+
+ROUNDINGS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "Q4_1": q8_1,
+    "F16": lambda x: x.half().float(),
+    "BF16": lambda x: x.bfloat16().float(),
+}
+
+
+@contextmanager
+def rounded(model: nn.Module, exported: Path, source: QuantizedCheckpoint) -> Iterator[None]:
+    """Within it, the model's layers round their inputs as llama.cpp does for this GGUF file."""
+    handles = []
+    for name, kind in Weights(exported, source).matrices().items():
+        module = model.get_submodule(name.removesuffix(".weight"))
+        # an embedding is looked up, not multiplied
+        if kind in ROUNDINGS and not isinstance(module, nn.Embedding):
+            handles.append(module.register_forward_pre_hook(_hook(ROUNDINGS[kind])))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _hook(
+    rounding: Callable[[torch.Tensor], torch.Tensor],
+) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], tuple[torch.Tensor, ...]]:
+    def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return (rounding(args[0]), *args[1:])
+
+    return hook

@@ -1,0 +1,113 @@
+"""What the stock GPTQ format can hold, checked before anything is written."""
+
+from collections.abc import Mapping
+
+import torch
+
+from qalora_kernels import PackedWeight, QuantSpec
+
+from ...checkpoint.checkpoint import QuantizedCheckpoint
+from ...checkpoint.config import QALoRAQuantConfig
+from ...errors import CheckpointError, ConfigError, QALoRAError
+
+VERSIONS = ("gptq", "gptq_v2")
+GPTQMODEL_GROUP_SIZES = (-1, 16, 32, 64, 128, 256, 512, 1024)
+"""What GPTQModel 5.8 loads (`SUPPORTS_GROUP_SIZE` of its TorchQuantLinear)."""
+
+
+def check_specs(specs: Mapping[str, QuantSpec], version: str, config: QALoRAQuantConfig) -> None:
+    """Refuse what `check_writable` or GPTQModel would refuse, before anything is quantized.
+
+    Args:
+        specs: shape and grid of every layer by name.
+        version: "gptq" or "gptq_v2".
+        config: what is to be quantized.
+
+    Raises:
+        ConfigError: an override with "gptq", a group size, or a layer's sizes.
+    """
+    for size in (config.group_size, *(o.get("group_size", -1) for o in config.dynamic.values())):
+        if size not in GPTQMODEL_GROUP_SIZES:
+            raise ConfigError(
+                f"group_size {size}: GPTQModel loads stock checkpoints with one of "
+                f"{list(GPTQMODEL_GROUP_SIZES)} only. Choose one of these, or use format 'qalora'"
+            )
+    _check_shapes("", specs, version, config, ConfigError)
+
+
+def check_writable(source: QuantizedCheckpoint, version: str) -> bool:
+    """Check every layer of a quantized model.
+
+    Returns:
+        Whether all zero-points are the middle code.
+
+    Raises:
+        ConfigError: layers of different widths with "gptq".
+        CheckpointError: a layer's sizes, or a zero-point that is not an integer in range.
+    """
+    _check_shapes(f"{source.directory}: ", source.layers, version, source.config, CheckpointError)
+    symmetric = True
+    for name, spec in source.layers.items():
+        where = f"{source.directory}: {name}"
+        zeros = integer_zeros(where, source.layer(name))
+        if version == "gptq" and not zeros.all():
+            raise CheckpointError(
+                f"{where}: has zero-points of 0, which v1 stores as -1 and its readers decode "
+                "differently. Write checkpoint_format 'gptq_v2' for GPTQModel."
+            )
+        symmetric = symmetric and bool((zeros == spec.mid).all())
+    return symmetric
+
+
+def integer_zeros(where: str, weight: PackedWeight) -> torch.Tensor:
+    """Return the zero-points z = mid - offsets / scales as integers, int32 [G, N].
+
+    Args:
+        where: file and layer, for messages.
+        weight: the layer.
+
+    Raises:
+        CheckpointError: one of them is not exactly an integer from 0 to 2^bits - 1.
+    """
+    mid, scales, offsets = weight.spec.mid, weight.scales.double(), weight.offsets.double()
+    exact = mid - offsets / scales
+    zeros = exact.round()
+    top = (1 << weight.spec.bits) - 1
+    wrong = scales * (mid - zeros) != offsets
+    if wrong.any():
+        distance = (exact - zeros).abs().amax().item()
+        raise CheckpointError(
+            f"{where}: {int(wrong.sum())} of {wrong.numel()} zero-points are not integers (up to "
+            f"{distance:.3g} away), and stock GPTQ stores integers only. Quantize with "
+            "`--zero-points integer` and adapt with adapt='scales', export to a format with "
+            "real-valued offsets, or accept a measured loss: `qalora export MERGED --format gptq "
+            "--requantize --calibration FILE`."
+        )
+    if zeros.amin() < 0 or zeros.amax() > top:
+        raise CheckpointError(
+            f"{where}: zero-points from {int(zeros.amin())} to {int(zeros.amax())}; stock GPTQ "
+            f"stores 0 to {top}. Export to a format with real-valued offsets."
+        )
+    return zeros.to(torch.int32)
+
+
+def _check_shapes(
+    where: str,
+    specs: Mapping[str, QuantSpec],
+    version: str,
+    config: QALoRAQuantConfig,
+    error: type[QALoRAError],
+) -> None:
+    if config.dynamic and version == "gptq":
+        raise ConfigError(
+            f"{where}layers differ in bits or group_size (dynamic), and the format 'gptq' has one "
+            "grid for all layers, as AutoGPTQ reads it. Leave out dynamic, or write 'gptq_v2' for "
+            "GPTQModel"
+        )
+    for name, spec in specs.items():
+        if spec.in_features % 32 or spec.out_features % 32:
+            raise error(
+                f"{where}{name} has {spec.in_features} inputs and {spec.out_features} outputs; "
+                "stock GPTQ needs multiples of 32. Quantize with it in modules_to_not_convert, or "
+                "choose another format"
+            )

@@ -1,0 +1,37 @@
+"""Read an MLX directory's weights back with MLX."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ...checkpoint.checkpoint import QuantizedCheckpoint
+from ...files.reader import CheckpointReader
+from ..weights import ExportedWeights
+from . import FORMAT
+
+
+class Weights(ExportedWeights):
+    """Weights by `mlx.core.dequantize`."""
+
+    def __init__(self, exported: Path, source: QuantizedCheckpoint) -> None:
+        """Open an export; see `ExportedWeights`."""
+        super().__init__(exported, source)
+        self._mx: Any = FORMAT.library("mlx.core")
+        self._reader = CheckpointReader(exported)
+        self._files = {path: self._mx.load(str(path)) for path in self._reader.files}
+
+    def get(self, name: str) -> torch.Tensor:
+        """Return one tensor in fp32."""
+        layer, value = name.removesuffix(".weight"), self._stored(name)
+        if f"{layer}.scales" in self._reader:
+            grids = self._reader.config["quantization"]
+            grid = grids.get(layer) or grids
+            scales, biases = self._stored(f"{layer}.scales"), self._stored(f"{layer}.biases")
+            sizes = {"group_size": grid["group_size"], "bits": grid["bits"]}
+            value = self._mx.dequantize(value, scales, biases, **sizes)
+        return torch.from_numpy(np.array(value.astype(self._mx.float32)))
+
+    def _stored(self, key: str) -> Any:
+        return self._files[self._reader.info(key).file][key]

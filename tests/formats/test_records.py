@@ -1,0 +1,83 @@
+"""The records of formats: recognised on disk, complete, and imported without their code."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qalora_kernels import QuantSpec
+from qalora_plugin.checkpoint.format import base_format, format_named, formats, recognise
+from qalora_plugin.formats import FOLDERS
+
+from .weights import ACT_ORDER, STOCK
+
+
+def test_importing_the_package_imports_records_alone() -> None:
+    code = (
+        "import sys, qalora_plugin.formats\n"
+        "print(*(m for m in sys.modules if m.startswith('qalora_plugin.formats')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    expected = ["qalora_plugin.formats", *(f"qalora_plugin.formats.{name}" for name in FOLDERS)]
+    assert done.stdout.split() == expected
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_folders_have_what_their_records_promise(name: str) -> None:
+    format = format_named(name)
+    assert format.name == name and format in formats() and format.script.is_file()
+    parts = {"write": True, "weights": True, "read": format.is_base, "record": format.suffix}
+    for part, wanted in parts.items():
+        assert bool(importlib.util.find_spec(f"{format.package}.{part}")) == bool(wanted), part
+    assert "me/model" in format.usage.format(repo_id="me/model", file="model.gguf")
+
+
+def test_recognised_on_disk(tmp_path: Path) -> None:
+    for directory in (STOCK, ACT_ORDER):
+        assert recognise(directory) is format_named("gptq")
+    assert recognise(tmp_path) is None and recognise(tmp_path / "none.gguf") is None
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    assert recognise(tmp_path / "model.gguf") is format_named("gguf")
+    (tmp_path / "quantize_config.json").write_text("{}")
+    assert recognise(tmp_path) is format_named("gptq")
+    for config, name in (
+        ({"quantization_config": {"quant_method": "qalora"}}, None),
+        ({"quantization_config": {"quant_method": "torchao"}}, "torchao"),
+        ({"quantization": {"bits": 4}, "quantization_config": {"bits": 4}}, "mlx"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        found = recognise(tmp_path)
+        assert (found and found.name) == name
+    (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "gptq"}}')
+    (tmp_path / "adapter_config.json").write_text("{}")  # what has files of its own goes first
+    assert recognise(tmp_path) is format_named("lora")
+
+
+def test_only_what_is_read_is_a_base() -> None:
+    assert base_format({"quant_method": "gptq"}) is format_named("gptq")
+    for method in ("torchao", "qalora", "awq"):
+        assert base_format({"quant_method": method}) is None
+    assert base_format(None, STOCK) is format_named("gptq")  # by its quantize_config.json
+
+
+@pytest.mark.parametrize(
+    ("name", "spec", "block"),
+    [
+        ("torchao", QuantSpec(4, 64, 96, 1), 32),
+        ("mlx", QuantSpec(4, -1, 192, 1), 64),
+        ("mlx", QuantSpec(4, 32, 172, 1), 0),
+        ("gguf", QuantSpec(4, 128, 256, 1), 32),
+        ("onnx", QuantSpec(4, 48, 172, 1), 16),
+        ("onnx", QuantSpec(4, -1, 172, 1), 16),
+        ("onnx", QuantSpec(4, -1, 300, 1), 256),
+        ("onnx", QuantSpec(4, 8, 64, 1), 0),
+    ],
+)
+def test_groups_are_cut_into_blocks(name: str, spec: QuantSpec, block: int) -> None:
+    grids = format_named(name).grids
+    assert grids.block(spec) == block
+    assert (grids.obstacle(spec, False) is None) == bool(block)
+    assert "act-order" in str(grids.obstacle(spec, True))
