@@ -155,7 +155,7 @@ def quantize_model(
         offsets_dtype="float32" if zeros == "integer" else "float16",
         offsets_at=offsets_at,
         modules_to_not_convert=modules_to_not_convert,
-        dynamic=dynamic,
+        dynamic=dynamic or {},
         method=method,
     )
     with _on_disk(model, out, tokenizer, revision) as directory:

@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.models import llama
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
-    LlamaConfig,
     LlamaForCausalLM,
 )
 
@@ -74,8 +74,9 @@ def test_shards_load_too(base_dir: Path, tmp_path: Path):
         AutoModelForCausalLM.from_pretrained(tmp_path / "shards")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("device_map", [None, "cpu"])
+@pytest.mark.parametrize(
+    ("dtype", "device_map"), [(torch.float32, None), (torch.bfloat16, "cpu"), (torch.float16, None)]
+)
 def test_dtype_is_that_of_the_rest(dtype: torch.dtype, device_map: str | None, base_dir: Path):
     model = AutoModelForCausalLM.from_pretrained(base_dir, dtype=dtype, device_map=device_map)
     assert {p.dtype for p in model.parameters()} == {dtype, torch.int32}
@@ -246,16 +247,7 @@ assert "qalora_plugin" not in sys.modules
 
 
 def test_without_our_package_it_never_loads(base_dir: Path, tmp_path: Path):
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        tie_word_embeddings=True,
-    )
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "dense")
+    llama(num_hidden_layers=1, tie_word_embeddings=True).save_pretrained(tmp_path / "dense")
     tied = AutoModelForCausalLM.from_pretrained(
         tmp_path / "dense", quantization_config=QALoRAQuantConfig(bits=4, group_size=32)
     )

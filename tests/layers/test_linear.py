@@ -1,6 +1,7 @@
 """`QuantLinear.weight`: what models may ask of it, and what they may not."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,6 +22,22 @@ def test_weight_has_shape_dtype_and_device_and_follows_casts():
     assert layer().bfloat16().weight.dtype == torch.bfloat16
     assert copy.deepcopy(layer().half()).weight.dtype == torch.float16
     assert layer().to("meta").weight.device.type == "meta"
+
+
+def test_numbers_are_taken_over_as_they_are_stored():
+    given = quant_layer(bits=3, act_order=True).packed
+    wide = replace(given, scales=given.scales.double(), g_idx=given.g_idx.long())
+    for minimum in (False, True):
+        spec = replace(given.spec, offsets_dtype=torch.float32, offsets_at="minimum")
+        made = QuantLinear.from_packed(replace(wide, spec=spec if minimum else given.spec))
+        held = made.packed
+        assert held.scales.dtype == torch.float16 and held.g_idx.dtype == torch.int32
+        for name in ("qweight", "scales", "g_idx"):
+            assert torch.equal(getattr(held, name), getattr(given, name))
+        assert not made.qweight.requires_grad and made.bias is None
+    # in fp16 the weight at code 0, so that the offset is the sum of two fp16 numbers
+    below = held.offsets - held.scales.float() * 4
+    assert torch.equal(below, below.half().float())
 
 
 def test_weight_is_nothing_that_is_saved_or_trained():
