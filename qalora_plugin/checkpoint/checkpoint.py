@@ -138,7 +138,7 @@ def _refuse_export(directory: Path) -> None:
     if not record.exists():
         return
     format = read_json(record).get("format")
-    readable = (known.name for known in formats() if known.is_base or known.of_adapter)
+    readable = [known.name for known in formats() if known.is_base or known.of_adapter]
     if format not in readable:  # of an adapter the reader says more
         raise CheckpointError(
             f"{directory}: is an export in format {format!r}, for other runtimes. Give the model "
