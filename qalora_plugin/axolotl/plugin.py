@@ -6,7 +6,7 @@ from typing import Any
 
 from axolotl.integrations.base import AdapterCapabilities, BasePlugin
 from peft import PeftConfig, PeftModel, get_peft_model
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback
 
 from ..distributed.ranks import connect, on_main_process
 from ..errors import ConfigError
@@ -165,13 +165,7 @@ class _KeepLog(TrainerCallback):
     def __init__(self) -> None:
         self.history: list[dict[str, Any]] = []
 
-    def on_train_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.history = state.log_history
 
 
