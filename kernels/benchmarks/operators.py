@@ -34,7 +34,7 @@ def tensors(w: PackedWeight) -> tuple[Any, ...]:
 
 
 def quant_linear(w: PackedWeight) -> QuantLinear:
-    return QuantLinear.from_codes(w.spec, w.codes(), w.scales, w.offsets)
+    return QuantLinear.from_packed(w)
 
 
 def quantized_linear(x: torch.Tensor, w: PackedWeight) -> torch.Tensor:
