@@ -6,7 +6,7 @@ merged layer against these formulas.
 
 import torch
 
-from qalora_kernels import QuantSpec, reference
+from qalora_kernels import PackedWeight, QuantSpec, reference
 from qalora_kernels.groups import group_index
 
 from .checkpoint.base import LayerTensors
@@ -42,15 +42,8 @@ def columns(tensors: LayerTensors, part: slice) -> LayerTensors:
 
 def dense(tensors: LayerTensors, spec: QuantSpec) -> torch.Tensor:
     """W^T [K, N] in float64."""
-    return reference.dequantize(
-        tensors.qweight,
-        tensors.scales.double(),
-        tensors.offsets.double(),
-        tensors.g_idx,
-        spec.bits,
-        spec.group_size,
-        spec.in_features,
-    )
+    weight = PackedWeight(tensors.qweight, tensors.scales, tensors.offsets, tensors.g_idx, spec)
+    return reference.dequantize(weight, torch.float64)
 
 
 def added_output(

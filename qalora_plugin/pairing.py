@@ -3,10 +3,9 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 import transformers
 
-from qalora_kernels import LowRank, QuantSpec, fold
+from qalora_kernels import LowRank, PackedWeight, QuantSpec
 
 from .adapter import CONFIG_FILE, Adapter, AdapterLayer
 from .checkpoint.architecture import Architecture, auto_class_names, read_architecture
@@ -46,25 +45,19 @@ class LayerMerge:
     pool_size: int
     factor: float
 
-    def change(self, adapter: Adapter, part: str) -> torch.Tensor | None:
-        """factor * (B A)^T of "zeros" or "scales", float64 [G', N]."""
+    def change(self, adapter: Adapter, part: str) -> LowRank | None:
+        """Return factor * (B A)^T of "zeros" or "scales", of the merged groups."""
         if part not in self.layer.keys:
             return None
         a, b = adapter.get_pair(self.layer.keys[part])
-        return LowRank(self.regrouping.spread(a), b, self.factor).delta()
+        return LowRank(self.regrouping.spread(a), b, self.factor)
 
     def fold(self, adapter: Adapter, tensors: LayerTensors) -> LayerTensors:
         """The merged layer: the integers and g_idx as they are, scales and offsets folded."""
-        scales, offsets = fold(
-            self.regrouping.split(tensors.scales),
-            self.regrouping.split(tensors.offsets),
-            zeros=self.change(adapter, "zeros"),
-            scale=self.change(adapter, "scales"),
-            offsets_dtype=self.merged_spec.offsets_dtype,
-            scales_dtype=self.merged_spec.scales_dtype,
-            minimum_below=self.merged_spec.minimum_below,
-        )
-        return LayerTensors(tensors.qweight, scales, offsets, tensors.g_idx)
+        grid = [self.regrouping.split(values) for values in (tensors.scales, tensors.offsets)]
+        weight = PackedWeight(tensors.qweight, *grid, tensors.g_idx, self.merged_spec)
+        merged = weight.fold(self.change(adapter, "zeros"), self.change(adapter, "scales"))
+        return LayerTensors(*merged.tensors)
 
 
 def pair(adapter: Adapter, base: QuantizedCheckpoint, convention: str) -> dict[str, LayerMerge]:

@@ -29,9 +29,8 @@ def _functions(
     variants: list[str], layers: list[operators.Layer], x: torch.Tensor
 ) -> Iterator[tuple[str, Callable[[], Any] | None, str | None]]:
     """(variant, its function or None, why there is none)."""
-    spec = layers[0].spec
     ours = {
-        "qalora": lambda layer: quantized_linear(x, *layer.packed, None, spec=spec),
+        "qalora": lambda layer: quantized_linear(x, layer.packed, None),
         "dense": lambda layer: torch.nn.functional.linear(x, layer.dense),
     }
     for name in variants:

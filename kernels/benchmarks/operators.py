@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from measure import first_line, interleave, ratio, spread
 
-from qalora_kernels import LowRank, QuantSpec, fold, folded_linear, ops, quantized_linear
+from qalora_kernels import LowRank, PackedWeight, QuantSpec, folded_linear, ops, quantized_linear
 from qalora_plugin.quant.linear import QuantLinear
 
 DTYPE = torch.bfloat16
@@ -25,7 +25,7 @@ class Layer:
     """One quantized layer in every form that a variant needs; the numbers are random."""
 
     spec: QuantSpec
-    packed: tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]
+    packed: PackedWeight
     dense: torch.Tensor  # [N, K]
 
     @classmethod
@@ -37,16 +37,12 @@ class Layer:
         scales = torch.full_like(held.scales, 0.01, device=device)
         offsets = torch.zeros_like(held.offsets, device=device)
         dense = torch.randn(n, k, device=device, dtype=DTYPE)
-        return cls(spec, (words, scales, offsets, None), dense)
+        return cls(spec, PackedWeight(words, scales, offsets, None, spec), dense)
 
     @property
     def packed_bytes(self) -> int:
         """Integers, scales and offsets."""
-        return sum(tensor.nbytes for tensor in self.packed if tensor is not None)
-
-
-def _bits(layer: Layer) -> tuple[int, int]:
-    return layer.spec.bits, layer.spec.group_size
+        return sum(tensor.nbytes for tensor in self.packed.tensors if tensor is not None)
 
 
 def rotated_layers(spec: QuantSpec, device: str) -> list[Layer]:
@@ -166,7 +162,7 @@ def training_functions(
 
     def folded(layer: Layer) -> None:
         def call(x: torch.Tensor) -> torch.Tensor:
-            return folded_linear(x, *layer.packed, None, spec=spec, zeros=low_rank)
+            return folded_linear(x, layer.packed, None, zeros=low_rank)
 
         _forward_backward(call, x, dy)
 
@@ -207,30 +203,28 @@ def _operators(
         return Rotation(function, layers)
 
     linear: dict[str, Callable[[], Any]] = {
-        "qalora": on_layers(lambda layer: quantized_linear(x, *layer.packed, None, spec=spec)),
+        "qalora": on_layers(lambda layer: quantized_linear(x, layer.packed, None)),
         "dense": on_layers(lambda layer: torch.nn.functional.linear(x, layer.dense)),
     }
     io, product = (m * k + m * n) * item, 2 * m * n * k
     table = {"linear": Work(linear, io, product)}
     if m == 1:
-        dequantize = on_layers(lambda layer: ops.dequantize(*layer.packed, *_bits(layer), k, DTYPE))
+        dequantize = on_layers(lambda layer: layer.packed.dequantize(DTYPE))
         table["dequantize"] = Work({"qalora": dequantize}, k * n * item, 0)
-        folding = on_layers(lambda layer: fold(*layer.packed[1:3], zeros=low_rank.delta()))
+        folding = on_layers(lambda layer: layer.packed.fold(low_rank, None))
         table["fold"] = Work({"qalora": folding}, 3 * g * n * 4, 2 * g * n * rank, passes=0)
         return table
     pool: dict[str, Callable[[], Any]] = {"qalora": lambda: ops.pool(x, None, spec.group_size)}
     table["pool"] = Work(pool, m * (k + g) * item, m * k, passes=0)
     grad_input: dict[str, Callable[[], Any]] = {
-        "qalora": on_layers(lambda layer: ops.grad_input(dy, *layer.packed, *_bits(layer), k)),
+        "qalora": on_layers(lambda layer: ops.grad_input(dy, layer.packed)),
         "dense": on_layers(lambda layer: dy @ layer.dense),
     }
     table["grad_input"] = Work(grad_input, io, product)
     pooled_grad: dict[str, Callable[[], Any]] = {"qalora": lambda: ops.pooled_grad(dy, pooled)}
     moved = m * (n + g) * item + g * n * 4
     table["pooled_grad"] = Work(pooled_grad, moved, 2 * m * n * g, passes=0)
-    group_grad = on_layers(
-        lambda layer: ops.weighted_group_grad(dy, x, *layer.packed, *_bits(layer))
-    )
+    group_grad = on_layers(lambda layer: ops.weighted_group_grad(dy, x, layer.packed))
     table["weighted_group_grad"] = Work({"qalora": group_grad}, io + g * n * 4, product)
     return table
 

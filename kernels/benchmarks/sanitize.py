@@ -19,52 +19,49 @@ os.environ.setdefault("QALORA_TUNING_CACHE", "off")
 
 import torch
 
-from qalora_kernels import QuantSpec, pack, reference
+from qalora_kernels import PackedWeight, QuantSpec, pack, reference
 
 # K, N, group_size, shuffled groups
 LAYERS = [(172, 37, 32, False), (172, 41, 24, True), (1, 1, 1, False), (33, 129, 33, False)]
 ROWS = (1, 17, 65)  # the vector product, a fused one, the library's
 
 
-def layer(
-    spec: QuantSpec, shuffled: bool, device: str
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """qweight, scales, offsets, g_idx with random numbers."""
+def layer(spec: QuantSpec, shuffled: bool, device: str) -> PackedWeight:
+    """Return a weight of random numbers."""
     k, n = spec.in_features, spec.out_features
     codes = torch.randint(0, 1 << spec.bits, (k, n))
     grid = (spec.num_groups, n)
     scales = (torch.rand(grid) * 0.1 / (1 << spec.bits) + 0.01).half().float().to(device)
     offsets = (torch.randn(grid) * 0.05).half().float().to(device)
     g_idx = (torch.randperm(k) // spec.group_size).int().to(device) if shuffled else None
-    return pack(codes, spec.bits).to(device), scales, offsets, g_idx
+    return PackedWeight(pack(codes, spec.bits).to(device), scales, offsets, g_idx, spec)
 
 
 def errors(
     backend: ModuleType, spec: QuantSpec, shuffled: bool, rows: int, dtype: torch.dtype, device: str
 ) -> dict[str, float]:
     """Relative error of each operator against float64."""
-    weights = layer(spec, shuffled, device)
-    qweight, scales, offsets, g_idx = weights
+    weight = layer(spec, shuffled, device)
+    g_idx = weight.g_idx
     k, n = spec.in_features, spec.out_features
     x, dy = (torch.randn(rows, width, device=device).to(dtype) for width in (k, n))
-    exact_grid = (qweight, scales.double(), offsets.double(), g_idx)
-    dense = reference.dequantize(*exact_grid, spec.bits, spec.group_size, k)
+    dense = reference.dequantize(weight, torch.float64)
     group = torch.arange(k, device=device) // spec.group_size if g_idx is None else g_idx.long()
     pooled = x.new_zeros(rows, spec.num_groups, dtype=torch.float64)
     pooled.index_add_(1, group, x.double())
     by_group = torch.zeros(spec.num_groups, n, dtype=torch.float64, device=device)
     by_group.index_add_(0, group, (x.double().t() @ dy.double()) * dense)
-    ours_pooled = backend.pool(x, g_idx, spec)
+    ours_pooled = backend.pool(x, g_idx, spec.group_size)
     results = {
-        "dequantize": (backend.dequantize(*weights, spec, dtype), dense),
-        "linear": (backend.linear(x, *weights, None, spec), x.double() @ dense),
-        "grad_input": (backend.grad_input(dy, *weights, spec), dy.double() @ dense.t()),
+        "dequantize": (backend.dequantize(weight, torch.empty_like(dense, dtype=dtype)), dense),
+        "linear": (backend.linear(x, weight, None), x.double() @ dense),
+        "grad_input": (backend.grad_input(dy, weight), dy.double() @ dense.t()),
         "pool": (ours_pooled, pooled),
         "pooled_grad": (
             backend.pooled_grad(dy, ours_pooled),
             ours_pooled.double().t() @ dy.double(),
         ),
-        "weighted_group_grad": (backend.weighted_group_grad(dy, x, *weights, spec), by_group),
+        "weighted_group_grad": (backend.weighted_group_grad(dy, x, weight), by_group),
     }
     return {
         name: ((ours.double() - exact).norm() / exact.norm().clamp_min(1e-30)).item()
@@ -77,7 +74,7 @@ def main() -> int:
     parser.add_argument("--device", choices=["cpu", "cuda"], required=True)
     parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4, 8])
     arguments = parser.parse_args()
-    from qalora_kernels import triton as backend
+    from qalora_kernels.backends import triton as backend
 
     # Triton's interpreter multiplies bf16 wrongly
     dtype = torch.bfloat16 if arguments.device == "cuda" else torch.float16

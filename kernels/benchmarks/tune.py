@@ -25,7 +25,7 @@ import torch
 from triton.runtime.errors import OutOfResources
 
 from qalora_kernels import QuantSpec
-from qalora_kernels.triton import matmul, tuning
+from qalora_kernels.backends.triton import matmul, tuning
 
 PRODUCTS = {"linear": matmul.linear, "grad_input": matmul.grad_input}
 
@@ -42,7 +42,7 @@ def arguments_of(name: str, layer: operators.Layer, rows: int) -> tuple[Any, ...
     width = spec.in_features if name == "linear" else spec.out_features
     x = torch.randn(rows, width, device=layer.dense.device, dtype=operators.DTYPE)
     bias = (None,) if name == "linear" else ()
-    return x, *layer.packed, *bias, spec
+    return x, layer.packed, *bias
 
 
 def compile_candidates(layer: operators.Layer) -> Iterator[record.Row]:

@@ -235,7 +235,7 @@ def _verify_lora(
             assert change is not None
             g_idx = plan.base.reader.get(f"{name}.g_idx") if plan.base.config.desc_act else None
             index = group_index(g_idx, spec.group_size, spec.in_features, a.device).long()
-            expected = change.t()[:, index]
+            expected = change.delta().t()[:, index]
             found = merge.layer.scaling * (b @ a)
             if found.shape != expected.shape:
                 raise VerificationError(f"{exported}: {name}: of another shape than the base.")

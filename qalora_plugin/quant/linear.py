@@ -6,8 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qalora_kernels import LowRank, QuantSpec, folded_linear, quantized_linear, round_minimum
-from qalora_kernels import ops as kernel_ops
+from qalora_kernels import LowRank, PackedWeight, QuantSpec, folded_linear, round_minimum
 from qalora_kernels.groups import sum_groups
 from qalora_kernels.packing import pack
 
@@ -98,19 +97,14 @@ class QuantLinear(nn.Module):
         """Dense W^T [K, N], fp32."""
         return self.dequantize_t(torch.float32)
 
+    @property
+    def packed(self) -> PackedWeight:
+        """Return the weight as the one value that the kernels take."""
+        return PackedWeight(self.qweight, self.scales, self.offsets, self.g_idx, self.spec)
+
     def dequantize_t(self, dtype: torch.dtype) -> torch.Tensor:
         """Dense W^T [K, N] in `dtype`."""
-        spec = self.spec
-        return kernel_ops.dequantize(
-            self.qweight,
-            self.scales,
-            self.offsets,
-            self.g_idx,
-            spec.bits,
-            spec.group_size,
-            spec.in_features,
-            dtype,
-        )
+        return self.packed.dequantize(dtype)
 
     def forward(
         self,
@@ -124,24 +118,16 @@ class QuantLinear(nn.Module):
         """
         if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        return self._linear(x, self.scales, self.offsets, zeros, scale)
+        return self._linear(x, self.packed, zeros, scale)
 
     def _linear(
-        self,
-        x: torch.Tensor,
-        scales: torch.Tensor,
-        offsets: torch.Tensor,
-        zeros: LowRank | None,
-        scale: LowRank | None,
+        self, x: torch.Tensor, weight: PackedWeight, zeros: LowRank | None, scale: LowRank | None
     ) -> torch.Tensor:
-        tensors = (x, self.qweight, scales, offsets, self.g_idx, self.bias)
-        if zeros is None and scale is None:
-            return quantized_linear(*tensors, spec=self.spec)
-        return folded_linear(*tensors, spec=self.spec, zeros=zeros, scale=scale)
+        return folded_linear(x, weight, self.bias, zeros=zeros, scale=scale)
 
     def pool(self, x: torch.Tensor) -> torch.Tensor:
         """Group sums of x [..., K] -> [..., G] in the dtype of x, differentiable."""
-        return sum_groups(x, self.g_idx, self.spec.group_size, self.spec.num_groups)
+        return sum_groups(x, self.g_idx, self.spec.group_size)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         # a cast of scales or offsets would change the weights that were trained or merged:

@@ -18,7 +18,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
-from qalora_kernels import LowRank, fold
+from qalora_kernels import LowRank, PackedWeight
 from qalora_kernels.groups import expand
 
 from ..errors import AdapterError
@@ -278,14 +278,9 @@ class QALoRALinear(nn.Module, BaseTunerLayer):
         base = self.base_layer
         with torch.no_grad():
             zeros, scale = self._change("zeros", adapters), self._change("scales", adapters)
-            scales, offsets = fold(
-                *self._own_grid(),
-                zeros=None if zeros is None else zeros.delta(),
-                scale=None if scale is None else scale.delta(),
-                offsets_dtype=base.spec.offsets_dtype,
-                scales_dtype=base.spec.scales_dtype,
-                minimum_below=base.spec.minimum_below,
-            )
+            own = PackedWeight(base.qweight, *self._own_grid(), base.g_idx, base.spec)
+            merged = own.fold(zeros, scale)
+        scales, offsets = merged.scales, merged.offsets
         where = f"{name}: merging {adapters}".removeprefix(": ")
         advice = "training diverged. Go back to an earlier checkpoint, or lower the learning rate"
         if not (scales.isfinite().all() and offsets.isfinite().all()):
