@@ -15,10 +15,7 @@ import worker
 from measure import Row
 from torch.nn.functional import linear as dense_linear
 
-from qalora_kernels import LowRank, PackedWeight, QuantSpec, ops
-from qalora_kernels import fold as fold_grids
-from qalora_kernels import folded_linear as folded
-from qalora_kernels import quantized_linear as quantized
+from qalora_kernels import LowRank, PackedWeight, QuantSpec, folded_linear, ops, quantized_linear
 from qalora_plugin.layers.linear import QuantLinear
 
 DTYPE = torch.bfloat16
@@ -26,35 +23,8 @@ DTYPE = torch.bfloat16
 ROTATION = {"cpu": 100 << 20, "cuda": 256 << 20}
 
 
-# ---- how the kernels and the layer are called: nothing else in this folder knows
-
-
-def tensors(w: PackedWeight) -> tuple[Any, ...]:
-    return w.qweight, w.scales, w.offsets, w.g_idx
-
-
 def quant_linear(w: PackedWeight) -> QuantLinear:
     return QuantLinear.from_packed(w)
-
-
-def quantized_linear(x: torch.Tensor, w: PackedWeight) -> torch.Tensor:
-    return quantized(x, *tensors(w), None, spec=w.spec)
-
-
-def folded_linear(x: torch.Tensor, w: PackedWeight, zeros: LowRank) -> torch.Tensor:
-    return folded(x, *tensors(w), None, spec=w.spec, zeros=zeros)
-
-
-def fold(w: PackedWeight, zeros: LowRank) -> Any:
-    return fold_grids(w.scales, w.offsets, zeros=zeros.delta())
-
-
-def grad_input(dy: torch.Tensor, w: PackedWeight) -> torch.Tensor:
-    return ops.grad_input(dy, *tensors(w), w.spec.bits, w.spec.group_size, w.spec.in_features)
-
-
-def group_grad(dy: torch.Tensor, x: torch.Tensor, w: PackedWeight) -> torch.Tensor:
-    return ops.weighted_group_grad(dy, x, *tensors(w), w.spec.bits, w.spec.group_size)
 
 
 # ---- the layers that take turns, and the peers
@@ -70,7 +40,7 @@ class Layer:
     @property
     def packed_bytes(self) -> int:
         """Return the bytes of integers, scales and offsets."""
-        return sum(tensor.nbytes for tensor in tensors(self.weight) if tensor is not None)
+        return sum(tensor.nbytes for tensor in self.weight.tensors if tensor is not None)
 
 
 def random_weight(spec: QuantSpec, device: str | torch.device) -> PackedWeight:
@@ -183,7 +153,7 @@ def works(layers: list[Layer], x: torch.Tensor, dy: torch.Tensor, rank: int) -> 
     def turns(function: Callable[[Layer], Any]) -> Callable[[], Any]:
         return rotation(function, layers)
 
-    product = turns(lambda layer: quantized_linear(x, layer.weight))
+    product = turns(lambda layer: quantized_linear(x, layer.weight, None))
     dense = turns(lambda layer: dense_linear(x, layer.dense))
     yield Work("linear", {"qalora": product, "dense": dense}, io, flops, 1)
     a = torch.randn(rank, g, device=x.device, requires_grad=True)
@@ -191,25 +161,27 @@ def works(layers: list[Layer], x: torch.Tensor, dy: torch.Tensor, rank: int) -> 
     if m == 1:  # the operators that no activation enters
         dequantize = turns(lambda layer: layer.weight.dequantize(DTYPE))
         yield Work("dequantize", {"qalora": dequantize}, k * n * item, 0, 1)
-        folding = turns(lambda layer: fold(layer.weight, change))
+        folding = turns(lambda layer: layer.weight.fold(change, None))
         yield Work("fold", {"qalora": folding}, 3 * sums, 2 * g * n * rank)
         return
     pool = {"qalora": lambda: ops.pool(x, None, size)}
     yield Work("pool", pool, m * (k + g) * item, m * k)
-    to_input = turns(lambda layer: grad_input(dy, layer.weight))
+    to_input = turns(lambda layer: ops.grad_input(dy, layer.weight))
     dense = turns(lambda layer: dy @ layer.dense)
     yield Work("grad_input", {"qalora": to_input, "dense": dense}, io, flops, 1)
     pooled = ops.pool(x, None, size)
     to_pooled = {"qalora": lambda: ops.pooled_grad(dy, pooled)}
     yield Work("pooled_grad", to_pooled, m * (n + g) * item + sums, 2 * m * n * g)
-    to_groups = turns(lambda layer: group_grad(dy, x, layer.weight))
+    to_groups = turns(lambda layer: ops.weighted_group_grad(dy, x, layer.weight))
     yield Work("weighted_group_grad", {"qalora": to_groups}, io + sums, flops, 1)
 
     def step(call: Callable[[torch.Tensor], torch.Tensor]) -> None:
         call(x.detach().requires_grad_()).backward(dy)
 
     steps = {
-        "qalora": turns(lambda layer: step(lambda x: folded_linear(x, layer.weight, change))),
+        "qalora": turns(
+            lambda layer: step(lambda x: folded_linear(x, layer.weight, None, zeros=change))
+        ),
         "dense": turns(lambda layer: step(lambda x: dense_linear(x, layer.dense))),
         "lora": rotation(step, [lora(layer, rank) for layer in layers]),
     }

@@ -1,12 +1,13 @@
 """INT-n operators of QA-LoRA: packing, dequantizing, the folded linear and its gradients.
 
-No transformers, no peft, no device touched at import. `ops` are the operators, `autograd` the
-differentiable layers, `fold` the merge formula, `packing` the bit order, `reference` the oracle.
+No transformers, no peft, no device touched at import. `packed` is a layer's numbers as one value,
+`ops` the operators, `autograd` the differentiable layers, `fold` the merge formula, `packing` the
+bit order, `reference` the oracle.
 """
 
 from .autograd import folded_linear, quantized_linear
 from .backends import get_backend
-from .fold import LowRank, fold, load_offsets, round_minimum, store_offsets, total_delta
+from .fold import LowRank, load_offsets, round_minimum, store_offsets
 from .packed import PackedWeight
 from .packing import pack, unpack
 from .spec import OFFSETS_AT, SCALES_DTYPE, SUPPORTED_BITS, QuantSpec
@@ -18,7 +19,6 @@ __all__ = [
     "LowRank",
     "PackedWeight",
     "QuantSpec",
-    "fold",
     "folded_linear",
     "get_backend",
     "load_offsets",
@@ -26,6 +26,5 @@ __all__ = [
     "quantized_linear",
     "round_minimum",
     "store_offsets",
-    "total_delta",
     "unpack",
 ]

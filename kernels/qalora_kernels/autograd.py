@@ -5,16 +5,15 @@ Folded forward (one matrix product; arXiv 2309.14717 eq. 7 used in training, not
     s', o' = fold(s, o, adapters)          rounded as stored, gradient passed straight through
     y      = x W'^T + bias                 W' = s' (q - mid) + o'
 
-Backward, from dy [M, N] (W' is dequantized again, never kept):
+Backward, from dy [M, N] (W' is folded and dequantized again, never kept):
 
     grad_x        = dy W'
     D_zeros       = pool(x)^T dy                    [G, N]   gradient of the offsets' change
     D_scale[g, n] = sum_{k in g} (x^T dy)[k, n] W[n, k]      W = s (q - mid) + o: the change is
                                                              relative to the base's own weight
-    grad_A        = factor * B^T D^T                [r, G]
-    grad_B        = factor * D^T A^T                [N, r]
 
-The zeros mode keeps pool(x), K/g numbers a token; only the scales mode keeps x.
+and `LowRank.gradients` of both. The zeros mode keeps pool(x), K/g numbers a token; only the scales
+mode keeps x.
 """
 
 from typing import Any
@@ -23,135 +22,68 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from . import ops
-from .fold import LowRank, fold
-from .spec import QuantSpec
+from .fold import LowRank
+from .packed import PackedWeight
 
-
-def _low_rank_grads(
-    d: torch.Tensor, a: torch.Tensor, b: torch.Tensor, factor: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """D [G, N] -> (grad_A [r, G], grad_B [N, r]) in the dtypes of A and B."""
-    grad_a = factor * (b.t().to(d.dtype) @ d.t())
-    grad_b = factor * (d.t() @ a.t().to(d.dtype))
-    return grad_a.to(a.dtype), grad_b.to(b.dtype)
-
-
-def _delta(a: torch.Tensor | None, b: torch.Tensor | None, factor: float) -> torch.Tensor | None:
-    return None if a is None or b is None else LowRank(a, b, factor).delta()
-
-
-def _rows(x: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
-    """[..., K] -> [M, K]; the operators see K only through x, so it is checked here."""
-    if x.shape[-1] != spec.in_features:
-        raise ValueError(
-            f"x: expected {spec.in_features} features in the last dimension, "
-            f"found shape {tuple(x.shape)}"
-        )
-    return x.reshape(-1, spec.in_features)
+_Pair = tuple[torch.Tensor | None, torch.Tensor | None]
 
 
 class _FoldedLinear(torch.autograd.Function):
+    """y = x W'^T + bias; `matrices` are A and B of `zeros` and of `scale`, or None."""
+
     @staticmethod
     def forward(
         ctx: Any,
         x: torch.Tensor,
-        qweight: torch.Tensor,
-        scales: torch.Tensor,
-        offsets: torch.Tensor,
-        g_idx: torch.Tensor | None,
         bias: torch.Tensor | None,
-        za: torch.Tensor | None,
-        zb: torch.Tensor | None,
-        sa: torch.Tensor | None,
-        sb: torch.Tensor | None,
-        zeros_factor: float,
-        scale_factor: float,
-        spec: QuantSpec,
+        layer: tuple[PackedWeight, PackedWeight, tuple[float, float]],
+        *matrices: torch.Tensor | None,
     ) -> torch.Tensor:
-        new_scales, new_offsets = fold(
-            scales,
-            offsets,
-            zeros=_delta(za, zb, zeros_factor),
-            scale=_delta(sa, sb, scale_factor),
-            offsets_dtype=spec.offsets_dtype,
-            scales_dtype=spec.scales_dtype,
-            minimum_below=spec.minimum_below,
-        )
-        pooled = None
-        if za is not None:
-            pooled = ops.pool(x, g_idx, spec.group_size)
-        kept_x = x if sa is not None else None
-        ctx.save_for_backward(qweight, scales, offsets, g_idx, za, zb, sa, sb, pooled, kept_x)
-        ctx.factors = (zeros_factor, scale_factor)
-        ctx.spec = spec
+        weight, folded, ctx.factors = layer
+        needs_zeros, needs_scale = any(ctx.needs_input_grad[3:5]), any(ctx.needs_input_grad[5:7])
+        pooled = ops.pool(x, weight.g_idx, weight.spec.group_size) if needs_zeros else None
+        kept_x = x if needs_scale else None
+        ctx.save_for_backward(*weight.tensors, *matrices, pooled, kept_x)
+        ctx.spec = weight.spec
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return ops.linear(
-            x, qweight, new_scales, new_offsets, g_idx, bias, spec.bits, spec.group_size
-        )
+        return ops.linear(x, folded, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        qweight, scales, offsets, g_idx, za, zb, sa, sb, pooled, x = ctx.saved_tensors
-        zeros_factor, scale_factor = ctx.factors
-        spec: QuantSpec = ctx.spec
+        *tensors, za, zb, sa, sb, pooled, x = ctx.saved_tensors
+        weight = PackedWeight(*tensors, ctx.spec)
+        zeros = None if za is None else LowRank(za, zb, ctx.factors[0])
+        scale = None if sa is None else LowRank(sa, sb, ctx.factors[1])
         dy = dy.contiguous()
-        grads: list[torch.Tensor | None] = [None] * 13
+        grad_x = grad_bias = None
+        grad_zeros: _Pair = (None, None)
+        grad_scale: _Pair = (None, None)
         if ctx.needs_input_grad[0]:
-            new_scales, new_offsets = fold(
-                scales,
-                offsets,
-                zeros=_delta(za, zb, zeros_factor),
-                scale=_delta(sa, sb, scale_factor),
-                offsets_dtype=spec.offsets_dtype,
-                scales_dtype=spec.scales_dtype,
-                minimum_below=spec.minimum_below,
-            )
-            grads[0] = ops.grad_input(
-                dy,
-                qweight,
-                new_scales,
-                new_offsets,
-                g_idx,
-                spec.bits,
-                spec.group_size,
-                spec.in_features,
-            )
-        if ctx.needs_input_grad[5]:
-            grads[5] = dy.sum(0).to(ctx.bias_dtype)
-        if pooled is not None and (ctx.needs_input_grad[6] or ctx.needs_input_grad[7]):
-            d = ops.pooled_grad(dy, pooled)
-            grads[6], grads[7] = _low_rank_grads(d, za, zb, zeros_factor)
-        if x is not None and (ctx.needs_input_grad[8] or ctx.needs_input_grad[9]):
-            d = ops.weighted_group_grad(
-                dy, x, qweight, scales, offsets, g_idx, spec.bits, spec.group_size
-            )
-            grads[8], grads[9] = _low_rank_grads(d, sa, sb, scale_factor)
-        return tuple(grads)
+            grad_x = ops.grad_input(dy, weight.fold(zeros, scale))
+        if ctx.needs_input_grad[1]:
+            grad_bias = dy.sum(0).to(ctx.bias_dtype)
+        if zeros is not None and pooled is not None:
+            grad_zeros = zeros.gradients(ops.pooled_grad(dy, pooled))
+        if scale is not None and x is not None:
+            grad_scale = scale.gradients(ops.weighted_group_grad(dy, x, weight))
+        return grad_x, grad_bias, None, *grad_zeros, *grad_scale
 
 
 def folded_linear(
     x: torch.Tensor,
-    qweight: torch.Tensor,
-    scales: torch.Tensor,
-    offsets: torch.Tensor,
-    g_idx: torch.Tensor | None,
+    weight: PackedWeight,
     bias: torch.Tensor | None,
     *,
-    spec: QuantSpec,
     zeros: LowRank | None = None,
     scale: LowRank | None = None,
 ) -> torch.Tensor:
-    """Linear layer whose adapter is folded into scales and offsets; see the module's docstring.
+    """Run a linear layer whose adapter is folded into scales and offsets; see the module.
 
     Args:
         x: [..., K], any float dtype.
-        qweight: int32 [ceil(K/32)*bits, N].
-        scales: [G, N] fp32 (fp64 for a float64 layer).
-        offsets: [G, N], likewise.
-        g_idx: int32 [K], or None where the group of input k is k // group_size.
-        bias: [N] or None.
-        spec: the layer's grid.
+        weight: the frozen layer.
+        bias: [N] or None; gradients flow to it.
         zeros: change of the offsets; gradients flow to its `a` and `b`.
         scale: relative change of the scales; likewise.
 
@@ -161,72 +93,31 @@ def folded_linear(
     Raises:
         ValueError: a tensor's shape, dtype, device or values do not fit (`checks`).
     """
-    za, zb, zf = (None, None, 1.0) if zeros is None else (zeros.a, zeros.b, zeros.factor)
-    sa, sb, sf = (None, None, 1.0) if scale is None else (scale.a, scale.b, scale.factor)
-    rows = _rows(x, spec)
-    y = _FoldedLinear.apply(
-        rows, qweight, scales, offsets, g_idx, bias, za, zb, sa, sb, zf, sf, spec
-    )
+    spec = weight.spec
+    if x.shape[-1] != spec.in_features:  # rows are made of x here, so `checks` would not see it
+        raise ValueError(
+            f"x: expected {spec.in_features} features in the last dimension, "
+            f"found shape {tuple(x.shape)}"
+        )
+    rows = x.reshape(-1, spec.in_features)
+    folded = weight.fold(zeros, scale)
+    if torch.is_grad_enabled():
+        za, zb, zf = (None, None, 1.0) if zeros is None else (zeros.a, zeros.b, zeros.factor)
+        sa, sb, sf = (None, None, 1.0) if scale is None else (scale.a, scale.b, scale.factor)
+        y = _FoldedLinear.apply(rows, bias, (weight, folded, (zf, sf)), za, zb, sa, sb)
+    else:  # evaluation: a Function costs as much as a small product
+        y = ops.linear(rows, folded, bias)
     return y.view(*x.shape[:-1], spec.out_features)
 
 
 def quantized_linear(
-    x: torch.Tensor,
-    qweight: torch.Tensor,
-    scales: torch.Tensor,
-    offsets: torch.Tensor,
-    g_idx: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    *,
-    spec: QuantSpec,
+    x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """The frozen layer, x [..., K] -> [..., N]: gradients reach x and the bias only.
+    """Run the frozen layer, x [..., K] -> [..., N]: gradients reach x and the bias only.
 
     Scales and offsets are used as they are, so a merged layer and a folded one agree to the bit.
+
+    Raises:
+        ValueError: see `folded_linear`.
     """
-    rows = _rows(x, spec)
-    if torch.is_grad_enabled():
-        y = _QuantizedLinear.apply(rows, qweight, scales, offsets, g_idx, bias, spec)
-    else:  # generation: a Function costs as much as a small product
-        y = ops.linear(rows, qweight, scales, offsets, g_idx, bias, spec.bits, spec.group_size)
-    return y.view(*x.shape[:-1], spec.out_features)
-
-
-class _QuantizedLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        qweight: torch.Tensor,
-        scales: torch.Tensor,
-        offsets: torch.Tensor,
-        g_idx: torch.Tensor | None,
-        bias: torch.Tensor | None,
-        spec: QuantSpec,
-    ) -> torch.Tensor:
-        ctx.save_for_backward(qweight, scales, offsets, g_idx)
-        ctx.spec = spec
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        return ops.linear(x, qweight, scales, offsets, g_idx, bias, spec.bits, spec.group_size)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        qweight, scales, offsets, g_idx = ctx.saved_tensors
-        spec: QuantSpec = ctx.spec
-        dy = dy.contiguous()
-        grad_x = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            grad_x = ops.grad_input(
-                dy,
-                qweight,
-                scales,
-                offsets,
-                g_idx,
-                spec.bits,
-                spec.group_size,
-                spec.in_features,
-            )
-        if ctx.needs_input_grad[5]:
-            grad_bias = dy.sum(0).to(ctx.bias_dtype)
-        return grad_x, None, None, None, None, grad_bias, None
+    return folded_linear(x, weight, bias)

@@ -9,11 +9,15 @@ It computes in float64 and rounds once: then a GPU and a laptop round to the sam
 the cost, N*G*r operations, is far below that of the layer's matrix product.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 
-from .spec import SCALES_DTYPE, QuantSpec
+from .spec import QuantSpec
+
+if TYPE_CHECKING:
+    from .packed import PackedWeight
 
 
 @dataclass(frozen=True)
@@ -32,23 +36,65 @@ class LowRank:
     factor: float
 
     def delta(self) -> torch.Tensor:
-        """The change, float64 [G, N]."""
+        """Return the change, float64 [G, N]."""
         # the factor goes onto B, which is small
         return self.a.t().double() @ (self.b.t().double() * self.factor)
 
+    def gradients(self, d: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the gradients of A and B, in their dtypes, given that of the change, [G, N].
 
-def total_delta(parts: "list[LowRank]") -> torch.Tensor | None:
-    """Sum of several changes, float64 [G, N]; None where there is none."""
-    total = None
-    for part in parts:
-        total = part.delta() if total is None else total + part.delta()
-    return total
+        grad_A = factor * B^T D^T [r, G]     grad_B = factor * D^T A^T [N, r]
+        """
+        grad_a = self.factor * (self.b.t().to(d.dtype) @ d.t())
+        grad_b = self.factor * (d.t() @ self.a.t().to(d.dtype))
+        return grad_a.to(self.a.dtype), grad_b.to(self.b.dtype)
+
+
+def fold(weight: "PackedWeight", zeros: LowRank | None, scale: LowRank | None) -> "PackedWeight":
+    """Return the weight with the changes folded in, rounded to what a checkpoint stores.
+
+    Not differentiable: the gradients of the folded layer are `autograd`'s.
+
+    Args:
+        weight: its scales and offsets hold values that its spec's dtypes hold.
+        zeros: change of the offsets.
+        scale: relative change of the scales.
+
+    Returns:
+        The same integers with new scales and offsets, in the dtypes of the old ones; `weight`
+        itself where there is no change.
+    """
+    if zeros is None and scale is None:
+        return weight
+    with torch.no_grad():
+        scales, offsets = _fold_grid(weight, zeros, scale)
+    return replace(weight, scales=scales, offsets=offsets.to(weight.offsets.dtype))
+
+
+def _fold_grid(
+    weight: "PackedWeight", zeros: LowRank | None, scale: LowRank | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    spec, scales, offsets = weight.spec, weight.scales, weight.offsets
+    change = None if zeros is None else zeros.delta()
+    if scale is not None:
+        scales = (scales.double() * (1 + scale.delta())).to(spec.scales_dtype).to(scales.dtype)
+        # (offsets / scales) is the exact mid - z of a stock base, so its integer z survives
+        offsets = scales.double() * (offsets / weight.scales.double())
+    if spec.minimum_below is not None:
+        exact = offsets.double() if change is None else offsets + change
+        rounded = round_minimum(exact, scales, spec.minimum_below, spec.scales_dtype)
+        return scales, rounded.to(spec.offsets_dtype)
+    if change is None:
+        return scales, offsets.to(spec.offsets_dtype)
+    # added in float64 and rounded in one pass: what folding costs is passes over [G, N]
+    rounded = torch.empty_like(weight.offsets, dtype=spec.offsets_dtype)
+    return scales, torch.add(offsets, change, out=rounded)
 
 
 def round_minimum(
     offsets: torch.Tensor, scales: torch.Tensor, steps: int, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Offsets such that `dtype` holds the minimum, the weight `steps` scales below the offset.
+    """Return offsets such that `dtype` holds the weight `steps` scales below: the minimum.
 
     The minimum is rounded, and that plus steps * scale returned. Rounding again changes nothing.
     With fp16 minima and scales the returned fp32 number is exact, unless a group's weights are all
@@ -83,9 +129,9 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def store_offsets(offsets: torch.Tensor, scales: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
-    """What a checkpoint holds as `offsets`, [G, N] in `spec.stored_dtype`.
+    """Return what a checkpoint holds as `offsets`, [G, N] in `spec.stored_dtype`.
 
-    The offsets, or with offsets_at "minimum" the minima, each `spec.mid` scales below its offset.
+    These are the offsets, or with offsets_at "minimum" the minima, each `spec.mid` scales below.
 
     Args:
         offsets: [G, N], rounded as `spec` says (`round_minimum`, `fold`).
@@ -98,56 +144,11 @@ def store_offsets(offsets: torch.Tensor, scales: torch.Tensor, spec: QuantSpec) 
 
 
 def load_offsets(stored: torch.Tensor, scales: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
-    """The inverse of `store_offsets`: the offsets, [G, N] in `spec.offsets_dtype`.
+    """Return the offsets, [G, N] in `spec.offsets_dtype`, of what `store_offsets` made.
 
-    What `store_offsets` wrote comes back bit for bit. Of a minimum from elsewhere that is less than
-    2^-12 of mid * scale fp32 drops the last bits, once: storing and loading again keeps the rest.
+    They come back bit for bit. Of a minimum from elsewhere that is less than 2^-12 of mid * scale
+    fp32 drops the last bits, once: storing and loading again keeps the rest.
     """
     if spec.minimum_below is None:
         return stored.to(spec.offsets_dtype)
     return _above(stored, scales, spec.minimum_below).to(spec.offsets_dtype)
-
-
-@torch.no_grad()
-def fold(
-    scales: torch.Tensor,
-    offsets: torch.Tensor,
-    *,
-    zeros: torch.Tensor | None = None,
-    scale: torch.Tensor | None = None,
-    offsets_dtype: torch.dtype = torch.float16,
-    scales_dtype: torch.dtype = SCALES_DTYPE,
-    minimum_below: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scales and offsets with the changes folded in, rounded to what a checkpoint stores.
-
-    Not differentiable: the gradients of the folded layer are `autograd`'s.
-
-    Args:
-        scales: [G, N], any float dtype, values that `scales_dtype` holds.
-        offsets: [G, N], likewise for `offsets_dtype`.
-        zeros: change of the offsets, [G, N]; see `LowRank.delta`.
-        scale: relative change of the scales, [G, N].
-        offsets_dtype: stored dtype of the offsets.
-        scales_dtype: stored dtype of the scales.
-        minimum_below: `QuantSpec.minimum_below`: round the weight that many steps below the
-            offset, to `scales_dtype`, instead of the offset; None to round the offset.
-
-    Returns:
-        (scales', offsets') in the dtype of the inputs.
-    """
-    new_scales, new_offsets = scales, offsets
-    if scale is not None:
-        new_scales = (scales.double() * (1 + scale)).to(scales_dtype).to(scales.dtype)
-        # (offsets / scales) is the exact mid - z of a stock base, so its integer z survives
-        new_offsets = new_scales.double() * (offsets / scales.double())
-    if minimum_below is not None:
-        exact = new_offsets.double() if zeros is None else new_offsets + zeros
-        rounded = round_minimum(exact, new_scales, minimum_below, scales_dtype).to(offsets_dtype)
-    elif zeros is None:
-        rounded = new_offsets.to(offsets_dtype)
-    else:
-        # added in float64 and rounded in one pass: what folding costs is passes over [G, N]
-        rounded = torch.empty_like(offsets, dtype=offsets_dtype)
-        torch.add(new_offsets, zeros, out=rounded)
-    return new_scales, rounded.to(offsets.dtype)

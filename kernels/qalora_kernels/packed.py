@@ -1,11 +1,11 @@
-"""`PackedWeight`: one quantized weight matrix, the value that every layer passes on."""
+"""`PackedWeight`: one quantized weight matrix, the value that every layer here passes on."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from . import ops
-from .packing import pack, unpack
+from . import packing
+from .fold import LowRank, fold
 from .spec import QuantSpec
 
 
@@ -38,23 +38,41 @@ class PackedWeight:
         g_idx: torch.Tensor | None,
         spec: QuantSpec,
     ) -> "PackedWeight":
-        """Pack integers [N, K] in [0, 2^bits); the other arguments are the fields."""
-        return cls(pack(codes.t(), spec.bits), scales, offsets, g_idx, spec)
+        """Pack integers [N, K] in [0, 2^bits); scales and offsets stay as they are given."""
+        g_idx = None if g_idx is None else g_idx.to(torch.int32)
+        return cls(packing.pack(codes.t(), spec.bits), scales, offsets, g_idx, spec)
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Return the four tensors; `PackedWeight(*w.tensors, w.spec)` is `w` again."""
+        return self.qweight, self.scales, self.offsets, self.g_idx
+
+    @property
+    def flat(self) -> tuple[torch.Tensor | int | None, ...]:
+        """Return the weight as the operators of `ops` take it; `ops.unflatten` is the inverse."""
+        spec = self.spec
+        sizes = (spec.bits, spec.group_size, spec.in_features, spec.out_features)
+        return (*self.tensors, *sizes)
 
     def codes(self) -> torch.Tensor:
         """Return the integers, uint8 [N, K], contiguous."""
-        return unpack(self.qweight, self.spec.bits, self.spec.in_features).t().contiguous()
+        spec = self.spec
+        return packing.unpack(self.qweight, spec.bits, spec.in_features).t().contiguous()
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """Return the dense weight W^T [K, N], computed in fp32 and rounded once to `dtype`."""
-        spec = self.spec
-        return ops.dequantize(
-            self.qweight,
-            self.scales,
-            self.offsets,
-            self.g_idx,
-            spec.bits,
-            spec.group_size,
-            spec.in_features,
-            dtype,
-        )
+        """Return W^T [K, N] in `dtype`, computed in fp32 (fp64 for float64) and rounded once.
+
+        Raises:
+            ValueError: a tensor's shape, dtype, device or values do not fit (`checks`).
+        """
+        return torch.ops.qalora.dequantize(*self.flat, dtype)
+
+    def columns(self, part: slice) -> "PackedWeight":
+        """Return the weight of some of the N outputs."""
+        qweight = self.qweight[:, part].contiguous()
+        spec = replace(self.spec, out_features=qweight.shape[1])
+        return PackedWeight(qweight, self.scales[:, part], self.offsets[:, part], self.g_idx, spec)
+
+    def fold(self, zeros: LowRank | None, scale: LowRank | None) -> "PackedWeight":
+        """Return the merged weight: the integers stay, scales and offsets change (`fold.fold`)."""
+        return fold(self, zeros, scale)

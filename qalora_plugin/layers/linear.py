@@ -7,14 +7,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from qalora_kernels import (
-    LowRank,
-    PackedWeight,
-    QuantSpec,
-    folded_linear,
-    quantized_linear,
-    round_minimum,
-)
+from qalora_kernels import LowRank, PackedWeight, QuantSpec, folded_linear, round_minimum
 from qalora_kernels.groups import sum_groups
 
 from .absent import AbsentWeight
@@ -134,24 +127,16 @@ class QuantLinear(nn.Module):
         """
         if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        return self._linear(x, self.scales, self.offsets, zeros, scale)
+        return self._linear(x, self.packed, zeros, scale)
 
     def _linear(
-        self,
-        x: torch.Tensor,
-        scales: torch.Tensor,
-        offsets: torch.Tensor,
-        zeros: LowRank | None,
-        scale: LowRank | None,
+        self, x: torch.Tensor, weight: PackedWeight, zeros: LowRank | None, scale: LowRank | None
     ) -> torch.Tensor:
-        tensors = (x, self.qweight, scales, offsets, self.g_idx, self.bias)
-        if zeros is None and scale is None:
-            return quantized_linear(*tensors, spec=self.spec)
-        return folded_linear(*tensors, spec=self.spec, zeros=zeros, scale=scale)
+        return folded_linear(x, weight, self.bias, zeros=zeros, scale=scale)
 
     def pool(self, x: torch.Tensor) -> torch.Tensor:
         """Sum x [..., K] over the inputs of each group: [..., G] in its dtype, differentiable."""
-        return sum_groups(x, self.g_idx, self.spec.group_size, self.spec.num_groups)
+        return sum_groups(x, self.g_idx, self.spec.group_size)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         # a cast of scales or offsets would change the weights that were trained or merged:

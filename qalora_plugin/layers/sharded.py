@@ -56,12 +56,6 @@ class ShardedQuantLinear(QuantLinear):
         return stored
 
     @property
-    def packed(self) -> PackedWeight:
-        """The layer's numbers as one value, with an fp32 grid, which has to be whole here."""
-        scales, offsets = unpack_grid(self.grid, self.spec)
-        return PackedWeight(self.qweight, scales, offsets, self.g_idx, self.spec)
-
-    @property
     def scales(self) -> torch.Tensor:  # type: ignore[override]
         """The scales, fp32 [G, N]; the grid has to be whole here."""
         return unpack_grid(self.grid, self.spec)[0]
@@ -71,18 +65,19 @@ class ShardedQuantLinear(QuantLinear):
         """The offsets, fp32 [G, N]; the grid has to be whole here."""
         return unpack_grid(self.grid, self.spec)[1]
 
+    @property
+    def packed(self) -> PackedWeight:
+        """The layer's numbers as one value, with an fp32 grid, which has to be whole here."""
+        grid = unpack_grid(self.grid, self.spec)
+        return PackedWeight(self.qweight, *grid, self.g_idx, self.spec)
+
     def _linear(
-        self,
-        x: torch.Tensor,
-        scales: torch.Tensor,
-        offsets: torch.Tensor,
-        zeros: LowRank | None,
-        scale: LowRank | None,
+        self, x: torch.Tensor, weight: PackedWeight, zeros: LowRank | None, scale: LowRank | None
     ) -> torch.Tensor:
         if torch.compiler.is_compiling():
-            return super()._linear(x, scales, offsets, zeros, scale)
+            return super()._linear(x, weight, zeros, scale)
         # the backward needs both again: unpacked then, not kept by every layer until then
-        places = {scales.data_ptr(): 0, offsets.data_ptr(): 1}
+        places = {weight.scales.data_ptr(): 0, weight.offsets.data_ptr(): 1}
 
         def pack(tensor: torch.Tensor) -> torch.Tensor | int:
             return places.get(tensor.data_ptr(), tensor)
@@ -91,4 +86,4 @@ class ShardedQuantLinear(QuantLinear):
             return unpack_grid(self.grid, self.spec)[kept] if isinstance(kept, int) else kept
 
         with saved_tensors_hooks(pack, unpack):
-            return super()._linear(x, scales, offsets, zeros, scale)
+            return super()._linear(x, weight, zeros, scale)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from qalora_kernels import LowRank, PackedWeight, QuantSpec, fold
+from qalora_kernels import LowRank, PackedWeight, QuantSpec
 
 from ..checkpoint.checkpoint import QuantizedCheckpoint
 from ..checkpoint.fingerprint import fingerprint
@@ -43,17 +43,13 @@ class LayerMerge:
 
     def fold(self, adapter: Adapter, weight: PackedWeight) -> PackedWeight:
         """Return the merged layer: integers and g_idx as they are, scales and offsets folded."""
-        zeros, scale = self.change(adapter, "zeros"), self.change(adapter, "scales")
-        scales, offsets = fold(
-            self.regrouping.split(weight.scales),
-            self.regrouping.split(weight.offsets),
-            zeros=None if zeros is None else zeros.delta(),
-            scale=None if scale is None else scale.delta(),
-            offsets_dtype=self.merged_spec.offsets_dtype,
-            scales_dtype=self.merged_spec.scales_dtype,
-            minimum_below=self.merged_spec.minimum_below,
+        grid = replace(
+            weight,
+            scales=self.regrouping.split(weight.scales),
+            offsets=self.regrouping.split(weight.offsets),
+            spec=self.merged_spec,
         )
-        return PackedWeight(weight.qweight, scales, offsets, weight.g_idx, self.merged_spec)
+        return grid.fold(self.change(adapter, "zeros"), self.change(adapter, "scales"))
 
 
 def pair(

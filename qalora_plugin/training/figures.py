@@ -7,7 +7,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from qalora_kernels import LowRank, total_delta
+from qalora_kernels import LowRank
 
 from ..distributed.sharding import gathered
 from ..layers.linear import QuantLinear
@@ -47,13 +47,14 @@ def layer_changes(model: nn.Module) -> dict[str, dict[str, float]]:
 
 def _total(layer: QALoRALinear, part: str) -> torch.Tensor | None:
     """Sum scaling * (B A)^T over the active adapters: float64 [G, N], None without any."""
-    whole = []
+    total = None
     for adapter in layer.active_adapters:
         change = layer.changes(adapter).get(part)
         if change is not None:
             a, b = gathered([change.a, change.b])
-            whole.append(LowRank(a, b, change.factor))
-    return total_delta(whole)
+            delta = LowRank(a, b, change.factor).delta()
+            total = delta if total is None else total + delta
+    return total
 
 
 def _scales(layer: QuantLinear) -> torch.Tensor:

@@ -18,7 +18,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
-from qalora_kernels import LowRank, fold
+from qalora_kernels import LowRank, PackedWeight
 from qalora_kernels.groups import expand
 
 from ..checkpoint.validate import bad_values
@@ -282,21 +282,18 @@ class QALoRALinear(nn.Module, BaseTunerLayer):
         """Return scales and offsets with these adapters and no others; errors as in `merge`."""
         for adapter_name in adapters:
             self._check_matrices(adapter_name, name)
-        spec = self.base_layer.spec
+        base = self.base_layer
         with torch.no_grad():
             zeros, scale = self.change("zeros", adapters), self.change("scales", adapters)
-            scales, offsets = fold(
-                *self._own_grid(),
-                zeros=None if zeros is None else zeros.delta(),
-                scale=None if scale is None else scale.delta(),
-                offsets_dtype=spec.offsets_dtype,
-                scales_dtype=spec.scales_dtype,
-                minimum_below=spec.minimum_below,
-            )
+            own = PackedWeight(base.qweight, *self._own_grid(), base.g_idx, base.spec)
+            merged = own.fold(zeros, scale)
+        scales, offsets = merged.scales, merged.offsets
         bad = bad_values(scales, offsets)
         if bad is not None:
             where = f"{name}: merging {adapters}".removeprefix(": ")
-            raise AdapterError(f"{where}: {bad}, once rounded to {spec.stored_dtype}: {_DIVERGED}")
+            raise AdapterError(
+                f"{where}: {bad}, once rounded to {base.spec.stored_dtype}: {_DIVERGED}"
+            )
         return scales, offsets
 
     def unmerge(self) -> None:

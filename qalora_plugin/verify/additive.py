@@ -4,8 +4,6 @@ Nothing here is shared with the merge: no fold, no factors, no regrouping of A. 
 merged layer against these formulas.
 """
 
-from dataclasses import replace
-
 import torch
 
 from qalora_kernels import PackedWeight, reference
@@ -42,23 +40,9 @@ def pooled_change(
     return pooled(x, convention, merge.pool_size) @ a.t() @ b.t() * merge.layer.scaling
 
 
-def columns(weight: PackedWeight, part: slice) -> PackedWeight:
-    """Return some of a layer's outputs: a float64 copy takes 16 times the room of 4-bit codes."""
-    return PackedWeight(
-        weight.qweight[:, part].contiguous(),
-        weight.scales[:, part],
-        weight.offsets[:, part],
-        weight.g_idx,
-        replace(weight.spec, out_features=weight.scales[:, part].shape[1]),
-    )
-
-
 def dense(weight: PackedWeight) -> torch.Tensor:
     """Return W^T [K, N] in float64."""
-    spec, scales, offsets = weight.spec, weight.scales.double(), weight.offsets.double()
-    return reference.dequantize(
-        weight.qweight, scales, offsets, weight.g_idx, spec.bits, spec.group_size, spec.in_features
-    )
+    return reference.dequantize(weight, torch.float64)
 
 
 def added_output(

@@ -30,7 +30,7 @@ from ..files.manifest import check_manifest
 from ..merge.adapter import open_adapter, open_base
 from ..merge.pairing import LayerMerge
 from ..merge.plan import MergePlan, make_plan
-from .additive import added_output, columns, dense
+from .additive import added_output, dense
 from .logits import LogitsReport, compare_logits, compare_reference
 
 _ROWS = 4  # random inputs a layer
@@ -239,7 +239,7 @@ def _check_outputs(plan: MergePlan, result: QuantizedCheckpoint, name: str) -> t
     for start in range(0, merge.spec.out_features, _COLUMNS):
         part = slice(start, start + _COLUMNS)
         some = {key: (a, b[part]) for key, (a, b) in matrices.items()}
-        base_part, merged_part = columns(base, part), columns(merged, part)
+        base_part, merged_part = base.columns(part), merged.columns(part)
         added = added_output(x, merge, some, base_part, convention)
         weight, merged_weight = dense(base_part), dense(merged_part)
         difference = (x @ merged_weight - x @ weight - added).abs()

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from qalora_kernels import reference
+from qalora_kernels import PackedWeight, reference
 from qalora_plugin import QALoRAQuantConfig
 from qalora_plugin.checkpoint.checkpoint import open_quantized
 from qalora_plugin.errors import CheckpointError, ConfigError
@@ -68,15 +68,8 @@ def test_weights_are_exact(bits: int, group_size: int, act: bool, version: str, 
     assert checkpoint.config.desc_act == (act and group_size in (16, 32, 64))
     assert checkpoint.config.offsets_dtype == "float32"
     layer, spec = checkpoint.layer("a"), checkpoint.layers["a"]
-    found = reference.dequantize(
-        layer.qweight,
-        layer.scales.double(),
-        layer.offsets.double(),
-        layer.g_idx,
-        bits,
-        spec.group_size,
-        K,
-    )
+    weight = PackedWeight(layer.qweight, layer.scales, layer.offsets, layer.g_idx, spec)
+    found = reference.dequantize(weight, torch.float64)
     assert np.array_equal(found.t().numpy(), dense)
 
 

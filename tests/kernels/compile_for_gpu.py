@@ -15,7 +15,7 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from qalora_kernels import QuantSpec
+from qalora_kernels import PackedWeight, QuantSpec
 
 
 class _AbsentGPU:
@@ -44,38 +44,39 @@ def compile_only(kernel, grid, *args, **constants):
     print(json.dumps(line), flush=True)
 
 
+def zeros(spec, act_order=False):
+    qweight = torch.zeros(spec.packed_rows, spec.out_features, dtype=torch.int32)
+    grid = torch.ones(spec.num_groups, spec.out_features)
+    g_idx = (torch.arange(spec.in_features) // spec.group_size).int() if act_order else None
+    return PackedWeight(qweight, grid, grid, g_idx, spec)
+
+
 def call_every_operator(backend, bits):
     k, n, half = 1024, 512, torch.bfloat16
+    bias = torch.ones(n, dtype=half)
     for act_order in (False, True):
-        spec = QuantSpec(bits, 32, k, n)
-        qweight = torch.zeros(spec.packed_rows, n, dtype=torch.int32)
-        scales = torch.ones(spec.num_groups, n)
-        g_idx = (torch.arange(k) // 32).int() if act_order else None
-        weights = (qweight, scales, scales, g_idx)
-        bias = torch.ones(n, dtype=half)
-        backend.dequantize(*weights, spec, half)
+        weight = zeros(QuantSpec(bits, 32, k, n), act_order)
+        backend.dequantize(weight, torch.empty(k, n, dtype=half))
         for m in (1, 16):
             x, dy = torch.ones(m, k, dtype=half), torch.ones(m, n, dtype=half)
-            backend.linear(x, *weights, bias, spec)
+            backend.linear(x, weight, bias)
             if m == 16:
-                backend.grad_input(dy, *weights, spec)
-        backend.pool(x, g_idx, spec)
-        backend.weighted_group_grad(dy, x, *weights, spec)
+                backend.grad_input(dy, weight)
+        backend.pool(x, weight.g_idx, 32)
+        backend.weighted_group_grad(dy, x, weight)
 
 
 def call_every_candidate(backend, tuning, bits):
     global PLAN
     k, n, half = 1024, 512, torch.bfloat16
-    spec = QuantSpec(bits, 32, k, n)
-    qweight = torch.zeros(spec.packed_rows, n, dtype=torch.int32)
-    weights = (qweight, *[torch.ones(spec.num_groups, n)] * 2, None)
+    weight = zeros(QuantSpec(bits, 32, k, n))
     for op, buckets in tuning._shipped()["candidates"].items():
         for entry in (entry for bucket in buckets.values() for entry in bucket):
             PLAN = {"op": op, "bits": bits, **entry}
             tuning.plan = lambda *_, entry=entry: tuning.Plan(**entry)
             rows = torch.ones(entry["block_m"], k if op == "linear" else n, dtype=half)
             bias = (None,) if op == "linear" else ()
-            getattr(backend, op)(rows, *weights, *bias, spec)
+            getattr(backend, op)(rows, weight, *bias)
 
 
 PLAN = None  # which candidate is being compiled
@@ -86,8 +87,8 @@ if __name__ == "__main__":
     CAPABILITY = int(capability)
     driver.set_active(_AbsentGPU())
     modules = {
-        name: importlib.import_module(f"qalora_kernels.triton.{name}")
-        for name in ("dequantize", "matmul", "pool", "gradients", "tuning")
+        name: importlib.import_module(f"qalora_kernels.backends.triton.{name}")
+        for name in ("dequantize", "matmul", "groups", "tuning")
     }
     defaults = modules["tuning"]._shipped()["untuned_defaults"][capability[0]]
     modules["tuning"].splits_to_fill = lambda device, warps: 2
@@ -95,7 +96,7 @@ if __name__ == "__main__":
         module.untuned = lambda op, device: defaults[op]
         if name != "tuning":
             module.launch = compile_only
-    backend = importlib.import_module("qalora_kernels.triton")
+    backend = importlib.import_module("qalora_kernels.backends.triton")
     for bits in map(int, all_bits):
         if candidates:
             call_every_candidate(backend, modules["tuning"], bits)

@@ -1,13 +1,12 @@
 """Layers of awkward shapes, the backends, and the rule that every operator is held to."""
 
+import functools
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import pytest
 import torch
 
-from qalora_kernels import QuantSpec, pack, reference
+from qalora_kernels import PackedWeight, QuantSpec
 
 CUDA = torch.cuda.is_available()
 if not CUDA:  # before anything imports triton; tests/conftest.py does it for runs of all tests
@@ -21,48 +20,33 @@ LAYOUTS = {
     "one_group": (172, -1, False),
     "act_order": (172, 32, True),
 }
+# every width, layout and dtype; every width in a dtype that Triton's interpreter has
+CASES = [
+    (2, "group_across_words", torch.float32),
+    (3, "short_last_group", torch.float16),
+    (3, "act_order", torch.float32),
+    (4, "even", torch.float16),
+    (4, "act_order", torch.bfloat16),
+    (8, "one_group", torch.float16),
+]
 
 
-@dataclass
-class Layer:
-    spec: QuantSpec
-    qweight: torch.Tensor
-    scales: torch.Tensor
-    offsets: torch.Tensor
-    g_idx: torch.Tensor | None
-
-    @property
-    def tensors(self) -> tuple[torch.Tensor | None, ...]:
-        return self.qweight, self.scales, self.offsets, self.g_idx
-
-    def weight_t(self, dtype: torch.dtype) -> torch.Tensor:
-        """W^T [K, N] by the dense formula, in fp64 for fp64 and else rounded once from fp32."""
-        compute = torch.float64 if dtype == torch.float64 else torch.float32
-        spec = self.spec
-        dense = reference.dequantize(
-            self.qweight,
-            self.scales.to(compute),
-            self.offsets.to(compute),
-            self.g_idx,
-            spec.bits,
-            spec.group_size,
-            spec.in_features,
-        )
-        return dense.to(dtype)
+def case_id(case):
+    return "-".join([f"{case[0]}bit", case[1], str(case[2])[6:]])
 
 
 @pytest.fixture
-def device() -> torch.device:
+def device():
     return torch.device("cuda" if CUDA else "cpu")
 
 
 @pytest.fixture(params=["torch", "cpu", "triton"])
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def backend(request, monkeypatch):
     """Each test runs on every backend; Triton on the CPU is its interpreter."""
     if request.param == "cpu":
         if CUDA:
             pytest.skip("the cpu backend refuses CUDA tensors; without a GPU this test runs on it")
-        monkeypatch.setattr("qalora_kernels.cpu.FEW_ROWS_WEIGHTS", 0)
+        monkeypatch.setattr("qalora_kernels.backends.cpu.FEW_ROWS_WEIGHTS", 0)
     if request.param == "triton":
         pytest.importorskip("triton", reason="triton is not installed")
         monkeypatch.setenv("QALORA_TUNING_CACHE", "off")
@@ -70,26 +54,41 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return request.param
 
 
-@pytest.fixture(params=[torch.float32, torch.float16, torch.bfloat16], ids=lambda d: str(d)[6:])
-def dtype(request: pytest.FixtureRequest) -> torch.dtype:
-    if request.param == torch.bfloat16 and not CUDA and "triton" in request.node.callspec.id:
+@pytest.fixture(params=CASES, ids=case_id)
+def case(request, backend):
+    """(bits, layout, dtype) on each backend."""
+    if request.param[2] == torch.bfloat16 and not CUDA and backend == "triton":
         pytest.skip("Triton's interpreter multiplies bf16 wrongly: needs a CUDA device")
     return request.param
 
 
+@pytest.fixture
+def layouts():
+    """Every layout with a number of bits of its own."""
+    return [(bits, layout) for bits, layout, _ in CASES]
+
+
 @pytest.fixture(params=[2, 3, 4, 8], ids=lambda bits: f"{bits}bit")
-def bits(request: pytest.FixtureRequest) -> int:
-    return request.param
-
-
-@pytest.fixture(params=LAYOUTS)
-def layout(request: pytest.FixtureRequest) -> str:
+def bits(request):
     return request.param
 
 
 @pytest.fixture
-def make_layer(device: torch.device) -> Callable[..., Layer]:
-    def make(bits: int, layout: str = "short_last_group", out_features: int = 37) -> Layer:
+def fresh_library(tmp_path, monkeypatch):
+    """Nothing compiled yet; what other tests have loaded comes back afterwards."""
+    from qalora_kernels.backends.cpu import build, native
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    library = functools.cache(build.library.__wrapped__)
+    monkeypatch.setattr(native, "library", library)
+    return library
+
+
+@pytest.fixture
+def make_weight(device):
+    """Makes a `PackedWeight` of random numbers, scales and offsets in fp32 that fp16 holds."""
+
+    def make(bits, layout="short_last_group", out_features=37):
         in_features, group_size, act_order = LAYOUTS[layout]
         spec = QuantSpec(bits, group_size, in_features, out_features)
         generator = torch.Generator().manual_seed(bits)
@@ -100,23 +99,18 @@ def make_layer(device: torch.device) -> Callable[..., Layer]:
         g_idx = None
         if act_order:
             order = torch.randperm(in_features, generator=generator)
-            g_idx = (order // spec.group_size).int().to(device)
-        return Layer(
-            spec,
-            pack(codes, bits).to(device),
-            scales.half().float().to(device),
-            offsets.half().float().to(device),
-            g_idx,
-        )
+            g_idx = (order // spec.group_size).to(device)
+        grid = (values.half().float().to(device) for values in (scales, offsets))
+        return PackedWeight.from_codes(codes.t().to(device), *grid, g_idx, spec)
 
     return make
 
 
 @pytest.fixture
-def randn(device: torch.device) -> Callable[..., torch.Tensor]:
-    """Normal numbers, the same on every device for the same shape."""
+def randn(device):
+    """Draws normal numbers, the same on every device for the same shape."""
 
-    def draw(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> torch.Tensor:
+    def draw(*shape, dtype=torch.float32, scale=1.0):
         generator = torch.Generator().manual_seed(sum(shape))
         return (torch.randn(*shape, generator=generator) * scale).to(dtype).to(device)
 
@@ -124,10 +118,10 @@ def randn(device: torch.device) -> Callable[..., torch.Tensor]:
 
 
 @pytest.fixture
-def assert_as_good_as() -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]:
+def assert_as_good_as():
     """Liger-Kernel's rule: at most twice the error of plain PyTorch in the same dtype."""
 
-    def check(ours: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor) -> None:
+    def check(ours, plain, exact):
         assert exact.dtype == torch.float64
         assert ours.shape == exact.shape
         error = (ours.double() - exact).norm().item()

@@ -9,11 +9,10 @@ pytest.importorskip("triton", reason="triton is not installed")
 STEPS = 50
 
 
-def train(make_layer, randn) -> list[float]:
+def train(make_weight, randn):
     """Losses of 50 Adam steps on a random target: both modes, g_idx, a short last group."""
-    layer = make_layer(4, "act_order")
-    spec = layer.spec
-    device = layer.qweight.device
+    weight = make_weight(4, "act_order")
+    spec, device = weight.spec, weight.qweight.device
 
     def adapter(rank):
         a = randn(rank, spec.num_groups, scale=0.1).requires_grad_()
@@ -25,7 +24,7 @@ def train(make_layer, randn) -> list[float]:
     optimizer = torch.optim.Adam([zeros.a, zeros.b, scale.a, scale.b], lr=1e-2)
     losses = []
     for _ in range(STEPS):
-        y = folded_linear(x, *layer.tensors, None, spec=spec, zeros=zeros, scale=scale)
+        y = folded_linear(x, weight, None, zeros=zeros, scale=scale)
         loss = torch.nn.functional.mse_loss(y, target)
         optimizer.zero_grad()
         loss.backward()
@@ -34,11 +33,11 @@ def train(make_layer, randn) -> list[float]:
     return losses
 
 
-def test_both_backends_give_the_same_losses(make_layer, randn, monkeypatch):
+def test_both_backends_give_the_same_losses(make_weight, randn, monkeypatch):
     monkeypatch.setenv("QALORA_TUNING_CACHE", "off")
     monkeypatch.setenv("QALORA_BACKEND", "torch")
-    plain = train(make_layer, randn)
+    plain = train(make_weight, randn)
     monkeypatch.setenv("QALORA_BACKEND", "triton")
-    ours = train(make_layer, randn)
+    ours = train(make_weight, randn)
     assert plain[-1] < plain[0] / 2
     torch.testing.assert_close(torch.tensor(ours), torch.tensor(plain), rtol=1e-3, atol=0)

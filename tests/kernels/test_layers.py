@@ -1,21 +1,25 @@
 """The differentiable layers, forward and backward, against a dense float64 layer."""
 
+import dataclasses
+import itertools
+
 import pytest
 import torch
 
-from qalora_kernels import LowRank, fold, folded_linear, ops, quantized_linear, reference
+from qalora_kernels import LowRank, folded_linear, ops, quantized_linear, reference, round_minimum
 from qalora_kernels.groups import expand
 
 RANK, FACTOR = 4, 0.5
+MODES = ("zeros", "scales", "both")
 
 
-def low_rank(layer, randn, mode):
-    """(zeros, scale) of the mode, as dicts of fp32 leaves."""
-    spec = layer.spec
+def low_rank(weight, randn, mode):
+    """(zeros, scale) of the mode, of fp32 leaves."""
+    spec = weight.spec
 
-    def part(seed_rank):
-        a = randn(seed_rank, spec.num_groups, scale=0.1).requires_grad_()
-        b = randn(spec.out_features, seed_rank, scale=0.1).requires_grad_()
+    def part(rank):
+        a = randn(rank, spec.num_groups, scale=0.1).requires_grad_()
+        b = randn(spec.out_features, rank, scale=0.1).requires_grad_()
         return LowRank(a, b, FACTOR)
 
     return (
@@ -24,92 +28,119 @@ def low_rank(layer, randn, mode):
     )
 
 
-def dense(x, layer, zeros, scale, bias):
+def leaves_of(*parts):
+    return [t for part in parts if part for t in (part.a, part.b)]
+
+
+def as_double(part):
+    if part is None:
+        return None
+    return LowRank(part.a.detach().double(), part.b.detach().double(), FACTOR)
+
+
+def dense(x, weight, zeros, scale, bias):
     """The folded layer as dense algebra in the dtype of x: the weight that folding rounds to, and
     the adapter's change added to it with value zero, so that autograd differentiates the formula.
     """
-    spec, dtype = layer.spec, x.dtype
+    spec, dtype = weight.spec, x.dtype
+    compute = torch.promote_types(dtype, torch.float32)
 
     def change(part):
         if part is None:
             return 0.0
         delta = FACTOR * (part.a.to(dtype).t() @ part.b.to(dtype).t())
-        return expand(delta - delta.detach(), layer.g_idx, spec.group_size, spec.in_features)
+        return expand(delta - delta.detach(), weight.g_idx, spec.group_size, spec.in_features)
 
-    with torch.no_grad():
-        new = fold(
-            layer.scales,
-            layer.offsets,
-            zeros=None if zeros is None else zeros.delta(),
-            scale=None if scale is None else scale.delta(),
-        )
-    weight_t = type(layer)(spec, layer.qweight, *new, layer.g_idx).weight_t(dtype)
-    weight_t = weight_t + change(zeros) + change(scale) * layer.weight_t(dtype)
-    return reference.linear(x, weight_t, None if bias is None else bias.to(dtype))
+    base, folded = (
+        reference.dequantize(w, compute).to(dtype) for w in (weight, weight.fold(zeros, scale))
+    )
+    weight_t = folded + change(zeros) + change(scale) * base
+    y = x @ weight_t
+    return y if bias is None else y + bias.to(dtype)
 
 
 def gradients(output, dy, leaves):
     return torch.autograd.grad(output, leaves, dy.to(output.dtype))
 
 
-@pytest.mark.parametrize("mode", ["zeros", "scales", "both"])
-def test_folded_linear(backend, bits, dtype, mode, make_layer, randn, assert_as_good_as):
-    layout = {2: "short_last_group", 3: "group_across_words", 4: "act_order", 8: "one_group"}[bits]
-    layer = make_layer(bits, layout)
-    spec = layer.spec
-    zeros, scale = low_rank(layer, randn, mode)
-    x = randn(63, spec.in_features, dtype=dtype).requires_grad_()
-    dy = randn(63, spec.out_features, dtype=dtype)
-    bias = randn(spec.out_features, dtype=dtype).requires_grad_()
-    leaves = [x, bias] + [t for part in (zeros, scale) if part for t in (part.a, part.b)]
-    ours = folded_linear(x, *layer.tensors, bias, spec=spec, zeros=zeros, scale=scale)
-    plain = dense(x, layer, zeros, scale, bias)
-    exact = dense(x.double(), layer, zeros, scale, bias.double())
-    assert ours.dtype == dtype
-    assert_as_good_as(ours.detach(), plain.detach(), exact.detach())
+def test_folded_linear(case, make_weight, randn, assert_as_good_as):
+    bits, layout, dtype = case
+    weight = make_weight(bits, layout)
+    for mode in MODES:
+        zeros, scale = low_rank(weight, randn, mode)
+        x = randn(63, weight.spec.in_features, dtype=dtype).requires_grad_()
+        dy = randn(63, weight.spec.out_features, dtype=dtype)
+        bias = randn(weight.spec.out_features, dtype=dtype).requires_grad_()
+        ours = folded_linear(x, weight, bias, zeros=zeros, scale=scale)
+        plain = dense(x, weight, zeros, scale, bias)
+        exact = dense(x.double(), weight, zeros, scale, bias.double())
+        assert ours.dtype == dtype
+        assert_as_good_as(ours.detach(), plain.detach(), exact.detach())
 
-    # fp64 leaves of their own: the cast of a leaf would round the exact gradient
-    wide_zeros, wide_scale = (
-        None if p is None else LowRank(p.a.detach().double(), p.b.detach().double(), FACTOR)
-        for p in (zeros, scale)
-    )
-    wide = [x.detach().double(), bias.detach().double()]
-    wide += [t for part in (wide_zeros, wide_scale) if part for t in (part.a, part.b)]
-    for leaf in wide:
-        leaf.requires_grad_()
-    exact = dense(wide[0], layer, wide_zeros, wide_scale, wide[1])
-    for mine, other, truth in zip(
-        gradients(ours, dy, leaves),
-        gradients(plain, dy, leaves),
-        gradients(exact, dy, wide),
-        strict=True,
-    ):
-        assert_as_good_as(mine, other, truth)
+        # fp64 leaves of their own: the cast of a leaf would round the exact gradient
+        wide_parts = as_double(zeros), as_double(scale)
+        wide = [x.detach().double(), bias.detach().double(), *leaves_of(*wide_parts)]
+        for leaf in wide:
+            leaf.requires_grad_()
+        exact = dense(wide[0], weight, *wide_parts, wide[1])
+        leaves = [x, bias, *leaves_of(zeros, scale)]
+        for mine, other, truth in zip(
+            gradients(ours, dy, leaves),
+            gradients(plain, dy, leaves),
+            gradients(exact, dy, wide),
+            strict=True,
+        ):
+            assert_as_good_as(mine, other, truth)
 
 
-def test_a_merged_layer_gives_the_same_bits_as_the_folded_one(backend, bits, make_layer, randn):
-    layer = make_layer(bits)
-    zeros, scale = low_rank(layer, randn, "both")
-    x = randn(7, layer.spec.in_features, dtype=torch.float16)
-    folded = folded_linear(x, *layer.tensors, None, spec=layer.spec, zeros=zeros, scale=scale)
-    merged = fold(layer.scales, layer.offsets, zeros=zeros.delta(), scale=scale.delta())
-    plain = quantized_linear(
-        x, layer.qweight, *(t.detach() for t in merged), layer.g_idx, None, spec=layer.spec
-    )
-    assert torch.equal(folded, plain)
+def at_minimum(weight):
+    """The weight on the grid of minima."""
+    spec = dataclasses.replace(weight.spec, offsets_dtype=torch.float32, offsets_at="minimum")
+    offsets = round_minimum(weight.offsets, weight.scales, spec.mid, torch.float16)
+    return dataclasses.replace(weight, spec=spec, offsets=offsets)
 
 
-def test_quantized_linear_gradients(backend, make_layer, randn, assert_as_good_as):
-    layer = make_layer(4)
-    spec = layer.spec
+def test_a_merged_layer_gives_the_same_bits_as_the_folded_one(backend, layouts, make_weight, randn):
+    for (bits, layout), mode in zip(layouts, itertools.cycle(MODES), strict=False):
+        middle = make_weight(bits, layout)
+        for weight in (middle, at_minimum(middle)):
+            x = randn(7, weight.spec.in_features, dtype=torch.float16)
+            zeros, scale = low_rank(weight, randn, mode)
+            folded = folded_linear(x, weight, None, zeros=zeros, scale=scale)
+            merged = weight.fold(zeros, scale)
+            assert torch.equal(folded, quantized_linear(x, merged, None)), (weight.spec, mode)
+            with torch.no_grad():  # evaluation takes another way
+                again = folded_linear(x, weight, None, zeros=zeros, scale=scale)
+                assert torch.equal(folded, again)
+                assert torch.equal(folded, quantized_linear(x, merged, None))
+
+
+def test_gradients_of_minima_are_those_of_offsets_in_the_middle(backend, make_weight, randn):
+    """Rounding is passed straight through, whichever weight is rounded."""
+    weight = at_minimum(make_weight(3))
+    x, dy = randn(7, weight.spec.in_features), randn(7, weight.spec.out_features)
+    middle = dataclasses.replace(weight.spec, offsets_at="middle")
+    found = []
+    for spec in (weight.spec, middle):
+        zeros, scale = low_rank(weight, randn, "both")
+        same = dataclasses.replace(weight, spec=spec)
+        y = folded_linear(x, same, None, zeros=zeros, scale=scale)
+        found.append(gradients(y, dy, leaves_of(zeros, scale)))
+    for ours, theirs in zip(*found, strict=True):
+        assert ours.any() and torch.equal(ours, theirs)
+
+
+def test_quantized_linear_gradients(backend, make_weight, randn, assert_as_good_as):
+    weight = make_weight(4)
+    spec = weight.spec
     x = randn(2, 3, spec.in_features, dtype=torch.float16).requires_grad_()
     bias = randn(spec.out_features, dtype=torch.float16).requires_grad_()
     dy = randn(2, 3, spec.out_features, dtype=torch.float16)
-    ours = quantized_linear(x, *layer.tensors, bias, spec=spec)
+    ours = quantized_linear(x, weight, bias)
     assert ours.shape == (2, 3, spec.out_features)
     wide, wide_bias = (t.detach().double().requires_grad_() for t in (x, bias))
-    exact = reference.linear(wide, layer.weight_t(torch.float64), wide_bias)
-    plain = reference.linear(x, layer.weight_t(torch.float16), bias)
+    exact = wide @ reference.dequantize(weight, torch.float64) + wide_bias
+    plain = x @ reference.dequantize(weight, torch.float32).half() + bias
     for mine, other, truth in zip(
         gradients(ours, dy, (x, bias)),
         gradients(plain, dy, (x, bias)),
@@ -119,53 +150,82 @@ def test_quantized_linear_gradients(backend, make_layer, randn, assert_as_good_a
         assert_as_good_as(mine, other, truth)
 
 
-@pytest.mark.parametrize("mode", ["zeros", "both"])
-def test_compiles_without_graph_breaks(backend, mode, make_layer, randn):
-    layer = make_layer(4, "act_order")
-    spec = layer.spec
-    zeros, scale = low_rank(layer, randn, mode)
-    x = randn(7, spec.in_features).requires_grad_()
+def test_only_what_asks_for_a_gradient_costs_one(make_weight, randn, monkeypatch):
+    """Without gradients for A and B nothing is pooled, and nothing kept of x."""
+    weight = make_weight(4)
+    zeros, scale = low_rank(weight, randn, "both")
+    frozen = [dataclasses.replace(p, a=p.a.detach(), b=p.b.detach()) for p in (zeros, scale)]
+    x = randn(7, weight.spec.in_features).requires_grad_()
+    expected = folded_linear(x, weight, None, zeros=zeros, scale=scale)
+    monkeypatch.setattr(ops, "pool", lambda *_: pytest.fail("pooled"))
+    saved = []
+    with torch.no_grad():
+        assert torch.equal(expected, folded_linear(x, weight, None, zeros=zeros, scale=scale))
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = folded_linear(x, weight, None, zeros=frozen[0], scale=frozen[1])
+    assert torch.equal(y, expected)
+    assert all(t.data_ptr() != x.data_ptr() for t in saved)
+    ones = torch.ones_like(y)
+    assert torch.equal(gradients(y, ones, [x])[0], gradients(expected, ones, [x])[0])
 
-    def step(x):
-        y = folded_linear(x, *layer.tensors, None, spec=spec, zeros=zeros, scale=scale)
-        return y.square().sum()
 
-    expected = gradients(step(x), torch.ones((), device=x.device), (x, zeros.a, zeros.b))
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    found = gradients(compiled(x), torch.ones((), device=x.device), (x, zeros.a, zeros.b))
-    for mine, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(mine, other)
+def test_compiles_without_graph_breaks(backend, make_weight, randn):
+    weight = make_weight(4, "act_order")
+    for mode in ("none", "both"):
+        zeros, scale = low_rank(weight, randn, mode)
+        x = randn(7, weight.spec.in_features).requires_grad_()
+        leaves = [x, *leaves_of(zeros, scale)]
+
+        def step(x, zeros=zeros, scale=scale):
+            return folded_linear(x, weight, None, zeros=zeros, scale=scale).square().sum()
+
+        one = torch.ones((), device=x.device)
+        compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x), step(x))
+        expected, found = gradients(step(x), one, leaves), gradients(compiled(x), one, leaves)
+        for mine, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(mine, other)
 
 
-def test_operators_declare_what_they_return(backend, make_layer, randn):
-    layer = make_layer(4, "act_order")
-    spec = layer.spec
+def test_operators_declare_what_they_return(backend, make_weight, randn):
+    weight = make_weight(4, "act_order")
+    spec, flat = weight.spec, weight.flat
     x, dy = randn(7, spec.in_features), randn(7, spec.out_features)
-    size, k = spec.group_size, spec.in_features
-    tests = ("test_schema", "test_faketensor")
     samples = {
-        ops.dequantize: (*layer.tensors, 4, size, k, torch.float16),
-        ops.pool: (x, layer.g_idx, size),
-        ops.linear: (x, *layer.tensors, None, 4, size),
-        ops.grad_input: (dy, *layer.tensors, 4, size, k),
-        ops.pooled_grad: (dy, randn(7, spec.num_groups)),
-        ops.weighted_group_grad: (dy, x, *layer.tensors, 4, size),
+        "dequantize": (*flat, torch.float16),
+        "pool": (x, weight.g_idx, spec.group_size),
+        "linear": (x, *flat, None),
+        "grad_input": (dy, *flat),
+        "pooled_grad": (dy, randn(7, spec.num_groups)),
+        "weighted_group_grad": (dy, x, *flat),
     }
-    for op, arguments in samples.items():
-        torch.library.opcheck(op, arguments, test_utils=tests)
+    for name, arguments in samples.items():
+        operator = getattr(torch.ops.qalora, name).default
+        torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_activation_checkpointing(backend, reentrant, make_layer, randn):
-    layer = make_layer(4)
-    zeros, _ = low_rank(layer, randn, "zeros")
-    x = randn(7, layer.spec.in_features).requires_grad_()
+def test_activation_checkpointing(backend, make_weight, randn):
+    weight = make_weight(4)
+    dy = randn(7, weight.spec.out_features)
+    for reentrant in (False, True):
+        zeros, scale = low_rank(weight, randn, "both")
+        x = randn(7, weight.spec.in_features).requires_grad_()
+        leaves = [x, *leaves_of(zeros, scale)]
 
-    def run(x):
-        return folded_linear(x, *layer.tensors, None, spec=layer.spec, zeros=zeros)
+        def run(x, zeros=zeros, scale=scale):
+            return folded_linear(x, weight, None, zeros=zeros, scale=scale)
 
-    dy = torch.ones(7, layer.spec.out_features, device=x.device)
-    expected = gradients(run(x), dy, (x, zeros.a, zeros.b))
-    torch.utils.checkpoint.checkpoint(run, x, use_reentrant=reentrant).backward(dy)
-    for leaf, other in zip((x, zeros.a, zeros.b), expected, strict=True):
-        torch.testing.assert_close(leaf.grad, other)
+        expected = gradients(run(x), dy, leaves)
+        torch.utils.checkpoint.checkpoint(run, x, use_reentrant=reentrant).backward(dy)
+        for leaf, other in zip(leaves, expected, strict=True):
+            torch.testing.assert_close(leaf.grad, other)
+
+
+def test_a_change_in_place_between_forward_and_backward_is_refused(make_weight, randn):
+    weight = make_weight(4)
+    x = randn(7, weight.spec.in_features).requires_grad_()
+    y = quantized_linear(x, weight, None)
+    weight.offsets.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()

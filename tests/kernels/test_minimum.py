@@ -1,102 +1,37 @@
 """`offsets_at` "minimum": the weight at code 0 is the number that fp16 holds."""
 
-import dataclasses
-
 import pytest
 import torch
 
 from qalora_kernels import (
     LowRank,
+    PackedWeight,
     QuantSpec,
-    fold,
-    folded_linear,
     load_offsets,
-    quantized_linear,
     round_minimum,
     store_offsets,
 )
 
-MODES = ("zeros", "scales", "both")
 
-
-def at_minimum(layer):
-    """The layer on the grid of minima."""
-    spec = dataclasses.replace(layer.spec, offsets_dtype=torch.float32, offsets_at="minimum")
-    offsets = round_minimum(layer.offsets, layer.scales, spec.mid, torch.float16)
-    return dataclasses.replace(layer, spec=spec, offsets=offsets)
-
-
-def changes(spec, randn, mode):
-    """(zeros, scale) as leaves that ask for gradients."""
-
-    def part(rank):
-        a = randn(rank, spec.num_groups, scale=0.1).requires_grad_()
-        b = randn(spec.out_features, rank, scale=0.1).requires_grad_()
-        return LowRank(a, b, 0.5)
-
-    return (
-        part(4) if mode in ("zeros", "both") else None,
-        part(5) if mode in ("scales", "both") else None,
-    )
-
-
-def delta(part):
-    return None if part is None else part.delta()
-
-
-def fold_layer(layer, zeros, scale):
-    spec = layer.spec
-    return fold(
-        layer.scales,
-        layer.offsets,
-        zeros=delta(zeros),
-        scale=delta(scale),
-        offsets_dtype=spec.offsets_dtype,
-        minimum_below=spec.minimum_below,
-    )
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_folding_rounds_the_minimum_once(bits, mode, make_layer, randn):
-    layer = at_minimum(make_layer(bits))
-    zeros, scale = changes(layer.spec, randn, mode)
-    scales, offsets = fold_layer(layer, zeros, scale)
-    wanted_scales, wanted = layer.scales.double(), layer.offsets.double()
-    if scale is not None:
-        zero_point = wanted / wanted_scales
-        wanted_scales = (wanted_scales * (1 + scale.delta())).half().double()
-        wanted = wanted_scales * zero_point
-    if zeros is not None:
-        wanted = wanted + zeros.delta()
-    minima = (wanted - layer.spec.mid * wanted_scales).half()
-    assert torch.equal(scales.double(), wanted_scales)
-    assert torch.equal(offsets.double(), minima.double() + layer.spec.mid * wanted_scales)
-    assert not torch.equal(offsets, layer.offsets)
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_merged_equals_unmerged(backend, bits, mode, make_layer, randn):
-    layer = at_minimum(make_layer(bits))
-    zeros, scale = changes(layer.spec, randn, mode)
-    x = randn(7, layer.spec.in_features)
-    folded = folded_linear(x, *layer.tensors, None, spec=layer.spec, zeros=zeros, scale=scale)
-    new = fold_layer(layer, zeros, scale)
-    merged = quantized_linear(x, layer.qweight, *new, layer.g_idx, None, spec=layer.spec)
-    assert torch.equal(folded, merged)
-
-
-def test_gradients_are_those_of_offsets_in_the_middle(backend, bits, make_layer, randn):
-    """Rounding is passed straight through, whichever weight is rounded."""
-    layer = at_minimum(make_layer(bits))
-    x, dy = randn(7, layer.spec.in_features), randn(7, layer.spec.out_features)
-    middle = dataclasses.replace(layer.spec, offsets_at="middle")
-    found = []
-    for spec in (layer.spec, middle):
-        zeros, scale = changes(spec, randn, "both")
-        y = folded_linear(x, *layer.tensors, None, spec=spec, zeros=zeros, scale=scale)
-        found.append(torch.autograd.grad(y, (zeros.a, zeros.b, scale.a, scale.b), dy))
-    for ours, theirs in zip(*found, strict=True):
-        assert ours.any() and torch.equal(ours, theirs)
+def test_folding_rounds_the_minimum_once(bits, randn):
+    spec = QuantSpec(bits, 32, 172, 37, offsets_dtype=torch.float32, offsets_at="minimum")
+    scales = (randn(6, 37).abs() * 0.1 / (1 << bits) + 0.01).half().float()
+    offsets = round_minimum(randn(6, 37, scale=0.05), scales, spec.mid, torch.float16)
+    weight = PackedWeight(torch.empty(0), scales, offsets, None, spec)
+    part = LowRank(randn(4, 6, scale=0.1), randn(37, 4, scale=0.1), 0.5)
+    for zeros, scale in ((part, None), (None, part), (part, part)):
+        folded = weight.fold(zeros, scale)
+        wanted_scales, wanted = scales.double(), offsets.double()
+        if scale is not None:
+            zero_point = wanted / wanted_scales
+            wanted_scales = (wanted_scales * (1 + scale.delta())).half().double()
+            wanted = wanted_scales * zero_point
+        if zeros is not None:
+            wanted = wanted + zeros.delta()
+        minima = (wanted - spec.mid * wanted_scales).half()
+        assert torch.equal(folded.scales.double(), wanted_scales)
+        assert torch.equal(folded.offsets.double(), minima.double() + spec.mid * wanted_scales)
+        assert not torch.equal(folded.offsets, offsets)
 
 
 def any_grid(seed):
@@ -167,17 +102,9 @@ def test_minima_from_elsewhere_lose_only_what_fp32_drops_and_only_once(bits):
     assert_same_bits(store_offsets(again, scales.half(), spec), stored)
 
 
-def test_offsets_in_the_middle_are_stored_as_they_are(bits):
-    spec = grid_spec(bits, "middle")
-    scales, offsets = any_grid(bits)
+def test_offsets_in_the_middle_are_stored_as_they_are():
+    spec = grid_spec(4, "middle")
+    scales, offsets = any_grid(4)
     stored = store_offsets(offsets, scales, spec)
     assert_same_bits(stored, offsets.half())
     assert load_offsets(stored, scales, spec) is stored
-
-
-def test_specs_that_cannot_be():
-    with pytest.raises(ValueError, match="offsets_at must be one of"):
-        QuantSpec(4, 32, 64, 64, offsets_at="zero")
-    with pytest.raises(ValueError, match="needs offsets_dtype float32"):
-        QuantSpec(4, 32, 64, 64, offsets_at="minimum")
-    assert QuantSpec(4, 32, 64, 64).minimum_below is None

@@ -9,7 +9,8 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from qalora_kernels.triton import matmul, tuning
+from qalora_kernels import reference
+from qalora_kernels.backends.triton import matmul, tuning
 
 FUSED = tuning.Plan(fused=True, block_m=16, block_out=32, block_in=16, splits=1)
 
@@ -28,10 +29,10 @@ def run_with(monkeypatch):
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("bits", [3, 4])
 def test_fused_and_library_products_differ_by_summation_only(
-    splits, bits, make_layer, randn, run_with
+    splits, bits, make_weight, randn, run_with
 ):
-    layer = make_layer(bits, out_features=41)
-    spec = layer.spec
+    weight = make_weight(bits, out_features=41)
+    spec = weight.spec
     plan = replace(FUSED, splits=splits)
     half = torch.float16
     # 37 rows are three blocks, the last one short; one row is the vector kernel
@@ -39,26 +40,25 @@ def test_fused_and_library_products_differ_by_summation_only(
         x, dy = randn(m, spec.in_features, dtype=half), randn(m, spec.out_features, dtype=half)
         bias = randn(spec.out_features, dtype=half)
         plan = replace(plan, block_m=block_m)
-        linear = (matmul.linear, x, *layer.tensors, bias, spec)
+        linear = (matmul.linear, x, weight, bias)
         torch.testing.assert_close(
             run_with(plan, *linear), run_with(tuning.LIBRARY, *linear), rtol=2e-3, atol=2e-3
         )
         plan = replace(plan, block_m=16)
-        grad_input = (matmul.grad_input, dy, *layer.tensors, spec)
+        grad_input = (matmul.grad_input, dy, weight)
         torch.testing.assert_close(
             run_with(plan, *grad_input), run_with(tuning.LIBRARY, *grad_input), rtol=2e-3, atol=2e-3
         )
 
 
-def test_the_fused_product_rounds_the_weight_to_the_dtype_of_x(make_layer, run_with):
-    layer = make_layer(4)
-    k = layer.spec.in_features
-    one_hot = torch.eye(k, dtype=torch.float16, device=layer.qweight.device)[:3]
+def test_the_fused_product_rounds_the_weight_to_the_dtype_of_x(make_weight, run_with):
+    weight = make_weight(4)
+    k = weight.spec.in_features
+    one_hot = torch.eye(k, dtype=torch.float16, device=weight.qweight.device)[:3]
     for block_m, rows in ((16, one_hot), (1, one_hot[:1])):
-        out = run_with(
-            replace(FUSED, block_m=block_m), matmul.linear, rows, *layer.tensors, None, layer.spec
-        )
-        assert torch.equal(out, layer.weight_t(torch.float16)[: len(rows)])
+        out = run_with(replace(FUSED, block_m=block_m), matmul.linear, rows, weight, None)
+        dense = reference.dequantize(weight, torch.float32).half()
+        assert torch.equal(out, dense[: len(rows)])
 
 
 @pytest.fixture
@@ -75,55 +75,66 @@ def gpu(monkeypatch, tmp_path):
     tuning.untuned.cache_clear()
 
 
-def ask(layer, m, dtype=torch.bfloat16):
+def ask(weight, m, dtype=torch.bfloat16):
     rows = SimpleNamespace(shape=(m, 172), device=torch.device("cuda", 0), dtype=dtype)
-    return tuning.plan("linear", rows, layer.spec, False, lambda plan: None)
+    return tuning.plan("linear", rows, weight, lambda plan: None)
 
 
-def test_many_rows_never_look_up(gpu, make_layer):
-    assert ask(make_layer(4), tuning.BUCKETS[-1] + 1) == tuning.LIBRARY
+def test_many_rows_never_look_up(gpu, make_weight):
+    assert ask(make_weight(4), tuning.BUCKETS[-1] + 1) == tuning.LIBRARY
     assert not gpu.exists()
 
 
-def test_a_first_call_is_measured_once_and_remembered(gpu, make_layer, monkeypatch):
+def test_a_first_call_is_measured_once_and_remembered(gpu, make_weight, monkeypatch):
     measured = replace(FUSED, num_warps=8)
     calls = []
     monkeypatch.setattr(tuning, "_measure", lambda *_: calls.append(1) or measured)
-    layer = make_layer(4)
-    assert ask(layer, 5) == measured
-    assert ask(layer, 16) == measured  # the same bucket
+    weight = make_weight(4)
+    assert ask(weight, 5) == measured
+    assert ask(weight, 16) == measured  # the same bucket
     assert len(calls) == 1
     written = json.loads(gpu.read_text())["tuned"]
     assert list(written) == ["Some GPU"]
     assert list(written["Some GPU"]) == [
         "linear bfloat16 bits=4 group_size=32 N=37 K=172 M<=16",
     ]
-    ask(layer, 17)  # another bucket joins the file
+    ask(weight, 17)  # another bucket joins the file
     assert len(calls) == 2
     monkeypatch.setattr(tuning, "_plans", {})  # a new process
-    assert ask(layer, 3) == measured
+    assert ask(weight, 3) == measured
     assert len(calls) == 2
     assert [file.name for file in gpu.parent.iterdir()] == ["tuning.json"]
 
 
-def test_nothing_is_measured_in_a_graph_capture_or_when_off(gpu, make_layer, monkeypatch):
-    layer = make_layer(4)
+def test_nothing_is_measured_in_a_graph_capture_or_when_off(gpu, make_weight, monkeypatch):
+    weight = make_weight(4)
     default = tuning.Plan(**tuning._shipped()["untuned_defaults"]["9"]["linear"]["16"])
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert ask(layer, 16) == default
+    assert ask(weight, 16) == default
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setenv("QALORA_TUNING_CACHE", "off")
-    assert ask(layer, 16) == default
+    assert ask(weight, 16) == default
     assert not gpu.exists()
 
 
-def test_a_broken_cache_file_is_ignored_with_a_warning(gpu, make_layer, monkeypatch, caplog):
+def test_a_broken_cache_file_is_ignored_with_a_warning(gpu, make_weight, monkeypatch, caplog):
     monkeypatch.setattr(tuning, "_measure", lambda *_: FUSED)
     gpu.parent.mkdir()
     gpu.write_text("{")
-    assert ask(make_layer(4), 1) == FUSED
+    assert ask(make_weight(4), 1) == FUSED
     assert "ignoring the tuning cache" in caplog.text
     assert json.loads(gpu.read_text())["tuned"]["Some GPU"]
+
+
+def test_without_a_home_directory_nothing_is_tuned(gpu, make_weight, monkeypatch):
+    def no_home(*parts):
+        raise OSError("no home directory is known")
+
+    monkeypatch.delenv("QALORA_TUNING_CACHE")
+    monkeypatch.setattr(tuning.cache, "path", no_home)
+    with pytest.warns(RuntimeWarning, match="kernels are not tuned: no home directory"):
+        plan = ask(make_weight(4), 16)
+    assert plan == tuning.Plan(**tuning._shipped()["untuned_defaults"]["9"]["linear"]["16"])
 
 
 def test_every_shipped_plan_can_be_read():

@@ -1,5 +1,6 @@
 """Conventions and pooling groups against the code that they come from."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from peft.tuners.lora.variants import QALoraLinearVariant
 from torch import nn
 
-from qalora_kernels import LowRank, QuantSpec, fold, pack, reference
+from qalora_kernels import LowRank, PackedWeight, QuantSpec, reference
 from qalora_plugin.errors import AdapterError
 from qalora_plugin.merge.conventions import convention_factor, pool_size_of, regroup
 from qalora_plugin.verify.additive import pooled
@@ -66,22 +67,20 @@ def test_merged_layer_equals_the_code_that_trained_it(
 ) -> None:
     gen = torch.Generator().manual_seed(0)
     spec = QuantSpec(4, group, k, N, torch.float64, torch.float64)
-    qweight = pack(torch.randint(16, (k, N), generator=gen), 4)
+    codes = torch.randint(16, (k, N), generator=gen)
     scales, offsets = torch.rand(2, spec.num_groups, N, generator=gen, dtype=torch.float64)
+    base = PackedWeight.from_codes(codes.t(), scales, offsets, None, spec)
     a, b = _matrices(k // pool)
     x = torch.randn(5, k, generator=gen, dtype=torch.float64)
 
     plan = regroup("layer", spec, None, pool)
     factor = SCALING * convention_factor(convention, pool, k)
-    merged = fold(
-        plan.split(scales),
-        plan.split(offsets),
-        zeros=LowRank(plan.spread(a), b, factor).delta(),
-        offsets_dtype=torch.float64,
-        scales_dtype=torch.float64,
-    )
-    merged_y = x @ reference.dequantize(qweight, *merged, None, 4, plan.group_size, k)
-    base_y = x @ reference.dequantize(qweight, scales, offsets, None, 4, group, k)
+    split = replace(spec, group_size=plan.group_size)
+    grid = (plan.split(scales), plan.split(offsets))
+    merged = PackedWeight(base.qweight, *grid, None, split)
+    merged = merged.fold(LowRank(plan.spread(a), b, factor), None)
+    merged_y = x @ reference.dequantize(merged, torch.float64)
+    base_y = x @ reference.dequantize(base, torch.float64)
     wanted = base_y + CODE[convention](x, a, b, pool)
     assert (merged_y - wanted).abs().max() <= 1e-12 * wanted.abs().max()
 

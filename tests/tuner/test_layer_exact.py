@@ -74,20 +74,12 @@ def _check_paths(make_adapted, in_features, **layer):
 def test_folded_is_the_dense_formula(make_adapted):
     """One check against the reference that shares no code with the layer."""
     adapted = make_adapted({"r": 4, "lora_alpha": 6}, act_order=True, grid=torch.float64)
-    base, spec = adapted.base_layer, adapted.base_layer.spec
+    base = adapted.base_layer
     x = torch.randn(5, 172, dtype=torch.float64)
-    weight_t = reference.dequantize(
-        base.qweight, base.scales, base.offsets, base.g_idx, spec.bits, spec.group_size, 172
-    )
-    wanted = reference.linear(
-        x,
-        weight_t,
-        base.bias,
-        reference.pool(x, base.g_idx, spec.group_size),
-        adapted.qalora_A["default"].weight.double(),
-        adapted.qalora_B["default"].weight.double(),
-        factor=6 / 4,
-    )
+    a, b = (adapted.get_submodule(f"qalora_{name}.default").weight.double() for name in "AB")
+    pooled = reference.pool(x, base.g_idx, base.spec.group_size)
+    wanted = x @ reference.dequantize(base.packed, torch.float64) + base.bias
+    wanted += 6 / 4 * (pooled @ a.t() @ b.t())
     assert _relative(adapted(x), wanted) < 1e-12
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qalora_kernels import reference
+from qalora_kernels import PackedWeight, reference
 from qalora_plugin import QALoRAConfig
 
 SHAPES = [
@@ -16,7 +16,7 @@ SHAPES = [
 
 def _dense(adapted, x):
     """The formula of the folded layer in plain autograd."""
-    base, spec = adapted.base_layer, adapted.base_layer.spec
+    base = adapted.base_layer
     scales, offsets = base.scales, base.offsets
     change = {name: weight for name, weight in adapted.matrices("default")}
     factor = adapted.scaling["default"]
@@ -26,10 +26,8 @@ def _dense(adapted, x):
         offsets = scales * (offsets / base.scales)
     if "qalora_A" in change:
         offsets = offsets + factor * change["qalora_A"].t() @ change["qalora_B"].t()
-    weight_t = reference.dequantize(
-        base.qweight, scales, offsets, base.g_idx, spec.bits, spec.group_size, spec.in_features
-    )
-    return reference.linear(x, weight_t, base.bias)
+    changed = PackedWeight(base.qweight, scales, offsets, base.g_idx, base.spec)
+    return x @ reference.dequantize(changed, scales.dtype) + base.bias
 
 
 def _gradients(function, adapted, x, dy):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from triton.runtime.jit import JITFunction
 
-from ..checks import capturing
+from ...checks import capturing
 
 _lock = threading.Lock()
 _workspaces: dict[tuple[torch.device, int], torch.Tensor] = {}

@@ -43,21 +43,15 @@ typedef struct {
     }
 
 /* The first `count` lanes, the rest zero; with a constant LANES one instruction. */
-INLINE vf load_f(const float *p, int64_t count) {
-    vf v = {0};
-    memcpy(&v, p, (count < LANES ? count : LANES) * sizeof(float));
-    return v;
-}
-INLINE vu load_u(const int32_t *p, int64_t count) {
-    vu v = {0};
-    memcpy(&v, p, (count < LANES ? count : LANES) * sizeof(int32_t));
-    return v;
-}
-INLINE vh load_h(const uint16_t *p, int64_t count) {
-    vh v = {0};
-    memcpy(&v, p, (count < LANES ? count : LANES) * sizeof(uint16_t));
-    return v;
-}
+#define LOAD(name, vector, type)                                                                   \
+    INLINE vector name(const type *p, int64_t count) {                                             \
+        vector v = {0};                                                                            \
+        memcpy(&v, p, (count < LANES ? count : LANES) * sizeof(type));                             \
+        return v;                                                                                  \
+    }
+LOAD(load_f, vf, float)
+LOAD(load_u, vu, int32_t)
+LOAD(load_h, vh, uint16_t)
 INLINE void store_f(float *p, vf v, int64_t count) {
     memcpy(p, &v, (count < LANES ? count : LANES) * sizeof(float));
 }

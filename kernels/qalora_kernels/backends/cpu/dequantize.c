@@ -3,22 +3,6 @@
  * as the plain PyTorch code does, so that both give the same bits. */
 #include "layer.h"
 
-/* W of input i of a stream, LANES columns; `at`: where their scales and offsets are */
-INLINE vf weight(const Layer *l, const int32_t *words, int64_t at, int64_t i, const int bits,
-                 int64_t count) {
-    const vf scale = load_grid(l->scales, l->scales_fp16, at, count);
-    const vf offset = load_grid(l->offsets, l->offsets_fp16, at, count);
-    return centred_code(words, l->out_features, i, bits, count) * scale + offset;
-}
-
-/* `body` for each LANES columns of [from, to), with the number of them as a constant but at the end */
-#define FOR_COLUMNS(c, from, to, body)                                                             \
-    {                                                                                              \
-        int64_t c = from;                                                                          \
-        for (; c + LANES <= to; c += LANES) { const int64_t count = LANES; body }                  \
-        if (c < to) { const int64_t count = to - c; body }                                         \
-    }
-
 /* ---- out [K, N] = W^T, fp32 or bf16 */
 
 /* Inputs [i, end) of one stream, all of one group; `vectors` vectors of columns, the last `count`
@@ -75,18 +59,24 @@ void qalora_dequantize(const Layer *l, void *out, int as_bf16, int threads) {
 }
 
 /* ---- out [G, N] = sums over each group of (x^T dy) [K, N] * W^T; out comes zeroed */
+INLINE void group_grad_lanes(const Layer *l, const int bits, const int is_bf16, const void *product,
+                             float *out, int64_t k, int64_t c, int64_t count) {
+    const int64_t n = l->out_features, at = group_of(l, k) * n + c;
+    const vf scale = load_grid(l->scales, l->scales_fp16, at, count);
+    const vf offset = load_grid(l->offsets, l->offsets_fp16, at, count);
+    const int32_t *words = l->qweight + k / STREAM * bits * n + c;
+    const vf w = centred_code(words, n, k % STREAM, bits, count) * scale + offset;
+    const vf p = load_x(product, is_bf16, k * n + c, count);
+    store_f(out + at, load_f(out + at, count) + w * p, count);
+}
+
 INLINE void group_grad_block(const Layer *l, const int bits, const int is_bf16,
                              const void *product, float *out, int64_t from, int64_t to) {
-    const int64_t n = l->out_features;
     for (int64_t k = 0; k < l->in_features; k++) {
-        const int32_t *words = l->qweight + k / STREAM * bits * n;
-        const int64_t group = group_of(l, k) * n;
-        FOR_COLUMNS(c, from, to, {
-            const int64_t at = group + c;
-            const vf w = weight(l, words + c, at, k % STREAM, bits, count);
-            const vf p = load_x(product, is_bf16, k * n + c, count);
-            store_f(out + at, load_f(out + at, count) + w * p, count);
-        })
+        int64_t c = from;
+        for (; c + LANES <= to; c += LANES)
+            group_grad_lanes(l, bits, is_bf16, product, out, k, c, LANES);
+        if (c < to) group_grad_lanes(l, bits, is_bf16, product, out, k, c, to - c);
     }
 }
 

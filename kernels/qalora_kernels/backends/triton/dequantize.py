@@ -18,14 +18,14 @@ import torch
 import triton
 import triton.language as tl
 
-from ..spec import QuantSpec
+from ...packed import PackedWeight
 from .launch import launch
 from .tuning import untuned
 
 
 @triton.jit
 def centred(field, SHIFT: tl.constexpr, BITS: tl.constexpr, zero=0):
-    """Bits [SHIFT, SHIFT + BITS) of uint32 words, all others zero -> code - mid in fp32.
+    """Return code - mid in fp32 of bits [SHIFT, SHIFT + BITS) of uint32 words, all others zero.
 
     With the exponent of 2^(23 - SHIFT) put above it, the word *is* the float 2^(23 - SHIFT) + code:
     one logical operation and one exact subtraction, where shifting and converting cost four. That
@@ -38,7 +38,7 @@ def centred(field, SHIFT: tl.constexpr, BITS: tl.constexpr, zero=0):
 
 @triton.jit
 def load_unit(qweight, unit, n, mask, N, BITS: tl.constexpr):
-    """Words of each unit as uint32: one word, or three for 3 bits."""
+    """Load the words of each unit as uint32: one word, or three for 3 bits."""
     if BITS == 3:
         at = qweight + unit.to(tl.int64) * 3 * N + n
         w0 = tl.load(at, mask, other=0, eviction_policy="evict_first")
@@ -55,8 +55,11 @@ def load_unit(qweight, unit, n, mask, N, BITS: tl.constexpr):
 
 
 @triton.jit
-def plane(w0, w1, w2, j: tl.constexpr, BITS: tl.constexpr, zero=0):
-    """code - mid of value j of each unit, fp32; `zero` as in `centred`."""
+def plane(words, j: tl.constexpr, BITS: tl.constexpr, zero=0):
+    """Return code - mid of value j of each unit, fp32; `words` and `zero` as in `load_unit` and
+    `centred`.
+    """
+    w0, w1, w2 = words
     shift: tl.constexpr = j * BITS % 32
     mask: tl.constexpr = (1 << BITS) - 1
     if j * BITS < 32:
@@ -78,10 +81,12 @@ def plane(w0, w1, w2, j: tl.constexpr, BITS: tl.constexpr, zero=0):
 
 
 @triton.jit
-def load_grid(
-    scales, offsets, g_idx, k, n, N, K, GROUP_SIZE: tl.constexpr, ACT_ORDER: tl.constexpr
-):
-    """Scale and offset of each (k, n) in fp32; 0 outside [K, N]."""
+def load_grid(grid, k, n, N, K, GROUP_SIZE: tl.constexpr, ACT_ORDER: tl.constexpr):
+    """Load scale and offset of each (k, n) in fp32; 0 outside [K, N].
+
+    `grid` is (scales, offsets, g_idx).
+    """
+    scales, offsets, g_idx = grid
     if ACT_ORDER:
         group = tl.load(g_idx + k, k < K, other=0)
     else:
@@ -95,20 +100,12 @@ def load_grid(
 
 @triton.jit
 def weight_tile(
-    qweight,
-    scales,
-    offsets,
-    g_idx,
-    k,
-    n,
-    N,
-    K,
-    BITS: tl.constexpr,
-    GROUP_SIZE: tl.constexpr,
-    ACT_ORDER: tl.constexpr,
+    qweight, grid, k, n, N, K, BITS: tl.constexpr, GROUP_SIZE: tl.constexpr, ACT_ORDER: tl.constexpr
 ):
-    """W at any k and n that broadcast against each other, fp32, 0 outside [K, N]. Words are read
-    once a value (from the L1 cache, mostly): for tiles whose order the caller needs."""
+    """Load W at any k and n that broadcast against each other, fp32, 0 outside [K, N].
+
+    Words are read once a value (from the L1 cache, mostly): for tiles whose order the caller needs.
+    """
     mask = (k < K) & (n < N)
     shift = k * BITS % 32
     at = qweight + (k * BITS // 32).to(tl.int64) * N + n
@@ -116,7 +113,7 @@ def weight_tile(
     if BITS == 3:
         after = tl.load(at + N, mask & (shift > 29), other=0).to(tl.uint32, bitcast=True)
         code |= after << ((32 - shift) % 32).to(tl.uint32)
-    scale, offset = load_grid(scales, offsets, g_idx, k, n, N, K, GROUP_SIZE, ACT_ORDER)
+    scale, offset = load_grid(grid, k, n, N, K, GROUP_SIZE, ACT_ORDER)
     weight = centred(code & ((1 << BITS) - 1), 0, BITS) * scale + offset
     return tl.where(mask, weight, 0.0)
 
@@ -143,63 +140,52 @@ def _dequantize_kernel(
     n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
     first = unit * VALUES
     mask = (first < K) & (n < N)
-    w0, w1, w2 = load_unit(qweight, unit, n, mask, N, BITS)
+    words = load_unit(qweight, unit, n, mask, N, BITS)
+    grid = (scales, offsets, g_idx)
     if ONE_GROUP:
-        scale, offset = load_grid(scales, offsets, g_idx, first, n, N, K, GROUP_SIZE, ACT_ORDER)
+        scale, offset = load_grid(grid, first, n, N, K, GROUP_SIZE, ACT_ORDER)
     for j in tl.static_range(VALUES):
         k = first + j
         inside = mask if WHOLE_UNITS else (k < K) & (n < N)
         if not ONE_GROUP:
-            scale, offset = load_grid(scales, offsets, g_idx, k, n, N, K, GROUP_SIZE, ACT_ORDER)
-        weight = plane(w0, w1, w2, j, BITS, N >> 31) * scale + offset
+            scale, offset = load_grid(grid, k, n, N, K, GROUP_SIZE, ACT_ORDER)
+        weight = plane(words, j, BITS, N >> 31) * scale + offset
         tl.store(out + k.to(tl.int64) * N + n, weight.to(out.dtype.element_ty), inside)
 
 
 def values_per_unit(bits: int) -> int:
-    """Values in the smallest whole number of words that holds a whole number of them."""
+    """Return the values in the smallest whole number of words that holds a whole number of them."""
     return 32 if bits == 3 else 32 // bits
 
 
-def layer_constants(spec: QuantSpec, g_idx: torch.Tensor | None) -> dict[str, int | bool]:
-    """Compile-time constants of every kernel that reads weights."""
-    return {"BITS": spec.bits, "GROUP_SIZE": spec.group_size, "ACT_ORDER": g_idx is not None}
+def layer_constants(weight: PackedWeight) -> dict[str, int | bool]:
+    """Return the compile-time constants of every kernel that reads weights."""
+    spec = weight.spec
+    act_order = weight.g_idx is not None
+    return {"BITS": spec.bits, "GROUP_SIZE": spec.group_size, "ACT_ORDER": act_order}
 
 
-def unit_constants(spec: QuantSpec, g_idx: torch.Tensor | None) -> dict[str, int | bool]:
-    """`layer_constants`, and those of the kernels that read whole units."""
-    values = values_per_unit(spec.bits)
-    one_group = g_idx is None and spec.group_size % values == 0
+def unit_constants(weight: PackedWeight) -> dict[str, int | bool]:
+    """Return `layer_constants`, and those of the kernels that read whole units."""
+    spec, values = weight.spec, values_per_unit(weight.spec.bits)
     return {
-        **layer_constants(spec, g_idx),
+        **layer_constants(weight),
         "VALUES": values,
-        "ONE_GROUP": one_group,
+        "ONE_GROUP": weight.g_idx is None and spec.group_size % values == 0,
         "WHOLE_UNITS": spec.in_features % values == 0,
     }
 
 
-def dequantize(
-    qweight: torch.Tensor,
-    scales: torch.Tensor,
-    offsets: torch.Tensor,
-    g_idx: torch.Tensor | None,
-    spec: QuantSpec,
-    out: torch.Tensor,
-) -> torch.Tensor:
+def dequantize(weight: PackedWeight, out: torch.Tensor) -> torch.Tensor:
     """Write W^T into `out` [K, N] (contiguous, fp16, bf16 or fp32) and return it."""
-    k, n = spec.in_features, spec.out_features
-    blocks = untuned("dequantize", qweight.device)
-    units = triton.cdiv(k, values_per_unit(spec.bits))
+    k, n = out.shape
+    blocks = untuned("dequantize", out.device)
+    units = triton.cdiv(k, values_per_unit(weight.spec.bits))
     launch(
         _dequantize_kernel,
         (triton.cdiv(n, blocks["block_n"]), triton.cdiv(units, blocks["block_u"])),
-        qweight,
-        scales,
-        offsets,
-        g_idx,
-        out,
-        n,
-        k,
-        **unit_constants(spec, g_idx),
+        *(*weight.tensors, out, n, k),
+        **unit_constants(weight),
         BLOCK_U=blocks["block_u"],
         BLOCK_N=blocks["block_n"],
     )

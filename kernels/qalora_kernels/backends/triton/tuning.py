@@ -5,14 +5,14 @@ A plan is looked up by GPU name, operator, dtype, bits, group_size, N, K and a b
 call's own tensors and written to that cache. Where nothing may be measured (the CPU, a CUDA graph
 under capture, tuning switched off) the untuned default of the GPU's generation serves.
 
-QALORA_TUNING_CACHE names the cache file (default: tuning.json in qalora/ under XDG_CACHE_HOME or
-~/.cache); "off" means neither a cache nor measuring. Plans change the order of a sum, nothing else.
+QALORA_TUNING_CACHE names the cache file (default: tuning.json in the user's cache directory, see
+`cache`); "off" means neither a cache nor measuring. Plans change the order of a sum, nothing else.
 """
 
 import json
 import logging
 import os
-import tempfile
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -23,8 +23,9 @@ import torch
 import triton
 from triton.runtime.errors import OutOfResources
 
-from ..checks import capturing
-from ..spec import QuantSpec
+from ... import cache
+from ...checks import capturing
+from ...packed import PackedWeight
 
 CACHE_VARIABLE = "QALORA_TUNING_CACHE"
 BUCKETS = (1, 16, 32, 64, 128, 256, 512)
@@ -36,8 +37,11 @@ _plans: dict[tuple[Any, ...], "Plan"] = {}
 
 @dataclass(frozen=True)
 class Plan:
-    """Blocks of a fused product: rows, outputs, elements of the reduction a step (units of packed
-    words for `linear`); `splits` pieces of the reduction, 0 for as many as fill the GPU."""
+    """How a product is run: by the library, or fused with these blocks.
+
+    Rows, outputs, and elements of the reduction a step (units of packed words for `linear`);
+    `splits` pieces of the reduction, 0 for as many as fill the GPU.
+    """
 
     fused: bool = False
     block_m: int = 0
@@ -57,18 +61,19 @@ def _shipped() -> dict[str, Any]:
 
 
 def cache_file() -> Path | None:
-    """The user's cache file, or None where tuning is off."""
+    """Return the user's cache file, or None where tuning is off."""
     named = os.environ.get(CACHE_VARIABLE, "")
-    if named == "off":
-        return None
     if named:
-        return Path(named)
-    root = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(root) if root else Path.home() / ".cache") / "qalora" / "tuning.json"
+        return None if named == "off" else Path(named)
+    try:
+        return cache.path("tuning.json")
+    except OSError as error:
+        warnings.warn(f"kernels are not tuned: {error}", RuntimeWarning, stacklevel=2)
+        return None
 
 
 def _cached(file: Path) -> dict[str, Any]:
-    """What the cache file holds, {GPU name: {key: plan}}; nothing if it cannot be read."""
+    """Return what the cache file holds, {GPU name: {key: plan}}; nothing if it cannot be read."""
     try:
         tuned = json.loads(file.read_text(encoding="utf-8"))["tuned"]
     except FileNotFoundError:
@@ -80,24 +85,21 @@ def _cached(file: Path) -> dict[str, Any]:
 
 
 def _remember(file: Path, gpu: str, key: str, plan: Plan) -> None:
-    """Add one plan; a reader never sees half a file, and of two writers the later one wins."""
+    """Add one plan to the cache file; of two writers the later one wins."""
     tuned = _cached(file)
     tuned.setdefault(gpu, {})[key] = asdict(plan)
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=file.parent, delete=False
-        ) as new:
-            json.dump({"tuned": tuned}, new, indent=1, sort_keys=True)
-        os.replace(new.name, file)
+        cache.write(file, json.dumps({"tuned": tuned}, indent=1, sort_keys=True).encode())
     except OSError as error:
         _logger.warning("cannot write the tuning cache %s: %s", file, error)
 
 
 @lru_cache
 def untuned(op: str, device: torch.device) -> dict[str, Any]:
-    """The untuned default of the device's generation: blocks, or for the products a plan for each
-    bucket of M that is fused."""
+    """Return the untuned default of the device's generation.
+
+    It is blocks, or for the products a plan for each bucket of M that is fused.
+    """
     defaults = _shipped()["untuned_defaults"]
     generation = "cpu"
     if device.type == "cuda":
@@ -106,7 +108,7 @@ def untuned(op: str, device: torch.device) -> dict[str, Any]:
 
 
 def _measure(op: str, device: torch.device, bucket: int, run: Callable[[Plan], Any]) -> Plan:
-    """The fastest candidate; each is run with a cold L2 cache.
+    """Return the fastest candidate; each is run with a cold L2 cache.
 
     Raises:
         torch.OutOfMemoryError: no room to measure in.
@@ -124,29 +126,26 @@ def _measure(op: str, device: torch.device, bucket: int, run: Callable[[Plan], A
     return min(times, key=times.__getitem__)
 
 
-def plan(
-    op: str, rows: torch.Tensor, spec: QuantSpec, act_order: bool, run: Callable[[Plan], Any]
-) -> Plan:
-    """The plan for `op` ("linear" or "grad_input") on activations `rows` [M, ...].
+def plan(op: str, rows: torch.Tensor, weight: PackedWeight, run: Callable[[Plan], Any]) -> Plan:
+    """Return the plan for `op` ("linear" or "grad_input") on activations `rows` [M, ...].
 
     Args:
         op: name of the operator in the tables.
         rows: the activations; device, dtype and M are read.
-        spec: the layer's grid.
-        act_order: whether g_idx shuffles the groups.
+        weight: the layer; its spec is read, and whether g_idx shuffles the groups.
         run: runs the operator under a plan; measured where no table has the shape.
     """
-    m, device = rows.shape[0], rows.device
+    m, device, spec = rows.shape[0], rows.device, weight.spec
     if m == 0 or m > BUCKETS[-1]:
         return LIBRARY
     bucket = next(size for size in BUCKETS if size >= m)
-    shape = (op, rows.dtype, spec.bits, spec.group_size, spec.out_features, spec.in_features)
-    key = (device, *shape, act_order, bucket)
+    act_order, n, k = weight.g_idx is not None, spec.out_features, spec.in_features
+    key = (device, op, rows.dtype, spec.bits, spec.group_size, n, k, act_order, bucket)
     found = _plans.get(key)
     if found is None:
         found = Plan(**untuned(op, device).get(str(bucket), {}))
         if device.type == "cuda":
-            looked_up = _look_up_or_measure(op, rows, shape, act_order, bucket, run)
+            looked_up = _look_up_or_measure(key, run)
             if looked_up is None:
                 return found  # not kept: a later call may be free to measure
             found = looked_up
@@ -154,29 +153,22 @@ def plan(
     return found
 
 
-def _look_up_or_measure(
-    op: str,
-    rows: torch.Tensor,
-    shape: tuple[Any, ...],
-    act_order: bool,
-    bucket: int,
-    run: Callable[[Plan], Any],
-) -> Plan | None:
-    """A measured plan, old or new; None where there is none and none may be made now."""
-    _, dtype, bits, group_size, n, k = shape
+def _look_up_or_measure(shape: tuple[Any, ...], run: Callable[[Plan], Any]) -> Plan | None:
+    """Return a measured plan, old or new; None where there is none and none may be made now."""
+    device, op, dtype, bits, group_size, n, k, act_order, bucket = shape
     key = f"{op} {str(dtype)[6:]} bits={bits} group_size={group_size} N={n} K={k} M<={bucket}"
     key += " act_order" if act_order else ""
-    gpu = torch.cuda.get_device_name(rows.device)
+    gpu = torch.cuda.get_device_name(device)
     known = _shipped()["tuned"].get(gpu, {}).get(key)
     file = cache_file()
     if known is None and file is not None:
         known = _cached(file).get(gpu, {}).get(key)
     if known is not None:
         return Plan(**known)
-    if file is None or capturing(rows.device):
+    if file is None or capturing(device):
         return None
     try:
-        measured = _measure(op, rows.device, bucket, run)
+        measured = _measure(op, device, bucket, run)
     except torch.OutOfMemoryError:
         _logger.warning("no memory to tune %s: the untuned default serves", key)
         return None
@@ -191,8 +183,10 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def splits_to_fill(device: torch.device, warps: int) -> int:
-    """Pieces of the reduction that give every multiprocessor about sixteen warps; `warps` is what
-    one piece has, in all its programs."""
+    """Return the pieces of the reduction that give every multiprocessor about sixteen warps.
+
+    `warps` is what one piece has, in all its programs.
+    """
     if device.type != "cuda":
         return 1
     return max(1, min(64, 16 * _multiprocessors(device) // warps))

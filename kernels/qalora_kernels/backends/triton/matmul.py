@@ -6,7 +6,7 @@
 Many rows: dequantize W^T into a workspace, then cuBLAS. Few rows: fused, W is never written;
 `tuning` says which, and with which blocks. Both round W to the dtype of the activations, multiply
 with fp32 accumulation and round once, so they differ by the order of summation alone. One row is
-the exception: its fused product does not round W at all (see `_row_unit`).
+the exception: its fused product does not round W at all.
 
 The fused kernels compute y^T = W x^T: on Hopper only the left operand of a matrix instruction
 comes from registers, where dequantizing leaves it. The reduction is cut into `splits` pieces whose
@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..spec import QuantSpec
+from ...packed import PackedWeight
 from . import tuning
 from .dequantize import (
     dequantize,
@@ -36,7 +36,7 @@ from .launch import launch, workspace
 
 @triton.jit
 def _store_transposed(acc, out, bias, m, n, M, N, split):
-    """acc [n, m] + bias -> out[split, m, n]."""
+    """Store acc [n, m] + bias as out[split, m, n]."""
     if bias is not None:
         acc += tl.load(bias + n, n < N, other=0).to(tl.float32)[:, None]
     at = (split.to(tl.int64) * M + m[None, :]) * N + n[:, None]
@@ -44,41 +44,11 @@ def _store_transposed(acc, out, bias, m, n, M, N, split):
 
 
 @triton.jit
-def _row_unit(
-    acc,
-    w0,
-    w1,
-    w2,
-    scale,
-    offset,
-    x,
-    first,
-    N,
-    K,
-    VALUES: tl.constexpr,
-    WHOLE_UNITS: tl.constexpr,
-    BITS: tl.constexpr,
-):
-    """acc [n, unit] += scale * sum_j (code - mid) x + offset * sum_j x, over the values of a unit.
-
-    Three instructions a weight. Forming W, rounding it to the dtype of x and multiplying take six,
-    more than a GPU can issue in the time that it takes to read 4 bits. For the same reason x is
-    loaded without an eviction policy here and below: to keep it in the cache takes five more.
-    """
-    products = tl.zeros_like(acc)
-    pooled = first.to(tl.float32) * 0
-    for j in tl.static_range(VALUES):
-        inside = (first if WHOLE_UNITS else first + j) < K
-        row = tl.load(x + first + j, inside, other=0).to(tl.float32)
-        products += plane(w0, w1, w2, j, BITS, N >> 31) * row
-        pooled += row
-    return acc + products * scale + pooled * offset
-
-
-@triton.jit
 def _accumulate(acc, weight, x, k, m, M, K, BLOCK_M: tl.constexpr):
-    """acc [n, m] += W [n, k] x^T [k, m], W rounded to the dtype of x; for one row, acc [n, k] keeps
-    the products."""
+    """Return acc [n, m] + W [n, k] x^T [k, m], W rounded to the dtype of x.
+
+    For one row acc [n, k] keeps the products.
+    """
     weight = weight.to(x.dtype.element_ty)
     if BLOCK_M == 1:
         row = tl.load(x + k, k < K, other=0)
@@ -115,10 +85,11 @@ def _linear_kernel(
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
 ):
-    """BLOCK_OUT outputs n times BLOCK_M rows; each step takes BLOCK_IN units, plane by plane."""
+    """Make BLOCK_OUT outputs n of BLOCK_M rows; a step takes BLOCK_IN units, plane by plane."""
     n = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     split = tl.program_id(2)
+    grid = (scales, offsets, g_idx)
     column = n[:, None]
     if BLOCK_M == 1:
         acc = tl.zeros([BLOCK_OUT, BLOCK_IN], tl.float32)
@@ -129,33 +100,29 @@ def _linear_kernel(
         first = (unit * VALUES)[None, :]
         if ONE_GROUP:
             mask = (first < K) & (column < N)
-            w0, w1, w2 = load_unit(qweight, unit[None, :], column, mask, N, BITS)
-            scale, offset = load_grid(
-                scales, offsets, g_idx, first, column, N, K, GROUP_SIZE, ACT_ORDER
-            )
+            words = load_unit(qweight, unit[None, :], column, mask, N, BITS)
+            scale, offset = load_grid(grid, first, column, N, K, GROUP_SIZE, ACT_ORDER)
             if BLOCK_M == 1:
-                acc = _row_unit(
-                    acc, w0, w1, w2, scale, offset, x, first, N, K, VALUES, WHOLE_UNITS, BITS
-                )
+                # Sums of code * x, scaled once a unit: three instructions a weight. Forming W,
+                # rounding it to the dtype of x and multiplying take six, more than a GPU can issue
+                # in the time that it takes to read 4 bits. For the same reason x is loaded without
+                # an eviction policy here and above: to keep it in the cache takes five more.
+                products = tl.zeros_like(acc)
+                pooled = first.to(tl.float32) * 0
+                for j in tl.static_range(VALUES):
+                    inside = (first if WHOLE_UNITS else first + j) < K
+                    row = tl.load(x + first + j, inside, other=0).to(tl.float32)
+                    products += plane(words, j, BITS, N >> 31) * row
+                    pooled += row
+                acc = acc + products * scale + pooled * offset
             else:
                 for j in tl.static_range(VALUES):
-                    weight = plane(w0, w1, w2, j, BITS, N >> 31) * scale + offset
+                    weight = plane(words, j, BITS, N >> 31) * scale + offset
                     acc = _accumulate(acc, weight, x, unit * VALUES + j, m, M, K, BLOCK_M)
         else:  # unrolled, the scales of every plane would not fit in shared memory
             for j in range(VALUES):
-                weight = weight_tile(
-                    qweight,
-                    scales,
-                    offsets,
-                    g_idx,
-                    first + j,
-                    column,
-                    N,
-                    K,
-                    BITS,
-                    GROUP_SIZE,
-                    ACT_ORDER,
-                )
+                k = first + j
+                weight = weight_tile(qweight, grid, k, column, N, K, BITS, GROUP_SIZE, ACT_ORDER)
                 acc = _accumulate(acc, weight, x, unit * VALUES + j, m, M, K, BLOCK_M)
     if BLOCK_M == 1:
         acc = tl.sum(acc, axis=1)[:, None]
@@ -182,26 +149,19 @@ def _grad_input_kernel(
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
 ):
-    """BLOCK_OUT inputs k times BLOCK_M rows; each step takes BLOCK_IN columns n. bias is None: the
-    signature is `_linear_kernel`'s."""
+    """Make BLOCK_OUT inputs k of BLOCK_M rows; a step takes BLOCK_IN columns n.
+
+    bias is None: the signature is `_linear_kernel`'s.
+    """
     k = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     split = tl.program_id(2)
+    grid = (scales, offsets, g_idx)
     acc = tl.zeros([BLOCK_OUT, BLOCK_M], tl.float32)
     for step in range(split * STEPS, split * STEPS + STEPS):
         n = step * BLOCK_IN + tl.arange(0, BLOCK_IN)
         weight = weight_tile(
-            qweight,
-            scales,
-            offsets,
-            g_idx,
-            k[:, None],
-            n[None, :],
-            N,
-            K,
-            BITS,
-            GROUP_SIZE,
-            ACT_ORDER,
+            qweight, grid, k[:, None], n[None, :], N, K, BITS, GROUP_SIZE, ACT_ORDER
         )
         rows = tl.load(
             dy + m.to(tl.int64)[None, :] * N + n[:, None],
@@ -214,7 +174,7 @@ def _grad_input_kernel(
 
 @triton.jit(do_not_specialize=["SPLITS"])
 def _sum_splits_kernel(partial, bias, out, SPLITS, total, N, BLOCK: tl.constexpr):
-    """partial(SPLITS, M*N) -> out(M*N) + bias, added in order."""
+    """Add partial(SPLITS, M*N) up, in order, and the bias: out(M*N)."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < total
     acc = tl.zeros([BLOCK], tl.float32)
@@ -229,17 +189,16 @@ def _sum_splits_kernel(partial, bias, out, SPLITS, total, N, BLOCK: tl.constexpr
 
 def _fused(
     kernel: object,
-    inputs: tuple[torch.Tensor | None, ...],
+    plan: tuning.Plan,
     rows: torch.Tensor,
+    weight: PackedWeight,
+    bias: torch.Tensor | None,
     outputs: int,
     reduction: int,
-    bias: torch.Tensor | None,
-    sizes: tuple[int, int],
     constants: dict[str, int | bool],
-    plan: tuning.Plan,
 ) -> torch.Tensor:
     """Run a fused kernel over `reduction` elements in `plan.splits` pieces, then add them up."""
-    m = rows.shape[0]
+    m, spec = rows.shape[0], weight.spec
     out = rows.new_empty(m, outputs)
     blocks_out, blocks_m = triton.cdiv(outputs, plan.block_out), triton.cdiv(m, plan.block_m)
     blocks_in = triton.cdiv(reduction, plan.block_in)
@@ -249,15 +208,11 @@ def _fused(
     splits = triton.cdiv(blocks_in, steps)  # the last piece may be short, none is empty
 
     def run(target: torch.Tensor, kernel_bias: torch.Tensor | None) -> None:
+        sizes = (m, spec.out_features, spec.in_features, steps)
         launch(
             kernel,
             (blocks_out, blocks_m, splits),
-            *inputs,
-            kernel_bias,
-            target,
-            m,
-            *sizes,
-            steps,
+            *(rows, *weight.tensors, kernel_bias, target, *sizes),
             **constants,
             BLOCK_M=plan.block_m,
             BLOCK_OUT=plan.block_out,
@@ -271,66 +226,35 @@ def _fused(
         return out
     with workspace((splits, m, outputs), torch.float32, rows.device) as partial:
         run(partial, None)  # the second pass adds the bias
-        launch(
-            _sum_splits_kernel,
-            (triton.cdiv(m * outputs, 1024),),
-            partial,
-            bias,
-            out,
-            splits,
-            m * outputs,
-            outputs,
-            BLOCK=1024,
-        )
+        total = m * outputs
+        blocks = (triton.cdiv(total, 1024),)
+        launch(_sum_splits_kernel, blocks, partial, bias, out, splits, total, outputs, BLOCK=1024)
     return out
 
 
-def linear(
-    x: torch.Tensor,
-    qweight: torch.Tensor,
-    scales: torch.Tensor,
-    offsets: torch.Tensor,
-    g_idx: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    spec: QuantSpec,
-) -> torch.Tensor:
-    """x [M, K] -> x W^T + bias [M, N] in the dtype of x."""
-    weights = (qweight, scales, offsets, g_idx)
-    k, n = spec.in_features, spec.out_features
+def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+    """Return x W^T + bias [M, N] in the dtype of x [M, K]."""
+    k, n = weight.spec.in_features, weight.spec.out_features
 
     def run(plan: tuning.Plan) -> torch.Tensor:
         if plan.fused:
-            units = triton.cdiv(k, values_per_unit(spec.bits))
-            constants = unit_constants(spec, g_idx)
-            inputs = (x, *weights)
-            return _fused(_linear_kernel, inputs, x, n, units, bias, (n, k), constants, plan)
-        with workspace((k, n), x.dtype, x.device) as weight:
-            dequantize(*weights, spec, weight)
-            return torch.mm(x, weight) if bias is None else torch.addmm(bias.to(x.dtype), x, weight)
+            units = triton.cdiv(k, values_per_unit(weight.spec.bits))
+            return _fused(_linear_kernel, plan, x, weight, bias, n, units, unit_constants(weight))
+        with workspace((k, n), x.dtype, x.device) as dense:
+            dequantize(weight, dense)
+            return torch.mm(x, dense) if bias is None else torch.addmm(bias.to(x.dtype), x, dense)
 
-    return run(tuning.plan("linear", x, spec, g_idx is not None, run))
+    return run(tuning.plan("linear", x, weight, run))
 
 
-def grad_input(
-    dy: torch.Tensor,
-    qweight: torch.Tensor,
-    scales: torch.Tensor,
-    offsets: torch.Tensor,
-    g_idx: torch.Tensor | None,
-    spec: QuantSpec,
-) -> torch.Tensor:
-    """dy [M, N] -> dy W [M, K] in the dtype of dy."""
-    weights = (qweight, scales, offsets, g_idx)
-    k, n = spec.in_features, spec.out_features
+def grad_input(dy: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
+    """Return dy W [M, K] in the dtype of dy [M, N]."""
+    k, n = weight.spec.in_features, weight.spec.out_features
 
     def run(plan: tuning.Plan) -> torch.Tensor:
         if plan.fused:
-            constants = layer_constants(spec, g_idx)
-            return _fused(
-                _grad_input_kernel, (dy, *weights), dy, k, n, None, (n, k), constants, plan
-            )
-        with workspace((k, n), dy.dtype, dy.device) as weight:
-            dequantize(*weights, spec, weight)
-            return torch.mm(dy, weight.t())
+            return _fused(_grad_input_kernel, plan, dy, weight, None, k, n, layer_constants(weight))
+        with workspace((k, n), dy.dtype, dy.device) as dense:
+            return torch.mm(dy, dequantize(weight, dense).t())
 
-    return run(tuning.plan("grad_input", dy, spec, g_idx is not None, run))
+    return run(tuning.plan("grad_input", dy, weight, run))
