@@ -1,282 +1,152 @@
-"""Peak memory of real training runs beside what `qalora plan` says.
+"""Measure the allocated peak of real training runs beside what `qalora plan` says.
 
     python integration/plan/measure.py                     every case -> results/plan.json
     python integration/plan/measure.py llama/qalora        the cases whose name starts so
-    python integration/plan/measure.py --device cuda
-    python integration/plan/measure.py --allocator default llama
+    python integration/plan/measure.py --device cuda       on a GPU; prints, records nothing
 
-Every case is a process of its own: random weights, three steps of transformers' Trainer, and the
-peak of the resident memory (VmHWM; on a GPU the allocator's peak) over what the process had after
-its imports. The weights' own making is not counted. Linux only.
-
-Each case runs three times: what glibc's malloc keeps of freed blocks depends on addresses, which
-differ from run to run. `--allocator mmap` sets MALLOC_MMAP_THRESHOLD_ to 64 KiB, with which it
-keeps none; the prediction is then without the plan's "allocator" part, and nothing is recorded.
+Every case is a process of its own: random weights and three steps of transformers' Trainer. The
+peak is torch's own count: on the CPU from the profiler's events of all allocations and frees, on a
+GPU `max_memory_allocated`.
 """
 
-from __future__ import annotations
-
 import argparse
-import ctypes
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+from qalora_kernels import PackedWeight, QuantSpec
+from qalora_plugin import QALoRAConfig
+from qalora_plugin.architecture.selection import linears_in_blocks
+from qalora_plugin.layers.linear import QuantLinear
+from qalora_plugin.plan import ModelShape, PlanSettings, load_shape, plan_method
+
 RESULTS = Path(__file__).parent / "results" / "plan.json"
 STEPS = 3
-REPEATS = 3
 RANK = 16
 
-MODELS: dict[str, dict[str, Any]] = {
-    # 59M parameters
-    "llama": {
-        "model_type": "llama",
-        "vocab_size": 32000,
-        "hidden_size": 512,
-        "intermediate_size": 1408,
-        "num_hidden_layers": 8,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 8,
-    },
-    # 129M, grouped-query attention, norms on queries and keys, tied embeddings
-    "qwen3": {
-        "model_type": "qwen3",
-        "vocab_size": 50000,
-        "hidden_size": 768,
-        "intermediate_size": 2304,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "num_key_value_heads": 4,
-        "head_dim": 64,
-        "tie_word_embeddings": True,
-    },
-    # 42M, most of it a large vocabulary; biases
-    "qwen2": {
-        "model_type": "qwen2",
-        "vocab_size": 151936,
-        "hidden_size": 256,
-        "intermediate_size": 768,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "tie_word_embeddings": True,
-    },
-    # 70M: one projection for queries, keys and values, layer norms, GELU
-    "gpt_neox": {
-        "model_type": "gpt_neox",
-        "vocab_size": 50304,
-        "hidden_size": 512,
-        "intermediate_size": 2048,
-        "num_hidden_layers": 6,
-        "num_attention_heads": 8,
-    },
-    # 75M, norms after the sublayers; measured after the planner was finished, as the next
-    "olmo2": {
-        "model_type": "olmo2",
-        "vocab_size": 50272,
-        "hidden_size": 512,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 10,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 8,
-        "pad_token_id": 1,
-    },
-    # 76M: two norms a layer more, GeGLU, embeddings scaled and tied, sliding windows
-    "gemma3_text": {
-        "model_type": "gemma3_text",
-        "vocab_size": 64000,
-        "hidden_size": 640,
-        "intermediate_size": 2048,
-        "num_hidden_layers": 8,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 1,
-        "head_dim": 128,
-        "tie_word_embeddings": True,
-    },
+# keys of config.json, and settings of the run
+CONFIG = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+CONFIG += ("num_attention_heads", "num_key_value_heads", "head_dim", "tie_word_embeddings")
+RUN = ("dtype", "seq_len", "micro_batch", "adapt")
+# their values for models of 42M to 129M weights: grouped queries (qwen3), biases and a vocabulary
+# that is most of it (qwen2), layer norms (gpt_neox), norms after sublayers (olmo2), sliding windows
+MODELS: dict[str, tuple[Any, ...]] = {
+    "llama": (32000, 512, 1408, 8, 8, 8, 64, False, "float32", 512, 2, "zeros"),
+    "qwen3": (50000, 768, 2304, 12, 12, 4, 64, True, "bfloat16", 512, 2, "both"),
+    "qwen2": (151936, 256, 768, 4, 4, 2, 64, True, "float32", 256, 2, "zeros"),
+    "gpt_neox": (50304, 512, 2048, 6, 8, 8, 64, False, "float32", 256, 4, "zeros"),
+    "olmo2": (50272, 512, 1536, 10, 8, 8, 64, False, "bfloat16", 384, 3, "zeros"),
+    "gemma3_text": (64000, 640, 2048, 8, 4, 1, 128, True, "float32", 320, 2, "zeros"),
 }
-"""config.json of each model."""
-
-RUNS: dict[str, dict[str, Any]] = {
-    "llama": {"dtype": "float32", "seq_len": 512, "micro_batch": 2},
-    "qwen3": {"dtype": "bfloat16", "seq_len": 512, "micro_batch": 2},
-    "qwen2": {"dtype": "float32", "seq_len": 256, "micro_batch": 2},
-    "gpt_neox": {"dtype": "float32", "seq_len": 256, "micro_batch": 4},
-    "olmo2": {"dtype": "bfloat16", "seq_len": 384, "micro_batch": 3},
-    "gemma3_text": {"dtype": "float32", "seq_len": 320, "micro_batch": 2},
-}
+RUNS = ["llama/lora", *(f"{model}/qalora" for model in MODELS)]
+NAMES = [run + more for run in RUNS for more in ("", "/checkpointing")]
 
 
-def cases() -> dict[str, dict[str, Any]]:
-    """Every case: {name: options}."""
-    found = {}
-    for model, run in RUNS.items():
-        for method in ("qalora", "lora") if model == "llama" else ("qalora",):
-            for checkpointing in (False, True):
-                name = f"{model}/{method}{'/checkpointing' if checkpointing else ''}"
-                found[name] = {
-                    "model": model,
-                    "method": method,
-                    "adapt": "both" if model == "qwen3" else "zeros",
-                    "gradient_checkpointing": checkpointing,
-                    **run,
-                }
-    return found
-
-
-def resident_bytes(field: str) -> int:
-    """VmRSS or VmHWM of this process."""
-    with open("/proc/self/status") as status:
-        line = next(line for line in status if line.startswith(field))
-    return int(line.split()[1]) * 1024
-
-
-def settings_of(case: dict[str, Any], device: str) -> Any:
-    """The case as `PlanSettings`."""
-    from qalora_plugin.plan import PlanSettings
-
-    names = ("adapt", "dtype", "seq_len", "micro_batch", "gradient_checkpointing")
-    return PlanSettings(r=RANK, device=device, **{name: case[name] for name in names})
-
-
-def write_config(case: dict[str, Any], directory: Path) -> None:
-    """config.json of the case's model."""
-    (directory / "config.json").write_text(json.dumps(MODELS[case["model"]]))
-
-
-def predict(case: dict[str, Any], device: str) -> Any:
-    """The plan of the case's method."""
-    from qalora_plugin.plan import load_shape, plan_method
-
-    settings = settings_of(case, device)
+def load_case(name: str, device: str) -> tuple[str, ModelShape, PlanSettings]:
+    """Return a case's method, `ModelShape` and `PlanSettings`."""
+    model, method, *checkpointing = name.split("/")
+    values = dict(zip(CONFIG + RUN, MODELS[model], strict=True))
+    config = {"model_type": model, "pad_token_id": 1, **{key: values[key] for key in CONFIG}}
+    run = {key: values[key] for key in RUN}
+    run["gradient_checkpointing"] = bool(checkpointing)
+    settings = PlanSettings(r=RANK, device=device, **run)
     with tempfile.TemporaryDirectory() as directory:
-        write_config(case, Path(directory))
-        return plan_method(case["method"], load_shape(directory, settings), settings)
+        Path(directory, "config.json").write_text(json.dumps(config))
+        return method, load_shape(directory, settings), settings
 
 
-def measure(case: dict[str, Any], device: str) -> int:
-    """Train in this process; returns the peak in bytes over the imports."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from torch import nn
-    from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
+def predict(name: str, device: str) -> int:
+    """Return the allocated bytes that the plan expects; the CUDA context is not among them."""
+    planned = plan_method(*load_case(name, device))
+    return planned.total - planned.memory["runtime"]
 
-    from qalora_kernels import PackedWeight, QuantSpec
-    from qalora_plugin import QALoRAConfig
-    from qalora_plugin.architecture.selection import linears_in_blocks
-    from qalora_plugin.layers.linear import QuantLinear
 
-    baseline = resident_bytes("VmRSS")
-    torch.manual_seed(0)
-    with tempfile.TemporaryDirectory() as directory:
-        write_config(case, Path(directory))
-        config = AutoConfig.from_pretrained(directory)
-    dtype = getattr(torch, case["dtype"])
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-
-    def quantized(linear: nn.Linear) -> QuantLinear:
-        n, k = linear.weight.shape
-        spec = QuantSpec(4, 32, k, n)
-        codes = torch.randint(0, 16, (n, k), dtype=torch.uint8)
-        scales = torch.full((spec.num_groups, n), 0.01)
-        packed = PackedWeight.from_codes(codes, scales, torch.zeros_like(scales), None, spec)
-        return QuantLinear.from_packed(packed, linear.bias)
-
+def make_trainer(name: str, device: str) -> Trainer:
+    """Return a Trainer of the case's model with random weights and data."""
+    method, shape, settings = load_case(name, device)
+    model = AutoModelForCausalLM.from_config(shape.config, dtype=settings.torch_dtype)
     linears = linears_in_blocks(model)
-    if case["method"] == "qalora":
-        for name, linear in linears.items():
-            model.set_submodule(name, quantized(linear))
-        model = get_peft_model(model, QALoRAConfig(r=RANK, adapt=case["adapt"]))
-    else:
-        model = get_peft_model(model, LoraConfig(r=RANK, target_modules=list(linears)))
-    del linears
-    rows = STEPS * case["micro_batch"]
-    ids = torch.randint(0, config.vocab_size, (rows, case["seq_len"]))
+    config = LoraConfig(r=RANK, target_modules=list(linears))
+    if method == "qalora":
+        for layer, linear in linears.items():
+            spec = QuantSpec(4, 32, linear.in_features, linear.out_features)
+            codes = torch.randint(0, 16, tuple(linear.weight.shape), dtype=torch.uint8)
+            grid = torch.full((2, spec.num_groups, spec.out_features), 0.01)
+            packed = PackedWeight.from_codes(codes, *grid, None, spec)
+            quantized = QuantLinear.from_packed(packed, linear.bias)
+            model.set_submodule(layer, quantized)
+        config = QALoRAConfig(r=RANK, adapt=settings.adapt)
+    arguments = TrainingArguments(
+        tempfile.gettempdir(),  # nothing is written
+        max_steps=STEPS,
+        per_device_train_batch_size=settings.micro_batch,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        bf16=settings.dtype == "bfloat16",
+        optim="adamw_torch",
+        use_cpu=device == "cpu",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    rows = (STEPS * settings.micro_batch, settings.seq_len)
+    ids = torch.randint(0, shape.config.vocab_size, rows)
     data = [{"input_ids": row, "labels": row} for row in ids]
-    with tempfile.TemporaryDirectory() as directory:
-        arguments = TrainingArguments(
-            directory,
-            max_steps=STEPS,
-            per_device_train_batch_size=case["micro_batch"],
-            gradient_checkpointing=case["gradient_checkpointing"],
-            bf16=case["dtype"] == "bfloat16",
-            optim="adamw_torch",
-            use_cpu=device == "cpu",
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            logging_steps=1,
-        )
-        trainer = Trainer(model, arguments, train_dataset=data)
-        if device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            trainer.train()
-            return torch.cuda.max_memory_allocated()
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    return Trainer(get_peft_model(model, config), arguments, train_dataset=data)
+
+
+def allocated_peak(trainer: Trainer, device: str) -> int:
+    """Train; return the most bytes in tensors at one time, the model's among them."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
         trainer.train()
-    return resident_bytes("VmHWM") - baseline
+        return torch.cuda.max_memory_allocated()
+    tensors = [*trainer.model.parameters(), *trainer.model.buffers()]
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    live = peak = sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        trainer.train()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
 
 
-def run_case(
-    name: str, device: str, allocator: str = "default", repeats: int = 1
-) -> dict[str, Any]:
-    """Measure a case in processes of its own, and compare the median with the plan."""
+def run_case(name: str, device: str) -> dict[str, Any]:
+    """Measure a case in a process of its own, and compare it with the plan."""
     command = [sys.executable, __file__, "--device", device, "--in-this-process", name]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    if allocator == "mmap":
-        environment["MALLOC_MMAP_THRESHOLD_"] = environment["MALLOC_TRIM_THRESHOLD_"] = "65536"
-    peaks = []
-    for _ in range(repeats):
-        done = subprocess.run(
-            command, stdout=subprocess.PIPE, text=True, env=environment, check=True
-        )
-        peaks.append(json.loads(done.stdout.splitlines()[-1])["peak"])
-    planned = predict(cases()[name], device)
-    # the allocator's peak, measured on a GPU, is without the context
-    left_out = "runtime" if device == "cuda" else "allocator" if allocator == "mmap" else None
-    predicted = planned.total - planned.memory.get(left_out, 0)
-    measured = round(statistics.median(peaks))
-    return {
-        **cases()[name],
-        "device": device,
-        "allocator": allocator,
-        "peaks": sorted(peaks),
-        "measured": measured,
-        "predicted": predicted,
-        "error": round(predicted / measured - 1, 4),
-        "parts": planned.memory,
-    }
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=True)
+    measured, predicted = int(done.stdout.splitlines()[-1]), predict(name, device)
+    error = predicted / measured - 1
+    return {"measured": measured, "predicted": predicted, "error": round(error, 4)}
 
 
 def main() -> None:
+    """Measure the cases that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("case", nargs="?", default="", help="start of the names of cases")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--allocator", choices=("default", "mmap"), default="default")
-    parser.add_argument(
-        "--repeats", type=int, default=REPEATS, help="of a case (default: %(default)s)"
-    )
     parser.add_argument("--in-this-process", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.in_this_process:
-        print(json.dumps({"peak": measure(cases()[args.case], args.device)}))
+        print(allocated_peak(make_trainer(args.case, args.device), args.device))
         return
-    for name in cases():
-        if not name.startswith(args.case):
-            continue
-        row = run_case(name, args.device, args.allocator, args.repeats)
+    for name in filter(lambda name: name.startswith(args.case), NAMES):
+        row = run_case(name, args.device)
         print(json.dumps({name: row}), flush=True)
-        if args.device == "cpu" and args.allocator == "default":
-            # after every case, so that a run may be done in pieces
+        if args.device == "cpu":  # after every case, so that a run may be done in pieces
             found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-            found[name] = row
-            ordered = {known: found[known] for known in cases() if known in found}
-            RESULTS.write_text(json.dumps(ordered, indent=1) + "\n")
+            RESULTS.write_text(json.dumps({**found, name: row}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

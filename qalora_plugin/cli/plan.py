@@ -3,8 +3,10 @@
 import argparse
 import json
 import sys
+from dataclasses import asdict, fields, replace
 from typing import Any
 
+from ..errors import ConfigError
 from .options import bits, group_size
 
 
@@ -15,7 +17,8 @@ def add_parser(subparsers: Any) -> None:
         help="say how much memory a training run needs, before it starts",
         description="Memory of one GPU by part, and sizes on disk, for QA-LoRA, LoRA (16-bit base) "
         "and QLoRA (NF4, double quantization) side by side. Reads config.json only: one training "
-        "step of the model's own code runs on tensors without numbers.",
+        "step of the model's own code runs on tensors without numbers. Counts the bytes that torch "
+        "allocates; resident memory is more.",
         epilog="example: qalora plan meta-llama/Llama-3.1-8B --gpus 8 --zero 3 --seq-len 4096 "
         "--gradient-checkpointing",
     )
@@ -24,13 +27,9 @@ def add_parser(subparsers: Any) -> None:
     base.add_argument("--bits", type=bits, help="2, 3, 4 or 8 (default: the model's own, or 4)")
     base.add_argument("--group-size", type=group_size, help="default: the model's own, or 32")
     adapter = parser.add_argument_group("adapter")
-    adapter.add_argument(
-        "--adapt",
-        choices=("zeros", "scales", "both"),
-        default="zeros",
-        help="scales and both keep a layer's whole input for the backward (default: %(default)s)",
-    )
-    adapter.add_argument("--r", type=int, default=16, help="rank (default: %(default)s)")
+    keeps = "scales and both keep a layer's whole input for the backward"
+    _add_setting(adapter, "adapt", keeps)
+    _add_setting(adapter, "r", "rank")
     adapter.add_argument(
         "--target-modules",
         nargs="+",
@@ -38,47 +37,21 @@ def add_parser(subparsers: Any) -> None:
         help="layers with an adapter (default: every linear layer of the blocks)",
     )
     run = parser.add_argument_group("run")
-    run.add_argument("--gpus", type=int, default=1, help="default: %(default)s")
-    run.add_argument(
-        "--zero",
-        type=int,
-        choices=(0, 2, 3),
-        default=0,
-        help="DeepSpeed's ZeRO stage; 0 for none (default: %(default)s)",
-    )
-    run.add_argument(
-        "--offload",
-        choices=("none", "optimizer", "all"),
-        default="none",
-        help="to host memory: optimizer (ZeRO 2, 3), all: parameters too (ZeRO 3)",
-    )
-    run.add_argument(
-        "--seq-len", type=int, default=2048, help="tokens in a row (default: %(default)s)"
-    )
-    run.add_argument(
-        "--micro-batch", type=int, default=1, help="rows on a GPU (default: %(default)s)"
-    )
+    _add_setting(run, "gpus", "number of processes")
+    _add_setting(run, "zero", "DeepSpeed's ZeRO stage; 0 for none")
+    offload = "to host memory: optimizer (ZeRO 2, 3), all: parameters too (ZeRO 3)"
+    _add_setting(run, "offload", offload)
+    _add_setting(run, "seq_len", "tokens in a row")
+    _add_setting(run, "micro_batch", "rows on a GPU")
     run.add_argument(
         "--gradient-checkpointing",
         action=argparse.BooleanOptionalAction,
         default=False,
         help="keep the inputs of the blocks only",
     )
-    run.add_argument(
-        "--optimizer",
-        choices=("adamw", "adamw_8bit", "sgd"),
-        default="adamw",
-        help="default: %(default)s",
-    )
-    run.add_argument(
-        "--dtype",
-        choices=("bfloat16", "float16", "float32"),
-        default="bfloat16",
-        help="of what is not quantized, and of autocast (default: %(default)s)",
-    )
-    run.add_argument(
-        "--device", choices=("cuda", "cpu"), default="cuda", help="default: %(default)s"
-    )
+    _add_setting(run, "optimizer", "the states that it keeps for each trained parameter")
+    _add_setting(run, "dtype", "of what is not quantized, and of autocast")
+    _add_setting(run, "device", "where the run trains")
     run.add_argument(
         "--gpu-memory",
         type=float,
@@ -90,15 +63,28 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run Python code that the model brings"
     )
-    parser.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
+    parser.add_argument(
+        "--json", action="store_true", help="print the result as JSON on stdout, in bytes"
+    )
     parser.set_defaults(func=main)
 
 
-def main(args: argparse.Namespace) -> int:
-    """Run it; the result goes to stdout."""
-    import dataclasses
+def _add_setting(group: Any, name: str, text: str) -> None:
+    """Add the option of one of `PlanSettings`, with its default and its choices."""
+    from ..plan.settings import CHOICES, PlanSettings
 
-    from ..errors import ConfigError
+    default = getattr(PlanSettings, name)
+    group.add_argument(
+        "--" + name.replace("_", "-"),
+        type=type(default),
+        choices=CHOICES.get(name),
+        default=default,
+        help=f"{text} (default: %(default)s)",
+    )
+
+
+def main(args: argparse.Namespace) -> int:
+    """Plan the run; the result goes to stdout."""
     from ..plan import PlanSettings, load_shape, plan
     from ..plan.memory import USUAL_GPU_MEMORY
     from ..plan.table import table
@@ -106,13 +92,12 @@ def main(args: argparse.Namespace) -> int:
     sizes = tuple(args.gpu_memory or (USUAL_GPU_MEMORY if args.device == "cuda" else ()))
     if min(sizes, default=1) <= 0:
         raise ConfigError(f"--gpu-memory: expected GiB above 0, found {min(sizes):g}")
-    fields = [field.name for field in dataclasses.fields(PlanSettings)]
-    chosen = {name: getattr(args, name) for name in fields}
+    chosen = {field.name: getattr(args, field.name) for field in fields(PlanSettings)}
     if args.target_modules is not None:
         chosen["target_modules"] = tuple(args.target_modules)
     settings = PlanSettings(**chosen)
     shape = load_shape(args.model, settings, args.revision, args.trust_remote_code)
-    settings = dataclasses.replace(settings, bits=shape.base.bits, group_size=shape.base.group_size)
+    settings = replace(settings, bits=shape.base.bits, group_size=shape.base.group_size)
     plans = plan(shape, settings)
     if shape.max_tokens is not None and settings.seq_len > shape.max_tokens:
         print(
@@ -122,16 +107,19 @@ def main(args: argparse.Namespace) -> int:
         )
     if args.json:
         found = {name: result.as_json(sizes) for name, result in plans.items()}
-        print(json.dumps({"settings": dataclasses.asdict(settings), "methods": found}))
+        print(json.dumps({"settings": asdict(settings), "methods": found}))
         return 0
+    print(table(plans, settings, _title(args.model, settings), sizes))
+    return 0
+
+
+def _title(model: str, settings: Any) -> str:
     stage = f", ZeRO-{settings.zero}" if settings.zero else ""
     where = "process(es)" if settings.device == "cpu" else "GPU(s)"
     kept = "with" if settings.gradient_checkpointing else "without"
-    title = (
-        f"{args.model}: INT{settings.bits}, groups of {settings.group_size}, "
+    return (
+        f"{model}: INT{settings.bits}, groups of {settings.group_size}, "
         f"adapt={settings.adapt}, r={settings.r}; {settings.gpus} {where}{stage}, "
         f"{settings.micro_batch} x {settings.seq_len} tokens each, {settings.dtype}, "
         f"{kept} gradient checkpointing"
     )
-    print(table(plans, settings, title, sizes))
-    return 0

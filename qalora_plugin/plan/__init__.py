@@ -1,4 +1,8 @@
-"""Memory and disk space of a training run, from a model's config.json alone."""
+"""Memory and disk space of a training run, planned from a model's config.json alone.
+
+The modules in the order of the work: `settings` (the run), `shapes` (the models without numbers),
+`simulate` (live bytes of one training step), `memory` (bytes by part), `table` (the plan as text).
+"""
 
 from .memory import MethodPlan, plan, plan_method
 from .settings import PlanSettings

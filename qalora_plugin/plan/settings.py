@@ -1,4 +1,4 @@
-"""What a training run is planned for: the options of `qalora plan`, checked."""
+"""The settings of the training run that is planned, checked."""
 
 from dataclasses import dataclass
 
@@ -7,35 +7,40 @@ import torch
 from ..errors import ConfigError
 from ..tuner.names import ADAPT_PARTS
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-OPTIMIZERS = ("adamw", "adamw_8bit", "sgd")
-ZERO_STAGES = (0, 2, 3)
-OFFLOADS = ("none", "optimizer", "all")
-DEVICES = ("cuda", "cpu")
+CHOICES = {
+    "adapt": tuple(ADAPT_PARTS),
+    "zero": (0, 2, 3),
+    "offload": ("none", "optimizer", "all"),
+    "optimizer": ("adamw", "adamw_8bit", "sgd"),
+    "dtype": ("bfloat16", "float16", "float32"),
+    "device": ("cuda", "cpu"),
+}
+"""The values that each of these settings can have."""
 
 
 @dataclass(frozen=True)
 class PlanSettings:
-    """One training run.
+    """The settings of one training run.
 
     Args:
-        bits: of the base; None for what config.json says, 4 where it is not quantized.
-        group_size: likewise, 32 where it is not quantized.
+        bits: width of the base's integers; None for what config.json says, or 4 where the model
+            is not quantized.
+        group_size: inputs that share a scale; None for what config.json says, or 32.
         adapt: "zeros", "scales" or "both", as in QALoRAConfig.
-        r: rank.
-        target_modules: names or last parts of names; None for every quantized linear layer.
-        gpus: processes, each with its own micro-batch.
+        r: rank of the adapters.
+        target_modules: names of layers or last parts of names; None for every quantized layer.
+        gpus: number of processes, each with its own micro-batch.
         zero: 0 (plain data parallel), or DeepSpeed's ZeRO stage 2 or 3.
-        offload: "none", "optimizer" (states in host memory), "all" (parameters as well).
+        offload: "none", "optimizer" (states in host memory) or "all" (parameters as well).
         seq_len: tokens in a row.
         micro_batch: rows in a step of one GPU.
-        gradient_checkpointing: keep only the inputs of the blocks, compute the rest again.
+        gradient_checkpointing: keep only the inputs of the blocks and compute the rest again.
         optimizer: "adamw" (8 bytes a trained parameter), "adamw_8bit" or "sgd" (no state).
-        dtype: of the 16-bit tensors and of autocast; "float32" for neither.
+        dtype: of the tensors that are not quantized, and of autocast; "float32" for no autocast.
         device: "cuda" or "cpu".
 
     Raises:
-        ConfigError: a value is out of range, or two contradict each other.
+        ConfigError: a value is out of range, or two values contradict each other.
     """
 
     bits: int | None = None
@@ -57,14 +62,7 @@ class PlanSettings:
         for name in ("r", "gpus", "seq_len", "micro_batch"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: expected 1 or more, found {getattr(self, name)}")
-        for name, allowed in (
-            ("adapt", tuple(ADAPT_PARTS)),
-            ("zero", ZERO_STAGES),
-            ("offload", OFFLOADS),
-            ("optimizer", OPTIMIZERS),
-            ("dtype", tuple(DTYPES)),
-            ("device", DEVICES),
-        ):
+        for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ConfigError(
                     f"{name}: expected one of {allowed}, found {getattr(self, name)!r}"
@@ -78,5 +76,5 @@ class PlanSettings:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """`dtype` as torch names it."""
-        return DTYPES[self.dtype]
+        """Return the torch dtype that `dtype` names."""
+        return getattr(torch, self.dtype)

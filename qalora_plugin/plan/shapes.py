@@ -1,4 +1,4 @@
-"""The models that are compared, built from config.json on the meta device: shapes, no numbers."""
+"""The models that a plan compares, built from config.json on the meta device, without numbers."""
 
 import itertools
 from collections.abc import Callable
@@ -11,7 +11,7 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from ..architecture.selection import check_group_sizes, linears_to_quantize
+from ..architecture.selection import check_group_sizes, linears_in_blocks, linears_to_quantize
 from ..checkpoint.config import QUANT_METHOD, QALoRAQuantConfig
 from ..checkpoint.format import foreign_config
 from ..errors import CheckpointError, ConfigError
@@ -21,20 +21,18 @@ from ..layers.linear import QuantLinear
 from ..tuner.config import QALoRAConfig
 from .settings import PlanSettings
 
-NF4_BLOCK = 64
-"""Weights that share a scale (arXiv 2305.14314, section 3)."""
-NF4_NESTED_BLOCK = 256
-"""Scales, 8 bits each, that share an fp32 scale: double quantization."""
+NF4_BLOCK = 64  # weights that share a scale (arXiv 2305.14314, section 3)
+NF4_NESTED_BLOCK = 256  # 8-bit scales that share an fp32 scale (double quantization)
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """An architecture and how its base is quantized.
+    """An architecture, and how its base is quantized.
 
     Args:
-        config: of transformers, without its `quantization_config`.
+        config: the transformers config, without `quantization_config`.
         base: the grid of the INT-n base.
-        quantized: whether the model has this grid already.
+        quantized: whether the model is quantized on this grid already.
     """
 
     config: Any
@@ -43,7 +41,7 @@ class ModelShape:
 
     @property
     def max_tokens(self) -> int | None:
-        """Tokens that the model takes, None where its config does not say."""
+        """Return the longest row that the model takes in tokens, None if its config names none."""
         return getattr(self.config.get_text_config(), "max_position_embeddings", None)
 
 
@@ -53,12 +51,18 @@ def load_shape(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> ModelShape:
-    """Read config.json of a directory or Hub repository; nothing else is read or downloaded.
+    """Read config.json of a directory or Hub repository, and nothing else.
+
+    Args:
+        name_or_path: a directory with config.json, or a Hub id.
+        settings: whose `bits` and `group_size` choose the grid of a 16-bit model.
+        revision: branch, tag or commit of the Hub repository.
+        trust_remote_code: whether Python code that the model brings may run.
 
     Raises:
         CheckpointError: there is no such directory or repository, or no config.json in it.
-        ConfigError: an architecture that transformers does not know, a base quantized by another
-            method, or `bits` and `group_size` that differ from those of a quantized base.
+        ConfigError: transformers does not know the architecture, another method quantized the
+            base, or `bits` or `group_size` differ from those of a quantized base.
     """
     directory = Path(name_or_path)
     if directory.is_dir() and not (directory / CONFIG_FILE).exists():
@@ -120,7 +124,7 @@ def _base_grid(stored: Any, settings: PlanSettings, where: str) -> QALoRAQuantCo
 
 
 class _NF4Product(torch.autograd.Function):
-    """bitsandbytes' MatMul4Bit as far as memory goes: keeps the packed weight, not x."""
+    """The memory of bitsandbytes' MatMul4Bit: its backward keeps the packed weight, not x."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, layer: "NF4Linear") -> torch.Tensor:
@@ -133,10 +137,13 @@ class _NF4Product(torch.autograd.Function):
 
 
 class NF4Linear(nn.Linear):
-    """The tensors of a bitsandbytes `Linear4bit` (NF4, double quantization), without its numbers.
+    """The tensors of a bitsandbytes `Linear4bit` (NF4, double quantization), without numbers.
 
-    A subclass of nn.Linear, so that PEFT's LoRA takes it.
+    It is a subclass of nn.Linear, so that PEFT's LoRA takes it.
     """
+
+    absmax: torch.Tensor
+    nested_absmax: torch.Tensor
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
@@ -150,12 +157,17 @@ class NF4Linear(nn.Linear):
         nested = torch.empty(-(-scales // NF4_NESTED_BLOCK), dtype=torch.float32, device="meta")
         self.register_buffer("nested_absmax", nested)
 
+    @property
+    def packed_bytes(self) -> int:
+        """Return the bytes of the weight, its scales and their scales."""
+        return self.weight.nbytes + self.absmax.nbytes + self.nested_absmax.nbytes
+
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
-        """A tensor of the size of the dequantized weight [N, K]."""
+        """Return an empty tensor in place of the dequantized weight [N, K]."""
         return torch.empty(self.out_features, self.in_features, dtype=dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """X [..., K] -> [..., N]."""
+        """Return y [..., N] for x [..., K]."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         y = cast(torch.Tensor, _NF4Product.apply(x, self))
@@ -163,75 +175,62 @@ class NF4Linear(nn.Linear):
 
 
 def _empty_model(shape: ModelShape, settings: PlanSettings) -> transformers.PreTrainedModel:
-    config = shape.config
-    names = getattr(config, "architectures", None) or [None]
+    """Build the dense model on the meta device, frozen, with sdpa attention."""
+    names = getattr(shape.config, "architectures", None) or [None]
     model_class = getattr(transformers, str(names[0]), transformers.AutoModelForCausalLM)
     build = getattr(model_class, "_from_config", None) or model_class.from_config
     with torch.device("meta"):
-        model = build(config, dtype=settings.torch_dtype, attn_implementation="sdpa")
-    model.requires_grad_(False)
-    return model
+        model = build(shape.config, dtype=settings.torch_dtype, attn_implementation="sdpa")
+    return model.requires_grad_(False)
 
 
-def quantized_model(shape: ModelShape, settings: PlanSettings) -> PeftModel:
-    """The base in INT-n with a QA-LoRA adapter, on the meta device.
+def _int_layer(name: str, linear: nn.Linear, base: QALoRAQuantConfig) -> QuantLinear:
+    spec = base.spec_for(name, linear.in_features, linear.out_features)
+    layer = QuantLinear(spec, desc_act=base.desc_act, device="meta")
+    layer.bias = linear.bias
+    return layer
+
+
+METHODS: dict[str, Callable[[str, nn.Linear, QALoRAQuantConfig], nn.Module]] = {
+    "qalora": _int_layer,
+    "lora": lambda name, linear, base: linear,
+    "qlora": lambda name, linear, base: NF4Linear(linear),
+}
+"""The layer of each method's base, made from a layer's name, the dense layer and the grid."""
+
+
+def build_model(method: str, shape: ModelShape, settings: PlanSettings) -> PeftModel:
+    """Build the base and the adapters of one method, a key of `METHODS`, on the meta device.
 
     Raises:
-        ConfigError: nothing to quantize, or `group_size` or `target_modules` does not fit.
+        ConfigError: there is nothing to quantize, or `group_size` or `target_modules` does not fit.
     """
     model = _empty_model(shape, settings)
     linears = linears_to_quantize(model, shape.base.modules_to_not_convert)
-    if not shape.quantized:
-        check_group_sizes(shape.base.group_sizes, linears.values())
     for name, linear in linears.items():
-        spec = shape.base.spec_for(name, linear.in_features, linear.out_features)
-        layer = QuantLinear(spec, desc_act=shape.base.desc_act, device="meta")
-        layer.bias = linear.bias
-        model.set_submodule(name, layer)
-    targets = None if settings.target_modules is None else list(settings.target_modules)
+        model.set_submodule(name, METHODS[method](name, linear, shape.base))
+    targets = settings.target_modules
+    if method == "qalora":
+        if not shape.quantized:
+            check_group_sizes(shape.base.group_sizes, linears.values())
+        chosen = None if targets is None else list(targets)
+        config = QALoRAConfig(r=settings.r, adapt=settings.adapt, target_modules=chosen)
+    else:
+        config = LoraConfig(r=settings.r, target_modules=list(targets or linears))
     with torch.device("meta"):
-        config = QALoRAConfig(r=settings.r, adapt=settings.adapt, target_modules=targets)
         return get_peft_model(model, config)
-
-
-def lora_model(shape: ModelShape, settings: PlanSettings) -> PeftModel:
-    """The 16-bit base with PEFT's LoRA on the same layers, on the meta device."""
-    model = _empty_model(shape, settings)
-    targets = list(
-        settings.target_modules or linears_to_quantize(model, shape.base.modules_to_not_convert)
-    )
-    with torch.device("meta"):
-        return get_peft_model(model, LoraConfig(r=settings.r, target_modules=targets))
-
-
-def qlora_model(shape: ModelShape, settings: PlanSettings) -> PeftModel:
-    """The base in NF4 with PEFT's LoRA on the same layers, on the meta device."""
-    model = _empty_model(shape, settings)
-    linears = linears_to_quantize(model, shape.base.modules_to_not_convert)
-    targets = list(settings.target_modules or linears)
-    for name, linear in linears.items():
-        model.set_submodule(name, NF4Linear(linear))
-    with torch.device("meta"):
-        return get_peft_model(model, LoraConfig(r=settings.r, target_modules=targets))
-
-
-METHODS: dict[str, Callable[[ModelShape, PlanSettings], PeftModel]] = {
-    "qalora": quantized_model,
-    "lora": lora_model,
-    "qlora": qlora_model,
-}
 
 
 @dataclass(frozen=True)
 class TensorShape:
-    """One parameter or buffer of a model.
+    """The sizes of one parameter or buffer of a model.
 
     Args:
         part: "linear_weights", "scales_offsets", "rest" or "adapters".
-        numel: elements.
-        itemsize: bytes of one.
-        sharded: bytes of one element where ZeRO-3 partitions it: parameters, and what
-            `quant.sharded.ShardedQuantLinear` makes one; 0 for other buffers, which stay whole.
+        numel: number of elements.
+        itemsize: bytes of one element in memory.
+        sharded: bytes of one element where ZeRO-3 partitions it: parameters, and the tensors that
+            `ShardedQuantLinear` makes parameters; 0 for other buffers, which stay whole.
         stored: bytes of one element in a checkpoint; 0 where it is not stored.
     """
 
@@ -243,62 +242,44 @@ class TensorShape:
 
     @property
     def nbytes(self) -> int:
-        """Bytes in memory."""
+        """Return the tensor's bytes in memory."""
         return self.numel * self.itemsize
 
 
-_PARTS = {
-    "qweight": "linear_weights",
-    "scales": "scales_offsets",
-    "offsets": "scales_offsets",
-    "g_idx": "scales_offsets",
-    "absmax": "scales_offsets",
-    "nested_absmax": "scales_offsets",
-}
+_GRID = {"scales", "offsets", "g_idx", "absmax", "nested_absmax"}
 
 
 def tensor_shapes(model: PeftModel) -> list[TensorShape]:
-    """Every parameter and buffer of a model, tied ones once, in the order of execution."""
+    """List every parameter and buffer of a model, tied ones once, in the order of execution."""
     found: dict[int, TensorShape] = {}
-    linears = set(linears_of_blocks(model))
-    for module_name, module in model.named_modules():
-        tensors = itertools.chain(
+    linears = set(linears_in_blocks(model.get_base_model()).values())
+    for module in model.modules():
+        is_linear = module in linears or isinstance(module, NF4Linear)
+        for name, tensor in itertools.chain(
             module.named_parameters(recurse=False), module.named_buffers(recurse=False)
-        )
-        for name, tensor in tensors:
+        ):
             if id(tensor) in found:
                 continue
-            sharded = tensor.element_size() if isinstance(tensor, nn.Parameter) else 0
-            part = _PARTS.get(name, "rest")
+            part = "rest"
             if tensor.requires_grad:
                 part = "adapters"
-            elif name == "weight" and module_name in linears:
+            elif name in _GRID:
+                part = "scales_offsets"
+            elif name == "qweight" or (name == "weight" and is_linear):
                 part = "linear_weights"
-            stored = tensor.element_size()
-            if name in module._non_persistent_buffers_set:
-                stored = 0
-            elif isinstance(module, QuantLinear) and name in ("scales", "offsets"):
-                spec = module.spec
-                stored = (spec.scales_dtype if name == "scales" else spec.stored_dtype).itemsize
-                sharded = torch.promote_types(spec.scales_dtype, spec.stored_dtype).itemsize
-            elif isinstance(module, QuantLinear) and name == "g_idx":
-                sharded = tensor.element_size()
-            found[id(tensor)] = TensorShape(
-                part, tensor.numel(), tensor.element_size(), sharded, stored
-            )
+            found[id(tensor)] = TensorShape(part, tensor.numel(), *_itemsizes(module, name, tensor))
     return list(found.values())
 
 
-def linears_of_blocks(model: PeftModel) -> list[str]:
-    """Names of the layers that QA-LoRA quantizes, whatever they are in this model."""
-    base = model.get_base_model()
-    head = base.get_output_embeddings()
-    blocks = tuple(n + "." for n, m in model.named_modules() if isinstance(m, nn.ModuleList))
-    return [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-        and module is not head
-        and name.startswith(blocks)
-        and not module.weight.requires_grad
-    ]
+def _itemsizes(module: nn.Module, name: str, tensor: torch.Tensor) -> tuple[int, int, int]:
+    """Return `itemsize`, `sharded` and `stored` of a `TensorShape`."""
+    itemsize = tensor.element_size()
+    if isinstance(module, QuantLinear) and name in ("scales", "offsets"):
+        scales, offsets = module.spec.scales_dtype, module.spec.stored_dtype
+        stored = scales if name == "scales" else offsets
+        # ZeRO-3 shards both as one parameter, in the wider dtype
+        return itemsize, torch.promote_types(scales, offsets).itemsize, stored.itemsize
+    is_g_idx = isinstance(module, QuantLinear) and name == "g_idx"
+    is_sharded = is_g_idx or isinstance(tensor, nn.Parameter)
+    is_stored = name not in module._non_persistent_buffers_set
+    return itemsize, itemsize * is_sharded, itemsize * is_stored

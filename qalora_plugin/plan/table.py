@@ -9,14 +9,13 @@ _LABELS = {
     "scales_offsets": "scales and offsets",
     "rest": "embeddings, norms, head",
     "workspace": "workspace (dequantized layer, logits, loss)",
-    "allocator": "freed blocks that malloc keeps",
     "communication": "communication, gathered parameters",
-    "runtime": "runtime",
 }
+_NOTE = "These are allocated bytes. Resident memory is more, as the allocator keeps freed blocks."
 
 
 def gibibytes(nbytes: int) -> str:
-    """Bytes as GiB, or MiB below a tenth of one."""
+    """Write bytes as GiB, or as MiB below a tenth of one."""
     size = nbytes / 2**30
     return f"{size:.2f} GiB" if size >= 0.1 or not nbytes else f"{nbytes / 2**20:.1f} MiB"
 
@@ -24,26 +23,36 @@ def gibibytes(nbytes: int) -> str:
 def table(
     plans: dict[str, MethodPlan], settings: PlanSettings, title: str, sizes: tuple[float, ...]
 ) -> str:
-    """Methods side by side: memory by part, what fits where, sizes on disk."""
-    where = "process" if settings.device == "cpu" else "GPU"
-    rows = [[f"memory per {where}", *(TITLES[name] for name in plans)]]
+    """Write the methods side by side: memory by part, what fits where, sizes on disk.
+
+    Args:
+        plans: the plan of each method, by its name.
+        settings: of the run.
+        title: the first line.
+        sizes: of the GPUs, in GiB.
+    """
+    found = list(plans.values())
+
+    def row(label: str, values: list[int]) -> list[str]:
+        return [label, *map(gibibytes, values)]
+
+    cpu = settings.device == "cpu"
+    rows = [[f"memory per {'process' if cpu else 'GPU'}", *(TITLES[name] for name in plans)]]
     for part in PARTS:
-        values = [plan.memory[part] for plan in plans.values()]
+        values = [plan.memory[part] for plan in found]
         if any(values):
-            rows.append([_LABELS.get(part, part), *map(gibibytes, values)])
-    rows.append(["total", *(gibibytes(plan.total) for plan in plans.values())])
-    if any(plan.host for plan in plans.values()):
-        rows.append(["host memory per GPU", *(gibibytes(p.host) for p in plans.values())])
+            rows.append(row(_LABELS.get(part, part), values))
+    rows.append(row("total", [plan.total for plan in found]))
+    if any(plan.host for plan in found):
+        rows.append(row("host memory per GPU", [plan.host for plan in found]))
     for size in sizes:
-        answers = ["fits" if plan.fits(size) else "-" for plan in plans.values()]
-        rows.append([f"on {size:g} GiB", *answers])
+        rows.append([f"on {size:g} GiB", *("fits" if plan.fits(size) else "-" for plan in found)])
     for file in ("base", "adapter", "merged"):
-        values = [plan.disk[file] for plan in plans.values()]
-        rows.append([f"on disk: {file}", *map(gibibytes, values)])
+        rows.append(row(f"on disk: {file}", [plan.disk[file] for plan in found]))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for label, *cells in rows:
         right = [f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True)]
         lines.append("  ".join([f"{label:<{widths[0]}}", *right]))
     lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join([title, "", *lines])
+    return "\n".join([title, "", *lines, "", _NOTE])
