@@ -321,6 +321,7 @@ def run_sft(spec: Spec, answer: Answer) -> None:
         max_steps=steps,
         per_device_train_batch_size=spec["batch"],
         learning_rate=1e-3,
+        lr_scheduler_type="constant",
         max_length=spec["sequence"],
         use_cpu=device == "cpu",
         bf16=device == "cuda",
