@@ -3,11 +3,9 @@
     python kernels/benchmarks/bench.py --device cpu --quick
     python kernels/benchmarks/bench.py --device cuda --only layer --rows 4096
 
-Compared variants take turns in every round, so that what else the machine does hits all of them;
-ratios are taken round by round. Each line of the data file is one JSON object: a variant's time
-("seconds_*": median, quartiles, extremes), a ratio ("ratio_*"), or a peer that could not run
-("not_run", the reason). `plots.py` draws it. Peers of the steps run in the environments that
-`integration/envs/build.py gptqmodel` and `... axolotl` make; they are not built here.
+Each line of the data file is one JSON object: a variant's time ("seconds_*": median, quartiles,
+extremes), a ratio ("ratio_*"), or a variant that could not run ("not_run", the reason). Peers run
+in environments that `integration/envs/build.py` makes; they are not built here.
 """
 
 from __future__ import annotations

@@ -2,9 +2,8 @@
 
     python kernels/benchmarks/carry.py                 into .wheels/, which git ignores
 
-torch, triton and transformers are never carried: those of the machine are measured. Dependencies
-are not followed (`--no-deps`): PACKAGES lists those that such a machine was seen to lack. Beside
-the wheels: commit.txt, the commit of this checkout, since the machine may have no git.
+torch, triton and transformers are those of the machine. Dependencies are not followed: PACKAGES
+lists what such a machine was seen to lack. commit.txt, beside the wheels, stands in for git there.
 """
 
 from __future__ import annotations

@@ -4,13 +4,9 @@
     python kernels/benchmarks/gpu_run.py OUT_DIR --stage 2 --budget 400
     python kernels/benchmarks/gpu_run.py OUT_DIR --rehearse           on the CPU, tiny shapes
 
-Stages: 1 correctness, 2 a decoder layer and one row beside their peers, 3 whole-model training,
-4 what else there is time for. Each is a list of units (`gpu_units.py`), each a process of its own.
-Give the same command with the same OUT_DIR again and it goes on: what has finished is not run
-again, what failed or did not fit into --budget is. Packages come from wheels (`carry.py`).
-
-In OUT_DIR: stage1.jsonl to stage4.jsonl (measurements), units.jsonl (what ran), log.txt,
-tuning.json (the tuning cache), summary.txt (which bounds are met).
+It runs the units of `gpu_units.py`, each a process of its own, with packages from wheels
+(`carry.py`). Give the same command with the same OUT_DIR again and it goes on: what has finished is
+not run again, what failed or did not fit into --budget is. README.md names the files in OUT_DIR.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ import math
 import os
 import platform
 import re
+import shlex
 import statistics
 import subprocess
 import time
@@ -71,11 +72,8 @@ def interleave(functions: Functions, rounds: int, device: str) -> Times:
 def graphed(function: Callable[[], Any], calls: int, device: str) -> Callable[[], None]:
     """Return a function that makes `calls` calls, on a GPU as one replay of a CUDA graph.
 
-    The time is then the kernels' and not Python's. What `function` has to compile or tune, it does
-    here, before the capture.
-
-    Raises:
-        RuntimeError: the function cannot be captured.
+    The time is then the kernels' and not Python's; `function` compiles and tunes before. Where it
+    cannot be captured, torch raises.
     """
 
     def repeat() -> None:
@@ -127,11 +125,6 @@ def spread(samples: list[float], prefix: str) -> dict[str, float]:
     return {f"{prefix}_{n}": float(f"{v:.4g}") for n, v in zip(names, values, strict=True)}
 
 
-def ratio(slow: list[float], fast: list[float]) -> dict[str, float]:
-    """Return the spread of slow / fast, taken round by round."""
-    return spread([a / b for a, b in zip(slow, fast, strict=True)], "ratio")
-
-
 def rows_of(base: Row, times: Times, more: dict[str, Row]) -> Iterator[Row]:
     """Yield a row of each variant, with what `more` says of it, then `ratios`."""
     for name, samples in times.items():
@@ -140,10 +133,11 @@ def rows_of(base: Row, times: Times, more: dict[str, Row]) -> Iterator[Row]:
 
 
 def ratios(base: Row, times: Times) -> Iterator[Row]:
-    """Yield a row of each ratio "qalora / variant"."""
+    """Yield the spread of each ratio "qalora / variant", taken round by round."""
     for name, samples in times.items():
         if name != "qalora" and "qalora" in times:
-            yield base | {"ratio": f"qalora / {name}"} | ratio(times["qalora"], samples)
+            pairs = zip(times["qalora"], samples, strict=True)
+            yield base | {"ratio": f"qalora / {name}"} | spread([a / b for a, b in pairs], "ratio")
 
 
 # ---- the machine
@@ -151,11 +145,8 @@ def ratios(base: Row, times: Times) -> Iterator[Row]:
 
 def _output_of(*command: str) -> str:
     """Return what a program prints, or "" where there is no such program or it fails."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except OSError:
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
+    status, text = subprocess.getstatusoutput(shlex.join(command))
+    return text if status == 0 else ""
 
 
 def _processor() -> str:

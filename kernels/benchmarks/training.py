@@ -36,7 +36,7 @@ PEER_NEEDS = {
 
 
 class Unavailable(RuntimeError):
-    """A variant cannot run here; the message says why."""
+    """A variant cannot run here, or no longer; the message says why."""
 
 
 def _interpreter(variant: str) -> str:
@@ -55,11 +55,7 @@ def _interpreter(variant: str) -> str:
 
 
 class Worker:
-    """A process of `worker.py` that runs one variant; `ready` is its first answer.
-
-    Raises:
-        Unavailable: the variant cannot run; also by `ask`.
-    """
+    """A process of `worker.py` that runs one variant; `ready` is its first answer."""
 
     def __init__(self, variant: str, spec: Spec):
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (lives as long as the process)

@@ -10,7 +10,6 @@ in another program's environment as well.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import gc
 import json
@@ -18,13 +17,14 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
+from measure import first_line
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
@@ -70,18 +70,17 @@ def weights(model: nn.Module) -> dict[int, int]:
     return storages([*model.parameters(), *model.buffers()])
 
 
-@contextlib.contextmanager
-def count_saved(model: nn.Module) -> Iterator[dict[int, int]]:
-    """Note each storage that autograd keeps for the backward, without the model's own."""
+def saved_bytes(model: nn.Module, step: Callable[[], Any]) -> int:
+    """Return what autograd keeps for the backward of a step, without the model's own."""
     own, saved = weights(model), {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.untyped_storage().data_ptr() not in own:
-            saved.update(storages([tensor]))
+        saved.update(storages([tensor]))
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield saved
+        step()
+    return sum(size for address, size in saved.items() if address not in own)
 
 
 def allocated_peak_bytes(model: nn.Module, step: Callable[[], Any], device: str) -> int:
@@ -280,13 +279,10 @@ def run_steps(spec: Spec, answer: Answer) -> None:
             step()
             answer(seconds=time.perf_counter() - begin)
             continue
-        peak = peak_bytes(device) - base
-        with count_saved(model) as saved:
-            step()
         answer(
-            peak_bytes=peak,
+            peak_bytes=peak_bytes(device) - base,
             allocated_peak_bytes=allocated_peak_bytes(model, step, device),
-            saved_bytes=sum(saved.values()),
+            saved_bytes=saved_bytes(model, step),
             adapter_bytes=sum(p.nbytes for p in model.parameters() if p.requires_grad),
         )
 
@@ -369,7 +365,7 @@ def main() -> None:
     try:
         {"step": run_steps, "sft": run_sft}[spec["task"]](spec, answer)
     except Exception as error:
-        answer(error=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+        answer(error=first_line(error))
 
 
 if __name__ == "__main__":
