@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ..checkpoint.checkpoint import open_quantized
-from ..checkpoint.format import Format, recognise
+from ..checkpoint.format import Format, format_named, recognise
 from ..errors import CheckpointError, ConfigError, VerificationError
 from ..formats.export import Progress
 from ..formats.record import read_record
@@ -49,7 +49,8 @@ class ExportReport:
 
     def as_text(self) -> str:
         """Return a few lines for people."""
-        unit = "of the largest change" if self.format == "lora" else "of a step"
+        of_adapter = format_named(self.format).of_adapter
+        unit = "of the largest change" if of_adapter else "of a step"
         largest = f"largest difference {self.largest_error:.1e} {unit}"
         text = (
             f"{self.exported}: verified, format {self.format}: {self.layers} layers are equal "
