@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedModel
 
@@ -26,7 +27,7 @@ from ..files.json import write_json
 from ..files.names import CONFIG_FILE
 from .calibration import calibration_windows, fitting_length
 from .options import QuantizeOptions, read_options, usable_device
-from .resume import Report, leftovers, resume_tag
+from .resume import Report, digest_of, leftovers
 from .shards import BlockShards
 from .source import ModelSource, choose_layers
 from .walk import Walk, round_layers
@@ -166,7 +167,9 @@ class _Job:
             "dtype": str(self.source.dtype),
             "device": str(self.source.device),
         }
-        return resume_tag(settings, self.source.reader, self.windows)
+        data = b"" if self.windows is None else self.windows.numpy().tobytes()
+        versions = [torch.__version__, transformers.__version__]
+        return digest_of(self.source.reader, data, settings=settings, versions=versions)[:16]
 
     def run(self, out: str | Path) -> QuantizeResult:
         """Write a directory in our format."""

@@ -78,8 +78,8 @@ def test_calibration_texts_are_the_training_split(small_stdlib):
 
 
 def test_held_out_modules_are_not_pretrained_on():
-    pretraining = stdlib_text.pretraining_files()
-    held_out = stdlib_text.held_out_files()
+    pretraining = stdlib_text.source_files(held_out=False)
+    held_out = stdlib_text.source_files(held_out=True)
     assert {"calendar.py", "logging", "mailbox.py"} <= {
         path.name if path.name != "__init__.py" else path.parent.name for path in held_out
     }
@@ -170,7 +170,9 @@ def test_chat_template_writes_the_pairs_format(tokenizer, train_pairs):
 
 
 def test_base_model_has_learned_python(model, tokenizer):
-    text = next(p for p in stdlib_text.held_out_files() if p.name == "mailbox.py").read_text()
+    text = next(
+        p for p in stdlib_text.source_files(held_out=True) if p.name == "mailbox.py"
+    ).read_text()
     ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"][:2048]).view(4, 512)
     with torch.no_grad():
         loss = model(input_ids=ids, labels=ids).loss.item()
@@ -197,7 +199,7 @@ def test_training_script_explains_itself(train_base, monkeypatch, capsys):
 def test_training_script_writes_a_model_that_loads(
     train_base, small_stdlib, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(stdlib_text, "_stdlib_directory", lambda stdlib: small_stdlib)
+    monkeypatch.setattr(stdlib_text, "_root", lambda stdlib: small_stdlib)
     out = tmp_path / "out"
     options = ["--out", str(out), "--steps", "2", "--batch-size", "1", "--threads", "1"]
     monkeypatch.setattr(sys, "argv", ["train_base.py", *options])
