@@ -37,19 +37,15 @@ _AGAIN = "Config and tensors belong to two adapters, or are damaged: save or cop
 # (A, B) of each part, by peft_type and part
 _MATRICES = {PEFT_TYPE: MATRICES, "LORA": {"zeros": ("lora_A", "lora_B")}}
 _WRAPPERS = (".modules_to_save.", ".original_module.")
+# what PEFT's rule for which modules are adapted looks at
+_SELECTING = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
+              "modules_to_save", "target_parameters")  # fmt: skip
 # options of PEFT's LoRA that change what the adapter computes, or add tensors of their own
 _UNSUPPORTED = (
-    "alora_invocation_tokens",
-    "arrow_config",
-    "ensure_weight_tying",
-    "fan_in_fan_out",
-    "layer_replication",
-    "lora_bias",
-    "target_parameters",
-    "trainable_token_indices",
-    "use_bdlora",
-    "use_dora",
-)
+    "alora_invocation_tokens", "arrow_config", "ensure_weight_tying", "fan_in_fan_out",
+    "layer_replication", "lora_bias", "target_parameters", "trainable_token_indices",
+    "use_bdlora", "use_dora",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -163,17 +159,13 @@ class Adapter:
             return layer in self.layers
         if self.config["target_modules"] == "all-linear":
             return True
-        where = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
-        fields = (*where, "modules_to_save", "target_parameters")
-        config = SimpleNamespace(**{name: self.config.get(name) for name in fields})
+        config = SimpleNamespace(**{name: self.config.get(name) for name in _SELECTING})
         return bool(check_target_module_exists(config, layer))
 
     def asks_to_save(self, tensor: str) -> bool:
         """Say whether modules_to_save selects a tensor, by PEFT's rule: name endings."""
-        *modules, _ = tensor.split(".")
-        owners = [".".join(modules[: i + 1]) for i in range(len(modules))]
-        entries = tuple(self.config.get("modules_to_save") or ())
-        return any(owner.endswith(entries) for owner in owners)
+        parts, entries = tensor.split("."), tuple(self.config.get("modules_to_save") or ())
+        return any(".".join(parts[:i]).endswith(entries) for i in range(1, len(parts)))
 
 
 def open_adapter(path: str | Path) -> Adapter:
@@ -258,9 +250,8 @@ def _read_config(directory: Path) -> dict[str, Any]:
     if not path.exists():
         below = sorted(directory.glob(f"*/{ADAPTER_CONFIG_FILE}"))
         found = "a model, not an adapter" if (directory / CONFIG_FILE).exists() else "no adapter"
-        advice = "Give the directory that the adapter was saved in."
-        if below:
-            advice = f"Did you mean {below[0].parent}?"
+        saved = "Give the directory that the adapter was saved in."
+        advice = f"Did you mean {below[0].parent}?" if below else saved
         raise AdapterError(f"{directory}: no {ADAPTER_CONFIG_FILE}: this is {found}. {advice}")
     config = read_json(path)
     if config.get("peft_type") not in _MATRICES:

@@ -50,15 +50,6 @@ def _as_linear(weight: torch.Tensor) -> nn.Linear:
     return linear
 
 
-def _stack(parts: list[LowRank]) -> LowRank | None:
-    """Join several changes into one along the rank; None for none."""
-    if len(parts) <= 1:
-        return parts[0] if parts else None
-    a = torch.cat([part.a.double() for part in parts])
-    b = torch.cat([part.b.double() * part.factor for part in parts], dim=1)
-    return LowRank(a, b, 1.0)
-
-
 class QALoRALinear(nn.Module, BaseTunerLayer):
     """A `QuantLinear` and its adapters. A and B are fp32, whatever the dtype of the model.
 
@@ -140,19 +131,19 @@ class QALoRALinear(nn.Module, BaseTunerLayer):
                 yield attribute, holder[adapter_name].weight
 
     def change(self, part: str, adapters: Iterable[str]) -> LowRank | None:
-        """Return what adapters change together in one part, None if they leave it alone."""
-        a, b = (getattr(self, attribute) for attribute in MATRICES[part])
-        return _stack(
-            [LowRank(a[n].weight, b[n].weight, self.scaling[n]) for n in adapters if n in a]
-        )
+        """Return what adapters change together in one part, None if they leave it alone.
 
-    def changes(self, adapter_name: str) -> dict[str, LowRank]:
-        """Return an adapter's change of the offsets ("zeros") and of the scales ("scales").
-
-        Only what it adapts here; under ZeRO-3 and FSDP the matrices are this rank's parts.
+        Under ZeRO-3 and FSDP its matrices are this rank's parts.
         """
-        found = {part: self.change(part, [adapter_name]) for part in MATRICES}
-        return {part: change for part, change in found.items() if change is not None}
+        a, b = (getattr(self, attribute) for attribute in MATRICES[part])
+        names = [name for name in adapters if name in a]
+        parts = [LowRank(a[name].weight, b[name].weight, self.scaling[name]) for name in names]
+        if len(parts) <= 1:
+            return parts[0] if parts else None
+        # joined along the rank
+        joined = torch.cat([part.a.double() for part in parts])
+        scaled = torch.cat([part.b.double() * part.factor for part in parts], dim=1)
+        return LowRank(joined, scaled, 1.0)
 
     def forward(self, x: torch.Tensor, adapter_names: list[str] | None = None) -> torch.Tensor:
         """Compute the layer with its active adapters.

@@ -140,12 +140,7 @@ class QALoRAModel(BaseTuner):
     ) -> None:
         """Fold adapters into the layers that they are on; `unmerge_adapter` undoes it.
 
-        Args:
-            adapter_names: which adapters; None for the active ones.
-            safe_merge: see `QALoRALinear.merge`.
-
-        Raises:
-            AdapterError: see `QALoRALinear.merge`; raised before any layer changes.
+        Arguments and errors are those of `QALoRALinear.merge`; no layer has changed on an error.
         """
         self._check_merge(adapter_names)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
@@ -158,13 +153,7 @@ class QALoRAModel(BaseTuner):
     ) -> nn.Module:
         """Return the plain model with the adapters folded in, which saves in our format.
 
-        Args:
-            progressbar: show one.
-            safe_merge: see `QALoRALinear.merge`.
-            adapter_names: which adapters; None for the active ones.
-
-        Raises:
-            AdapterError: see `QALoRALinear.merge`; raised before any layer changes.
+        Arguments and errors are those of `merge_adapter`; `progressbar` shows one.
         """
         self._check_merge(adapter_names)
         names = self.active_adapters if adapter_names is None else adapter_names
@@ -184,7 +173,15 @@ class QALoRAModel(BaseTuner):
         """Describe the adapters that are merged already, and these."""
         merged = {name for _, layer in self._layers() for name in layer.merged_adapters}
         return [
-            _describe(name, config)
+            MergedAdapter(
+                adapter=name,
+                peft_type=PEFT_TYPE,
+                convention=config.convention,
+                adapt=config.adapt,
+                r=config.r,
+                lora_alpha=config.lora_alpha,
+                modules_to_save=sorted(config.modules_to_save or []),
+            )
             for name, config in self.peft_config.items()
             if name in merged or name in names
         ]
@@ -207,18 +204,6 @@ class QALoRAModel(BaseTuner):
                     key = plain_name(f"{prefix}{name}.{attribute}.{adapter_name}.weight")
                     matrices[adapter_name][key] = weight
         return matrices
-
-
-def _describe(name: str, config: QALoRAConfig) -> MergedAdapter:
-    return MergedAdapter(
-        adapter=name,
-        peft_type=PEFT_TYPE,
-        convention=config.convention,
-        adapt=config.adapt,
-        r=config.r,
-        lora_alpha=config.lora_alpha,
-        modules_to_save=sorted(config.modules_to_save or []),
-    )
 
 
 def _recorded(model: Any, adapters: list[MergedAdapter]) -> nn.Module:
