@@ -109,7 +109,8 @@ def _check_without_class(adapter: Adapter, base: QuantizedCheckpoint, saved: Sav
 def _wrong_shape(adapter: Adapter, key: str, expected: tuple[int, ...]) -> AdapterError:
     return adapter.error(
         f"{key}: shape {list(adapter.reader.info(key).shape)}, the base's has {list(expected)}. "
-        "It was trained on another base, or resized: resize the base before quantizing it."
+        "It was trained on another base, or resized: save both embeddings with the adapter, or "
+        "resize the base before quantizing it."
     )
 
 
@@ -210,8 +211,8 @@ def _fit_config(
 
 def _untied(config: dict[str, Any]) -> dict[str, Any]:
     untied, text = {"tie_word_embeddings": False}, config.get("text_config", {})
-    changed = untied | {"text_config": text | untied} if "tie_word_embeddings" in text else untied
-    return config | changed
+    nested = {"text_config": text | untied} if "tie_word_embeddings" in text else {}
+    return config | untied | nested
 
 
 def _check_shapes(
@@ -222,17 +223,10 @@ def _check_shapes(
     for name, key in saved.items():
         if shapes.get(name, adapter.reader.info(key).shape) != adapter.reader.info(key).shape:
             raise _wrong_shape(adapter, key, shapes[name])
-    embeddings = sorted(architecture.embeddings)
-    other = next((saved[name] for name in embeddings if name in saved), None)
-    for name in embeddings:
-        if other is None or name in saved or name not in base.reader:
-            continue
-        if base.reader.info(name).shape != shapes[name]:
-            raise adapter.error(
-                f"{other}: shape {list(adapter.reader.info(other).shape)}, but the base's {name} "
-                f"has {list(base.reader.info(name).shape)}. Save both embeddings with the adapter, "
-                "or resize the vocabulary before quantizing."
-            )
+    resized = [saved[name] for name in sorted(architecture.embeddings) if name in saved]
+    for name in sorted(architecture.embeddings - saved.keys()) if resized else ():
+        if name in base.reader and base.reader.info(name).shape != shapes[name]:
+            raise _wrong_shape(adapter, resized[0], base.reader.info(name).shape)
 
 
 def _check_complete(adapter: Adapter, architecture: Architecture, merged: set[str]) -> None:

@@ -12,7 +12,6 @@ import hashlib
 import math
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -260,12 +259,12 @@ class QALoRALinear(nn.Module, BaseTunerLayer):
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.scaling]
         if not names:
             return
-        base, own, merged = self.base_layer, self._own_grid(), self.merged_adapters + names
+        base, own, merged = self.base_layer, self.own_grid(), self.merged_adapters + names
         base.scales, base.offsets = self._folded(merged)
         self._unmerged = own
         self.merged_adapters = merged
 
-    def _own_grid(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def own_grid(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the base layer's own scales and offsets, whatever is merged."""
         base = self.base_layer
         if self._unmerged is None:
@@ -282,7 +281,7 @@ class QALoRALinear(nn.Module, BaseTunerLayer):
         with torch.no_grad():
             zeros, scale = self.change("zeros", adapters), self.change("scales", adapters)
             scales, offsets = fold(
-                *self._own_grid(),
+                *self.own_grid(),
                 zeros=None if zeros is None else zeros.delta(),
                 scale=None if scale is None else scale.delta(),
                 offsets_dtype=spec.offsets_dtype,
@@ -301,38 +300,6 @@ class QALoRALinear(nn.Module, BaseTunerLayer):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         base = self.base_layer
-        base.scales, base.offsets = self._own_grid()
+        base.scales, base.offsets = self.own_grid()
         self._unmerged = None
         self.merged_adapters = []
-
-    @contextmanager
-    def own_grid(self) -> Iterator[None]:
-        """Put the base layer's own scales and offsets in place for a while, whatever is merged."""
-        base = self.base_layer
-        present = base.scales, base.offsets
-        base.scales, base.offsets = self._own_grid()
-        try:
-            yield
-        finally:
-            base.scales, base.offsets = present
-
-    def check_deletable(self, adapter_name: str) -> None:
-        """Refuse to delete a merged adapter: the next merge, from A and B anew, would drop it.
-
-        Raises:
-            AdapterError: the adapter is merged.
-        """
-        if adapter_name in self.merged_adapters:
-            raise AdapterError(
-                f"adapter {adapter_name!r} is merged and cannot be deleted: call unmerge_adapter() "
-                "first, or merge_and_unload() to keep its change for good"
-            )
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter from the layer; see PEFT's `BaseTunerLayer`.
-
-        Raises:
-            AdapterError: the adapter is merged.
-        """
-        self.check_deletable(adapter_name)
-        super().delete_adapter(adapter_name)
