@@ -1,8 +1,6 @@
 """The quantized base of an Axolotl run: made once, found again by every rank and later run."""
 
 import fcntl
-import hashlib
-import json
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +17,7 @@ from ..files.hub import resolve_model_dir
 from ..files.names import CONFIG_FILE
 from ..files.reader import CheckpointReader
 from ..quantize.calibration import cut_windows, join_tokens
+from ..quantize.resume import digest_of
 from ..quantize.rows import fields_of
 from .args import options_of
 
@@ -182,21 +181,13 @@ def cache_dir(cfg: Any) -> Path:
 
 def _key(source: Path, settings: dict[str, Any], calibration: Any) -> str:
     """Hash model files, settings and calibration data to 12 hexadecimal digits."""
-    reader = CheckpointReader(source)
-    files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in reader.files]
-    facts = {
-        # a snapshot of the Hub has its commit in the path; a local directory its files' times
-        "source": str(source.resolve()),
-        "files": files,
-        "config": reader.config,
-        "settings": settings,
-    }
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
-    if isinstance(calibration, Path):
-        digest.update(calibration.read_bytes())
-    elif calibration is not None:
-        digest.update(calibration.numpy().tobytes())
-    return digest.hexdigest()[:12]
+    data = b""
+    if calibration is not None:
+        is_file = isinstance(calibration, Path)
+        data = calibration.read_bytes() if is_file else calibration.numpy().tobytes()
+    # a snapshot of the Hub has its commit in the path; a local directory its files' times
+    where = str(source.resolve())
+    return digest_of(CheckpointReader(source), data, source=where, settings=settings)[:12]
 
 
 @contextmanager

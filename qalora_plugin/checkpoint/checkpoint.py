@@ -118,10 +118,7 @@ class QuantizedCheckpoint:
 
     def plan(self) -> TensorPlan:
         """Names, dtypes and shapes of this checkpoint written in our format, layer by layer."""
-        plan: TensorPlan = {}
-        for name in self.dense_names:
-            info = self.reader.info(name)
-            plan[name] = (info.dtype, info.shape)
+        plan: TensorPlan = self.reader.plan(self.dense_names)
         for name, spec in self.layers.items():
             plan.update(layer_plan(name, spec, self.config.desc_act))
         # a layer's parts side by side, in the order of the files

@@ -4,7 +4,7 @@ Files are read by offset into fresh memory, not mapped: resident memory falls ag
 tensor is dropped, so a whole 70B checkpoint can be walked in the memory of its largest tensor.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from io import FileIO
 from pathlib import Path
@@ -110,6 +110,11 @@ class CheckpointReader:
                 "it again."
             )
         return self.tensors[name]
+
+    def plan(self, names: Iterable[str]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Return dtype and shape of some tensors, as `writer` plans them."""
+        infos = map(self.info, names)
+        return {info.name: (info.dtype, info.shape) for info in infos}
 
     def get(self, name: str) -> torch.Tensor:
         """Read one tensor into fresh memory, in its stored dtype.

@@ -7,7 +7,7 @@ that are there can be kept.
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from ..files.atomic import replace_file
 from ..files.json import write_json
 from .manifest import file_sha256, write_manifest
 from .names import INDEX_FILE, SINGLE_FILE
+from .reader import CheckpointReader
 from .safetensors import DTYPE_NAMES, LENGTH_BYTES, TensorInfo, read_header, tensor_nbytes
 
 Plan = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -107,6 +108,16 @@ class ShardWriter:
                 return
         raise ValueError(f"{name}: planned {info.nbytes} bytes, found another number")
 
+    def copy(self, name: str, reader: CheckpointReader, original: str) -> None:
+        """Write one planned tensor as `reader` has it under the name `original`.
+
+        It is converted where it is planned in another dtype.
+        """
+        if reader.info(original).dtype == self._infos[name].dtype:
+            self.write_raw(name, reader.chunks(original))
+        else:
+            self.write(name, reader.get(original).to(self._infos[name].dtype))
+
     def _take(self, name: str) -> TensorInfo:
         if name not in self._missing:
             raise ValueError(f"{name}: not in the plan of {self.path.name}, or written before")
@@ -156,10 +167,7 @@ class CheckpointWriter:
     """
 
     def __init__(
-        self,
-        directory: Path,
-        plans: Sequence[Plan],
-        metadata: Mapping[str, str] = DEFAULT_METADATA,
+        self, directory: Path, plans: Sequence[Plan], metadata: Mapping[str, str] = DEFAULT_METADATA
     ) -> None:
         """Plan the files; nothing is written yet.
 
@@ -235,6 +243,43 @@ class CheckpointWriter:
         }
         index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
         write_json(self.directory / INDEX_FILE, index)
+
+
+def write_weights(
+    directory: Path,
+    plan: Plan,
+    copies: Mapping[str, tuple[CheckpointReader, str]],
+    layer_tensors: Callable[[str], Mapping[str, torch.Tensor]],
+    *,
+    metadata: Mapping[str, str] = DEFAULT_METADATA,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Write all weight files of a directory with one layer in memory at a time.
+
+    Args:
+        directory: where the files go, usually a partial directory.
+        plan: every tensor, in the order of the files; those of a layer follow each other.
+        copies: of the tensors that are copied, where from: a checkpoint, and the name there.
+        layer_tensors: returns the tensors <layer>.<part> by name, given the name of the layer.
+        metadata: `__metadata__` of every shard's header.
+        progress: called with (tensors written, tensors in all).
+    """
+    writer = CheckpointWriter(directory, split_plan(plan), metadata)
+    layer: Mapping[str, torch.Tensor] = {}
+    done = 0
+    for index, names in enumerate(writer.plans):
+        with writer.shard(index) as shard:
+            for name in names:
+                if name in copies:
+                    shard.copy(name, *copies[name])
+                else:
+                    if name not in layer:
+                        layer = layer_tensors(name.rpartition(".")[0])
+                    shard.write(name, layer[name])
+                done += 1
+                if progress is not None:
+                    progress(done, len(plan))
+    writer.finish()
 
 
 def _layout(

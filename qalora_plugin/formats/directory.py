@@ -5,8 +5,7 @@ it); `write_directory` does the rest.
 """
 
 import copy
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from ..files.atomic import AtomicDirectory
 from ..files.json import write_json
 from ..files.names import CONFIG_FILE
 from ..files.safetensors import TensorInfo
-from ..files.writer import DEFAULT_METADATA, CheckpointWriter, ShardWriter, split_plan
+from ..files.writer import DEFAULT_METADATA, write_weights
 from .export import Progress
 
 
@@ -120,76 +119,20 @@ def write_directory(
     directory = AtomicDirectory(out)
     dense = DenseLayers()
     held = {name: dense if name in reasons else layers for name in source.layers}
-    weights = WeightPlan(lambda name: held[name].convert(name, source.layer(name)))
-    other = set(source.dense_names)
-    for tensor in source.reader.tensors:  # in the order of the source's files
+    copies = {name: (source.reader, name) for name in source.dense_names}
+    plan: TensorPlan = {}
+    for tensor, info in source.reader.tensors.items():  # in the order of the source's files
         name, _, part = tensor.rpartition(".")
-        if tensor in other:
-            info = source.reader.info(tensor)
-            weights.tensors[tensor] = (layers.dense_dtype(info), info.shape)
+        if tensor in copies:
+            plan[tensor] = (layers.dense_dtype(info), info.shape)
         elif part == "qweight":
-            weights.add_layer(name, held[name].plan(name, source.layers[name]))
+            plan |= held[name].plan(name, source.layers[name])
+
+    def convert(name: str) -> Mapping[str, torch.Tensor]:
+        return held[name].convert(name, source.layer(name))
+
     with directory as partial:
-        write_weights(source, partial, weights, metadata, progress)
+        write_weights(partial, plan, copies, convert, metadata=metadata, progress=progress)
         copy_side_files(source.directory, partial)
         write_json(partial / CONFIG_FILE, config)
     return directory.target
-
-
-@dataclass
-class WeightPlan:
-    """The tensors of a directory to write.
-
-    Args:
-        convert: makes a layer's tensors, by its name.
-        tensors: dtype and shape of every tensor, in the order of the files.
-        owners: the layer of every tensor that `convert` makes; a layer's follow each other.
-        copies: the source's name of a tensor that has another name there.
-    """
-
-    convert: Callable[[str], Mapping[str, torch.Tensor]]
-    tensors: TensorPlan = field(default_factory=dict)
-    owners: dict[str, str] = field(default_factory=dict)
-    copies: dict[str, str] = field(default_factory=dict)
-
-    def add_layer(self, name: str, plan: TensorPlan) -> None:
-        """Append the tensors of one quantized layer."""
-        self.tensors.update(plan)
-        self.owners.update(dict.fromkeys(plan, name))
-
-
-def write_weights(
-    source: QuantizedCheckpoint,
-    directory: Path,
-    weights: WeightPlan,
-    metadata: Mapping[str, str] = DEFAULT_METADATA,
-    progress: Progress | None = None,
-) -> None:
-    """Write all weight files of a directory; arguments are those of `write_directory`."""
-    writer = CheckpointWriter(directory, split_plan(weights.tensors), metadata)
-    layer: str | None = None
-    parts: Mapping[str, torch.Tensor] = {}
-    done = 0  # tensors
-    for index, names in enumerate(writer.plans):
-        with writer.shard(index) as shard:
-            for name in names:
-                owner = weights.owners.get(name)
-                if owner is None:
-                    _copy(source, weights.copies.get(name, name), shard, name, names[name][0])
-                else:
-                    if owner != layer:
-                        layer, parts = owner, weights.convert(owner)
-                    shard.write(name, parts[name])
-                done += 1
-                if progress is not None:
-                    progress(done, len(weights.tensors))
-    writer.finish()
-
-
-def _copy(
-    source: QuantizedCheckpoint, original: str, shard: ShardWriter, name: str, dtype: torch.dtype
-) -> None:
-    if source.reader.info(original).dtype == dtype:
-        shard.write_raw(name, source.reader.chunks(original))
-    else:
-        shard.write(name, source.reader.get(original).to(dtype))

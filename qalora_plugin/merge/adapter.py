@@ -18,17 +18,17 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import check_target_module_exists
-from safetensors import safe_open
 
 from ..checkpoint.checkpoint import QuantizedCheckpoint, open_quantized
 from ..checkpoint.format import base_format
-from ..errors import AdapterError, CheckpointError, ConfigError
+from ..errors import AdapterError, CheckpointError
 from ..files.hub import resolve_model_dir
 from ..files.json import read_json
 from ..files.names import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, CONFIG_FILE
-from ..files.safetensors import TensorInfo, read_header
-from ..tuner.config import PEFT_TYPE, QALoRAConfig
+from ..files.reader import CheckpointReader
+from ..tuner.config import PEFT_TYPE
 from ..tuner.names import ADAPT_PARTS, MATRICES
+from ..tuner.scaling import SCALING_FIELDS, check_scaling, rank_and_scaling
 from .conventions import CONVENTIONS
 
 PREFIX = "base_model.model."
@@ -37,21 +37,15 @@ _AGAIN = "Config and tensors belong to two adapters, or are damaged: save or cop
 # (A, B) of each part, by peft_type and part
 _MATRICES = {PEFT_TYPE: MATRICES, "LORA": {"zeros": ("lora_A", "lora_B")}}
 _WRAPPERS = (".modules_to_save.", ".original_module.")
-# LoRA's fields that say how large the change of a layer is
-_SCALING = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
+# what PEFT's rule for which modules are adapted looks at
+_SELECTING = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
+              "modules_to_save", "target_parameters")  # fmt: skip
 # options of PEFT's LoRA that change what the adapter computes, or add tensors of their own
 _UNSUPPORTED = (
-    "alora_invocation_tokens",
-    "arrow_config",
-    "ensure_weight_tying",
-    "fan_in_fan_out",
-    "layer_replication",
-    "lora_bias",
-    "target_parameters",
-    "trainable_token_indices",
-    "use_bdlora",
-    "use_dora",
-)
+    "alora_invocation_tokens", "arrow_config", "ensure_weight_tying", "fan_in_fan_out",
+    "layer_replication", "lora_bias", "target_parameters", "trainable_token_indices",
+    "use_bdlora", "use_dora",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -80,42 +74,40 @@ class Adapter:
     Names are those of the model that was trained; `names.TrainedModel` knows the base's.
 
     Args:
-        directory: the directory read.
+        reader: of the file of tensors.
         config: adapter_config.json.
-        infos: dtype and shape of every tensor by key.
         layers: the adapted layers by name.
         saved: keys of whole tensors (see `modules_to_save`) by tensor name.
     """
 
-    directory: Path
+    reader: CheckpointReader
     config: Mapping[str, Any]
-    infos: Mapping[str, TensorInfo]
     layers: Mapping[str, AdapterLayer] = field(default_factory=dict)
     saved: Mapping[str, str] = field(default_factory=dict)
 
     @property
+    def directory(self) -> Path:
+        """The directory that was read."""
+        return self.reader.directory
+
+    @property
     def peft_type(self) -> str:
-        """Return PEFT's name of the method: QALORA or LORA."""
+        """PEFT's name of the method: QALORA or LORA."""
         return str(self.config["peft_type"])
 
     @property
     def is_ours(self) -> bool:
-        """Say whether it was trained with QALoRAConfig: pools over the base's own groups."""
+        """Whether it was trained with QALoRAConfig: pools over the base's own groups."""
         return self.peft_type == PEFT_TYPE
 
     @property
     def adapt(self) -> str:
-        """Return what was learned: zeros, scales or both."""
+        """What was learned: zeros, scales or both."""
         return str(self.config.get("adapt", "zeros"))
-
-    @property
-    def weights(self) -> Path:
-        """Return the path of the file of tensors."""
-        return self.directory / ADAPTER_WEIGHTS_FILE
 
     def error(self, text: str) -> AdapterError:
         """Return an error that names the file of tensors."""
-        return AdapterError(f"{self.weights}: {text}")
+        return AdapterError(f"{self.reader.files[0]}: {text}")
 
     def config_error(self, text: str) -> AdapterError:
         """Return an error that names adapter_config.json."""
@@ -123,8 +115,7 @@ class Adapter:
 
     def get(self, key: str) -> torch.Tensor:
         """Read one tensor, in its stored dtype."""
-        with safe_open(self.weights, framework="pt") as file:
-            return file.get_tensor(key)
+        return self.reader.get(key)
 
     def get_pair(self, keys: tuple[str, str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Read A [r, columns] and B [N, r] of one part of a layer."""
@@ -168,17 +159,13 @@ class Adapter:
             return layer in self.layers
         if self.config["target_modules"] == "all-linear":
             return True
-        where = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
-        fields = (*where, "modules_to_save", "target_parameters")
-        config = SimpleNamespace(**{name: self.config.get(name) for name in fields})
+        config = SimpleNamespace(**{name: self.config.get(name) for name in _SELECTING})
         return bool(check_target_module_exists(config, layer))
 
     def asks_to_save(self, tensor: str) -> bool:
         """Say whether modules_to_save selects a tensor, by PEFT's rule: name endings."""
-        *modules, _ = tensor.split(".")
-        owners = [".".join(modules[: i + 1]) for i in range(len(modules))]
-        entries = tuple(self.config.get("modules_to_save") or ())
-        return any(owner.endswith(entries) for owner in owners)
+        parts, entries = tensor.split("."), tuple(self.config.get("modules_to_save") or ())
+        return any(".".join(parts[:i]).endswith(entries) for i in range(1, len(parts)))
 
 
 def open_adapter(path: str | Path) -> Adapter:
@@ -193,8 +180,8 @@ def open_adapter(path: str | Path) -> Adapter:
         CheckpointError: a damaged file.
     """
     directory = resolve_model_dir(path)
-    config, weights = _read_config(directory), directory / ADAPTER_WEIGHTS_FILE
-    if not weights.exists():
+    config = _read_config(directory)
+    if not (directory / ADAPTER_WEIGHTS_FILE).exists():
         found = ". Was training stopped before the adapter was saved?"
         if (directory / "adapter_model.bin").exists():
             found = (
@@ -203,11 +190,10 @@ def open_adapter(path: str | Path) -> Adapter:
                 "'adapter_model.bin', weights_only=True), 'adapter_model.safetensors')."
             )
         raise AdapterError(f"{directory}: no {ADAPTER_WEIGHTS_FILE}{found}")
-    adapter = Adapter(directory, config, read_header(weights)[0])
+    adapter = Adapter(CheckpointReader(directory, only=ADAPTER_WEIGHTS_FILE), config)
     matrices, saved = _sort_keys(adapter)
-    scaling = _scaling_config(adapter)
-    layers = {name: _layer(adapter, name, found, scaling) for name, found in matrices.items()}
-    for key in adapter.infos:
+    layers = {name: _layer(adapter, name, found) for name, found in matrices.items()}
+    for key in adapter.reader.tensors:
         tensor = adapter.get(key)
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise adapter.error(
@@ -264,9 +250,8 @@ def _read_config(directory: Path) -> dict[str, Any]:
     if not path.exists():
         below = sorted(directory.glob(f"*/{ADAPTER_CONFIG_FILE}"))
         found = "a model, not an adapter" if (directory / CONFIG_FILE).exists() else "no adapter"
-        advice = "Give the directory that the adapter was saved in."
-        if below:
-            advice = f"Did you mean {below[0].parent}?"
+        saved = "Give the directory that the adapter was saved in."
+        advice = f"Did you mean {below[0].parent}?" if below else saved
         raise AdapterError(f"{directory}: no {ADAPTER_CONFIG_FILE}: this is {found}. {advice}")
     config = read_json(path)
     if config.get("peft_type") not in _MATRICES:
@@ -287,9 +272,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
             f"{path}: adapt must be one of {sorted(ADAPT_PARTS)}, found {config['adapt']!r}. "
             f"{_AGAIN}"
         )
-    for key in ("r", "lora_alpha"):
-        if config.get(key) is None:
-            raise AdapterError(f"{path}: does not say {key}. Add it.")
+    check_scaling(config, str(path), AdapterError)
     return config
 
 
@@ -298,7 +281,7 @@ def _sort_keys(adapter: Adapter) -> tuple[dict[str, set[str]], dict[str, str]]:
     known = [matrix for pair in _MATRICES[adapter.peft_type].values() for matrix in pair]
     matrices: dict[str, set[str]] = {}
     saved: dict[str, str] = {}
-    for key in adapter.infos:
+    for key in adapter.reader.tensors:
         if not key.startswith(PREFIX):
             raise adapter.error(
                 f"key {key}: expected names that start with {PREFIX}. Save the adapter with "
@@ -309,23 +292,14 @@ def _sort_keys(adapter: Adapter) -> tuple[dict[str, set[str]], dict[str, str]]:
         if leaf == "weight" and matrix in known:
             matrices.setdefault(layer, set()).add(matrix)
         # PEFT, saving resized embeddings, writes them under its wrapper's names too
-        elif not any(w in key and key.replace(w, ".") in adapter.infos for w in _WRAPPERS):
+        elif not any(w in key and key.replace(w, ".") in adapter.reader for w in _WRAPPERS):
             saved[key.removeprefix(PREFIX)] = key
     if not matrices:
         raise adapter.error(f"no {' or '.join(known)} in it: nothing to merge. {_AGAIN}")
     return matrices, saved
 
 
-def _scaling_config(adapter: Adapter) -> QALoRAConfig:
-    """Return the fields that ours and LoRA's config have in common, checked."""
-    fields = {key: adapter.config[key] for key in _SCALING if adapter.config.get(key) is not None}
-    try:
-        return QALoRAConfig(**fields)
-    except ConfigError as error:
-        raise adapter.config_error(str(error)) from error
-
-
-def _layer(adapter: Adapter, name: str, found: set[str], scaling: QALoRAConfig) -> AdapterLayer:
+def _layer(adapter: Adapter, name: str, found: set[str]) -> AdapterLayer:
     """Return one layer; all matrices that `adapt` names are there, and fit each other."""
     pairs = {part: _MATRICES[adapter.peft_type][part] for part in ADAPT_PARTS[adapter.adapt]}
     expected = {matrix for pair in pairs.values() for matrix in pair}
@@ -335,11 +309,12 @@ def _layer(adapter: Adapter, name: str, found: set[str], scaling: QALoRAConfig) 
                 f"{what} key {PREFIX}{name}.{sorted(wrong)[0]}.weight (adapt={adapter.adapt!r} has "
                 f"{', '.join(sorted(expected))} in every layer). {_AGAIN}"
             )
-    rank, factor = scaling.rank_and_scaling(name)
+    settings = {field: adapter.config[field] for field in SCALING_FIELDS if field in adapter.config}
+    rank, factor = rank_and_scaling(name, **settings)
     keys, sizes = {}, set()
     for part, (a, b) in pairs.items():
         keys[part] = (f"{PREFIX}{name}.{a}.weight", f"{PREFIX}{name}.{b}.weight")
-        shapes = [adapter.infos[key].shape for key in keys[part]]
+        shapes = [adapter.reader.info(key).shape for key in keys[part]]
         wanted = (f"[{rank}, groups]", f"[out_features, {rank}]")
         for axis, (key, shape) in enumerate(zip(keys[part], shapes, strict=True)):
             if len(shape) != 2 or shape[axis] != rank or 0 in shape:

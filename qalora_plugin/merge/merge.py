@@ -8,14 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from ..checkpoint.side_files import TOKENIZER_FILES, copy_side_files
 from ..files.atomic import AtomicDirectory
 from ..files.json import write_json
 from ..files.names import CONFIG_FILE
-from ..files.writer import CheckpointWriter, split_plan
-from .plan import MergePlan, plan_merge
+from ..files.writer import write_weights
+from .plan import plan_merge
 
 
 @dataclass(frozen=True)
@@ -63,8 +61,10 @@ def merge_adapter(
     """
     target = AtomicDirectory(out)  # checks it before the long reading
     plan = plan_merge(adapter, base, convention)
+    copies = {name: (plan.base.reader, own) for name, own in plan.dense.from_base.items()}
+    copies |= {name: (plan.adapter.reader, key) for name, key in plan.dense.from_adapter.items()}
     with target as partial:
-        _write_weights(partial, plan, progress)
+        write_weights(partial, plan.tensors, copies, plan.stored_layer, progress=progress)
         copy_side_files(plan.base.directory, partial)
         if (plan.adapter.directory / "tokenizer_config.json").exists():  # as trained with
             copy_side_files(plan.adapter.directory, partial, TOKENIZER_FILES)
@@ -73,27 +73,3 @@ def merge_adapter(
             finish(partial)
     replaced = sorted(plan.dense.from_adapter)
     return MergeResult(target.target, len(plan.layers), plan.convention, replaced)
-
-
-def _write_weights(
-    partial: Path, plan: MergePlan, progress: Callable[[int, int], None] | None
-) -> None:
-    writer = CheckpointWriter(partial, split_plan(plan.tensors))
-    dense = plan.dense
-    layer: dict[str, torch.Tensor] = {}
-    done = 0
-    for index, names in enumerate(writer.plans):
-        with writer.shard(index) as shard:
-            for name in names:
-                if name in dense.from_adapter:
-                    shard.write(name, plan.adapter.get(dense.from_adapter[name]))
-                elif name in dense.from_base:
-                    shard.write_raw(name, plan.base.reader.chunks(dense.from_base[name]))
-                else:
-                    if name not in layer:  # a layer's tensors follow each other in the plan
-                        layer = plan.stored_layer(name.rpartition(".")[0])
-                    shard.write(name, layer[name])
-                done += 1
-                if progress is not None:
-                    progress(done, len(plan.tensors))
-    writer.finish()

@@ -76,7 +76,6 @@ def _check_keys(
                 "checkpoint cannot hold its 16-bit copy. Adapt it instead, or keep it out of the "
                 "quantization (modules_to_not_convert)."
             )
-    for name, key in saved.items():
         if name not in embeddings and not adapter.asks_to_save(trained.in_model(name)):
             raise adapter.error(
                 f"extra key {key}: neither a matrix of the adapter nor named in modules_to_save, "
@@ -96,7 +95,7 @@ def _check_without_class(adapter: Adapter, base: QuantizedCheckpoint, saved: Sav
     config = base.reader.config
     vocabulary = config.get("text_config", config).get("vocab_size")
     for name, key in saved.items():
-        shape = adapter.infos[key].shape
+        shape = adapter.reader.info(key).shape
         if name in base.reader and base.reader.info(name).shape != shape:
             raise _wrong_shape(adapter, key, base.reader.info(name).shape)
         if shape[:1] == (vocabulary,) and config.get("tie_word_embeddings", True):
@@ -109,8 +108,9 @@ def _check_without_class(adapter: Adapter, base: QuantizedCheckpoint, saved: Sav
 
 def _wrong_shape(adapter: Adapter, key: str, expected: tuple[int, ...]) -> AdapterError:
     return adapter.error(
-        f"{key}: shape {list(adapter.infos[key].shape)}, the base's has {list(expected)}. It was "
-        "trained on another base, or resized: resize the base before quantizing it."
+        f"{key}: shape {list(adapter.reader.info(key).shape)}, the base's has {list(expected)}. "
+        "It was trained on another base, or resized: save both embeddings with the adapter, or "
+        "resize the base before quantizing it."
     )
 
 
@@ -174,7 +174,7 @@ def _separate(
         key = next((saved[name] for name in names if name in saved), None)
         if key is None:
             continue
-        if held in base.reader and base.reader.info(held).shape != adapter.infos[key].shape:
+        if held in base.reader and base.reader.info(held).shape != adapter.reader.info(key).shape:
             placed.setdefault(held, key)  # resized, and saved under the name of a copy only
         values = (
             adapter.get(placed[name]) if name in placed else base.reader.get(held) for name in names
@@ -194,7 +194,7 @@ def _fit_config(
     """Return config.json with the vocabulary size and number of labels of the saved tensors."""
     config, shapes, embeddings = base.reader.config, architecture.shapes, architecture.embeddings
     for name, key in saved.items():
-        found, wanted = shapes.get(name, ()), adapter.infos[key].shape
+        found, wanted = shapes.get(name, ()), adapter.reader.info(key).shape
         if found == wanted or not found or not wanted:
             continue
         if name in embeddings:
@@ -211,8 +211,8 @@ def _fit_config(
 
 def _untied(config: dict[str, Any]) -> dict[str, Any]:
     untied, text = {"tie_word_embeddings": False}, config.get("text_config", {})
-    changed = untied | {"text_config": text | untied} if "tie_word_embeddings" in text else untied
-    return config | changed
+    nested = {"text_config": text | untied} if "tie_word_embeddings" in text else {}
+    return config | untied | nested
 
 
 def _check_shapes(
@@ -221,19 +221,12 @@ def _check_shapes(
     """Check that what is saved, and what stays of the base, is as config.json now says."""
     shapes = architecture.shapes
     for name, key in saved.items():
-        if shapes.get(name, adapter.infos[key].shape) != adapter.infos[key].shape:
+        if shapes.get(name, adapter.reader.info(key).shape) != adapter.reader.info(key).shape:
             raise _wrong_shape(adapter, key, shapes[name])
-    embeddings = sorted(architecture.embeddings)
-    other = next((saved[name] for name in embeddings if name in saved), None)
-    for name in embeddings:
-        if other is None or name in saved or name not in base.reader:
-            continue
-        if base.reader.info(name).shape != shapes[name]:
-            raise adapter.error(
-                f"{other}: shape {list(adapter.infos[other].shape)}, but the base's {name} has "
-                f"{list(base.reader.info(name).shape)}. Save both embeddings with the adapter, or "
-                "resize the vocabulary before quantizing."
-            )
+    resized = [saved[name] for name in sorted(architecture.embeddings) if name in saved]
+    for name in sorted(architecture.embeddings - saved.keys()) if resized else ():
+        if name in base.reader and base.reader.info(name).shape != shapes[name]:
+            raise _wrong_shape(adapter, resized[0], base.reader.info(name).shape)
 
 
 def _check_complete(adapter: Adapter, architecture: Architecture, merged: set[str]) -> None:

@@ -92,29 +92,20 @@ def _check_base(adapter: Adapter, base: QuantizedCheckpoint, trained: TrainedMod
         )
     found = BaseIdentity(base.config.bits, base.config.group_size, mark, base.config.merged)
     different = wanted.difference(found)
-    if different == "base_merged" and found.base_merged:
-        raise AdapterError(
-            f"{base.directory}: already merged (with {found.base_merged.get('adapter')!r}), and "
-            "the adapter was not trained on that. Merge into the base it was trained on: --base "
-            "names it."
-        )
     if different == "base_merged":
-        raise AdapterError(
-            f"{base.directory}: the adapter was trained on a base with something merged into it "
-            f"({adapter.config['base_merged'].get('adapter')!r}), this one has nothing. Name that "
-            "base with --base."
+        trained_with, has = (
+            "nothing" if side.base_merged is None else repr(side.base_merged.get("adapter"))
+            for side in (wanted, found)
         )
-    if different == "fingerprint":
-        raise adapter.config_error(
-            f"was trained on integers with the fingerprint {wanted.fingerprint}, those of "
-            f"{base.directory} have {mark}. It is another base, or it was quantized again with "
-            "other settings: name the directory that the adapter was trained on with --base."
+        raise AdapterError(
+            f"{base.directory}: {has} is merged into it already, the adapter was trained on a base "
+            f"with {trained_with} merged into it. Name that base with --base."
         )
     if different is not None:
         raise adapter.config_error(
             f"{different} is {getattr(wanted, different)}, that of {base.directory} is "
-            f"{getattr(found, different)}: the adapter was trained on another base. Name the right "
-            "one with --base."
+            f"{getattr(found, different)}: the adapter was trained on another base, or on one "
+            "that was quantized with other settings. Name the right one with --base."
         )
 
 

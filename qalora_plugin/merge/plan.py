@@ -18,6 +18,8 @@ from qalora_kernels import PackedWeight
 from ..checkpoint.checkpoint import QuantizedCheckpoint
 from ..checkpoint.config import QALoRAQuantConfig
 from ..checkpoint.layout import TensorPlan, layer_plan, pack_layer
+from ..checkpoint.merged import MergedAdapter, merged_from_files
+from ..checkpoint.validate import bad_values
 from ..files.manifest import file_sha256
 from .adapter import Adapter, open_adapter, open_base
 from .modules_to_save import DenseTensors, plan_dense
@@ -59,19 +61,17 @@ class MergePlan:
         if name not in self.layers:
             return weight
         merged = self.layers[name].fold(self.adapter, weight)
-        for what, least in (("scales", 0.0), ("offsets", -torch.inf)):
-            values = getattr(merged, what)
-            if not bool((values.isfinite() & (values > least)).all()):
-                raise self.adapter.error(
-                    f"{name}: folded in, it takes {what} out of the range of their stored dtype. "
-                    "Training diverged: use an earlier checkpoint."
-                )
+        bad = bad_values(merged.scales, merged.offsets)
+        if bad is not None:
+            raise self.adapter.error(
+                f"{name}: folded in, {bad}, in their stored dtype. Training diverged: use an "
+                "earlier checkpoint."
+            )
         return merged
 
     def stored_layer(self, name: str) -> dict[str, torch.Tensor]:
         """Return the tensors of one quantized layer by name, as the result stores them."""
-        weight = self.merged_layer(name)
-        return pack_layer(name, weight)
+        return pack_layer(name, self.merged_layer(name))
 
 
 def plan_merge(
@@ -98,24 +98,20 @@ def make_plan(adapter: Adapter, base: QuantizedCheckpoint, convention: str) -> M
     for name, original in dense.from_base.items():
         tensors[name] = tensors[original]
     for name, key in dense.from_adapter.items():
-        tensors[name] = (adapter.infos[key].dtype, adapter.infos[key].shape)
-    quantization = {
-        **base.config.to_dict(),
-        **_grids(base, layers),
-        "merged": {
-            # the name alone: a path would be published, and the hash identifies it
-            "adapter": adapter.directory.resolve().name,
-            "adapter_sha256": file_sha256(adapter.weights),
-            "peft_type": adapter.peft_type,
-            "convention": convention,
-            "adapt": adapter.adapt,
-            "r": adapter.config["r"],
-            "lora_alpha": adapter.config["lora_alpha"],
-            "layers": len(layers),
-            "modules_to_save": sorted(dense.from_adapter),
-            "base_merged": base.config.merged,
-        },
-    }
+        tensors[name] = adapter.reader.plan([key])[key]
+    record = MergedAdapter(
+        adapter=adapter.directory.resolve().name,
+        adapter_sha256=file_sha256(adapter.reader.files[0]),
+        peft_type=adapter.peft_type,
+        convention=convention,
+        adapt=adapter.adapt,
+        r=adapter.config["r"],
+        lora_alpha=adapter.config["lora_alpha"],
+        layers=len(layers),
+        modules_to_save=sorted(dense.from_adapter),
+    )
+    merged = merged_from_files(record, base.config.merged)
+    quantization = {**base.config.to_dict(), **_grids(base, layers), "merged": merged}
     checked = QALoRAQuantConfig(**quantization).to_dict()
     config = {**dense.config, "quantization_config": checked}
     return MergePlan(adapter, base, convention, trained, layers, dense, tensors, config)

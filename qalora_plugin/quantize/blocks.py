@@ -9,6 +9,7 @@ these arguments, one after the other.
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -61,38 +62,34 @@ def record(
     """
     recording = Recording([[] for _ in blocks], [])
     advice = "GPTQ cannot go through this architecture block by block: use method rtn"
-    wrap: Callable[[torch.Tensor], Any] | None = None
+    output: Any = None  # of the first block
     shared: list[torch.Tensor] = []
     expected: torch.Tensor | None = None
     called = 0
 
-    def recorder(index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            nonlocal wrap, expected, called
-            hidden = kwargs.get("hidden_states", args[0] if args else None)
-            in_order = called == index and (index == 0 or hidden is expected)
-            if not in_order or not isinstance(hidden, torch.Tensor):
-                raise ConfigError(
-                    f"{type(model).__name__}: expected its blocks to be called in order, each on "
-                    f"the hidden states of the one before; block {index} is not. {advice}"
-                )
-            called += 1
-            recording.calls[index].append(_share(Call(args, kwargs).with_hidden(None), shared))
-            if index == 0:
-                recording.hidden.append(hidden)
-                if wrap is None:
-                    wrap = _same_form(forward(*args, **kwargs))
-            if index == len(blocks) - 1:
-                raise _StopForwardError
-            assert wrap is not None
-            # a new object, so that the next block is seen to get this one
-            expected = hidden.view_as(hidden)
-            return wrap(expected)
-
-        return run
+    def run(index: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        nonlocal output, expected, called
+        hidden = kwargs.get("hidden_states", args[0] if args else None)
+        in_order = called == index and (index == 0 or hidden is expected)
+        if not in_order or not isinstance(hidden, torch.Tensor):
+            raise ConfigError(
+                f"{type(model).__name__}: expected its blocks to be called in order, each on "
+                f"the hidden states of the one before; block {index} is not. {advice}"
+            )
+        called += 1
+        recording.calls[index].append(_share(Call(args, kwargs).with_hidden(None), shared))
+        if index == 0:
+            recording.hidden.append(hidden)
+            if output is None:
+                output = forward(*args, **kwargs)
+        if index == len(blocks) - 1:
+            raise _StopForwardError
+        # a new object, so that the next block is seen to get this one
+        expected = hidden.view_as(hidden)
+        return (expected, *output[1:]) if isinstance(output, tuple) else expected
 
     for index, block in enumerate(blocks):
-        block.forward = recorder(index, block.forward)  # type: ignore[method-assign]
+        block.forward = partial(run, index, block.forward)  # type: ignore[method-assign]
     try:
         for ids in batches:
             called = 0
@@ -130,13 +127,6 @@ def _share(call: Call, seen: list[torch.Tensor]) -> Call:
     return Call(share(call.args), share(call.kwargs))
 
 
-def _same_form(output: Any) -> Callable[[torch.Tensor], Any]:
-    """Return hidden states as a block does: bare, or first in a tuple."""
-    if isinstance(output, tuple):
-        return lambda hidden: (hidden, *output[1:])
-    return lambda hidden: hidden
-
-
 @torch.no_grad()
 def call_block(block: nn.Module, call: Call, hidden: torch.Tensor) -> torch.Tensor:
     """Run the block on hidden states [B, T, H] and return those that come out."""
@@ -151,8 +141,7 @@ class Stage:
 
     Args:
         names: of the layers, in the block.
-        calls: times that the first of them is called in one forward pass; 0 where it was not
-            called on the first batch.
+        calls: times that the first of them is called in one forward pass; 0 for never.
     """
 
     names: list[str]
@@ -167,17 +156,14 @@ def find_stages(
     readers: dict[int, tuple[torch.Tensor, list[str]]] = {}  # tensors live on: ids stay unique
     counts = dict.fromkeys(linears, 0)
 
-    def watch(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            counts[name] += 1
-            if counts[name] == 1:
-                readers.setdefault(id(args[0]), (args[0], []))[1].append(name)
-
-        return hook
+    def watch(name: str, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        counts[name] += 1
+        if counts[name] == 1:
+            readers.setdefault(id(args[0]), (args[0], []))[1].append(name)
 
     with ExitStack() as hooks:
         for name, linear in linears.items():
-            hooks.enter_context(linear.register_forward_pre_hook(watch(name)))
+            hooks.enter_context(linear.register_forward_pre_hook(partial(watch, name)))
         call_block(block, call, hidden)
     # layers called more than once may share a tensor in one call only: each for itself
     stages = []

@@ -12,11 +12,6 @@ from .rows import file_rows, read_row
 
 DEFAULT_SEQ_LEN = 512
 _PIECE = 4096  # characters of a plain text file that stay together
-_WHAT_TO_GIVE = (
-    "Give a .txt or .jsonl file, a datasets.Dataset, a list of strings, or token ids "
-    "[samples, seq_len]; a few hundred kilobytes of the text that the model will be used on is "
-    'enough. Without any data, use method "rtn"'
-)
 
 Calibration = str | Path | torch.Tensor | Iterable[Any]
 """A .txt or .jsonl file, token ids [samples, seq_len], or strings or rows (dicts)."""
@@ -156,5 +151,9 @@ def _texts(source: str | Path | Iterable[Any], tokenizer: Any) -> list[str]:
     examples = (read_row(row, place, tokenizer) for place, row in rows)
     texts = [text for example in examples if (text := "\n".join(example.values())).strip()]
     if not texts:
-        raise QuantizationError(f"{where}: holds no text. {_WHAT_TO_GIVE}")
+        raise QuantizationError(
+            f"{where}: holds no text. Give a few hundred kilobytes of what the model will be used "
+            "on: a .txt or .jsonl file, a datasets.Dataset, a list of strings, or token ids "
+            '[samples, seq_len]. Without any data, use method "rtn"'
+        )
     return texts

@@ -133,11 +133,9 @@ def gptq(
     check_weight(weight, name)
     settings = settings or GPTQSettings()
     grid = Grid.of(spec, integer_zeros)
-    k = weight.shape[1]
     order, bounds = _order(hessian.diagonal(), spec.group_size, settings.ordering)
-    h = hessian[order][:, order] if order is not None else hessian.clone()
-    w = weight.detach().float().t()
-    w = w[order] if order is not None else w.contiguous()
+    h = hessian[order][:, order]
+    w = weight.detach().float().t()[order]
     factor, importance = _factor(h, settings.damp, name)
     codes, error, scales, offsets = _round(w, factor, importance, bounds, grid, settings.mse)
     del factor
@@ -148,21 +146,16 @@ def gptq(
             _refit(state, group, start, stop, pull)
 
     # back to the order of the inputs
-    groups = torch.empty(k, dtype=torch.int32, device=w.device)
-    if order is None:
-        codes_out = codes
-    else:
-        codes_out = torch.empty_like(codes)
-        codes_out[order] = codes
-    for group, (start, stop) in enumerate(bounds):
-        groups[start:stop] = group
+    codes_out = torch.empty_like(codes)
+    codes_out[order] = codes
     g_idx = None
     if settings.ordering == "act":
-        g_idx = torch.empty_like(groups)
-        g_idx[order] = groups
-    elif order is not None:
+        g_idx = torch.empty_like(order, dtype=torch.int32)
+        for group, (start, stop) in enumerate(bounds):
+            g_idx[order[start:stop]] = group
+    else:
         # row i of scales belongs to the i-th group rounded: put it where that group lies
-        place = torch.tensor([int(order[start]) // spec.group_size for start, _ in bounds])
+        place = order[[start for start, _ in bounds]] // spec.group_size
         inverse = torch.argsort(place)
         scales, offsets = scales[inverse], offsets[inverse]
     codes_out = (codes_out + grid.mid).to(torch.uint8).t()
@@ -186,13 +179,12 @@ def calibrated_error(
 
 def _order(
     diagonal: torch.Tensor, group_size: int, ordering: Ordering
-) -> tuple[torch.Tensor | None, list[tuple[int, int]]]:
-    """Find the order in which inputs are rounded (None: as they come), each group's place in it."""
+) -> tuple[torch.Tensor, list[tuple[int, int]]]:
+    """Find the order in which inputs are rounded, and each group's place in it."""
     k = diagonal.numel()
-    starts = range(0, k, group_size)
-    bounds = [(start, min(start + group_size, k)) for start in starts]
+    bounds = [(start, min(start + group_size, k)) for start in range(0, k, group_size)]
     if ordering == "none":
-        return None, bounds
+        return torch.arange(k, device=diagonal.device), bounds
     if ordering == "act":
         return torch.argsort(diagonal, descending=True, stable=True), bounds
     means = torch.stack([diagonal[start:stop].mean() for start, stop in bounds])

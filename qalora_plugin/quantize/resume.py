@@ -6,38 +6,24 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-
 from ..files.atomic import replace_text
 from ..files.json import json_text, read_json
 from ..files.names import REPORT_FILE
 from ..files.reader import CheckpointReader
 
-_TAG_DIGITS = 16
 
-
-def resume_tag(
-    settings: dict[str, Any], reader: CheckpointReader, windows: torch.Tensor | None
-) -> str:
-    """Hash all that decides the result: settings, the source's files, data, versions.
+def digest_of(reader: CheckpointReader, data: bytes, **facts: Any) -> str:
+    """Hash all that decides what is made of a model to 64 hexadecimal digits.
 
     Args:
-        settings: JSON-able.
-        reader: of the source; its files count by name, size and time of change.
-        windows: calibration token ids int64 [samples, seq_len], or None.
+        reader: of the model; its files count by name, size and time of change.
+        data: what it is calibrated on; empty for nothing.
+        facts: the rest, such as settings and versions.
     """
     stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in reader.files]
-    state = {
-        "settings": settings,
-        "files": stats,
-        "config": reader.config,
-        "versions": [torch.__version__, transformers.__version__],
-    }
-    digest = hashlib.sha256(json.dumps(state, sort_keys=True).encode())
-    if windows is not None:
-        digest.update(windows.numpy().tobytes())
-    return digest.hexdigest()[:_TAG_DIGITS]
+    state = {"files": stats, "config": reader.config, **facts}
+    text = json.dumps(state, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode() + data).hexdigest()
 
 
 def leftovers(target: Path, partial: Path) -> list[Path]:

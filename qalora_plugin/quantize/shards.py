@@ -40,7 +40,7 @@ class BlockShards:
         inside = {name for block in source.block_names for name in source.names_in(block)}
         copied = {source.stored[name] for name in inside}
         outside = [name for name in source.reader.tensors if name not in copied]
-        plans = split_plan(self._dense_plan(outside)) if outside else []
+        plans = split_plan(source.reader.plan(outside)) if outside else []
         self._first = len(plans)
         self._writer = CheckpointWriter(directory, plans + blocks)
         self.finished = [self._writer.is_done(self._first + index) for index in range(len(blocks))]
@@ -50,10 +50,6 @@ class BlockShards:
         block = self._source.block_names[index] + "."
         return [name for name in self._specs if name.startswith(block)]
 
-    def _dense_plan(self, names: Iterable[str]) -> TensorPlan:
-        infos = (self._source.reader.info(name) for name in names)
-        return {info.name: (info.dtype, info.shape) for info in infos}
-
     def _dense_names(self, index: int) -> list[str]:
         """Return the stored tensors of a block that are copied: norms, biases, kept layers."""
         replaced = {f"{layer}.weight" for layer in self._specs}
@@ -61,7 +57,7 @@ class BlockShards:
         return [self._source.stored[name] for name in names if name not in replaced]
 
     def _block_plan(self, index: int) -> TensorPlan:
-        plan = self._dense_plan(self._dense_names(index))
+        plan: TensorPlan = self._source.reader.plan(self._dense_names(index))
         for layer in self.layers(index):
             name = self._source.layer_name(layer)
             plan |= layer_plan(name, self._specs[layer], self._desc_act)
@@ -69,7 +65,7 @@ class BlockShards:
 
     def _copy(self, shard: ShardWriter, names: Iterable[str]) -> None:
         for name in names:
-            shard.write_raw(name, self._source.reader.chunks(name))
+            shard.copy(name, self._source.reader, name)
 
     def write_outside(self) -> None:
         """Copy the tensors outside the blocks."""

@@ -1,6 +1,6 @@
 """Text that every machine has: instruction pairs cut from the Python standard library.
 
-The quickstart's base model was pretrained on `pretraining_files()`; the modules in
+The quickstart's base model was pretrained on `source_files(held_out=False)`; the modules in
 `HELD_OUT_MODULES` were kept out, and the pairs (docstring and signature -> function) come from
 those alone. They are also what a model is calibrated on when no text is given.
 """
@@ -33,24 +33,33 @@ PROMPT_TEMPLATE = "### Task\n{instruction}\n### Answer\n"
 EVALUATION_BUCKETS = 8  # one pair in eight is held out for evaluation
 
 
-def pretraining_files(stdlib: Path | None = None) -> list[Path]:
-    """Return the standard library's sources that the base model may be trained on, sorted by name.
+def source_files(stdlib: Path | None = None, *, held_out: bool) -> list[Path]:
+    """Return the standard library's sources, sorted by name.
 
     Args:
         stdlib: directory of the standard library; by default that of the running Python.
+        held_out: whether to return those of `HELD_OUT_MODULES`, or all others, which the base
+            model may be trained on.
 
     Raises:
-        QALoRAError: the directory holds no Python source.
+        QALoRAError: the directory holds no such source.
     """
-    return _source_files(stdlib, held_out=False)
-
-
-def held_out_files(stdlib: Path | None = None) -> list[Path]:
-    """Return the sources of `HELD_OUT_MODULES`, sorted by name.
-
-    Arguments and errors as `pretraining_files`.
-    """
-    return _source_files(stdlib, held_out=True)
+    root = _root(stdlib)
+    files = []
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).parts
+        module = parts[0].removesuffix(".py")
+        # config-3.x-<platform> holds build scripts of this machine.
+        if any(part in EXCLUDED_DIRECTORIES or part.startswith("config-") for part in parts):
+            continue
+        if (module in HELD_OUT_MODULES) == held_out and not module.startswith("_sysconfigdata"):
+            files.append(path)
+    if not files:
+        raise QALoRAError(
+            f"{root}: expected the Python sources of the standard library, found none. "
+            "Use a Python installation with its sources, or pass --dataset."
+        )
+    return files
 
 
 def load_pairs(
@@ -76,10 +85,10 @@ def load_pairs(
     """
     if split not in ("train", "eval"):
         raise QALoRAError(f"split: expected 'train' or 'eval', found {split!r}.")
-    root = _stdlib_directory(stdlib)
+    root = _root(stdlib)
     pairs: list[dict[str, str]] = []
     seen: set[str] = set()
-    for path in held_out_files(root):
+    for path in source_files(root, held_out=True):
         module = ".".join(path.relative_to(root).with_suffix("").parts)
         for name, pair in _pairs_in(path):
             # Functions repeated in several classes would leak from train into eval.
@@ -98,35 +107,12 @@ def load_pairs(
 
 
 def calibration_texts(stdlib: Path | None = None) -> list[str]:
-    """Return the training pairs as plain texts (prompt + completion), to calibrate GPTQ on.
-
-    Arguments and errors as `load_pairs`; the evaluation split is never among them.
-    """
+    """Return the training pairs (see `load_pairs`) as plain texts, to calibrate GPTQ on."""
     return [pair["prompt"] + pair["completion"] for pair in load_pairs("train", stdlib=stdlib)]
 
 
-def _stdlib_directory(stdlib: Path | None) -> Path:
-    return Path(stdlib) if stdlib is not None else Path(sysconfig.get_path("stdlib"))
-
-
-def _source_files(stdlib: Path | None, *, held_out: bool) -> list[Path]:
-    root = _stdlib_directory(stdlib)
-    files = []
-    for path in sorted(root.rglob("*.py")):
-        parts = path.relative_to(root).parts
-        # config-3.x-<platform> holds build scripts of this machine.
-        if any(part in EXCLUDED_DIRECTORIES or part.startswith("config-") for part in parts):
-            continue
-        if parts[0].removesuffix(".py").startswith("_sysconfigdata"):
-            continue
-        if (parts[0].removesuffix(".py") in HELD_OUT_MODULES) == held_out:
-            files.append(path)
-    if not files:
-        raise QALoRAError(
-            f"{root}: expected the Python sources of the standard library, found none. "
-            "Use a Python installation with its sources, or pass --dataset."
-        )
-    return files
+def _root(stdlib: Path | None) -> Path:
+    return Path(stdlib or sysconfig.get_path("stdlib"))
 
 
 def _pairs_in(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
@@ -135,11 +121,9 @@ def _pairs_in(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
     def visit(node: ast.AST, prefix: str) -> Iterator[tuple[str, dict[str, str]]]:
         for child in ast.iter_child_nodes(node):
             if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-                name = f"{prefix}{child.name}"
-                if not isinstance(child, ast.ClassDef) and len(child.body) > 1:
-                    docstring = ast.get_docstring(child)
-                    if docstring:
-                        yield name, _pair(child, docstring)
+                name, docstring = f"{prefix}{child.name}", ast.get_docstring(child)
+                if docstring and len(child.body) > 1 and not isinstance(child, ast.ClassDef):
+                    yield name, _pair(child, docstring)
                 yield from visit(child, f"{name}.")
 
     yield from visit(ast.parse(path.read_text(encoding="utf-8"), filename=str(path)), "")

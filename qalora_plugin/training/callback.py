@@ -79,11 +79,7 @@ class MergeCallback(TrainerCallback):
         self._last_checkpoint: Path | None = None
 
     def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Check that there is something to merge, before hours of training.
 
@@ -116,11 +112,7 @@ class MergeCallback(TrainerCallback):
         connect()
 
     def on_save(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Remember the checkpoint, for `merge_last_checkpoint`.
 
@@ -132,11 +124,7 @@ class MergeCallback(TrainerCallback):
             save_adapter(self._model, self._last_checkpoint, is_main_process=main)
 
     def on_train_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Save the adapter, merge it, and push.
 
@@ -228,15 +216,11 @@ def _resumed_checkpoint(
         return None
     usual = Path(args.output_dir) / f"checkpoint-{state.global_step}"
     for path in (Path(str(args.resume_from_checkpoint)), usual):
-        saved = path / TRAINER_STATE_NAME
-        if (
-            not saved.exists()
-            or not (adapter_directory(model, path) / ADAPTER_CONFIG_FILE).exists()
-        ):
-            continue
-        found = TrainerState.load_from_json(str(saved))
-        if (found.global_step, found.log_history) == (state.global_step, state.log_history):
-            return path
+        saved, adapter = path / TRAINER_STATE_NAME, adapter_directory(model, path)
+        if saved.exists() and (adapter / ADAPTER_CONFIG_FILE).exists():
+            found = TrainerState.load_from_json(str(saved))
+            if (found.global_step, found.log_history) == (state.global_step, state.log_history):
+                return path
     return None
 
 

@@ -41,7 +41,8 @@ def layer_changes(model: nn.Module) -> dict[str, dict[str, float]]:
                 total = total / _scales(layer.base_layer)
                 total = total[total.isfinite()]  # a group of equal weights has no step
             value = total.square().mean().sqrt().item()
-            changes.setdefault(kind, {})[_plain(name)] = round(value, 6)
+            plain = name.removeprefix("base_model.model.").removeprefix("model.")
+            changes.setdefault(kind, {})[plain] = round(value, 6)
     return changes
 
 
@@ -49,7 +50,7 @@ def _total(layer: QALoRALinear, part: str) -> torch.Tensor | None:
     """Sum scaling * (B A)^T over the active adapters: float64 [G, N], None without any."""
     total = None
     for adapter in layer.active_adapters:
-        change = layer.changes(adapter).get(part)
+        change = layer.change(part, [adapter])
         if change is not None:
             a, b = gathered([change.a, change.b])
             delta = LowRank(a, b, change.factor).delta()
@@ -61,11 +62,6 @@ def _scales(layer: QuantLinear) -> torch.Tensor:
     if isinstance(layer, ShardedQuantLinear):
         return unpack_grid(gathered([layer.grid])[0], layer.spec)[0]
     return layer.scales
-
-
-def _plain(name: str) -> str:
-    """Return a layer's name in the base model."""
-    return name.removeprefix("base_model.model.").removeprefix("model.")
 
 
 class FiguresCallback(TrainerCallback):
@@ -83,11 +79,7 @@ class FiguresCallback(TrainerCallback):
         self._trainer = trainer
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Extend a row of the log, if it has the training loss."""
         logs = kwargs["logs"]

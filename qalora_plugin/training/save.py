@@ -180,7 +180,9 @@ def _remove_adapters(base: nn.Module, undo: ExitStack) -> None:
         undo.callback(base.set_submodule, name, module)
         base.set_submodule(name, cast(nn.Module, plain))
         if isinstance(module, QALoRALinear):
-            undo.enter_context(module.own_grid())
+            scales, offsets = module.own_grid()
+            _set(undo, module.base_layer, "scales", scales)
+            _set(undo, module.base_layer, "offsets", offsets)
 
 
 def _narrow_to_dtype_on_disk(base: PreTrainedModel, undo: ExitStack) -> None:

@@ -44,13 +44,8 @@ def _unsupported(name: str, value: Any) -> ConfigError:
 def _refuse_lora_only_fields(cls: type) -> type:
     """Let the constructor take every field of LoRA's: switched off it is dropped, else refused."""
     generated = cls.__init__  # type: ignore[misc]
-    lora = LoraConfig()
     ours = {item.name for item in dataclasses.fields(cls)}
-    switched_off = {
-        item.name: getattr(lora, item.name)
-        for item in dataclasses.fields(lora)
-        if item.name not in ours
-    }
+    switched_off = {name: off for name, off in vars(LoraConfig()).items() if name not in ours}
 
     @functools.wraps(generated)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -133,31 +128,30 @@ class QALoRAConfig(PeftConfig):
         self._check_choices()
         self._check_modules()
 
-    def _require(self, valid: bool, name: str, expected: str) -> None:
-        if not valid:
-            found = getattr(self, name)
-            raise ConfigError(f"QALoRAConfig: {name} must be {expected}, found {found!r}")
-
     def _check_choices(self) -> None:
-        self._require(self.adapt in ADAPT_PARTS, "adapt", f"one of {sorted(ADAPT_PARTS)}")
-        self._require(self.convention == CONVENTION, "convention", repr(CONVENTION))
-        self._require(
-            isinstance(self.init_lora_weights, bool),
-            "init_lora_weights",
-            "True or False (the initialisations that read the base's weights do not apply to "
-            "integers)",
-        )
-        self._require(
-            self.bias == "none",
-            "bias",
-            '"none" (biases of quantized layers stay as they are; to train one, leave its layer '
-            "unquantized with modules_to_not_convert and name the layer in modules_to_save)",
-        )
         dropout, seed = self.lora_dropout, self.seed
-        self._require(is_number(dropout) and 0 <= dropout < 1, "lora_dropout", "in [0, 1)")
-        self._require(is_int(seed) and seed >= 0, "seed", "an integer of 0 or more")
-        known_bits = self.bits is None or self.bits in SUPPORTED_BITS
-        self._require(known_bits, "bits", f"one of {SUPPORTED_BITS}, or left out")
+        rules = {
+            "adapt": (self.adapt in ADAPT_PARTS, f"one of {sorted(ADAPT_PARTS)}"),
+            "convention": (self.convention == CONVENTION, repr(CONVENTION)),
+            "init_lora_weights": (
+                isinstance(self.init_lora_weights, bool),
+                "True or False (the initialisations that read the base's weights do not apply to "
+                "integers)",
+            ),
+            "bias": (
+                self.bias == "none",
+                '"none" (biases of quantized layers stay as they are; to train one, leave its '
+                "layer unquantized with modules_to_not_convert and name the layer in "
+                "modules_to_save)",
+            ),
+            "lora_dropout": (is_number(dropout) and 0 <= dropout < 1, "in [0, 1)"),
+            "seed": (is_int(seed) and seed >= 0, "an integer of 0 or more"),
+            "bits": (self.bits in (None, *SUPPORTED_BITS), f"one of {SUPPORTED_BITS}, or left out"),
+        }
+        for name, (valid, expected) in rules.items():
+            if not valid:
+                found = getattr(self, name)
+                raise ConfigError(f"QALoRAConfig: {name} must be {expected}, found {found!r}")
         if dropout > 0 and self.adapt != "zeros":
             raise ConfigError(
                 f'QALoRAConfig: lora_dropout={dropout} needs adapt="zeros", found '

@@ -12,7 +12,6 @@ import hashlib
 import math
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -48,15 +47,6 @@ def _as_linear(weight: torch.Tensor) -> nn.Linear:
     # while that one is called; A and B are never called, but read by the layer that holds them
     linear.not_a_leaf = nn.Module()
     return linear
-
-
-def _stack(parts: list[LowRank]) -> LowRank | None:
-    """Join several changes into one along the rank; None for none."""
-    if len(parts) <= 1:
-        return parts[0] if parts else None
-    a = torch.cat([part.a.double() for part in parts])
-    b = torch.cat([part.b.double() * part.factor for part in parts], dim=1)
-    return LowRank(a, b, 1.0)
 
 
 class QALoRALinear(nn.Module, BaseTunerLayer):
@@ -135,19 +125,19 @@ class QALoRALinear(nn.Module, BaseTunerLayer):
                 yield attribute, holder[adapter_name].weight
 
     def change(self, part: str, adapters: Iterable[str]) -> LowRank | None:
-        """Return what adapters change together in one part, None if they leave it alone."""
-        a, b = (getattr(self, attribute) for attribute in MATRICES[part])
-        return _stack(
-            [LowRank(a[n].weight, b[n].weight, self.scaling[n]) for n in adapters if n in a]
-        )
+        """Return what adapters change together in one part, None if they leave it alone.
 
-    def changes(self, adapter_name: str) -> dict[str, LowRank]:
-        """Return an adapter's change of the offsets ("zeros") and of the scales ("scales").
-
-        Only what it adapts here; under ZeRO-3 and FSDP the matrices are this rank's parts.
+        Under ZeRO-3 and FSDP its matrices are this rank's parts.
         """
-        found = {part: self.change(part, [adapter_name]) for part in MATRICES}
-        return {part: change for part, change in found.items() if change is not None}
+        a, b = (getattr(self, attribute) for attribute in MATRICES[part])
+        names = [name for name in adapters if name in a]
+        parts = [LowRank(a[name].weight, b[name].weight, self.scaling[name]) for name in names]
+        if len(parts) <= 1:
+            return parts[0] if parts else None
+        # joined along the rank
+        joined = torch.cat([part.a.double() for part in parts])
+        scaled = torch.cat([part.b.double() * part.factor for part in parts], dim=1)
+        return LowRank(joined, scaled, 1.0)
 
     def forward(self, x: torch.Tensor, adapter_names: list[str] | None = None) -> torch.Tensor:
         """Compute the layer with its active adapters.
@@ -264,12 +254,12 @@ class QALoRALinear(nn.Module, BaseTunerLayer):
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.scaling]
         if not names:
             return
-        base, own, merged = self.base_layer, self._own_grid(), self.merged_adapters + names
+        base, own, merged = self.base_layer, self.own_grid(), self.merged_adapters + names
         base.scales, base.offsets = self._folded(merged)
         self._unmerged = own
         self.merged_adapters = merged
 
-    def _own_grid(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def own_grid(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the base layer's own scales and offsets, whatever is merged."""
         base = self.base_layer
         if self._unmerged is None:
@@ -285,7 +275,7 @@ class QALoRALinear(nn.Module, BaseTunerLayer):
         base = self.base_layer
         with torch.no_grad():
             zeros, scale = self.change("zeros", adapters), self.change("scales", adapters)
-            own = PackedWeight(base.qweight, *self._own_grid(), base.g_idx, base.spec)
+            own = PackedWeight(base.qweight, *self.own_grid(), base.g_idx, base.spec)
             merged = own.fold(zeros, scale)
         scales, offsets = merged.scales, merged.offsets
         bad = bad_values(scales, offsets)
@@ -302,38 +292,6 @@ class QALoRALinear(nn.Module, BaseTunerLayer):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         base = self.base_layer
-        base.scales, base.offsets = self._own_grid()
+        base.scales, base.offsets = self.own_grid()
         self._unmerged = None
         self.merged_adapters = []
-
-    @contextmanager
-    def own_grid(self) -> Iterator[None]:
-        """Put the base layer's own scales and offsets in place for a while, whatever is merged."""
-        base = self.base_layer
-        present = base.scales, base.offsets
-        base.scales, base.offsets = self._own_grid()
-        try:
-            yield
-        finally:
-            base.scales, base.offsets = present
-
-    def check_deletable(self, adapter_name: str) -> None:
-        """Refuse to delete a merged adapter: the next merge, from A and B anew, would drop it.
-
-        Raises:
-            AdapterError: the adapter is merged.
-        """
-        if adapter_name in self.merged_adapters:
-            raise AdapterError(
-                f"adapter {adapter_name!r} is merged and cannot be deleted: call unmerge_adapter() "
-                "first, or merge_and_unload() to keep its change for good"
-            )
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter from the layer; see PEFT's `BaseTunerLayer`.
-
-        Raises:
-            AdapterError: the adapter is merged.
-        """
-        self.check_deletable(adapter_name)
-        super().delete_adapter(adapter_name)

@@ -13,6 +13,7 @@ from torch import nn
 
 from ..checkpoint.merged import MergedAdapter, merged_in_memory
 from ..distributed.sharding import plain_name
+from ..errors import AdapterError
 from ..layers.linear import QuantLinear
 from .config import PEFT_TYPE, QALoRAConfig
 from .layer import BASE, QALoRALinear
@@ -103,8 +104,7 @@ class QALoRAModel(BaseTuner):
                 f"adapter_names has {sorted(unknown)}; known are {sorted(self.peft_config)} "
                 f"and {BASE!r}"
             )
-        beams = kwargs.get("num_beams") or 1
-        names = [name for name in names for _ in range(beams)]
+        names = [name for name in names for _ in range(kwargs.get("num_beams") or 1)]
 
         def add_names(module: nn.Module, inputs: Any, options: dict[str, Any]) -> Any:
             return inputs, options | {"adapter_names": names}
@@ -126,8 +126,12 @@ class QALoRAModel(BaseTuner):
         Raises:
             AdapterError: the adapter is merged; nothing has changed.
         """
-        for _, layer in self._layers():
-            layer.check_deletable(adapter_name)
+        # the next merge, from A and B anew, would drop it
+        if any(adapter_name in layer.merged_adapters for _, layer in self._layers()):
+            raise AdapterError(
+                f"adapter {adapter_name!r} is merged and cannot be deleted: call unmerge_adapter() "
+                "first, or merge_and_unload() to keep its change for good"
+            )
         super().delete_adapter(adapter_name)
 
     def _check_merge(self, adapter_names: list[str] | None) -> None:
@@ -140,12 +144,7 @@ class QALoRAModel(BaseTuner):
     ) -> None:
         """Fold adapters into the layers that they are on; `unmerge_adapter` undoes it.
 
-        Args:
-            adapter_names: which adapters; None for the active ones.
-            safe_merge: see `QALoRALinear.merge`.
-
-        Raises:
-            AdapterError: see `QALoRALinear.merge`; raised before any layer changes.
+        Arguments and errors are those of `QALoRALinear.merge`; no layer has changed on an error.
         """
         self._check_merge(adapter_names)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
@@ -158,13 +157,7 @@ class QALoRAModel(BaseTuner):
     ) -> nn.Module:
         """Return the plain model with the adapters folded in, which saves in our format.
 
-        Args:
-            progressbar: show one.
-            safe_merge: see `QALoRALinear.merge`.
-            adapter_names: which adapters; None for the active ones.
-
-        Raises:
-            AdapterError: see `QALoRALinear.merge`; raised before any layer changes.
+        Arguments and errors are those of `merge_adapter`; `progressbar` shows one.
         """
         self._check_merge(adapter_names)
         names = self.active_adapters if adapter_names is None else adapter_names
@@ -184,7 +177,15 @@ class QALoRAModel(BaseTuner):
         """Describe the adapters that are merged already, and these."""
         merged = {name for _, layer in self._layers() for name in layer.merged_adapters}
         return [
-            _describe(name, config)
+            MergedAdapter(
+                adapter=name,
+                peft_type=PEFT_TYPE,
+                convention=config.convention,
+                adapt=config.adapt,
+                r=config.r,
+                lora_alpha=config.lora_alpha,
+                modules_to_save=sorted(config.modules_to_save or []),
+            )
             for name, config in self.peft_config.items()
             if name in merged or name in names
         ]
@@ -195,30 +196,14 @@ class QALoRAModel(BaseTuner):
         found = {plain_name(k): v for k, v in state_dict.items() if k.startswith(prefix)}
         parameters = self.named_parameters(remove_duplicate=False)  # tied ones have two names
         known = {plain_name(prefix + name) for name, _ in (*parameters, *self.named_buffers())}
-        check_state_dict(found, self._matrices(prefix), known)
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def _matrices(self, prefix: str) -> dict[str, dict[str, torch.Tensor]]:
-        """Return every A and B by adapter name and key in a state dict with this prefix."""
         matrices: dict[str, dict[str, torch.Tensor]] = {name: {} for name in self.peft_config}
         for name, layer in self._layers():
             for adapter_name in layer.scaling:
                 for attribute, weight in layer.matrices(adapter_name):
                     key = plain_name(f"{prefix}{name}.{attribute}.{adapter_name}.weight")
                     matrices[adapter_name][key] = weight
-        return matrices
-
-
-def _describe(name: str, config: QALoRAConfig) -> MergedAdapter:
-    return MergedAdapter(
-        adapter=name,
-        peft_type=PEFT_TYPE,
-        convention=config.convention,
-        adapt=config.adapt,
-        r=config.r,
-        lora_alpha=config.lora_alpha,
-        modules_to_save=sorted(config.modules_to_save or []),
-    )
+        check_state_dict(found, matrices, known)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def _recorded(model: Any, adapters: list[MergedAdapter]) -> nn.Module:

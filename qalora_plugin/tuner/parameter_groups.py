@@ -21,9 +21,7 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Return what is trained in `model`, as the parameter groups of a torch optimizer.
 
-        trainer = SFTTrainer(..., peft_config=QALoRAConfig(adapt="both"))
         trainer.optimizer = torch.optim.AdamW(parameter_groups(trainer.model, lr=2e-4))
-        trainer.train()
 
     Weight decay leaves out biases and norms, as in the Trainer. The first group has `lr` wherever
     there is a parameter of that rate, so that the Trainer logs it.

@@ -61,7 +61,7 @@ def check_scaling(settings: Mapping[str, Any], where: str, error: type[QALoRAErr
 
 def is_number(value: Any) -> bool:
     """Say whether a value is an int or a float, and not a bool."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return is_int(value) or isinstance(value, float)
 
 
 def is_int(value: Any) -> bool:

@@ -26,19 +26,6 @@ def check_state_dict(found: Tensors, adapters: Mapping[str, Tensors], known: set
     Raises:
         AdapterError: an adapter is incomplete, a shape is wrong, or a key belongs to nothing.
     """
-    _refuse_unknown(found, adapters, known)
-    loaded = {name: own for name, own in adapters.items() if not own.keys().isdisjoint(found)}
-    if not loaded and not any(".base_layer." in key for key in found):  # which adapters have not
-        example = next((key for own in adapters.values() for key in own), "none")
-        raise AdapterError(
-            f"adapter: missing every key of {sorted(adapters)}: expected tensors such as "
-            f"{example}, found {len(found)} others. Was the adapter saved completely?"
-        )
-    for name, own in loaded.items():
-        _check_adapter(name, own, found)
-
-
-def _refuse_unknown(found: Tensors, adapters: Mapping[str, Tensors], known: set[str]) -> None:
     # PEFT also saves resized embeddings under the wrapper's name, without the adapter's
     wrappers = [f".modules_to_save.{name}." for name in adapters]
     repeated = {k.replace(w, ".modules_to_save.") for k in found for w in wrappers if w in k}
@@ -48,6 +35,15 @@ def _refuse_unknown(found: Tensors, adapters: Mapping[str, Tensors], known: set[
             f"adapter: unexpected key {unexpected[0]} ({len(unexpected)} in all): the model "
             "has no such tensor. Load the adapter that belongs to this model and config"
         )
+    loaded = {name: own for name, own in adapters.items() if not own.keys().isdisjoint(found)}
+    if not loaded and not any(".base_layer." in key for key in found):  # which adapters have not
+        example = next((key for own in adapters.values() for key in own), "none")
+        raise AdapterError(
+            f"adapter: missing every key of {sorted(adapters)}: expected tensors such as "
+            f"{example}, found {len(found)} others. Was the adapter saved completely?"
+        )
+    for name, own in loaded.items():
+        _check_adapter(name, own, found)
 
 
 def _check_adapter(name: str, own: Tensors, found: Tensors) -> None:

@@ -47,13 +47,9 @@ def _leaves(names: Any) -> list[str]:
 
 
 def _not_quantized(config: QALoRAConfig) -> ConfigError:
-    wanted = "bits=4, group_size=32"
-    about = "the base model has no quantized layers"
-    if config.bits is not None and config.group_size is not None:
-        wanted = f"bits={config.bits}, group_size={config.group_size}"
-        about += f" (this adapter wants one with {wanted})"
+    wanted = f"bits={config.bits or 4}, group_size={config.group_size or 32}"
     return ConfigError(
-        f"QALoRAConfig: {about}. Either quantize it while it loads, "
+        "QALoRAConfig: the base model has no quantized layers. Either quantize it while it loads, "
         f"from_pretrained(..., quantization_config=QALoRAQuantConfig({wanted})), or quantize it "
         "once with calibration, which is better: qalora quantize MODEL --out DIR --calibration FILE"
     )
@@ -157,26 +153,14 @@ def check_base(config: QALoRAConfig, base: BaseIdentity) -> None:
     merged = config.base_merged if known else base.base_merged
     stated = BaseIdentity(config.bits, config.group_size, config.fingerprint, merged)
     different = stated.difference(base)
-    if different == "base_merged":
-        raise AdapterError(
-            f"{ADAPTER_CONFIG_FILE}: base_merged: the adapter was trained on a base into which "
-            f"{_merges(config.base_merged)} was merged, found one into which "
-            f"{_merges(base.base_merged)} is already merged. Load the base that it was trained on"
-        )
     if different is not None:
         raise AdapterError(
             f"{ADAPTER_CONFIG_FILE}: {different}: the adapter belongs to a base with {different}="
             f"{getattr(stated, different)!r}, found a base with {different}="
-            f"{getattr(base, different)!r} (adapter: bits={config.bits}, "
-            f"group_size={config.group_size}, fingerprint={config.fingerprint}; base: "
-            f"bits={base.bits}, group_size={base.group_size}, fingerprint={base.fingerprint}). "
-            "Load the base that the adapter was trained on, quantized in the same way"
+            f"{getattr(base, different)!r}. Load the base that the adapter was trained on, "
+            "quantized in the same way"
         )
     for name in ("bits", "group_size", "fingerprint"):
         if getattr(config, name) is None:
             setattr(config, name, getattr(base, name))
     config.base_merged = merged
-
-
-def _merges(merged: dict[str, Any] | None) -> str:
-    return "nothing" if merged is None else repr(merged)

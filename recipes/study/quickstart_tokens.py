@@ -21,12 +21,7 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 from qalora_plugin.quantize.calibration import calibration_windows
-from qalora_plugin.quantize.stdlib_text import (
-    calibration_texts,
-    held_out_files,
-    load_pairs,
-    pretraining_files,
-)
+from qalora_plugin.quantize.stdlib_text import calibration_texts, load_pairs, source_files
 from qalora_plugin.quickstart.embedded import base_model_path
 from qalora_plugin.quickstart.evaluate import IGNORED, encode, pad, row_text
 
@@ -56,7 +51,7 @@ def main() -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(base_model_path())
     if arguments.text == "sources":
-        files = pretraining_files(), held_out_files()
+        files = source_files(held_out=False), source_files(held_out=True)
         texts, heldout_texts = ([path.read_text("utf-8") for path in group] for group in files)
     else:
         texts = calibration_texts()

@@ -94,7 +94,7 @@ BAD_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "no rank": ({"r": -1}, "r must be a positive integer"),
     "alpha": ({"lora_alpha": "x"}, "lora_alpha must be a positive number"),
     "alpha of 0": ({"lora_alpha": 0}, "lora_alpha must be a positive number"),
-    "no alpha": ({"lora_alpha": None}, "does not say lora_alpha"),
+    "no alpha": ({"lora_alpha": None}, "lora_alpha must be a positive number, found None"),
 }
 
 

@@ -136,8 +136,3 @@ def test_stated_pooling_that_contradicts_the_tensor_is_refused() -> None:
 def test_columns_that_fit_no_pooling_are_refused() -> None:
     with pytest.raises(AdapterError, match="5 columns fit no pooling of 128"):
         pool_size_of("layer", 5, QuantSpec(4, 32, 128, N), None)
-
-
-def test_unknown_convention_is_refused() -> None:
-    with pytest.raises(AdapterError, match="convention must be one of"):
-        convention_factor("median", 32, 128)

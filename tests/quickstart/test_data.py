@@ -81,9 +81,9 @@ def test_calibration_texts_are_the_training_split(small_stdlib: Path) -> None:
         assert pair["prompt"] + pair["completion"] not in texts
 
 
-def test_held_out_modules_are_not_pretrained_on() -> None:
-    pretraining = stdlib_text.pretraining_files()
-    held_out = stdlib_text.held_out_files()
+def test_held_out_modules_are_not_pretrained_on():
+    pretraining = stdlib_text.source_files(held_out=False)
+    held_out = stdlib_text.source_files(held_out=True)
     assert {"calendar.py", "logging", "mailbox.py"} <= {
         path.name if path.name != "__init__.py" else path.parent.name for path in held_out
     }
@@ -170,10 +170,10 @@ def test_chat_template_writes_the_pairs_format(
     assert whole == pair["prompt"] + pair["completion"] + tokenizer.eos_token
 
 
-def test_base_model_has_learned_python(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizer
-) -> None:
-    text = next(p for p in stdlib_text.held_out_files() if p.name == "mailbox.py").read_text()
+def test_base_model_has_learned_python(model, tokenizer):
+    text = next(
+        p for p in stdlib_text.source_files(held_out=True) if p.name == "mailbox.py"
+    ).read_text()
     ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"][:2048]).view(4, 512)
     with torch.no_grad():
         loss = model(input_ids=ids, labels=ids).loss.item()
@@ -190,13 +190,9 @@ def train_base() -> ModuleType:
 
 
 def test_training_script_writes_a_model_that_loads(
-    train_base: ModuleType,
-    small_stdlib: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.setattr(stdlib_text, "_stdlib_directory", lambda stdlib: small_stdlib)
+    train_base, small_stdlib, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(stdlib_text, "_root", lambda stdlib: small_stdlib)
     out = tmp_path / "out"
     options = ["--out", str(out), "--steps", "2", "--batch-size", "1", "--threads", "1"]
     monkeypatch.setattr(sys, "argv", ["train_base.py", *options])

@@ -86,8 +86,6 @@ def test_merged_adapter_cannot_be_deleted(make_peft, fill_adapters, ids):
     logits = model(ids).logits
     with pytest.raises(AdapterError, match=r"'default' is merged .*unmerge_adapter"):
         model.delete_adapter("default")
-    with pytest.raises(AdapterError, match="is merged"):
-        _last_layer(model).delete_adapter("default")
     assert sorted(model.peft_config) == ["default", "other"]
     model.delete_adapter("other")
     assert torch.equal(model(ids).logits, logits)
@@ -144,7 +142,7 @@ def test_unload_keeps_what_is_merged_and_says_so(make_llama, make_peft, ids, unm
     if unmerge:
         get_peft_model(plain, config)
     else:  # the same adapter would be applied twice
-        with pytest.raises(AdapterError, match="is already merged"):
+        with pytest.raises(AdapterError, match="base_merged=None, found .*={'adapter': 'default'"):
             get_peft_model(plain, config)
 
 

@@ -237,7 +237,7 @@ def test_through_transformers_from_disk(fill_adapters, ids, tmp_path):
     assert torch.equal(model(ids).logits, logits)
     assert model.config.quantization_config.merged["adapt"] == "both"
 
-    with pytest.raises(AdapterError, match="is already merged"):
+    with pytest.raises(AdapterError, match="base_merged=None, found a base with base_merged="):
         PeftModel.from_pretrained(model, adapter)
     with pytest.raises(ConfigError, match="bits=4, group_size=16"):
         PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(plain), adapter)

@@ -22,12 +22,14 @@ from qalora_kernels.packing import pack_columns
 from ..._version import __version__
 from ...architecture.model import read_architecture
 from ...checkpoint.checkpoint import QuantizedCheckpoint, open_quantized
+from ...checkpoint.layout import TensorPlan
 from ...checkpoint.side_files import copy_side_files
 from ...errors import CheckpointError, ConfigError
 from ...files.atomic import AtomicDirectory
 from ...files.json import write_json
 from ...files.names import CONFIG_FILE, QUANTIZE_CONFIG_FILE
-from ..directory import WeightPlan, write_weights
+from ...files.reader import CheckpointReader
+from ...files.writer import write_weights
 from ..export import ExportResult, Progress
 from . import FORMAT
 from .limits import VERSIONS, check_specs, check_writable, integer_zeros
@@ -126,10 +128,14 @@ def write_stock_gptq(
     if not isinstance(source, QuantizedCheckpoint):
         source = open_quantized(source)
     symmetric = check_writable(source, checkpoint_format)
-    weights = _plan(source, checkpoint_format)
+    plan, copies = _plan(source)
     config, quantize_config = _configs(source, checkpoint_format, symmetric)
+
+    def convert(name: str) -> dict[str, torch.Tensor]:
+        return _stock_layer(source, name, checkpoint_format)
+
     with directory as partial:
-        write_weights(source, partial, weights, progress=progress)
+        write_weights(partial, plan, copies, convert, progress=progress)
         copy_side_files(source.directory, partial)
         write_json(partial / CONFIG_FILE, config)
         write_json(partial / QUANTIZE_CONFIG_FILE, quantize_config)
@@ -146,31 +152,25 @@ def _has_integer_zeros(checkpoint: QuantizedCheckpoint) -> bool:
     return True
 
 
-def _plan(source: QuantizedCheckpoint, version: str) -> WeightPlan:
-    """Return what to write: dense tensors, copies of tied ones, layers."""
-    weights = WeightPlan(lambda name: _stock_layer(source, name, version))
-    plan = weights.tensors
-    for name in source.dense_names:
-        info = source.reader.info(name)
-        plan[name] = (info.dtype, info.shape)
+def _plan(
+    source: QuantizedCheckpoint,
+) -> tuple[TensorPlan, dict[str, tuple[CheckpointReader, str]]]:
+    """Return what to write, and where dense tensors, and those tied to one, are copied from."""
+    copies = {name: (source.reader, name) for name in source.dense_names}
     architecture = read_architecture(source.reader.config, source.weight_names)
     # AutoGPTQ leaves what is tied and left out of the file random
     for name, original in (architecture.tied if architecture else {}).items():
-        if name not in plan and original in plan:
-            plan[name] = plan[original]
-            weights.copies[name] = original
+        if original in copies:
+            copies.setdefault(name, copies[original])
+    infos = {name: reader.info(original) for name, (reader, original) in copies.items()}
+    plan: TensorPlan = {name: (info.dtype, info.shape) for name, info in infos.items()}
     for name, spec in source.layers.items():
         n, groups = spec.out_features, spec.num_groups
-        weights.add_layer(
-            name,
-            {
-                f"{name}.qweight": (torch.int32, (spec.packed_rows, n)),
-                f"{name}.qzeros": (torch.int32, (groups, n * spec.bits // 32)),
-                f"{name}.scales": (spec.scales_dtype, (groups, n)),
-                f"{name}.g_idx": (torch.int32, (spec.in_features,)),
-            },
-        )
-    return weights
+        plan[f"{name}.qweight"] = (torch.int32, (spec.packed_rows, n))
+        plan[f"{name}.qzeros"] = (torch.int32, (groups, n * spec.bits // 32))
+        plan[f"{name}.scales"] = (spec.scales_dtype, (groups, n))
+        plan[f"{name}.g_idx"] = (torch.int32, (spec.in_features,))
+    return plan, copies
 
 
 def _stock_layer(source: QuantizedCheckpoint, name: str, version: str) -> dict[str, torch.Tensor]:

@@ -106,11 +106,11 @@ def _plan(plan: MergePlan) -> TensorPlan:
     tensors: TensorPlan = {}
     for name, merge in plan.layers.items():
         key_a, key_b = layer_keys(plan, name)
-        a, b = (adapter.infos[key] for key in merge.layer.keys["zeros"])
+        a, b = (adapter.reader.info(key) for key in merge.layer.keys["zeros"])
         tensors[key_a] = (a.dtype, (merge.layer.rank, merge.spec.in_features))
         tensors[key_b] = (b.dtype, b.shape)
     for key in _saved(plan):
-        tensors[key] = (adapter.infos[key].dtype, adapter.infos[key].shape)
+        tensors[key] = (adapter.reader.info(key).dtype, adapter.reader.info(key).shape)
     return tensors
 
 
