@@ -12,11 +12,10 @@ from qalora_kernels import PackedWeight, QuantSpec, load_offsets
 
 from ..errors import CheckpointError, ConfigError
 from ..files.hub import resolve_model_dir
-from ..files.json import read_json
-from ..files.names import CONFIG_FILE, RECORD_FILE
+from ..files.names import CONFIG_FILE
 from ..files.reader import CheckpointReader
 from .config import QUANT_METHOD, QALoRAQuantConfig
-from .format import base_format, formats
+from .kind import find_kind
 from .layout import QUANTIZED_TENSORS, TensorPlan, layer_plan
 from .validate import check_layers, check_values
 
@@ -133,19 +132,6 @@ class QuantizedCheckpoint:
         return order[f"{layer}.qweight" if layer in self.layers else tensor]
 
 
-def _refuse_export(directory: Path) -> None:
-    record = directory / RECORD_FILE
-    if not record.exists():
-        return
-    format = read_json(record).get("format")
-    readable = (known.name for known in formats() if known.is_base or known.of_adapter)
-    if format not in readable:  # of an adapter the reader says more
-        raise CheckpointError(
-            f"{directory}: is an export in format {format!r}, for other runtimes. Give the model "
-            f"that it was made from; `qalora verify {directory} --against MODEL` compares the two."
-        )
-
-
 def _own_config(reader: CheckpointReader, raw: dict) -> QALoRAQuantConfig:
     try:
         return QALoRAQuantConfig(**raw)
@@ -165,11 +151,14 @@ def open_quantized(name_or_path: str | Path, revision: str | None = None) -> Qua
             or is damaged.
     """
     directory = resolve_model_dir(name_or_path, revision)
-    _refuse_export(directory)
-    config = directory / CONFIG_FILE
-    raw = read_json(config).get("quantization_config") if config.exists() else None
-    found = base_format(raw, directory)
-    if found is None:
+    kind = find_kind(directory)
+    if kind.export is not None:
+        raise CheckpointError(
+            f"{directory}: is an export in format {kind.export!r}, for other runtimes. Give the "
+            f"model that it was made from; `qalora verify {directory} --against MODEL` compares "
+            "the two."
+        )
+    if kind.base is None:
         return QuantizedCheckpoint(directory)
-    checkpoint: QuantizedCheckpoint = found.module("read").open_checkpoint(directory)
+    checkpoint: QuantizedCheckpoint = kind.base.module("read").open_checkpoint(directory)
     return checkpoint

@@ -1,4 +1,4 @@
-"""What a directory holds: 16-bit model, quantized base, merged model, stock GPTQ, adapter."""
+"""Describe a directory, and check it: 16-bit model, quantized or merged model, adapter."""
 
 import math
 from collections import Counter
@@ -6,15 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.checkpoint import open_quantized
 from ..errors import CheckpointError
 from ..files.json import read_json
 from ..files.manifest import check_manifest
 from ..files.names import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
 from ..files.reader import CheckpointReader
 from ..files.safetensors import read_header
-from .checkpoint import QuantizedCheckpoint
-from .layout import GUARD
+from .checkpoint import QuantizedCheckpoint, open_quantized
+from .kind import find_kind
+from .layout import GUARD, quantized_layers
 
 _ADAPTER_KEYS = ("peft_type", "adapt", "r", "lora_alpha", "bits", "group_size", "fingerprint")
 _PARTS = {
@@ -45,24 +45,23 @@ def describe(
         CheckpointError: it holds neither a model nor an adapter that can be read at all.
     """
     directory = Path(directory)
-    if (directory / ADAPTER_CONFIG_FILE).exists():
+    kind = find_kind(directory)
+    if kind.is_adapter:
         return _describe_adapter(directory)
     reader = CheckpointReader(directory)
-    raw = reader.config.get("quantization_config")
+    total = sum(info.nbytes for info in reader.tensors.values())
     found: dict[str, Any] = {
-        "kind": "16-bit model",
+        "kind": "quantized model",
         "directory": str(directory),
         "architecture": ", ".join(reader.config.get("architectures") or ["unknown"]),
         "files": len(reader.files),
         "valid": True,
         "problem": None,
     }
-    total = sum(info.nbytes for info in reader.tensors.values())
-    if raw is None and not any(name.endswith(".qweight") for name in reader.tensors):
-        found["parameters"] = sum(math.prod(info.shape) for info in reader.tensors.values())
-        found["bytes"] = {"total": total}
-        return found
-    found["kind"] = "quantized model"
+    if kind.is_16_bit and not quantized_layers(reader.tensors):
+        parameters = sum(math.prod(info.shape) for info in reader.tensors.values())
+        sizes = {"parameters": parameters, "bytes": {"total": total}}
+        return found | {"kind": "16-bit model"} | sizes
     found["bytes"] = {"total": total}
     try:
         checkpoint = open_quantized(directory)

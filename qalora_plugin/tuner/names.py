@@ -10,7 +10,7 @@ PREFIX = "qalora_"
 SCALE_PREFIX = "qalora_scale_"
 """Part of the name of every parameter that changes scales, and of no other."""
 
-MATRICES = {"zeros": ("qalora_A", "qalora_B"), "scales": (f"{SCALE_PREFIX}A", f"{SCALE_PREFIX}B")}
+MATRICES = {"zeros": ("qalora_A", "qalora_B"), "scales": ("qalora_scale_A", "qalora_scale_B")}
 """(A, B) of each part, as attributes of `QALoRALinear` and in an adapter's tensor names."""
 
 ADAPT_PARTS = {"zeros": ("zeros",), "scales": ("scales",), "both": ("zeros", "scales")}
