@@ -17,6 +17,7 @@ from .kind import find_kind
 from .layout import GUARD, quantized_layers
 
 _ADAPTER_KEYS = ("peft_type", "adapt", "r", "lora_alpha", "bits", "group_size", "fingerprint")
+_CONFIG_KEYS = ("desc_act", "offsets_dtype", "offsets_at", "method")
 _PARTS = {
     "qweight": "integers",
     "scales": "scales",
@@ -80,7 +81,8 @@ def describe(
 def _describe_quantized(checkpoint: QuantizedCheckpoint, total: int) -> dict[str, Any]:
     config = checkpoint.config
     sizes: Counter[str] = Counter()
-    weights = sum(spec.in_features * spec.out_features for spec in checkpoint.layers.values())
+    specs = checkpoint.layers.values()
+    weights = sum(spec.in_features * spec.out_features for spec in specs)
     for name in checkpoint.layers:
         for part, kind in _PARTS.items():
             if f"{name}.{part}" in checkpoint.reader:
@@ -89,13 +91,10 @@ def _describe_quantized(checkpoint: QuantizedCheckpoint, total: int) -> dict[str
     kind = "stock GPTQ model" if checkpoint.is_foreign else "quantized base"
     found = {
         "kind": "merged model" if config.merged else kind,
-        "bits": _spread(spec.bits for spec in checkpoint.layers.values()),
-        "group_size": _spread(spec.group_size for spec in checkpoint.layers.values()),
-        "desc_act": config.desc_act,
-        "offsets_dtype": config.offsets_dtype,
-        "offsets_at": config.offsets_at,
-        "method": config.method,
-        "layers": len(checkpoint.layers),
+        "bits": _spread(spec.bits for spec in specs),
+        "group_size": _spread(spec.group_size for spec in specs),
+        **{key: getattr(config, key) for key in _CONFIG_KEYS},
+        "layers": len(specs),
         "weights_quantized": weights,
         "bits_per_weight": round(8 * (packed - sizes["guards"]) / weights, 3),
         "bytes": {**sizes, "rest": total - packed, "total": total},
@@ -106,7 +105,7 @@ def _describe_quantized(checkpoint: QuantizedCheckpoint, total: int) -> dict[str
 
 
 def _spread(values: Any) -> int | dict[str, int]:
-    """The one value, or how many layers have which."""
+    """Return the one value, or how many layers have which."""
     counts = Counter(values)
     if len(counts) == 1:
         return next(iter(counts))

@@ -68,9 +68,7 @@ class ModelSource:
         # few CPU operators exist in fp16, none is fast
         slow = self.model.dtype == torch.float16 and self.device.type == "cpu"
         self.dtype = dtype or (torch.float32 if slow else self.model.dtype)
-        names = LayerNames(self.model)
-        found = {names.parameter(name): name for name in self.reader.tensors}
-        self.stored = {name: stored for name, stored in found.items() if names.has(name)}
+        self.stored = LayerNames(self.model).stored(self.reader.tensors)
         self._check_complete()
 
     def _check_complete(self) -> None:
