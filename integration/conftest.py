@@ -48,19 +48,25 @@ def project_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def run_json() -> Callable[..., Any]:
-    """`run_json(python, script, *args, timeout=600, **env)` -> the last line of stdout, as JSON."""
+def run_python() -> Callable[..., str]:
+    """`run_python(python, *arguments, timeout=600, **environment)` -> its stdout."""
 
-    def run(python: Path, script: Path, *args: object, timeout: float = 600, **env: object) -> Any:
-        command = [str(python), str(script), *map(str, args)]
+    def run(python: Path, *arguments: object, timeout: float | None = 600, **env: object) -> str:
+        command = [str(python), *map(str, arguments)]
         offline = {"HF_HUB_OFFLINE": "1", "AXOLOTL_DO_NOT_TRACK": "1", "PYTHONPATH": ""}
         environment = {**os.environ, **offline, **{k: str(v) for k, v in env.items()}}
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=timeout, env=environment
+            command, capture_output=True, text=True, timeout=timeout, env=environment, cwd=ROOT
         )
         if done.returncode:
             tail = (done.stdout + done.stderr)[-4000:]
             pytest.fail(f"{' '.join(command)} exited with {done.returncode}:\n{tail}")
-        return json.loads(done.stdout.strip().splitlines()[-1])
+        return done.stdout
 
     return run
+
+
+@pytest.fixture(scope="session")
+def run_json(run_python: Callable[..., str]) -> Callable[..., Any]:
+    """`run_json(...)`, arguments as those of `run_python` -> the last line of stdout, as JSON."""
+    return lambda *args, **kwargs: json.loads(run_python(*args, **kwargs).strip().splitlines()[-1])

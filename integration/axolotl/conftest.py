@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import signal
 import subprocess
 import time
 from collections.abc import Callable
@@ -27,10 +26,15 @@ class Axolotl:
 
     python: Path
     environment: dict[str, str]
+    work: Path
 
-    def start(self, *command: object, log: Path) -> subprocess.Popen[bytes]:
-        """Start a program of the environment at the project's root; output goes to `log`."""
-        with log.open("wb") as file:
+    def log(self, name: str) -> Path:
+        """Where the output of a run goes."""
+        return self.work / f"{name}.log"
+
+    def start(self, name: str, *command: object) -> subprocess.Popen[bytes]:
+        """Start a program of the environment at the project's root."""
+        with self.log(name).open("wb") as file:
             return subprocess.Popen(
                 [str(part) for part in command],
                 cwd=ROOT,
@@ -39,21 +43,32 @@ class Axolotl:
                 stderr=subprocess.STDOUT,
             )
 
-    def run(self, *command: object, log: Path, timeout: float = 600) -> str:
-        """Run one to its end; its output. Fails the test where it fails."""
-        process = self.start(*command, log=log)
+    def run(self, name: str, *command: object) -> str:
+        """Run one to its end and return its output; fail the test where it fails."""
+        process = self.start(name, *command)
         try:
-            code = process.wait(timeout)
+            code = process.wait(600)
         finally:
             process.kill()
-        text = log.read_text(errors="replace")
+        text = self.log(name).read_text(errors="replace")
         if code:
             pytest.fail(f"{command} exited with {code}:\n{text[-4000:]}")
         return text
 
+    def verify(self, out: Path) -> dict[str, Any]:
+        """Return what `qalora verify` finds of a run's merged directory."""
+        command = [self.python, "-m", "qalora_plugin", "verify", out / "merged", "--adapter", out]
+        report = self.run(f"verify-{out.name}", *command, "--json")
+        return json.loads(report[report.index("{") :])
+
 
 @pytest.fixture(scope="session")
-def axolotl(env_python: Callable[[str], Path], project_path: Path) -> Axolotl:
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("axolotl")
+
+
+@pytest.fixture(scope="session")
+def axolotl(env_python: Callable[[str], Path], project_path: Path, work: Path) -> Axolotl:
     python = env_python("axolotl")
     environment = os.environ | {
         "PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}",
@@ -62,12 +77,7 @@ def axolotl(env_python: Callable[[str], Path], project_path: Path) -> Axolotl:
         "AXOLOTL_DO_NOT_TRACK": "1",
         "OMP_WAIT_POLICY": "PASSIVE",
     }
-    return Axolotl(python, environment)
-
-
-@pytest.fixture(scope="session")
-def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("axolotl")
+    return Axolotl(python, environment, work)
 
 
 @pytest.fixture(scope="session")
@@ -101,17 +111,17 @@ def killed(axolotl: Axolotl, work: Path, small: Path) -> Path:
     moment is printed."""
     out = work / "killed"
     command = ["axolotl", "train", small, "--launcher", "python", "--max-steps", 500]
-    process = axolotl.start(*command, "--output-dir", out, log=work / "killed.log")
+    process = axolotl.start("killed", *command, "--output-dir", out)
     deadline = time.monotonic() + 300
     while not (out / "checkpoint-2" / "trainer_state.json").exists():
         if process.poll() is not None or time.monotonic() > deadline:
             process.kill()
-            pytest.fail((work / "killed.log").read_text(errors="replace")[-4000:])
+            pytest.fail(axolotl.log("killed").read_text(errors="replace")[-4000:])
         time.sleep(0.05)
     seed = random.SystemRandom().randrange(1_000_000)
     print(f"moment of the kill: seed {seed}")
     time.sleep(random.Random(seed).uniform(0, 1.5))
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.wait()
     return out
 
@@ -119,6 +129,5 @@ def killed(axolotl: Axolotl, work: Path, small: Path) -> Path:
 @pytest.fixture(scope="session")
 def driven(axolotl: Axolotl, work: Path, small: Path, killed: Path) -> dict[str, Any]:
     """What each step of drive.py left."""
-    command = [axolotl.python, HERE / "drive.py", small, STOCK, work]
-    text = axolotl.run(*command, log=work / "driven.log")
+    text = axolotl.run("driven", axolotl.python, HERE / "drive.py", small, STOCK, work)
     return json.loads(text.strip().splitlines()[-1])

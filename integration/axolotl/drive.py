@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import axolotl.cli.inference as inference
 import torch
@@ -31,50 +32,36 @@ class Driver:
         self.values = yaml.safe_load(recipe.read_text())
 
     def settings(self, name: str, **changes: Any) -> dict[str, Any]:
-        """Overrides of the recipe for a run in its own output_dir."""
-        settings = {"output_dir": str(self.work / name), **changes}
+        """Return overrides of the recipe for a run in its own output_dir."""
         if "qalora" in changes:
-            settings["qalora"] = self.values["qalora"] | changes["qalora"]
-        return settings
-
-    def preferences(self) -> Path:
-        """The first rows as preference data."""
-        rows = Path(self.values["datasets"][0]["path"]).read_text().splitlines()[:12]
-        pairs = [json.loads(row) for row in rows]
-        path = self.work / "preferences.jsonl"
-        path.write_text(
-            "\n".join(
-                json.dumps({"prompt": p["prompt"], "chosen": p["completion"], "rejected": "pass\n"})
-                for p in pairs
-            )
-        )
-        return path
+            changes["qalora"] = self.values["qalora"] | changes["qalora"]
+        return {"output_dir": str(self.work / name), **changes}
 
     def train(self, name: str, **changes: Any) -> dict[str, Any]:
-        """Train; what the log and `verify` say."""
+        """Train, and return what the log and `verify` say."""
         train.do_cli(self.recipe, **self.settings(name, **changes))
         return self.result(name)
 
     def result(self, name: str) -> dict[str, Any]:
-        """Of a run that is over."""
+        """Return the files of a run, the log of its last checkpoint, and the proof of its merge."""
         out = self.work / name
-        complete = "checkpoint-*/trainer_state.json"
         found: dict[str, Any] = {"files": sorted(path.name for path in out.iterdir())}
-        states = sorted(
-            out.glob(complete),
-            key=lambda path: int(path.parent.name.rpartition("-")[2]),
-        )
+        states = [path.parent for path in out.glob("checkpoint-*/trainer_state.json")]
         if states:
-            found["log"] = json.loads(states[-1].read_text())["log_history"]
-            schedule = torch.load(states[-1].with_name("scheduler.pt"), weights_only=True)
-            found["rates"] = schedule["base_lrs"]
+            last = max(states, key=step_of)
+            found["log"] = json.loads((last / "trainer_state.json").read_text())["log_history"]
+            found["rates"] = torch.load(last / "scheduler.pt", weights_only=True)["base_lrs"]
         if (out / "merged").is_dir():
             found["verified"] = verify_merge(out / "merged", out).as_dict()
         return found
 
 
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
 def refusal(verb: Callable[[], Any]) -> str:
-    """The message with which a verb stops; empty where it does not."""
+    """Return the message with which a verb stops; nothing where it does not."""
     try:
         verb()
     except Exception as error:
@@ -107,16 +94,19 @@ def bits2(driver: Driver) -> dict[str, Any]:
 
 
 def ask(driver: Driver, settings: dict[str, Any]) -> str:
-    """What `axolotl inference` prints for one instruction on standard input."""
-    config = inference.GenerationConfig
-    printed, stdin = io.StringIO(), sys.stdin
-    try:
-        inference.GenerationConfig = lambda **kw: config(**kw | {"max_new_tokens": 4})
-        sys.stdin = io.StringIO("### Task\nAdd two numbers.\nName: add\n### Answer\n")
-        with contextlib.redirect_stdout(printed):
-            inference.do_cli(driver.recipe, **settings)
-    finally:
-        inference.GenerationConfig, sys.stdin = config, stdin
+    """Return what `axolotl inference` prints for one instruction on standard input."""
+    config, printed = inference.GenerationConfig, io.StringIO()
+    question = io.StringIO("### Task\nAdd two numbers.\nName: add\n### Answer\n")
+
+    def short(**options: Any) -> Any:
+        return config(**options | {"max_new_tokens": 4})
+
+    with (
+        mock.patch.object(inference, "GenerationConfig", short),
+        mock.patch.object(sys, "stdin", question),
+        contextlib.redirect_stdout(printed),
+    ):
+        inference.do_cli(driver.recipe, **settings)
     return printed.getvalue()
 
 
@@ -138,36 +128,28 @@ def stock(driver: Driver) -> dict[str, Any]:
 
 
 def dpo(driver: Driver) -> dict[str, Any]:
-    """Preferences: the trainer makes the adapter from a config."""
-    return driver.train(
-        "dpo",
-        rl="dpo",
-        max_steps=2,
-        val_set_size=0,
-        qalora={"quantize_method": "rtn"},
-        datasets=[
-            {
-                "path": str(driver.preferences()),
-                "ds_type": "json",
-                "split": "train",
-                "type": {
-                    "field_prompt": "prompt",
-                    "field_chosen": "chosen",
-                    "field_rejected": "rejected",
-                    "prompt_format": "{prompt}",
-                    "chosen_format": "{chosen}",
-                    "rejected_format": "{rejected}",
-                },
-            }
-        ],
+    """Preferences, made of the first rows: the trainer makes the adapter from a config."""
+    rows = Path(driver.values["datasets"][0]["path"]).read_text().splitlines()[:12]
+    pairs = [json.loads(row) for row in rows]
+    path = driver.work / "preferences.jsonl"
+    path.write_text(
+        "\n".join(
+            json.dumps({"prompt": p["prompt"], "chosen": p["completion"], "rejected": "pass\n"})
+            for p in pairs
+        )
     )
+    parts = ("prompt", "chosen", "rejected")
+    fields = {f"field_{part}": part for part in parts}
+    formats = {f"{part}_format": f"{{{part}}}" for part in parts}
+    data = {"path": str(path), "ds_type": "json", "split": "train", "type": fields | formats}
+    block = {"quantize_method": "rtn"}
+    return driver.train("dpo", rl="dpo", max_steps=2, val_set_size=0, qalora=block, datasets=[data])
 
 
 def resumed(driver: Driver) -> dict[str, Any]:
     """The run of `killed` in this directory goes on, from its newest complete checkpoint."""
     out = driver.work / "killed"
-    before = sorted(path.name for path in out.glob("checkpoint-*"))
-    last = max(int(name.rpartition("-")[2]) for name in before)
+    last = max(map(step_of, out.glob("checkpoint-*")))
     (out / "checkpoint-999").mkdir()  # killed while it saved: no trainer_state.json
     found = driver.train("killed", max_steps=last + 2, auto_resume_from_checkpoints=True)
     (out / "checkpoint-999").rmdir()
@@ -190,7 +172,7 @@ WRONG = {
 
 
 def refused(driver: Driver) -> dict[str, str]:
-    """Messages of configs that Axolotl must not load, or not train; no model is built."""
+    """Configs that Axolotl must not load, or not train: their messages; no model is built."""
     found = {
         key: refusal(lambda c=changes: load_cfg(driver.recipe, **driver.settings("wrong", **c)))
         for key, changes in WRONG.items()
@@ -209,10 +191,8 @@ def main() -> None:
     names = sys.argv[4:] or list(STEPS)
     sys.argv = sys.argv[:1]  # Axolotl's verbs parse it
     driver = Driver(recipe, stock, work)
-    results = {}
-    for name in names:
-        with contextlib.redirect_stdout(sys.stderr):
-            results[name] = STEPS[name](driver)
+    with contextlib.redirect_stdout(sys.stderr):
+        results = {name: STEPS[name](driver) for name in names}
     print(json.dumps(results))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ ROOT = HERE.parents[1]
 
 
 def check_merged(result: dict[str, Any], layers: int) -> None:
-    """Merged, proved by `verify`, and not the base again."""
+    """Check that it is merged, proved by `verify`, and not the base again."""
     verified = result["verified"]
     assert verified["layers"] == layers
     assert verified["integers_equal"]
@@ -26,22 +27,19 @@ def check_merged(result: dict[str, Any], layers: int) -> None:
     assert verified["output_change"] > 2 * verified["output_error"]
 
 
+def losses(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [row for row in log if "loss" in row]
+
+
 def test_quickstart_through_the_command_line(axolotl: Axolotl, work: Path) -> None:
     """The recipe as it is, through the default launcher: loss falls, `qalora verify` proves it."""
     out = work / "quickstart"
-    log = work / "quickstart.log"
-    recipe = ["recipes/quickstart.yaml", "--output-dir", out]
-    printed = axolotl.run("axolotl", "train", *recipe, log=log)
-    losses = [
-        float(row.split("'loss': '")[1].split("'")[0])
-        for row in printed.splitlines()
-        if "{'loss': '" in row
-    ]
-    assert len(losses) == 12  # 60 steps, a row every 5
-    assert sum(losses[-3:]) < 0.97 * sum(losses[:3])
-    command = [axolotl.python, "-m", "qalora_plugin", "verify", out / "merged"]
-    report = axolotl.run(*command, "--adapter", out, "--json", log=work / "verify.log")
-    assert json.loads(report[report.index("{") :])["layers"] == 28
+    command = ["axolotl", "train", "recipes/quickstart.yaml", "--output-dir", out]
+    found = re.findall(r"{'loss': '([^']+)'", axolotl.run("quickstart", *command))
+    values = [float(value) for value in found]
+    assert len(values) == 12  # 60 steps, a row every 5
+    assert sum(values[-3:]) < 0.97 * sum(values[:3])
+    assert axolotl.verify(out)["layers"] == 28
 
 
 def test_lm_eval_stops_on_the_adapter(axolotl: Axolotl, work: Path, driven: Driven) -> None:
@@ -52,9 +50,8 @@ def test_lm_eval_stops_on_the_adapter(axolotl: Axolotl, work: Path, driven: Driv
         "except Exception as error: print('stopped', type(error).__name__)\n"
         "else: print('loaded')"
     )
-    for directory in ("packed", "packed/merged"):
-        command = [axolotl.python, "-c", script, work / directory]
-        assert "stopped" in axolotl.run(*command, log=work / "plain.log")
+    for directory in (work / "packed", work / "packed" / "merged"):
+        assert "stopped" in axolotl.run("plain", axolotl.python, "-c", script, directory)
 
 
 def test_preprocess_and_two_bits(driven: Driven) -> None:
@@ -67,7 +64,7 @@ def test_evaluate_and_inference(driven: Driven) -> None:
     """On the adapter, and on the merged directory; without either they say what to do."""
     found = driven["bits2"]
     rows = dict(row.split(",", 1) for row in found["evaluated"].splitlines())
-    train, validation = (float(value) for value in rows["loss"].split(","))
+    train, validation = map(float, rows["loss"].split(","))
     assert 1 < train < 5
     assert 1 < validation < 5
     assert "### Answer" in found["answer"]
@@ -98,17 +95,15 @@ def test_dpo(driven: Driven) -> None:
     found = driven["dpo"]
     check_merged(found, layers=28)
     assert "model.safetensors" not in found["files"]
-    assert "rewards/margins" in found["log"][-1] or "rewards/margins" in found["log"][0]
+    assert any("rewards/margins" in row for row in found["log"])
 
 
 def test_resume_after_sigkill(driven: Driven) -> None:
     """From the newest complete checkpoint, and from one that is named."""
     found = driven["resumed"]
-    steps = [row["step"] for row in found["log"] if "loss" in row]
-    assert steps == list(range(1, found["before"] + 3))
-    check_merged(found, layers=28)
-    check_merged(found["from_two"], layers=28)
-    assert [row["step"] for row in found["from_two"]["log"] if "loss" in row] == [1, 2, 3, 4]
+    for run, last in ((found, found["before"] + 2), (found["from_two"], 4)):
+        assert [row["step"] for row in losses(run["log"])] == list(range(1, last + 1))
+        check_merged(run, layers=28)
 
 
 def test_the_scales_train_at_their_own_rate(driven: Driven) -> None:
@@ -119,7 +114,7 @@ def test_the_scales_train_at_their_own_rate(driven: Driven) -> None:
 
 
 def test_our_figures_are_logged(driven: Driven) -> None:
-    rows = [row for row in driven["bits2"]["log"] if "loss" in row]
+    rows = losses(driven["bits2"]["log"])
     changes = [row["qalora/offset_change"] for row in rows]
     assert changes[0] == 0  # the rate warms up from 0
     assert 0 < changes[1] < changes[2]
@@ -152,25 +147,21 @@ def test_wrong_configs_are_refused(driven: Driven, key: str, allowed: str) -> No
 @pytest.mark.parametrize("deepspeed", [None, "recipes/deepspeed/zero3.json"])
 def test_two_ranks(axolotl: Axolotl, work: Path, small: Path, deepspeed: str | None) -> None:
     """DDP and ZeRO-3: one quantized base, for both runs, and one merged directory each."""
-    folder = work / "ranks"
-    folder.mkdir(exist_ok=True)
-    out = folder / ("zero3" if deepspeed else "ddp")
-    settings = {"output_dir": str(out), "max_steps": 2, "deepspeed": deepspeed}
+    out = work / "ranks" / ("zero3" if deepspeed else "ddp")
+    settings = json.dumps({"output_dir": str(out), "max_steps": 2, "deepspeed": deepspeed})
     torchrun = [axolotl.python.parent / "torchrun", "--nproc_per_node", 2]
-    command = [HERE / "two_ranks.py", small, json.dumps(settings)]
-    axolotl.run(*torchrun, *command, log=work / f"{out.name}.log")
-    bases = [path for path in (folder / "quantized_bases").iterdir() if path.is_dir()]
+    axolotl.run(out.name, *torchrun, HERE / "two_ranks.py", small, settings)
+    bases = [path for path in out.with_name("quantized_bases").iterdir() if path.is_dir()]
     assert len(bases) == 1
     assert sorted(path.name for path in out.glob("*merged*")) == ["merged"]
     state = json.loads((out / "checkpoint-2" / "trainer_state.json").read_text())
     assert state["log_history"][-1]["qalora/offset_change"] > 0
     assert state["epoch"] > 0.15  # of 43 rows, two steps of two rows on each of two ranks
-    command = [axolotl.python, "-m", "qalora_plugin", "verify", out / "merged"]
-    axolotl.run(*command, "--adapter", out, log=work / "verify-ranks.log")
+    axolotl.verify(out)
 
 
 def diff_lines(prefix: str) -> list[str]:
-    """Lines of the diff in docs/axolotl.md."""
+    """Return the lines of the diff in docs/axolotl.md that begin with a sign."""
     text = (ROOT / "docs" / "axolotl.md").read_text()
     lines = text.split("```diff\n")[1].split("```")[0].splitlines()
     assert len(lines) <= 6
@@ -192,8 +183,8 @@ def validated(axolotl: Axolotl, work: Path) -> dict[str, Any]:
     assert set(removed) <= set(example)
     ours = [line for line in example if line not in removed] + diff_lines("+")
     (work / "from_qlora.yaml").write_text("\n".join(ours) + "\n")
-    command = [axolotl.python, HERE / "validate_recipes.py", *RECIPES, work / "from_qlora.yaml"]
-    printed = axolotl.run(*command, log=work / "recipes.log")
+    command = [HERE / "validate_recipes.py", *RECIPES, work / "from_qlora.yaml"]
+    printed = axolotl.run("recipes", axolotl.python, *command)
     return json.loads(printed.strip().splitlines()[-1])
 
 

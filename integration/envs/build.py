@@ -28,12 +28,12 @@ UNUSED_AFTER = 24 * 3600  # seconds; another checkout may be running in an older
 
 
 def names() -> list[str]:
-    """Names of the environments that can be built."""
+    """Return the names of the environments that can be built."""
     return sorted(p.stem for p in HERE.glob("*.txt") if not p.stem.endswith(".no-isolation"))
 
 
 def cache_dir() -> Path:
-    """Directory that holds the environments."""
+    """Return the directory that holds the environments."""
     if own := os.environ.get("QALORA_ENV_CACHE"):
         return Path(own).expanduser().absolute()
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
@@ -41,15 +41,13 @@ def cache_dir() -> Path:
 
 
 def requirement_files(name: str) -> list[Path]:
-    """The requirement files of `name`, in the order of installation."""
-    if name not in names():
-        raise SystemExit(f"No environment '{name}': expected one of {', '.join(names())}")
+    """Return the requirement files of `name`, in the order of installation."""
     files = [HERE / f"{name}.txt", HERE / f"{name}.no-isolation.txt"]
     return [f for f in files if f.exists()]
 
 
 def contents(path: Path) -> str:
-    """Text of a requirement file with that of the files it includes (`-r`, `-c`)."""
+    """Return the text of a requirement file with that of the files it includes (`-r`, `-c`)."""
     text = path.read_text()
     for included in re.findall(r"^-[rc]\s+(\S+)", text, flags=re.MULTILINE):
         text += contents((path.parent / included).resolve())
@@ -57,27 +55,22 @@ def contents(path: Path) -> str:
 
 
 def environment_dir(name: str) -> Path:
-    """Directory of the environment `name` for this interpreter's version."""
+    """Return the directory of the environment `name` for this interpreter's version."""
     digest = hashlib.sha256("".join(contents(f) for f in requirement_files(name)).encode())
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     return cache_dir() / f"{name}-py{version}-{digest.hexdigest()[:12]}"
 
 
 def install(name: str, directory: Path) -> None:
-    """Create the virtual environment in `directory`. Raises CalledProcessError."""
+    """Create the virtual environment in `directory`; raises CalledProcessError."""
     venv.create(directory, with_pip=True, symlinks=True)
-    python = directory / "bin" / "python"
+    pip = [directory / "bin" / "python", "-m", "pip", "install", "--disable-pip-version-check"]
     # Compiling CUDA extensions is what makes these packages slow or impossible to build.
     environment = {**os.environ, "BUILD_CUDA_EXT": "0", "DS_BUILD_OPS": "0"}
     for requirements in requirement_files(name):
         isolation = ["--no-build-isolation"] if "no-isolation" in requirements.name else []
-        command = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        subprocess.run(
-            [*command, *isolation, "-r", requirements],
-            check=True,
-            stdout=sys.stderr,
-            env=environment,
-        )
+        command = [*pip, "--quiet", *isolation, "-r", requirements]
+        subprocess.run(command, check=True, stdout=sys.stderr, env=environment)
 
 
 def remove_unused(keep: Path, name: str) -> None:
@@ -112,16 +105,10 @@ def build(name: str) -> Path:
     return python
 
 
-def main() -> int:
+if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("name", choices=names())
     try:
         print(build(parser.parse_args().name))
     except subprocess.CalledProcessError as error:
-        print(f"pip failed with exit status {error.returncode}", file=sys.stderr)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        sys.exit(f"pip failed with exit status {error.returncode}")

@@ -52,8 +52,3 @@ def test_build_reuses_a_finished_environment_and_remakes_a_broken_one(builder: M
     (python.parents[1] / builder.STAMP).unlink()
     assert builder.build("empty") == python
     assert not marker.exists()
-
-
-def test_unknown_name_lists_the_known_ones(builder: ModuleType) -> None:
-    with pytest.raises(SystemExit, match="empty"):
-        builder.build("nonsense")

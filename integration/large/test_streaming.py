@@ -10,10 +10,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from qalora_plugin import QALoRAConfig
+from qalora_plugin.checkpoint.checkpoint import open_quantized
+
 QUANTIZE_LIMIT = 2.5e9
 MERGE_LIMIT = 1.0e9
 RANK = 16
-
 
 QUANTIZE = """
 import sys, torch
@@ -24,61 +26,45 @@ quantize_model(sys.argv[1], sys.argv[2], bits=4, group_size=32, calibration=ids,
 """
 
 
-def run_measured(*args: object) -> tuple[float, float]:
-    """Run Python with these arguments; (peak resident bytes, seconds).
+def peak_of(step: str, *arguments: object) -> int:
+    """Run Python, print how long it took, and return its peak of resident bytes.
 
     The peak is read while it runs: what `wait4` says of a child is no less than what this process
     had when it started the child.
     """
     started, peak = time.monotonic(), 0
-    process = subprocess.Popen([sys.executable, *map(str, args)])
+    process = subprocess.Popen([sys.executable, *map(str, arguments)])
     while process.poll() is None:
         status = Path(f"/proc/{process.pid}/status").read_text()
         found = [line for line in status.splitlines() if line.startswith("VmHWM")]
         peak = int(found[0].split()[1]) * 1024 if found else peak  # a zombie has none
         time.sleep(0.02)
+    seconds = round(time.monotonic() - started, 1)
+    print(json.dumps({"step": step, "peak_gb": peak / 1e9, "seconds": seconds}))
     assert process.returncode == 0
-    return peak, time.monotonic() - started
+    return peak
 
 
 def write_adapter(base: Path, out: Path) -> None:
-    """An adapter of random numbers for every quantized layer, as PEFT lays it out."""
-    from qalora_plugin import QALoRAConfig
-    from qalora_plugin.files.reader import CheckpointReader
-
-    reader = CheckpointReader(base)
-    config = reader.config["quantization_config"]
-    tensors = {}
-    for name in (n.removesuffix(".qweight") for n in reader.tensors if n.endswith(".qweight")):
-        groups, outputs = reader.info(f"{name}.scales").shape
+    """Write an adapter of random numbers for every quantized layer, as PEFT lays it out."""
+    source, tensors = open_quantized(base), {}
+    for name, spec in source.layers.items():
         key = f"base_model.model.{name}"
-        tensors[f"{key}.qalora_A.weight"] = torch.randn(RANK, groups) * 1e-2
-        tensors[f"{key}.qalora_B.weight"] = torch.randn(outputs, RANK) * 1e-2
+        tensors[f"{key}.qalora_A.weight"] = torch.randn(RANK, spec.num_groups) * 1e-2
+        tensors[f"{key}.qalora_B.weight"] = torch.randn(spec.out_features, RANK) * 1e-2
     out.mkdir()
     save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
-    QALoRAConfig(
-        r=RANK,
-        lora_alpha=RANK,
-        base_model_name_or_path=str(base),
-        bits=config["bits"],
-        group_size=config["group_size"],
-        fingerprint=config["base"]["fingerprint"],
-    ).save_pretrained(out)
+    config = QALoRAConfig(r=RANK, lora_alpha=RANK, base_model_name_or_path=str(base))
+    config.bits, config.group_size = source.config.bits, source.config.group_size
+    config.fingerprint = source.config.base["fingerprint"]
+    config.save_pretrained(out)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
 def test_1b_is_quantized_and_merged_in_bounded_memory(tmp_path: Path, llama_1b: Path) -> None:
-    quantized = tmp_path / "int4"
-    quantize_peak, quantize_seconds = run_measured("-c", QUANTIZE, llama_1b, quantized)
-    write_adapter(quantized, tmp_path / "adapter")
-    merge_peak, merge_seconds = run_measured(
-        "-m", "qalora_plugin", "merge", tmp_path / "adapter", "--out", tmp_path / "merged"
-    )
-    figures = {
-        "quantize": {"peak_gb": quantize_peak / 1e9, "seconds": quantize_seconds},
-        "merge": {"peak_gb": merge_peak / 1e9, "seconds": merge_seconds},
-    }
-    print(json.dumps(figures, indent=2))
-    assert quantize_peak <= QUANTIZE_LIMIT
-    assert merge_peak <= MERGE_LIMIT
+    quantized, adapter, merged = (tmp_path / name for name in ("int4", "adapter", "merged"))
+    assert peak_of("quantize", "-c", QUANTIZE, llama_1b, quantized) <= QUANTIZE_LIMIT
+    write_adapter(quantized, adapter)
+    command = ["-m", "qalora_plugin", "merge", adapter, "--out", merged]
+    assert peak_of("merge", *command) <= MERGE_LIMIT

@@ -29,8 +29,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 @dataclass(frozen=True)
 class Fixture:
-    """What to quantize, and how. `positive` makes half of k_proj's outputs non-negative, so that
-    their zero-point is 0, which the v1 format cannot store without a borrow."""
+    """What to quantize, and how.
+
+    `positive` makes half of k_proj's outputs non-negative, so that their zero-point is 0, which the
+    v1 format cannot store without a borrow.
+    """
 
     bits: int
     group_size: int
@@ -64,7 +67,7 @@ FIXTURES = {
 
 
 def base_model(fixture: Fixture) -> LlamaForCausalLM:
-    """A Llama with random weights whose channels differ in size, so that act-order permutes."""
+    """Return a random Llama whose channels differ in size, so that act-order permutes them."""
     torch.manual_seed(0)
     hidden, intermediate, vocab = (256, 256, 128) if fixture.large else (64, 96, 32)
     config = LlamaConfig(
@@ -91,7 +94,7 @@ def base_model(fixture: Fixture) -> LlamaForCausalLM:
 
 
 def base_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
-    """Words `t0` to `t<vocab_size - 1>`: GPTQModel does not load a model without a tokenizer."""
+    """Return a tokenizer of the words t0, t1, ...: GPTQModel loads no model without one."""
     vocab = {f"t{i}": i for i in range(vocab_size)}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="t0"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -124,13 +127,24 @@ def quantize(fixture: Fixture, source: Path, out: Path) -> None:
     model.save(str(out))
 
 
-def write_reference(fixture: Fixture, directory: Path) -> None:
-    """Write reference.safetensors from GPTQModel's own forward in float32."""
+def load_float32(directory: Path) -> torch.nn.Module:
+    """Return the quantized model on GPTQModel's torch kernel in float32."""
     # Left to itself it rounds the scales to bfloat16 on a CPU.
     loaded = GPTQModel.load(
         str(directory), backend=BACKEND.TORCH, device="cpu", dtype=torch.float16
     )
-    model = loaded.model.float().eval()
+    return loaded.model.float().eval()
+
+
+def save_reference(tensors: dict[str, torch.Tensor], directory: Path) -> None:
+    """Write `reference.safetensors`."""
+    assert all(t.dtype in (torch.int64, torch.float32) for t in tensors.values())
+    save_file({k: v.contiguous() for k, v in tensors.items()}, directory / "reference.safetensors")
+
+
+def write_reference(fixture: Fixture, directory: Path) -> None:
+    """Write the outputs of GPTQModel's own forward."""
+    model = load_float32(directory)
     generator = torch.Generator().manual_seed(2)
     shape = (2, 24) if fixture.large else (1, 16)
     input_ids = torch.randint(2, model.config.vocab_size, shape, generator=generator)
@@ -139,8 +153,7 @@ def write_reference(fixture: Fixture, directory: Path) -> None:
         for name, module in model.named_modules():
             if name.endswith(fixture.reference_layers):
                 tensors[f"{name}.weight"] = module.dequantize_weight()
-    assert all(t.dtype in (torch.int64, torch.float32) for t in tensors.values())
-    save_file({k: v.contiguous() for k, v in tensors.items()}, directory / "reference.safetensors")
+    save_reference(tensors, directory)
 
 
 def make(name: str, out: Path) -> None:

@@ -18,25 +18,16 @@ from pathlib import Path
 os.environ["TORCH_COMPILE_DISABLE"] = "1"  # compiling takes minutes here, running milliseconds
 
 import torch
-from gptqmodel import BACKEND, GPTQModel
+from make_stock_fixture import load_float32, save_reference
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import save_file
 
 STEPS = 20
 # PEFT's "all-linear" does not see GPTQModel's layers.
 TARGET_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def load_base(directory: Path) -> torch.nn.Module:
-    """The quantized model in float32; left to itself GPTQModel rounds scales to bfloat16."""
-    model = GPTQModel.load(
-        str(directory), backend=BACKEND.TORCH, device="cpu", dtype=torch.float16
-    ).model
-    return model.float()
-
-
 def train(base: torch.nn.Module, group_size: int) -> PeftModel:
-    """A few Adam steps on random tokens, enough for lora_B to be far from zero."""
+    """Train a few Adam steps on random tokens, enough for lora_B to be far from zero."""
     config = LoraConfig(
         r=4,
         lora_alpha=8,
@@ -72,7 +63,7 @@ def main() -> None:
     base_dir, out = arguments.base.resolve(), arguments.out.resolve()
     with tempfile.TemporaryDirectory() as scratch:
         os.chdir(scratch)  # GPTQModel writes its logs into the working directory
-        model = train(load_base(base_dir), arguments.qalora_group_size)
+        model = train(load_float32(base_dir), arguments.qalora_group_size)
     input_ids = torch.randint(2, model.config.vocab_size, (1, 16))
     with torch.no_grad():
         tensors = {"input_ids": input_ids, "logits": model(input_ids=input_ids).logits}
@@ -82,7 +73,7 @@ def main() -> None:
     config.base_model_name_or_path = base_dir.name  # a sibling directory, not this machine's path
     model.save_pretrained(out)
     (out / "README.md").unlink(missing_ok=True)
-    save_file({k: v.contiguous() for k, v in tensors.items()}, out / "reference.safetensors")
+    save_reference(tensors, out)
     change = (tensors["logits"] - tensors["base_logits"]).abs().max().item()
     print(json.dumps({"out": str(out), "change_of_logits": change}))
 

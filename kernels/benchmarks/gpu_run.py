@@ -1,25 +1,23 @@
 """Everything about the kernels on one GPU machine, without network, in one command.
 
     python kernels/benchmarks/gpu_run.py OUT_DIR                      all stages
-    python kernels/benchmarks/gpu_run.py OUT_DIR --stage 2 --budget 540
+    python kernels/benchmarks/gpu_run.py OUT_DIR --stage 2 --budget 400
     python kernels/benchmarks/gpu_run.py OUT_DIR --rehearse           on the CPU, tiny shapes
 
-Stages: 0 set-up from wheels (`carry.py` makes the folder), 1 correctness, 2 kernels and a decoder
-layer beside their peers, 3 whole-model training. Each stage is a list of units (`gpu_units.py`),
-each a process of its own; what has finished is not run again, what failed or did not fit into
---budget is, when the same command is given again with the same OUT_DIR. The summary says which
-bounds are met (`gpu_bounds.py`).
+Stages: 1 correctness, 2 a decoder layer and one row beside their peers, 3 whole-model training,
+4 what else there is time for. Each is a list of units (`gpu_units.py`), each a process of its own.
+Give the same command with the same OUT_DIR again and it goes on: what has finished is not run
+again, what failed or did not fit into --budget is. Packages come from wheels (`carry.py`).
 
-In OUT_DIR: stage1.jsonl, stage2.jsonl, stage3.jsonl (measurements), units.jsonl (what ran),
-log.txt, tuning.json (the tuning cache), summary.txt.
+In OUT_DIR: stage1.jsonl to stage4.jsonl (measurements), units.jsonl (what ran), log.txt,
+tuning.json (the tuning cache), summary.txt (which bounds are met).
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
-import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -27,42 +25,34 @@ import tempfile
 import time
 from pathlib import Path
 
-import gpu_bounds
-import gpu_units
-from gpu_units import Unit
+import measure
+from gpu_units import Unit, summary, units
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
+ROOT = Path(__file__).resolve().parents[2]
+SANITIZERS = ("usr/local/cuda*/bin", "usr/local/cuda*/compute-sanitizer", "opt/nvidia/*")
 WHEELS = ROOT / ".wheels"
 COMMIT_FILE = "commit.txt"
 
 
-def set_up(wheels: Path, site: Path) -> str:
-    """Stage 0: make `site`, to be put on PYTHONPATH: the carried packages and this checkout's.
+def set_up(wheels: Path, site: Path) -> None:
+    """Fill `site`, to be put on PYTHONPATH, with the carried packages and this checkout's.
 
     Nothing of the machine's own Python is changed; torch, triton and transformers stay its own.
-
-    Returns:
-        What was done, for the log.
     """
-    shutil.rmtree(site, ignore_errors=True)
-    site.mkdir(parents=True)
-    carried = sorted(wheels.glob("*.whl"))
+    carried = sorted(map(str, wheels.glob("*.whl")))
     if carried:
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
-        pip += ["--no-compile", "--no-cache-dir", "--disable-pip-version-check", "--upgrade"]
-        subprocess.run([*pip, "--target", str(site), *map(str, carried)], check=True)
+        pip += ["--no-compile", "--no-cache-dir", "--disable-pip-version-check"]
+        subprocess.run([*pip, "--target", str(site), *carried], check=True)
     # links, so that the root's folder `kernels` does not get onto the path with them
     (site / "qalora_plugin").symlink_to(ROOT / "qalora_plugin")
     (site / "qalora_kernels").symlink_to(ROOT / "kernels" / "qalora_kernels")
-    return f"set-up: {len(carried)} wheels from {wheels.name}: {[p.name for p in carried]}"
 
 
 def environment(out: Path, site: Path, wheels: Path, rehearse: bool) -> dict[str, str]:
-    """Variables of every unit."""
+    """Return the variables of every unit."""
     commit = wheels / COMMIT_FILE
     variables = {
-        **os.environ,
         "PYTHONPATH": str(site),
         "PYTHONUNBUFFERED": "1",
         "HF_HUB_OFFLINE": "1",
@@ -72,127 +62,94 @@ def environment(out: Path, site: Path, wheels: Path, rehearse: bool) -> dict[str
     }
     if rehearse:
         variables |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return variables
+    return os.environ | variables
 
 
-class Log:
-    """What ran: a line for people, and one for the next run."""
-
-    def __init__(self, out: Path):
-        self.text = out / "log.txt"
-        self.units = out / "units.jsonl"
-
-    def say(self, text: str) -> None:
-        print(text, flush=True)
-        with self.text.open("a", encoding="utf-8") as file:
-            file.write(text + "\n")
-
-    def done(self) -> set[str]:
-        """Names of the units that have finished."""
-        if not self.units.exists():
-            return set()
-        rows = map(json.loads, self.units.read_text(encoding="utf-8").splitlines())
-        return {row["unit"] for row in rows if row["exit_status"] == 0}
-
-    def note(self, unit: Unit, status: int | str, seconds: float) -> None:
-        row = {"unit": unit.name, "exit_status": status, "seconds": round(seconds, 1)}
-        with self.units.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-
-
-def run_together(
-    units: list[Unit], out: Path, device: str, variables: dict[str, str], seconds: float, log: Log
-) -> None:
-    """Run units at the same time, each until its limit or until `seconds` are over."""
-    running = []
-    begin = time.monotonic()
-    for unit in units:
-        output = tempfile.TemporaryFile("w+")  # noqa: SIM115 (lives as long as the process)
-        script, *arguments = unit.command
+def command_of(unit: Unit, out: Path, device: str) -> list[str]:
+    """Return the command line of a unit."""
+    kind, *arguments = shlex.split(unit.command)
+    if kind == "bench":
         data = str(out / f"stage{unit.stage}.jsonl")
-        command = [sys.executable, str(HERE / script), *arguments]
-        process = subprocess.Popen(
-            [*command, "--device", device, "--output", data],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=variables,
-            cwd=tempfile.gettempdir(),
-            start_new_session=True,
-        )
-        running.append((unit, process, output))
-    for unit, process, output in running:
-        status: int | str
-        left = begin + min(unit.limit, seconds) - time.monotonic()
+        bench = str(ROOT / "kernels" / "benchmarks" / "bench.py")
+        return [sys.executable, bench, *arguments, "--device", device, "--output", data]
+    # -P: the checkout's root has a folder `kernels`, which must not pass for a package
+    pytest = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+    if kind == "pytest" or device == "cpu":
+        return pytest
+    toolkits = [str(place) for pattern in SANITIZERS for place in Path("/").glob(pattern)]
+    path = ":".join([os.environ["PATH"], *toolkits])
+    tool = shutil.which("compute-sanitizer", path=path) or "compute-sanitizer"
+    # every tensor is an allocation of its own; Triton's compilers are processes, and none of ours
+    sanitizer = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", tool, "--tool", "memcheck"]
+    return [*sanitizer, "--target-processes", "application-only", "--error-exitcode", "9", *pytest]
+
+
+def run(unit: Unit, out: Path, device: str, variables: dict[str, str], seconds: float) -> None:
+    """Run a unit for `seconds` at most, and note how it ended."""
+    begin = time.monotonic()
+    with (out / "log.txt").open("a+", encoding="utf-8") as log:
+        log.write(f"---- {unit.name}\n")
+        log.flush()
+        command = command_of(unit, out, device)
+        both = {"stdout": log, "stderr": subprocess.STDOUT}
+        process = subprocess.Popen(command, **both, env=variables, cwd=ROOT, process_group=0)
         try:
-            status = process.wait(max(left, 0.1))
+            status = process.wait(seconds)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, 9)  # with the processes that it started
             process.wait()
-            status = f"stopped after {min(unit.limit, seconds):.0f} s"
-        output.seek(0)
-        log.say(f"---- {unit.name}\n{output.read()[-20000:].rstrip()}")
-        output.close()
-        took = time.monotonic() - begin
-        log.say(f"---- {unit.name}: {'done' if status == 0 else status} after {took:.1f} s")
-        log.note(unit, status, took)
+            status = 124
+            log.write(f"stopped after {seconds:.0f} s\n")
+        log.seek(0)
+        last = log.read().splitlines()[-1]
+    row = {"unit": unit.name, "exit_status": status, "seconds": round(time.monotonic() - begin, 1)}
+    print(row, flush=True)
+    measure.append(out / "units.jsonl", row | {"result": last})
 
 
-def run_units(
-    units: list[Unit], out: Path, device: str, variables: dict[str, str], budget: float, log: Log
-) -> list[str]:
-    """Run what has not finished yet.
-
-    Returns:
-        Names of units for which no time was left.
-    """
-    end = time.monotonic() + budget
-    finished = log.done()
-    waiting = [unit for unit in units if unit.name not in finished]
-    left_out = []
-    groups = itertools.groupby(waiting, key=lambda unit: unit.together or unit.name)
-    for group in (list(members) for _, members in groups):
-        left = end - time.monotonic()
-        if left < min(30, group[0].limit):
-            left_out += [unit.name for unit in group]
-            continue
-        run_together(group, out, device, variables, left, log)
-    return left_out
+def finished(out: Path) -> set[str]:
+    """Return the names of the units that have finished."""
+    rows = measure.read(out / "units.jsonl")
+    return {row["unit"] for row in rows if row["exit_status"] == 0}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, help="results; give the same one to go on")
-    parser.add_argument("--stage", type=int, action="append", choices=[1, 2, 3], help="all")
-    parser.add_argument("--budget", type=float, default=3600, help="seconds for this call")
+    parser.add_argument("--stage", type=int, action="append", choices=[1, 2, 3, 4], help="all")
+    parser.add_argument("--budget", type=float, default=780, help="seconds for this call")
     parser.add_argument("--wheels", type=Path, default=WHEELS, help="made by carry.py")
     parser.add_argument("--only", default="", help="units whose name starts so")
     parser.add_argument("--list", action="store_true", help="print the units and stop")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, tiny shapes")
-    arguments = parser.parse_args()
-    begin = time.monotonic()
-    units = gpu_units.for_rehearsal() if arguments.rehearse else gpu_units.for_gpu()
-    stages = arguments.stage or [1, 2, 3]
-    units = [u for u in units if u.stage in stages and u.name.startswith(arguments.only)]
-    if arguments.list:
-        print("\n".join(f"{u.stage}  {u.name:<40} {u.limit:>4} s at most" for u in units))
+    a = parser.parse_args()
+    end = time.monotonic() + a.budget
+    chosen = [u for u in units(a.rehearse) if not a.stage or u.stage in a.stage]
+    chosen = [unit for unit in chosen if unit.name.startswith(a.only)]
+    if a.list:
+        print("\n".join(f"{u.stage}  {u.name:<20} {u.limit:>4} s  {u.command}" for u in chosen))
         return 0
-    out = arguments.out.resolve()
+    out, device = a.out.resolve(), "cpu" if a.rehearse else "cuda"
     out.mkdir(parents=True, exist_ok=True)
-    log = Log(out)
-    device = "cpu" if arguments.rehearse else "cuda"
-    with tempfile.TemporaryDirectory(prefix="qalora-site-") as scratch:
-        site = Path(scratch) / "site"
-        log.say(set_up(arguments.wheels.resolve(), site))
-        variables = environment(out, site, arguments.wheels, arguments.rehearse)
-        left = arguments.budget - (time.monotonic() - begin)
-        left_out = run_units(units, out, device, variables, left, log)
-    summary = gpu_bounds.summary(out)
-    if arguments.rehearse:
-        summary = "REHEARSAL on the CPU: these numbers say nothing about a GPU\n" + summary
-    failed = sorted({u.name for u in units} - log.done() - set(left_out))
-    summary += f"\nfailed: {failed or 'none'}\nno time left for: {left_out or 'none'}\n"
-    (out / "summary.txt").write_text(summary, encoding="utf-8")
-    print("\n" + summary)
+    waiting = [unit for unit in chosen if unit.name not in finished(out)]
+    left_out: list[str] = []
+    with tempfile.TemporaryDirectory(prefix="qalora-site-") as site:
+        set_up(a.wheels, Path(site))
+        variables = environment(out, Path(site), a.wheels, a.rehearse)
+        for unit in waiting:
+            left = end - time.monotonic()
+            if left < min(30, unit.limit):
+                left_out.append(unit.name)
+                continue
+            run(unit, out, device, variables, min(unit.limit, left))
+            # now, since this call may be cut off
+            (out / "summary.txt").write_text(summary(out, a.rehearse), encoding="utf-8")
+    failed = [u.name for u in chosen if u.name not in finished(out) | set(left_out)]
+    text = "REHEARSAL on the CPU: these numbers say nothing about a GPU\n" * a.rehearse
+    text += summary(out, a.rehearse)
+    text += f"\nfailed: {failed or 'none'}\nno time left for: {left_out or 'none'}\n"
+    (out / "summary.txt").write_text(text, encoding="utf-8")
+    print("\n" + text)
     return 1 if failed else 0
 
 

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+import measure
 import torch
-from measure import first_line, interleave, ratio, spread
+import worker
+from measure import Row
+from torch.nn.functional import linear as dense_linear
 
-from qalora_kernels import LowRank, QuantSpec, fold, folded_linear, ops, quantized_linear
+from qalora_kernels import LowRank, PackedWeight, QuantSpec, ops
+from qalora_kernels import fold as fold_grids
+from qalora_kernels import folded_linear as folded
+from qalora_kernels import quantized_linear as quantized
 from qalora_plugin.layers.linear import QuantLinear
 
 DTYPE = torch.bfloat16
@@ -20,286 +26,254 @@ DTYPE = torch.bfloat16
 ROTATION = {"cpu": 100 << 20, "cuda": 256 << 20}
 
 
+# ---- how the kernels and the layer are called: nothing else in this folder knows
+
+
+def tensors(w: PackedWeight) -> tuple[Any, ...]:
+    return w.qweight, w.scales, w.offsets, w.g_idx
+
+
+def quant_linear(w: PackedWeight) -> QuantLinear:
+    return QuantLinear.from_codes(w.spec, w.codes(), w.scales, w.offsets)
+
+
+def quantized_linear(x: torch.Tensor, w: PackedWeight) -> torch.Tensor:
+    return quantized(x, *tensors(w), None, spec=w.spec)
+
+
+def folded_linear(x: torch.Tensor, w: PackedWeight, zeros: LowRank) -> torch.Tensor:
+    return folded(x, *tensors(w), None, spec=w.spec, zeros=zeros)
+
+
+def fold(w: PackedWeight, zeros: LowRank) -> Any:
+    return fold_grids(w.scales, w.offsets, zeros=zeros.delta())
+
+
+def grad_input(dy: torch.Tensor, w: PackedWeight) -> torch.Tensor:
+    return ops.grad_input(dy, *tensors(w), w.spec.bits, w.spec.group_size, w.spec.in_features)
+
+
+def group_grad(dy: torch.Tensor, x: torch.Tensor, w: PackedWeight) -> torch.Tensor:
+    return ops.weighted_group_grad(dy, x, *tensors(w), w.spec.bits, w.spec.group_size)
+
+
+# ---- the layers that take turns, and the peers
+
+
 @dataclass
 class Layer:
-    """One quantized layer in every form that a variant needs; the numbers are random."""
+    """One layer of random numbers, packed and dense [N, K]."""
 
-    spec: QuantSpec
-    packed: tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]
-    dense: torch.Tensor  # [N, K]
-
-    @classmethod
-    def random(cls, spec: QuantSpec, device: str) -> Layer:
-        k, n = spec.in_features, spec.out_features
-        held = QuantLinear(spec, device="meta")  # for the dtypes that the plugin holds
-        shape = held.qweight.shape
-        words = torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int32, device=device)
-        scales = torch.full_like(held.scales, 0.01, device=device)
-        offsets = torch.zeros_like(held.offsets, device=device)
-        dense = torch.randn(n, k, device=device, dtype=DTYPE)
-        return cls(spec, (words, scales, offsets, None), dense)
+    weight: PackedWeight
+    dense: torch.Tensor
 
     @property
     def packed_bytes(self) -> int:
-        """Integers, scales and offsets."""
-        return sum(tensor.nbytes for tensor in self.packed if tensor is not None)
+        """Return the bytes of integers, scales and offsets."""
+        return sum(tensor.nbytes for tensor in tensors(self.weight) if tensor is not None)
 
 
-def _bits(layer: Layer) -> tuple[int, int]:
-    return layer.spec.bits, layer.spec.group_size
+def random_weight(spec: QuantSpec, device: str | torch.device) -> PackedWeight:
+    """Return random integers; scales and offsets have the dtypes that the plugin holds."""
+    shape, grid = (spec.packed_rows, spec.out_features), (spec.num_groups, spec.out_features)
+    words = torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int32, device=device)
+    scales = torch.full(grid, 0.01, dtype=spec.scales_dtype, device=device)
+    offsets = torch.zeros(grid, dtype=spec.offsets_dtype, device=device)
+    return PackedWeight(words, scales, offsets, None, spec)
 
 
 def rotated_layers(spec: QuantSpec, device: str) -> list[Layer]:
-    """As many layers as no cache holds, two at least."""
-    first = Layer.random(spec, device)
-    count = max(2, -(-ROTATION[device] // first.packed_bytes))
-    return [first] + [Layer.random(spec, device) for _ in range(count - 1)]
+    """Return as many layers as no cache holds, at least 2 and at most 64."""
+
+    def layer() -> Layer:
+        shape = (spec.out_features, spec.in_features)
+        return Layer(random_weight(spec, device), torch.randn(shape, device=device, dtype=DTYPE))
+
+    first = layer()
+    count = min(64, max(2, -(-ROTATION[device] // first.packed_bytes)))
+    return [first] + [layer() for _ in range(count - 1)]
 
 
-class Rotation:
-    """Calls `function` with the next of several arguments each time."""
-
-    def __init__(self, function: Callable[[Any], Any], arguments: list[Any]):
-        self.function = function
-        self.arguments = itertools.cycle(arguments)
-
-    def __call__(self) -> Any:
-        return self.function(next(self.arguments))
+def rotation(function: Callable[[Any], Any], arguments: list[Any]) -> Callable[[], Any]:
+    """Return a function that calls `function` with the next of several arguments each time."""
+    turns = itertools.cycle(arguments)
+    return lambda: function(next(turns))
 
 
-def _tinygemm(layers: list[Layer], x: torch.Tensor) -> Rotation:
-    """torch's int4 matrix product; scales and zeros are bf16."""
-    spec, aten = layers[0].spec, torch.ops.aten
+def tinygemm(layers: list[Layer], x: torch.Tensor) -> Callable[[], Any]:
+    """Return torch's int4 matrix product; scales and zeros are bf16."""
+    spec, aten = layers[0].weight.spec, torch.ops.aten
     if spec.bits != 4:
         raise NotImplementedError("4 bits only")
     k, n = spec.in_features, spec.out_features
     grid = torch.full((spec.num_groups, n, 2), 0.01, dtype=DTYPE, device=x.device)
     if x.device.type == "cpu":
         codes = torch.randint(0, 16, (n, k), dtype=torch.int32)
-        pack, multiply = (
-            aten._convert_weight_to_int4pack_for_cpu,
-            aten._weight_int4pack_mm_for_cpu,
-        )
+        pack, multiply = aten._convert_weight_to_int4pack_for_cpu, aten._weight_int4pack_mm_for_cpu
         packed = [(pack(codes, 1), grid.clone()) for _ in layers]
     else:
         codes = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device=x.device)
         multiply = aten._weight_int4pack_mm
         packed = [(aten._convert_weight_to_int4pack(codes, 8), grid.clone()) for _ in layers]
-    return Rotation(lambda p: multiply(x, p[0], spec.group_size, p[1]), packed)
+    return rotation(lambda p: multiply(x, p[0], spec.group_size, p[1]), packed)
 
 
-def _gemlite(layers: list[Layer], x: torch.Tensor) -> Rotation:
-    """gemlite's fused kernels (CUDA)."""
+def gemlite(layers: list[Layer], x: torch.Tensor) -> Callable[[], Any]:
+    """Return gemlite's fused product (CUDA); it tunes for long at first use."""
     from gemlite.core import DType, GemLiteLinear
 
-    spec = layers[0].spec
-    if spec.bits == 3:
-        raise NotImplementedError("no 3 bits")
+    spec, bf16 = layers[0].weight.spec, DType.BF16
     k, n = spec.in_features, spec.out_features
     built = []
     for _ in layers:
         codes = torch.randint(0, 1 << spec.bits, (n, k), dtype=torch.uint8, device=x.device)
         grid = torch.full((n * spec.num_groups, 1), 0.01, dtype=DTYPE, device=x.device)
-        linear = GemLiteLinear(
-            spec.bits, spec.group_size, k, n, input_dtype=DType.BF16, output_dtype=DType.BF16
+        module = GemLiteLinear(
+            spec.bits, spec.group_size, k, n, input_dtype=bf16, output_dtype=bf16
         )
-        linear.pack(codes, grid, torch.zeros_like(grid), None)
-        built.append(linear)
-    return Rotation(lambda linear: linear(x), built)
+        module.pack(codes, grid, torch.zeros_like(grid), None)
+        built.append(module)
+    return rotation(lambda module: module(x), built)
 
 
-def _nf4(layers: list[Layer], x: torch.Tensor) -> Rotation:
-    """bitsandbytes' NF4 product, the one that QLoRA runs."""
-    from bitsandbytes import functional, matmul_4bit
-
-    packed = [functional.quantize_4bit(layer.dense, quant_type="nf4") for layer in layers]
-    return Rotation(lambda p: matmul_4bit(x, p[0].t(), quant_state=p[1]), packed)
+PEERS = {"tinygemm": tinygemm, "gemlite": gemlite}
 
 
-PEERS = {"tinygemm": _tinygemm, "gemlite": _gemlite, "bitsandbytes_nf4": _nf4}
+def lora(layer: Layer, rank: int) -> torch.nn.Module:
+    """Return PEFT's LoRA on the dense layer, bf16 throughout."""
+    module = torch.nn.Linear(*reversed(layer.dense.shape), bias=False, device="meta")
+    module.weight = torch.nn.Parameter(layer.dense, requires_grad=False)
+    model = torch.nn.Sequential(OrderedDict(q_proj=module))
+    return worker.lora(model, {"r": rank}).base_model.model
 
 
-def peer(
-    name: str, layers: list[Layer], x: torch.Tensor
-) -> tuple[Callable[[], Any] | None, str | None]:
-    """The peer's function, or None and the reason why it cannot run."""
-    module = {"gemlite": "gemlite", "bitsandbytes_nf4": "bitsandbytes"}.get(name)
-    if module and importlib.util.find_spec(module) is None:
-        return None, f"{module} is not installed"
-    if name == "gemlite" and x.device.type != "cuda":
-        return None, "CUDA only"
-    try:
-        function = PEERS[name](layers, x)
-        function()
-    except Exception as error:  # a peer's failure is a result, not ours to raise
-        return None, first_line(error)
-    return function, None
-
-
-def _lora_layer(layer: Layer, rank: int) -> torch.nn.Module:
-    """PEFT's LoRA on a dense linear layer, bf16 throughout."""
-    from peft import LoraConfig, inject_adapter_in_model
-
-    linear = torch.nn.Linear(1, 1, bias=False, device="meta")
-    linear.weight = torch.nn.Parameter(layer.dense, requires_grad=False)
-    linear.in_features, linear.out_features = layer.dense.shape[1], layer.dense.shape[0]
-    model = torch.nn.Sequential(linear)
-    config = LoraConfig(r=rank, lora_alpha=16, target_modules=["0"])
-    inject_adapter_in_model(config, model)
-    return model.to(device=layer.dense.device, dtype=DTYPE)
-
-
-def _forward_backward(
-    call: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, dy: torch.Tensor
-) -> None:
-    call(x.detach().requires_grad_()).backward(dy)
-
-
-def training_functions(
-    layers: list[Layer], x: torch.Tensor, dy: torch.Tensor, rank: int
-) -> dict[str, Callable[[], Any]]:
-    """Forward and backward of one linear layer: ours folded, dense, and PEFT's LoRA."""
-    spec = layers[0].spec
-    a = torch.randn(rank, spec.num_groups, device=x.device, requires_grad=True)
-    b = torch.zeros(spec.out_features, rank, device=x.device, requires_grad=True)
-    low_rank = LowRank(a, b, 0.25)
-
-    def folded(layer: Layer) -> None:
-        def call(x: torch.Tensor) -> torch.Tensor:
-            return folded_linear(x, *layer.packed, None, spec=spec, zeros=low_rank)
-
-        _forward_backward(call, x, dy)
-
-    def dense(layer: Layer) -> None:
-        _forward_backward(lambda x: torch.nn.functional.linear(x, layer.dense), x, dy)
-
-    adapted = [_lora_layer(layer, rank) for layer in layers]
-    return {
-        "qalora": Rotation(folded, layers),
-        "dense": Rotation(dense, layers),
-        "lora": Rotation(lambda model: _forward_backward(model, x, dy), adapted),
-    }
+# ---- the operators
 
 
 @dataclass
 class Work:
     """An operator's variants, and what it has to do."""
 
-    functions: dict[str, Callable[[], Any]]
+    operator: str
+    functions: measure.Functions
     moved: int  # bytes read and written, without the weights
     flops: int
-    passes: int = 1  # times that the weights are read
+    passes: int = 0  # times that the weights are read
+
+    def fractions(self, variant: str, layer: Layer, seconds: float, limits: Row) -> Row:
+        """Return the bytes moved, and the fractions of the copy bandwidth and product rate."""
+        dense = variant in ("dense", "lora")
+        moved = self.moved + self.passes * (layer.dense.nbytes if dense else layer.packed_bytes)
+        copied = moved / seconds / limits["copy_bytes_per_s"]
+        multiplied = self.flops / seconds / limits["gemm_flop_per_s"]
+        return {
+            "dtype": "bfloat16",
+            "bytes_moved": moved,
+            "copy_fraction": round(copied, 3),
+            "gemm_fraction": round(multiplied, 3),
+        }
 
 
-def _operators(
-    layers: list[Layer], x: torch.Tensor, dy: torch.Tensor, rank: int
-) -> dict[str, Work]:
-    """Every operator that is measured for this number of rows."""
-    spec = layers[0].spec
-    k, n, g, m = spec.in_features, spec.out_features, spec.num_groups, x.shape[0]
-    item = DTYPE.itemsize
-    pooled = ops.pool(x, None, spec.group_size)
-    low_rank = LowRank(
-        torch.randn(rank, g, device=x.device), torch.randn(n, rank, device=x.device), 0.25
-    )
+def works(layers: list[Layer], x: torch.Tensor, dy: torch.Tensor, rank: int) -> Iterator[Work]:
+    """Yield the product, which peers join, and then all other operators on the rows of x."""
+    spec, m, item = layers[0].weight.spec, x.shape[0], DTYPE.itemsize
+    k, n, g, size = spec.in_features, spec.out_features, spec.num_groups, spec.group_size
+    io, sums, flops = (m * k + m * n) * item, g * n * 4, 2 * m * n * k
 
-    def on_layers(function: Callable[[Layer], Any]) -> Rotation:
-        return Rotation(function, layers)
+    def turns(function: Callable[[Layer], Any]) -> Callable[[], Any]:
+        return rotation(function, layers)
 
-    linear: dict[str, Callable[[], Any]] = {
-        "qalora": on_layers(lambda layer: quantized_linear(x, *layer.packed, None, spec=spec)),
-        "dense": on_layers(lambda layer: torch.nn.functional.linear(x, layer.dense)),
+    product = turns(lambda layer: quantized_linear(x, layer.weight))
+    dense = turns(lambda layer: dense_linear(x, layer.dense))
+    yield Work("linear", {"qalora": product, "dense": dense}, io, flops, 1)
+    a = torch.randn(rank, g, device=x.device, requires_grad=True)
+    change = LowRank(a, torch.zeros(n, rank, device=x.device, requires_grad=True), 0.25)
+    if m == 1:  # the operators that no activation enters
+        dequantize = turns(lambda layer: layer.weight.dequantize(DTYPE))
+        yield Work("dequantize", {"qalora": dequantize}, k * n * item, 0, 1)
+        folding = turns(lambda layer: fold(layer.weight, change))
+        yield Work("fold", {"qalora": folding}, 3 * sums, 2 * g * n * rank)
+        return
+    pool = {"qalora": lambda: ops.pool(x, None, size)}
+    yield Work("pool", pool, m * (k + g) * item, m * k)
+    to_input = turns(lambda layer: grad_input(dy, layer.weight))
+    dense = turns(lambda layer: dy @ layer.dense)
+    yield Work("grad_input", {"qalora": to_input, "dense": dense}, io, flops, 1)
+    pooled = ops.pool(x, None, size)
+    to_pooled = {"qalora": lambda: ops.pooled_grad(dy, pooled)}
+    yield Work("pooled_grad", to_pooled, m * (n + g) * item + sums, 2 * m * n * g)
+    to_groups = turns(lambda layer: group_grad(dy, x, layer.weight))
+    yield Work("weighted_group_grad", {"qalora": to_groups}, io + sums, flops, 1)
+
+    def step(call: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        call(x.detach().requires_grad_()).backward(dy)
+
+    steps = {
+        "qalora": turns(lambda layer: step(lambda x: folded_linear(x, layer.weight, change))),
+        "dense": turns(lambda layer: step(lambda x: dense_linear(x, layer.dense))),
+        "lora": rotation(step, [lora(layer, rank) for layer in layers]),
     }
-    io, product = (m * k + m * n) * item, 2 * m * n * k
-    table = {"linear": Work(linear, io, product)}
-    if m == 1:
-        dequantize = on_layers(lambda layer: ops.dequantize(*layer.packed, *_bits(layer), k, DTYPE))
-        table["dequantize"] = Work({"qalora": dequantize}, k * n * item, 0)
-        folding = on_layers(lambda layer: fold(*layer.packed[1:3], zeros=low_rank.delta()))
-        table["fold"] = Work({"qalora": folding}, 3 * g * n * 4, 2 * g * n * rank, passes=0)
-        return table
-    pool: dict[str, Callable[[], Any]] = {"qalora": lambda: ops.pool(x, None, spec.group_size)}
-    table["pool"] = Work(pool, m * (k + g) * item, m * k, passes=0)
-    grad_input: dict[str, Callable[[], Any]] = {
-        "qalora": on_layers(lambda layer: ops.grad_input(dy, *layer.packed, *_bits(layer), k)),
-        "dense": on_layers(lambda layer: dy @ layer.dense),
-    }
-    table["grad_input"] = Work(grad_input, io, product)
-    pooled_grad: dict[str, Callable[[], Any]] = {"qalora": lambda: ops.pooled_grad(dy, pooled)}
-    moved = m * (n + g) * item + g * n * 4
-    table["pooled_grad"] = Work(pooled_grad, moved, 2 * m * n * g, passes=0)
-    group_grad = on_layers(
-        lambda layer: ops.weighted_group_grad(dy, x, *layer.packed, *_bits(layer))
-    )
-    table["weighted_group_grad"] = Work({"qalora": group_grad}, io + g * n * 4, product)
-    return table
+    yield Work(f"linear forward+backward, r={rank}", steps, 2 * io, 2 * flops, 2)
 
 
-def run(
-    shape: tuple[int, int],
-    bits: int,
-    group_size: int,
-    rows: list[int],
-    rank: int,
-    rounds: int,
-    device: str,
-    limits: dict[str, float],
-) -> Iterator[dict[str, Any]]:
-    """Measure every operator on layers [K, N] for each M of `rows`.
+@dataclass(frozen=True)
+class Settings:
+    """How operators are measured; `peers` are names of `PEERS`."""
+
+    device: str
+    limits: Row
+    rounds: int
+    rank: int
+    peers: list[str]
+    only_linear: bool = False  # the product alone, on a GPU as CUDA graphs: without Python
+
+
+def run(spec: QuantSpec, rows: list[int], settings: Settings) -> Iterator[Row]:
+    """Measure every operator on one shape for each M of `rows`.
 
     Yields:
-        Rows as `bench` writes them: one a variant, one a ratio to "qalora", one a missing peer.
+        Rows: one a variant, one a ratio "qalora / variant", one a peer that cannot run.
     """
-    spec = QuantSpec(bits, group_size, *shape)
-    layers = rotated_layers(spec, device)
+    device, layers = settings.device, rotated_layers(spec, settings.device)
+    k, n = spec.in_features, spec.out_features
+    base: Row = {"K": k, "N": n, "bits": spec.bits, "group_size": spec.group_size}
+    base |= {"timing": "graph"} if settings.only_linear else {}
     for m in rows:
-        x = torch.randn(m, spec.in_features, device=device, dtype=DTYPE)
-        dy = torch.randn(m, spec.out_features, device=device, dtype=DTYPE)
-        base = {"K": shape[0], "N": shape[1], "M": m, "bits": bits, "group_size": group_size}
-        with torch.no_grad():
-            table = _operators(layers, x, dy, rank)
-            for name in PEERS:
-                function, reason = peer(name, layers, x)
-                if function is None:
-                    yield {"operator": "linear", "variant": name, **base, "not_run": reason}
-                else:
-                    table["linear"].functions[name] = function
-            measured = {
-                operator: interleave(work.functions, rounds, device)
-                for operator, work in table.items()
-            }
-        if m > 1:
-            functions = training_functions(layers, x, dy, rank)
-            once, operator = table["linear"], f"linear forward+backward, r={rank}"
-            table[operator] = Work(functions, 2 * once.moved, 2 * once.flops, passes=2)
-            measured[operator] = interleave(functions, rounds, device)
-        for operator, times in measured.items():
+        x, dy = (torch.randn(m, width, device=device, dtype=DTYPE) for width in (k, n))
+        for work in works(layers, x, dy, settings.rank):
+            row = {"operator": work.operator, "M": m} | base
+            with torch.set_grad_enabled("backward" in work.operator):
+                if work.operator == "linear":
+                    yield from add_peers(work, layers, x, settings, row)
+                times = measure.interleave(work.functions, settings.rounds, device)
+            more = {}
             for variant, samples in times.items():
-                yield {
-                    "operator": operator,
-                    "variant": variant,
-                    **base,
-                    "dtype": str(DTYPE).removeprefix("torch."),
-                    "rounds": rounds,
-                    **spread(samples, "seconds"),
-                    **fractions(variant, table[operator], layers[0], median(samples), limits),
-                }
-            for variant in times:
-                if variant != "qalora":
-                    pair = f"qalora / {variant}"
-                    numbers = ratio(times["qalora"], times[variant])
-                    yield {"operator": operator, "ratio": pair, **base, **numbers}
+                if settings.only_linear:  # one call went through all layers
+                    times[variant] = samples = [sample / len(layers) for sample in samples]
+                more[variant] = {"rounds": settings.rounds}
+                more[variant] |= work.fractions(
+                    variant, layers[0], median(samples), settings.limits
+                )
+            yield from measure.rows_of(row, times, more)
+            if settings.only_linear:
+                break
 
 
-def fractions(
-    variant: str, work: Work, layer: Layer, seconds: float, limits: dict[str, float]
-) -> dict[str, float]:
-    """Bytes moved, and the fractions of the copy bandwidth and of the matrix-product rate."""
-    dense = variant in ("dense", "lora")
-    weights = layer.dense.numel() * DTYPE.itemsize if dense else layer.packed_bytes
-    moved = work.moved + work.passes * weights
-    return {
-        "bytes_moved": moved,
-        "copy_fraction": round(moved / seconds / limits["copy_bytes_per_s"], 3),
-        "gemm_fraction": round(work.flops / seconds / limits["gemm_flop_per_s"], 3),
-    }
+def add_peers(
+    work: Work, layers: list[Layer], x: torch.Tensor, settings: Settings, row: Row
+) -> Iterator[Row]:
+    """Add the peers to the product, and yield a row for each that cannot run."""
+
+    def prepared(function: Callable[[], Any]) -> Callable[[], Any]:
+        if settings.only_linear:
+            return measure.graphed(function, len(layers), settings.device)
+        return function
+
+    work.functions = {name: prepared(function) for name, function in work.functions.items()}
+    for name in settings.peers:
+        try:
+            function = prepared(PEERS[name](layers, x))
+            function()
+            work.functions[name] = function
+        except Exception as error:  # a peer's failure is a result, not ours to raise
+            yield row | {"variant": name, "not_run": measure.first_line(error)}

@@ -1,6 +1,6 @@
 """Axolotl keys that contradict `adapter: qalora`, refused by name before anything is loaded."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..errors import ConfigError
@@ -12,9 +12,9 @@ LM_EVAL = (
     "--model hf --model_args pretrained=OUTPUT_DIR/merged --tasks TASK"
 )
 _QUANTIZED = "the base is quantized by `qalora:` (bits, group_size), or is a quantized directory"
-_CONFIG_ONLY = ("dpo", "ipo", "kto")  # Axolotl hands these trainers a PEFT config, no adapter
 _KERNELS = "Axolotl's LoRA kernels read dense weights"
-# key -> why it cannot be, and what to do
+_RELORA = "ReLoRA merges into 16-bit weights while training"
+# keys that must not be set, and the reason
 _REFUSED = {
     "load_in_4bit": f"{_QUANTIZED}; remove it",
     "load_in_8bit": f"{_QUANTIZED}; remove it, `qalora: {{bits: 8}}` is the nearest",
@@ -22,12 +22,11 @@ _REFUSED = {
     "bnb_config_kwargs": f"{_QUANTIZED}; remove it",
     "model_quantization_config": f"{_QUANTIZED}; remove it",
     "peft_use_dora": "DoRA rescales whole weight rows, which offsets cannot hold; remove it",
-    "lora_mlp_kernel": f"{_KERNELS}; remove it",
-    "lora_qkv_kernel": f"{_KERNELS}; remove it",
-    "lora_o_kernel": f"{_KERNELS}; remove it",
-    "lora_embedding_kernel": f"{_KERNELS}; remove it",
-    "relora": "ReLoRA merges into 16-bit weights while training; remove it",
-    "relora_steps": "ReLoRA merges into 16-bit weights while training; remove it",
+    **{
+        f"lora_{part}_kernel": f"{_KERNELS}; remove it" for part in ("mlp", "qkv", "o", "embedding")
+    },
+    "relora": f"{_RELORA}; remove it",
+    "relora_steps": f"{_RELORA}; remove it",
     "jagged_restart_steps": "it restarts ReLoRA; remove it",
     "peft_layer_replication": "replicated layers would share integers; remove it",
     "peft_trainable_token_indices": "not supported; use lora_modules_to_save: [embed_tokens]",
@@ -39,9 +38,49 @@ _REFUSED = {
     "peft_ensure_weight_tying": "modules_to_save of a tied module is saved untied; remove it",
     "quantize_moe_experts": f"{_QUANTIZED}; remove it",
 }
+Config = Mapping[str, Any]
+# other contradictions, and the message, in which {key} is the value of a key
+_RULES: tuple[tuple[Callable[[Config], Any], str], ...] = (
+    (
+        lambda cfg: cfg.get("peft_autocast_adapter_dtype") is False,
+        "does not go with peft_autocast_adapter_dtype: False: A and B are fp32 always; remove it",
+    ),
+    (
+        lambda cfg: cfg.get("fsdp") or cfg.get("fsdp_config"),
+        "does not go with fsdp: Axolotl shards with FSDP code of its own, which is made for other "
+        "adapters. Use DDP (leave it out) or deepspeed: recipes/deepspeed/zero2.json or "
+        "zero3.json; in TRL, FSDP2 works (docs/multi_gpu.md)",
+    ),
+    (
+        lambda cfg: cfg.get("lm_eval_tasks") and cfg.get("lm_eval_post_train") is not False,
+        "does not go with lm_eval_post_train: it runs `lm_eval` on output_dir, which is the "
+        "adapter, in a process that does not know this package. Set lm_eval_post_train: false and "
+        f"afterwards run {LM_EVAL}",
+    ),
+    (
+        # Axolotl hands these trainers a PEFT config, no adapter
+        lambda cfg: (
+            cfg.get("rl") in ("dpo", "ipo", "kto")
+            and cfg.get("lora_model_dir")
+            and not cfg.get("merge_lora")
+        ),
+        "with rl: {rl} does not go with lora_model_dir: the trainer makes the adapter itself. "
+        "Merge that one (`qalora merge ADAPTER --out DIR`) and set base_model to the merged "
+        "directory",
+    ),
+    (
+        lambda cfg: (cfg.get("peft") or {}).get("loftq_config"),
+        "does not go with peft.loftq_config: LoftQ starts from 16-bit residuals; remove it",
+    ),
+    (
+        lambda cfg: cfg.get("peft_init_lora_weights") not in (None, True, False),
+        "does not go with peft_init_lora_weights: {peft_init_lora_weights!r}: true and false are "
+        "supported",
+    ),
+)
 
 
-def check_config(cfg: Mapping[str, Any]) -> None:
+def check_config(cfg: Config) -> None:
     """Refuse keys that would be ignored or that make a wrong model.
 
     Raises:
@@ -57,38 +96,6 @@ def check_config(cfg: Mapping[str, Any]) -> None:
     for key, reason in _REFUSED.items():
         if cfg.get(key):
             raise ConfigError(f"adapter: {ADAPTER} does not go with {key}: {cfg[key]!r}: {reason}")
-    if cfg.get("peft_autocast_adapter_dtype") is False:
-        raise ConfigError(
-            f"adapter: {ADAPTER} does not go with peft_autocast_adapter_dtype: False: A and B are "
-            "fp32 always; remove it"
-        )
-    if cfg.get("fsdp") or cfg.get("fsdp_config"):
-        raise ConfigError(
-            f"adapter: {ADAPTER} does not go with fsdp: Axolotl shards with FSDP code of its "
-            "own, which is made for other adapters. Use DDP (leave it out) or deepspeed: "
-            "recipes/deepspeed/zero2.json or zero3.json; in TRL, FSDP2 works (docs/multi_gpu.md)"
-        )
-    if cfg.get("lm_eval_tasks") and cfg.get("lm_eval_post_train") is not False:
-        raise ConfigError(
-            f"adapter: {ADAPTER} does not go with lm_eval_post_train: it runs `lm_eval` on "
-            "output_dir, which is the adapter, in a process that does not know this package. Set "
-            f"lm_eval_post_train: false and afterwards run {LM_EVAL}"
-        )
-    if cfg.get("rl") in _CONFIG_ONLY and cfg.get("lora_model_dir") and not cfg.get("merge_lora"):
-        raise ConfigError(
-            f"adapter: {ADAPTER} with rl: {cfg['rl']} does not go with lora_model_dir: the trainer "
-            "makes the adapter itself. Merge that one (`qalora merge ADAPTER --out DIR`) and set "
-            "base_model to the merged directory"
-        )
-    loftq = (cfg.get("peft") or {}).get("loftq_config")
-    if loftq:
-        raise ConfigError(
-            f"adapter: {ADAPTER} does not go with peft.loftq_config: LoftQ starts from 16-bit "
-            "residuals; remove it"
-        )
-    init = cfg.get("peft_init_lora_weights")
-    if init not in (None, True, False):
-        raise ConfigError(
-            f"adapter: {ADAPTER} does not go with peft_init_lora_weights: {init!r}: "
-            "true and false are supported"
-        )
+    for contradicts, message in _RULES:
+        if contradicts(cfg):
+            raise ConfigError(f"adapter: {ADAPTER} {message.format_map(cfg)}")

@@ -6,7 +6,7 @@ from typing import Any
 
 from axolotl.integrations.base import AdapterCapabilities, BasePlugin
 from peft import PeftConfig, PeftModel, get_peft_model
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback
 
 from ..distributed.ranks import connect, on_main_process
 from ..errors import ConfigError
@@ -31,15 +31,15 @@ class QALoRAPlugin(BasePlugin):
         self._log = _KeepLog()
 
     def get_input_args(self) -> str:
-        """Dotted name of the pydantic model of our keys."""
+        """Return the dotted name of the pydantic model of our keys."""
         return "qalora_plugin.axolotl.QALoRAArgs"
 
     def get_adapter_capabilities(self) -> list[AdapterCapabilities]:
-        """`adapter: qalora`; Axolotl's own LoRA loader is never used for it."""
+        """Declare `adapter: qalora`, which Axolotl's own LoRA loader never loads."""
         return [AdapterCapabilities(name=ADAPTER, lora_like=False, relora=False)]
 
     def register(self, cfg: Any) -> None:
-        """First of all hooks, before validation: refuse what cannot work, find the base.
+        """Refuse what cannot work and find the base; the first hook, before validation.
 
         Raises:
             ConfigError: a key that contradicts `adapter: qalora`.
@@ -59,7 +59,7 @@ class QALoRAPlugin(BasePlugin):
             _use_base(cfg, _base_of(adapter) or cfg["base_model"])
 
     def load_datasets(self, cfg: Any, preprocess: bool = False) -> Any:
-        """Before training: load Axolotl's data sets, and quantize a 16-bit base on their text."""
+        """Load Axolotl's data sets before training, and quantize a 16-bit base on their text."""
         if cfg.adapter != ADAPTER or preprocess:
             return None
         check_free(cfg)
@@ -82,7 +82,7 @@ class QALoRAPlugin(BasePlugin):
         return meta
 
     def pre_model_load(self, cfg: Any) -> None:
-        """Here `axolotl merge-lora` merges; other verbs need a quantized base by now.
+        """Merge for `axolotl merge-lora`; for other verbs check that the base is quantized.
 
         Raises:
             ConfigError: the base is still a 16-bit model: only training quantizes; or a key of the
@@ -108,7 +108,7 @@ class QALoRAPlugin(BasePlugin):
     def load_adapter(
         self, model: Any, cfg: Any, inference: bool = False, config_only: bool = False
     ) -> tuple[Any, PeftConfig | None] | None:
-        """The PEFT model with our adapter, new or loaded; only its config for DPO and its kin."""
+        """Return the PEFT model with our adapter, new or loaded; for DPO and its kin the config."""
         if cfg.adapter != ADAPTER:
             return None
         config = adapter_config(cfg)
@@ -127,20 +127,20 @@ class QALoRAPlugin(BasePlugin):
         return adapted, config
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
-        """For trainers that make the adapter themselves (DPO and its kin)."""
+        """Make trainers that make the adapter themselves (DPO and its kin) save it."""
         if cfg.adapter == ADAPTER and cfg.rl and isinstance(trainer.model, PeftModel):
             # Axolotl saves the adapter and then, over it, the model below, which holds layers of
             # both: saving that one saves the adapter as well
             trainer.model.get_base_model().save_pretrained = trainer.model.save_pretrained
 
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[TrainerCallback]:
-        """Our figures in the log, and the log for the model card."""
+        """Return the callbacks that log our figures, and that keep the log for the model card."""
         if cfg.adapter != ADAPTER:
             return []
         return [FiguresCallback(trainer), self._log]
 
     def post_train_unload(self, cfg: Any) -> None:
-        """Last of all hooks, on every rank, after the process group is gone: merge on rank 0."""
+        """Merge on rank 0; the last hook, on every rank, after the process group is gone."""
         if cfg.adapter != ADAPTER:
             return
         if cfg.qalora["merge_on_finish"]:
@@ -160,23 +160,17 @@ def _export(cfg: Any, adapter: Path) -> None:
 
 
 class _KeepLog(TrainerCallback):
-    """The training's log, for the time when the trainer is gone."""
+    """Keeps the training's log for the time when the trainer is gone."""
 
     def __init__(self) -> None:
         self.history: list[dict[str, Any]] = []
 
-    def on_train_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.history = state.log_history
 
 
 def adapter_config(cfg: Any) -> QALoRAConfig:
-    """Axolotl's `lora_*` and `peft_*` keys as a QALoRAConfig; the same meaning, the same names."""
+    """Return Axolotl's `lora_*` and `peft_*` keys as a QALoRAConfig; they mean the same there."""
     targets = cfg.lora_target_modules or None
     if cfg.lora_target_linear:
         targets = None  # every quantized linear layer
@@ -206,7 +200,7 @@ def _use_base(cfg: Any, directory: str) -> None:
 
 
 def _adapter_directory(cfg: Any) -> Path | None:
-    """A trained adapter to load: `lora_model_dir`, or what training left, for the other verbs."""
+    """Return the trained adapter to load: `lora_model_dir`, or for merge-lora `output_dir`."""
     if cfg.get("lora_model_dir"):
         return Path(cfg["lora_model_dir"]).expanduser()
     if cfg.get("merge_lora") and cfg.get("output_dir"):
@@ -215,7 +209,7 @@ def _adapter_directory(cfg: Any) -> Path | None:
 
 
 def _base_of(adapter: Path) -> str | None:
-    """The base that an adapter names.
+    """Return the base that an adapter names.
 
     Raises:
         ConfigError: there is no adapter.

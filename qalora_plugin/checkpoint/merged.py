@@ -1,9 +1,9 @@
 """The `merged` entry of a quantization config: which adapters were merged into a base.
 
-    in memory (`merge_and_unload`)    {adapter, peft_type, convention, adapt, r, lora_alpha,
-                                      modules_to_save}, and `before` if the base was merged already;
-                                      of several adapters {adapter, peft_type, adapters: [...]}
-    from files (`merge_adapter`)      the same and {adapter_sha256, layers, base_merged}
+    in memory (`merge_and_unload`)    the fields of `MergedAdapter` that are known there, and
+                                      `before` if the base was merged already; of several adapters
+                                      {adapter, peft_type, adapters: [...]}
+    from files (`merge_adapter`)      all fields, and `base_merged`
 
 The two are kept apart so that a merge writes the same bytes as in earlier releases.
 """
@@ -19,15 +19,14 @@ class MergedAdapter:
 
     Args:
         adapter: its name, or the last part of its directory: the rest of the path is private.
-        adapter_sha256: SHA-256 of its file of tensors; None for a merge in memory.
-        peft_type: PEFT's name of the method, "QALORA" or "LORA".
-        convention: how it pooled: "sum", "mean" or "peft".
-        adapt: what it learned: "zeros", "scales" or "both".
+        adapter_sha256: of its file of tensors; None in memory.
+        peft_type: "QALORA" or "LORA".
+        convention: "sum", "mean" or "peft".
+        adapt: "zeros", "scales" or "both".
         r: rank.
-        lora_alpha: its change is scaled by lora_alpha / r.
-        layers: number of layers that it is on; None for a merge in memory.
-        modules_to_save: of a merge in memory the modules, of one from files the tensors, that it
-            replaces; sorted.
+        lora_alpha: see `tuner.scaling`.
+        layers: how many it is on; None in memory.
+        modules_to_save: modules (in memory) or tensors (from files) that it replaces, sorted.
     """
 
     adapter: str
@@ -48,12 +47,7 @@ class MergedAdapter:
 def merged_in_memory(
     adapters: Sequence[MergedAdapter], before: dict[str, Any] | None
 ) -> dict[str, Any]:
-    """Return the entry of a merge in memory.
-
-    Args:
-        adapters: at least one.
-        before: the base's own entry, None where nothing was merged into it.
-    """
+    """Return the entry of a merge in memory; `before` is the base's own, None if it has none."""
     records = [adapter.as_dict() for adapter in adapters]
     merged = records[0]
     if len(records) > 1:
@@ -63,5 +57,5 @@ def merged_in_memory(
 
 
 def merged_from_files(adapter: MergedAdapter, before: dict[str, Any] | None) -> dict[str, Any]:
-    """Return the entry of a merge from files; the arguments are those of `merged_in_memory`."""
+    """Return the entry of a merge from files; `before` is the base's own, None if it has none."""
     return adapter.as_dict() | {"base_merged": before}

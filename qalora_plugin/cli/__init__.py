@@ -12,7 +12,7 @@ COMMANDS = ("quickstart", "quantize", "merge", "verify", "export", "push", "insp
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of `qalora` with all its subcommands."""
+    """Return the parser of `qalora` with all its subcommands."""
     parser = argparse.ArgumentParser(
         prog="qalora",
         description="QA-LoRA: quantize a base, train an adapter, merge it exactly, ship INT-n.",
@@ -27,7 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; 0 on success, 1 on an error in the input, 2 on wrong usage."""
+    """Run one command; return 0, 1 for an error in the input, 2 for wrong usage, 130 for Ctrl-C."""
     parser = build_parser()
     args = parser.parse_args(argv)
     if args.version:

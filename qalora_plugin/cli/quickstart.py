@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -53,23 +54,12 @@ def _next_free(path: Path) -> Path:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run it; progress goes to stderr, the result to stdout."""
+    """Run the quickstart; progress goes to stderr, the result to stdout."""
     from ..quickstart import report
     from ..quickstart.run import Settings, run
 
-    settings = Settings(
-        out=args.out or _next_free(Path("out") / f"quickstart-int{args.bits}"),
-        model=args.model,
-        dataset=args.dataset,
-        bits=args.bits,
-        group_size=args.group_size,
-        offsets_at=args.offsets_at,
-        rank=args.rank,
-        learning_rate=args.learning_rate,
-        steps=args.steps,
-        batch_size=args.batch_size,
-        seed=args.seed,
-    )
+    args.out = args.out or _next_free(Path("out") / f"quickstart-int{args.bits}")
+    settings = Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
     note_what_gguf_cannot_hold(args)
     result = run(settings, say=lambda line: print(line, file=sys.stderr, flush=True))
     print(report.as_json(result) if args.json else report.as_text(result))

@@ -87,11 +87,7 @@ class StoredLayers:
         return surplus
 
     def finish(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
-        """Check what was loaded, and put in what was not: minima's offsets, foreign layers.
-
-        Args:
-            model: the model with its weights.
-            dtype: of its parameters.
+        """Check what was loaded into a model of this dtype, and put in what was not.
 
         Raises:
             CheckpointError: a tensor was not loaded, or holds numbers that no layer can have.

@@ -30,11 +30,7 @@ class LayerQuantizer:
     """
 
     def __init__(self, model: nn.Module, config: QALoRAQuantConfig) -> None:
-        """Choose the layers, and let their weights arrive in fp32.
-
-        Args:
-            model: on the meta device, without weights.
-            config: of the quantization.
+        """Choose layers of a model without weights, and let their weights arrive in fp32.
 
         Raises:
             ConfigError: the model has no layer to quantize, a setting names none of them, or asks
@@ -82,10 +78,6 @@ class LayerQuantizer:
         """Complete the model, and let the config say where its integers came from.
 
         Layers that no tensor came for (new heads) get the model's dtype again.
-
-        Args:
-            model: the model with its weights.
-            dtype: of its parameters.
 
         Raises:
             QALoRAError: a layer could not be quantized.

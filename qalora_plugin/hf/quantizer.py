@@ -150,7 +150,8 @@ class QALoRAQuantizer(HfQuantizer):
             if isinstance(module, QuantLinear):
                 linear = nn.Linear(module.in_features, module.out_features, False, device="meta")
                 dense = module.packed.dequantize(dtype or torch.float32).t().contiguous()
-                linear.weight, linear.bias = nn.Parameter(dense), module.bias
+                linear.weight = nn.Parameter(dense)
+                linear.bias = module.bias  # type: ignore[assignment]
                 model.set_submodule(name, linear.train(module.training))
         return model
 

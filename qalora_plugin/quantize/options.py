@@ -168,7 +168,7 @@ class QuantizeOptions:
             offsets_dtype="float32" if self.integer_zeros else "float16",
             offsets_at=self.offsets_at,
             modules_to_not_convert=self.modules_to_not_convert,
-            dynamic=self.dynamic,
+            dynamic=self.dynamic or {},
             method=self.method,
         )
 

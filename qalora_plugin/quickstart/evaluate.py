@@ -8,44 +8,51 @@ import torch
 from ..errors import ConfigError
 
 IGNORED = -100  # torch's cross_entropy and transformers skip this label
+MAX_LENGTH = 512
+"""Tokens of a row that are used; longer rows are cut at the end."""
 
 
-def encode(tokenizer: Any, row: dict[str, str], max_length: int) -> tuple[list[int], list[int]]:
-    """Token ids and labels of one row; a prompt's tokens are not labels.
+def row_text(row: dict[str, str]) -> str:
+    """Return the whole text of a row, {"prompt", "completion"} or {"text"}."""
+    return row["text"] if "text" in row else row["prompt"] + row["completion"]
+
+
+def encode(tokenizer: Any, row: dict[str, str]) -> tuple[list[int], list[int]]:
+    """Return the token ids of a row and its labels; tokens of a prompt are not labels.
 
     Args:
         tokenizer: of transformers.
-        row: {"prompt", "completion"} or {"text"}.
-        max_length: longer rows are cut at the end.
+        row: see `row_text`.
     """
-    prompt = (
-        tokenizer(row["prompt"], add_special_tokens=False)["input_ids"] if "prompt" in row else []
-    )
-    text = row.get("text") or row["prompt"] + row["completion"]
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def tokens(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    prompt = tokens(row["prompt"]) if "prompt" in row else []
+    ids = tokens(row_text(row))
     if tokenizer.eos_token_id is not None:
         ids = [*ids, tokenizer.eos_token_id]
     labels = [IGNORED] * len(prompt) + ids[len(prompt) :]
-    return ids[:max_length], labels[:max_length]
+    return ids[:MAX_LENGTH], labels[:MAX_LENGTH]
+
+
+def pad(rows: Sequence[Sequence[int]], filler: int) -> torch.Tensor:
+    """Return rows of different lengths as int64 [rows, longest], filled up at the end."""
+    longest = max(map(len, rows))
+    return torch.tensor([[*row, *[filler] * (longest - len(row))] for row in rows])
 
 
 @torch.no_grad()
 def held_out_loss(
-    model: torch.nn.Module,
-    tokenizer: Any,
-    rows: Sequence[dict[str, str]],
-    *,
-    max_length: int = 512,
-    batch_size: int = 8,
+    model: torch.nn.Module, tokenizer: Any, rows: Sequence[dict[str, str]], batch_size: int = 8
 ) -> float:
-    """Mean loss in nats over all label tokens of `rows`.
+    """Return the mean loss in nats over all label tokens of `rows`.
 
     Args:
         model: causal LM; its mode (train or eval) is restored.
         tokenizer: its tokenizer.
-        rows: see `encode`.
-        max_length: tokens of a row that are used.
-        batch_size: rows a forward pass; rows of similar length go together.
+        rows: see `row_text`.
+        batch_size: rows in a forward pass; rows of similar length go together.
 
     Raises:
         ConfigError: no row has a token to predict.
@@ -53,28 +60,23 @@ def held_out_loss(
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
-    encoded = sorted((encode(tokenizer, row, max_length) for row in rows), key=lambda r: len(r[0]))
+    encoded = sorted((encode(tokenizer, row) for row in rows), key=lambda row: len(row[0]))
     total, count = 0.0, 0
     for start in range(0, len(encoded), batch_size):
-        batch = encoded[start : start + batch_size]
-        longest = max(len(ids) for ids, _ in batch)
-        pad = tokenizer.pad_token_id or 0
-        ids = torch.tensor([ids + [pad] * (longest - len(ids)) for ids, _ in batch])
-        labels = torch.tensor([row + [IGNORED] * (longest - len(row)) for _, row in batch])
-        mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids, _ in batch])
-        logits = model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
+        all_ids, all_labels = zip(*encoded[start : start + batch_size], strict=True)
+        ids = pad(all_ids, tokenizer.pad_token_id or 0).to(device)
+        labels = pad(all_labels, IGNORED)[:, 1:].to(device)
+        mask = pad([[1] * len(row) for row in all_ids], 0).to(device)
+        logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1].float()
         loss = torch.nn.functional.cross_entropy(
-            logits[:, :-1].float().flatten(0, 1),
-            labels[:, 1:].flatten().to(device),
-            ignore_index=IGNORED,
-            reduction="sum",
+            logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
         )
         total += loss.item()
-        count += int((labels[:, 1:] != IGNORED).sum())
+        count += int((labels != IGNORED).sum())
     model.train(was_training)
     if count == 0:
         raise ConfigError(
-            f"held-out rows: expected tokens to predict among the first {max_length} of a row, "
+            f"held-out rows: expected tokens to predict among the first {MAX_LENGTH} of a row, "
             "found none: give shorter prompts"
         )
     return total / count

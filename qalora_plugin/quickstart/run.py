@@ -9,20 +9,21 @@ from typing import Any, Literal
 
 import torch
 
+from ..checkpoint.describe import describe
 from ..errors import ConfigError, VerificationError
 from ..quantize.stdlib_text import load_pairs
+from ..verify.merge import verify_merge
 from .embedded import base_model_path
-from .evaluate import held_out_loss
+from .evaluate import MAX_LENGTH, held_out_loss, row_text
 from .user_data import load_rows
 
-MAX_LENGTH = 512
 _CALIBRATION_SAMPLES = 128
 _EVALUATION_ROWS = 400
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What `qalora quickstart` takes.
+    """The settings of a quickstart, as `qalora quickstart` takes them.
 
     Args:
         out: directory that everything is written to; must not exist.
@@ -76,7 +77,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What a quickstart run measured, and where things lie."""
+    """The measurements of a quickstart, and where it wrote everything."""
 
     rows: list[Row]
     merged_equals_unmerged: bool
@@ -86,6 +87,42 @@ class Result:
     after: str
     paths: dict[str, str]
     seconds: dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """Everything that is known before the first model is loaded: data, tokenizer, directories."""
+
+    settings: Settings
+    source: Path
+    tokenizer: Any
+    training: list[dict[str, str]]
+    held_out: list[dict[str, str]]
+    windows: torch.Tensor
+    """int64 [samples, MAX_LENGTH], to calibrate GPTQ on."""
+    paths: dict[str, Path]
+
+    @property
+    def prompt(self) -> str:
+        """The start of the first held-out row, which the models continue."""
+        return self.held_out[0].get("prompt") or self.held_out[0]["text"][:200]
+
+    def load(self, path: Path) -> Any:
+        """Return the model in `path`, on the GPU if there is one."""
+        from transformers import AutoModelForCausalLM
+
+        gpu = torch.cuda.is_available()
+        dtype = torch.bfloat16 if gpu else torch.float32
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+        return model.to("cuda" if gpu else "cpu").eval()
+
+    def measure(self, name: str, model: Any, *directories: Path) -> Row:
+        """Return the line of a model; an adapter's directory comes after that of its base."""
+        loss = held_out_loss(model, self.tokenizer, self.held_out)
+        files = [file for path in directories for file in path.glob("*.safetensors")]
+        size = sum(file.stat().st_size for file in files)
+        bits = describe(directories[0], quick=True).get("bits_per_weight", 16.0)
+        return Row(name, loss, size, bits)
 
 
 def run(settings: Settings, say: Callable[[str], None] = print) -> Result:
@@ -101,12 +138,48 @@ def run(settings: Settings, say: Callable[[str], None] = print) -> Result:
         QuantizationError: too little text to calibrate on; likewise.
         VerificationError: the merged model is not what was trained.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    job = _prepare(settings)
+    paths, width = job.paths, f"INT{settings.bits}"
+
+    say(f"base: {job.source} ({len(job.training)} training rows, {len(job.held_out)} held out)")
+    rows = [job.measure("16-bit base", job.load(job.source), job.source)]
+
+    say(f"quantizing to {width}, groups of {settings.group_size}, GPTQ ...")
+    started = time.monotonic()
+    _quantize(job)
+    seconds = {"quantize": time.monotonic() - started}
+    model = job.load(paths["base-int"])
+    before = _generate(model, job.tokenizer, job.prompt)
+    rows.append(job.measure(f"{width} base", model, paths["base-int"]))
+
+    say(f"training a QA-LoRA adapter of rank {settings.rank}, {settings.steps} steps ...")
+    started = time.monotonic()
+    trained = _train(job, model)
+    seconds["train"] = time.monotonic() - started
+    rows.append(job.measure(f"{width} + adapter", trained, paths["base-int"], paths["adapter"]))
+
+    say("verifying the merged checkpoint ...")
+    report = verify_merge(paths["merged"], paths["adapter"], paths["base-int"])
+    merged = job.load(paths["merged"])
+    rows.append(job.measure("merged", merged, paths["merged"]))
+    return Result(
+        rows=rows,
+        merged_equals_unmerged=_check_logits(job, merged, trained),
+        verified_layers=report.layers,
+        prompt=job.prompt,
+        before=before,
+        after=_generate(merged, job.tokenizer, job.prompt),
+        paths={name: str(path) for name, path in paths.items()},
+        seconds=seconds,
+    )
+
+
+def _prepare(settings: Settings) -> _Job:
+    """Read the data and check the settings; nothing is written, and no model is loaded."""
+    from transformers import AutoTokenizer
 
     from ..files.hub import resolve_model_dir
     from ..quantize.calibration import calibration_windows
-    from ..quantize.pipeline import quantize_model
-    from ..verify.merge import verify_merge
 
     if settings.out.exists():
         raise ConfigError(f"{settings.out}: exists already; give another directory with --out")
@@ -114,96 +187,21 @@ def run(settings: Settings, say: Callable[[str], None] = print) -> Result:
         training, held_out = load_pairs("train"), load_pairs("eval")
     else:
         training, held_out = load_rows(settings.dataset)
-    held_out = held_out[:_EVALUATION_ROWS]
     source = base_model_path() if settings.model is None else resolve_model_dir(settings.model)
     _check_model(source, settings)
-    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    paths = {name: settings.out / name for name in ("base-int", "training", "adapter", "merged")}
-    paths["base-int"] = settings.out / f"base-int{settings.bits}"
-    seconds: dict[str, float] = {}
     tokenizer = AutoTokenizer.from_pretrained(source)
     windows = calibration_windows(
-        [_as_text(row) for row in training],
+        [row_text(row) for row in training],
         tokenizer,
         samples=_CALIBRATION_SAMPLES,
         seq_len=MAX_LENGTH,
         seed=settings.seed,
     )
-
-    def load(path: Path) -> Any:
-        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
-
-    def measure(model: Any) -> float:
-        return held_out_loss(model, tokenizer, held_out, max_length=MAX_LENGTH)
-
-    say(f"base: {source} ({len(training)} training rows, {len(held_out)} held out)")
-    base = load(source)
-    base_row = Row("16-bit base", measure(base), _weights_size(source), 16.0)
-    del base
-
-    say(f"quantizing to INT{settings.bits}, groups of {settings.group_size}, GPTQ ...")
-    started = time.monotonic()
-    quantize_model(
-        source,
-        paths["base-int"],
-        bits=settings.bits,
-        group_size=settings.group_size,
-        offsets_at=settings.offsets_at,
-        method="gptq",
-        calibration=windows,
-        samples=_CALIBRATION_SAMPLES,
-        seq_len=MAX_LENGTH,
-        seed=settings.seed,
-    )
-    seconds["quantize"] = time.monotonic() - started
-    model = load(paths["base-int"])
-    bits_per_weight = quantized_bits_per_weight(model)
-    prompt = held_out[0].get("prompt") or held_out[0]["text"][:200]
-    before = _generate(model, tokenizer, prompt)
-    quantized_row = Row(
-        f"INT{settings.bits} base",
-        measure(model),
-        _weights_size(paths["base-int"]),
-        bits_per_weight,
-    )
-
-    say(f"training a QA-LoRA adapter of rank {settings.rank}, {settings.steps} steps ...")
-    started = time.monotonic()
-    trainer = _train(model, tokenizer, training, settings, paths)
-    seconds["train"] = time.monotonic() - started
-    trained = trainer.model.eval()
-    trainer.save_model(str(paths["adapter"]))
-    adapter_size = _weights_size(paths["adapter"])
-    adapter_row = Row(
-        f"INT{settings.bits} + adapter",
-        measure(trained),
-        quantized_row.size + adapter_size,
-        bits_per_weight,
-    )
-
-    say("verifying the merged checkpoint ...")
-    report = verify_merge(paths["merged"], paths["adapter"], paths["base-int"])
-    merged = load(paths["merged"])
-    merged_row = Row(
-        "merged", measure(merged), _weights_size(paths["merged"]), quantized_bits_per_weight(merged)
-    )
-    ids = tokenizer(_as_text(held_out[0]), return_tensors="pt")["input_ids"][:, :MAX_LENGTH]
-    with torch.no_grad():
-        ids = ids.to(device)
-        equal = torch.equal(merged(input_ids=ids).logits, trained(input_ids=ids).logits)
-    if not equal:
-        raise VerificationError(f"{paths['merged']}: logits differ from the trained model's")
-    return Result(
-        rows=[base_row, quantized_row, adapter_row, merged_row],
-        merged_equals_unmerged=equal,
-        verified_layers=report.layers,
-        prompt=prompt,
-        before=before,
-        after=_generate(merged, tokenizer, prompt),
-        paths={name: str(path) for name, path in paths.items()},
-        seconds=seconds,
-    )
+    names = {"base-int": f"base-int{settings.bits}"}
+    names |= {name: name for name in ("training", "adapter", "merged")}
+    paths = {key: settings.out / name for key, name in names.items()}
+    held_out = held_out[:_EVALUATION_ROWS]
+    return _Job(settings, source, tokenizer, training, held_out, windows, paths)
 
 
 def _check_model(source: Path, settings: Settings) -> None:
@@ -225,76 +223,79 @@ def _check_model(source: Path, settings: Settings) -> None:
         )
 
 
-def _train(
-    model: Any,
-    tokenizer: Any,
-    training: list[dict[str, str]],
-    settings: Settings,
-    paths: dict[str, Path],
-) -> Any:
-    """SFTTrainer as a user writes it; the callback writes the merged checkpoint at the end."""
+def _quantize(job: _Job) -> None:
+    from ..quantize.pipeline import quantize_model
+
+    settings = job.settings
+    quantize_model(
+        job.source,
+        job.paths["base-int"],
+        bits=settings.bits,
+        group_size=settings.group_size,
+        offsets_at=settings.offsets_at,
+        method="gptq",
+        calibration=job.windows,
+        samples=_CALIBRATION_SAMPLES,
+        seq_len=MAX_LENGTH,
+        seed=settings.seed,
+    )
+
+
+def _train(job: _Job, model: Any) -> Any:
+    """Train with an SFTTrainer as a user writes it, save the adapter, and return the model.
+
+    The callback writes the merged checkpoint.
+    """
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
     from ..training.callback import MergeCallback
     from ..tuner import QALoRAConfig
 
+    settings, gpu = job.settings, torch.cuda.is_available()
     trainer = SFTTrainer(
         model,
         args=SFTConfig(
-            output_dir=str(paths["training"]),
+            output_dir=str(job.paths["training"]),
             max_steps=settings.steps,
             per_device_train_batch_size=settings.batch_size,
             learning_rate=settings.learning_rate,
             lr_scheduler_type="cosine",
             warmup_steps=max(1, settings.steps // 20),
             max_length=MAX_LENGTH,
-            bf16=torch.cuda.is_available(),
-            use_cpu=not torch.cuda.is_available(),
+            bf16=gpu,
+            use_cpu=not gpu,
             gradient_checkpointing=False,
             logging_steps=max(1, settings.steps // 10),
             save_strategy="no",
             report_to="none",
             seed=settings.seed,
         ),
-        train_dataset=Dataset.from_list(training),
-        processing_class=tokenizer,
+        train_dataset=Dataset.from_list(job.training),
+        processing_class=job.tokenizer,
         peft_config=QALoRAConfig(
             r=settings.rank, lora_alpha=2 * settings.rank, seed=settings.seed, task_type="CAUSAL_LM"
         ),
-        callbacks=[MergeCallback(paths["merged"])],
+        callbacks=[MergeCallback(job.paths["merged"])],
     )
     trainer.train()
-    return trainer
+    trainer.save_model(str(job.paths["adapter"]))
+    return trainer.model.eval()
 
 
-def quantized_bits_per_weight(model: torch.nn.Module) -> float:
-    """Stored bits (integers, scales, offsets, g_idx) a weight of the quantized layers."""
-    from ..layers.linear import QuantLinear
-
-    stored = weights = 0
-    for layer in model.modules():
-        if isinstance(layer, QuantLinear):
-            spec = layer.spec
-            weights += spec.in_features * spec.out_features
-            stored += layer.qweight.numel() * 32
-            stored += layer.scales.numel() * spec.scales_dtype.itemsize * 8
-            stored += layer.offsets.numel() * spec.stored_dtype.itemsize * 8
-            stored += 0 if layer.g_idx is None else layer.g_idx.numel() * 32
-    return stored / weights
-
-
-def _weights_size(directory: Path) -> int:
-    return sum(file.stat().st_size for file in directory.glob("*.safetensors"))
-
-
-def _as_text(row: dict[str, str]) -> str:
-    return row.get("text") or row["prompt"] + row["completion"]
+@torch.no_grad()
+def _check_logits(job: _Job, merged: Any, trained: Any) -> bool:
+    """Return True; raise VerificationError where the two models compute different logits."""
+    ids = job.tokenizer(row_text(job.held_out[0]), return_tensors="pt")["input_ids"]
+    ids = ids[:, :MAX_LENGTH].to(merged.device)
+    if not torch.equal(merged(input_ids=ids).logits, trained(input_ids=ids).logits):
+        raise VerificationError(f"{job.paths['merged']}: logits differ from the trained model's")
+    return True
 
 
 @torch.no_grad()
 def _generate(model: Any, tokenizer: Any, prompt: str, new_tokens: int = 96) -> str:
-    """Greedy continuation of the prompt; a small base would else repeat itself for ever."""
+    """Return the greedy continuation of a prompt, with repetitions penalised."""
     ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
     ids = {"input_ids": ids["input_ids"][:, -MAX_LENGTH + new_tokens :].to(model.device)}
     ids["attention_mask"] = torch.ones_like(ids["input_ids"])

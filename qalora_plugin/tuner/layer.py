@@ -91,16 +91,11 @@ class QALoRALinear(nn.Module, BaseTunerLayer):
         self.update_layer(adapter_name, config, name)
 
     def update_layer(self, adapter_name: str, config: QALoRAConfig, name: str) -> None:
-        """Add an adapter whose B is zero, so that it changes nothing yet.
+        """Add an adapter to the layer `name` of the base model; B is zero, so nothing changes yet.
 
         A is uniform, within 1/sqrt(K) (LoRA's own bound) for the offsets and 1 for the scales: a
         step of B then moves a weight as far as it does in LoRA, as pool(x) is a sum, and the
         scales' change is relative to weights of about 1/sqrt(K) (docs/adapt_modes.md has a sweep).
-
-        Args:
-            adapter_name: of the adapter.
-            config: its settings.
-            name: of the layer in the base model.
         """
         r, scaling = config.rank_and_scaling(name)
         spec, device = self.base_layer.spec, self.base_layer.qweight.device

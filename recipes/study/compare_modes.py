@@ -18,12 +18,13 @@ from pathlib import Path
 import methods
 import plan
 import session
+from rows import RESULTS, Row
 from task import Task, Windows, loss, train, windows
 from torch import nn
 
 from qalora_plugin import parameter_groups
 
-ROWS = plan.RESULTS / "modes.jsonl"
+ROWS = RESULTS / "modes.jsonl"
 
 
 def losses(model: nn.Module, ids: Windows) -> dict[str, float]:
@@ -32,7 +33,7 @@ def losses(model: nn.Module, ids: Windows) -> dict[str, float]:
     return {f"{name}_loss": round(loss(model, part), 5) for name, part in splits.items()}
 
 
-def trained(todo: plan.Run, task: Task, ids: Windows, bases: Path) -> list[plan.Row]:
+def trained(todo: plan.Run, task: Task, ids: Windows, bases: Path) -> list[Row]:
     """Make one training and return its rows; a LoRA's has one for each width."""
     method, bits, lr, seed = todo
     models = methods.Models(methods.Settings(), bases, ids.calibration)
@@ -52,7 +53,7 @@ def trained(todo: plan.Run, task: Task, ids: Windows, bases: Path) -> list[plan.
     return rows
 
 
-def untrained(bits: int, ids: Windows, bases: Path) -> list[plan.Row]:
+def untrained(bits: int, ids: Windows, bases: Path) -> list[Row]:
     """Return the row of a base that was not trained."""
     model = methods.Models(methods.Settings(), bases, ids.calibration).base(bits)
     return [{"method": "base", "bits": bits} | losses(model, ids)]
@@ -68,7 +69,7 @@ def main() -> int:
     task = Task()
     ids = windows(task)
 
-    def next_run(rows: list[plan.Row]) -> session.Make | None:
+    def next_run(rows: list[Row]) -> session.Make | None:
         for method, bits in plan.cells(arguments.only):
             if not plan.cell(rows, "base", bits):
                 return partial(untrained, bits, ids)

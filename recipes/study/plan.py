@@ -5,13 +5,10 @@ The learning rate is swept first; the other seeds follow at the best rate.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
-from pathlib import Path
-from typing import Any
 
-RESULTS = Path(__file__).resolve().parent / "results"
-Row = dict[str, Any]
+from rows import Row
+
 Run = tuple[str, int, float, int]
 """Method, bits, learning rate, seed. `lora+gptq` and `lora` are rows of the same training."""
 
@@ -20,13 +17,6 @@ METHODS = ("lora", "lora+gptq", "peqa", "zeros", "scales", "both")
 RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
 FIRST_RATES = RATES[1:4]
 SEEDS = (0, 1, 2)
-
-
-def read_rows(path: Path) -> list[Row]:
-    """Return all rows of a data file; none if it does not exist."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def cells(methods: Iterable[str]) -> list[tuple[str, int]]:

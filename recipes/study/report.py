@@ -1,4 +1,4 @@
-"""Write the tables of docs/adapt_modes.md from the data files, and draw the comparison.
+"""Write the tables of the study into README and docs from the data files, and draw the comparison.
 
     python recipes/study/report.py [--no-plot]
 
@@ -11,17 +11,16 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from collections.abc import Iterable
 from operator import itemgetter
 from pathlib import Path
 
 import compare_modes
 import plan
+import quantizer_table
 import sweep_scales
-from plan import read_rows
+from rows import RESULTS, Row, markdown, read_rows, spread
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCUMENT = ROOT / "docs" / "adapt_modes.md"
 PLOT = compare_modes.ROWS.with_name("modes.svg")
 STEPS = ROOT / "kernels" / "benchmarks" / "results" / "cpu.jsonl"
 STEP = "training step, 4 layers of 1024, 4 x 512"
@@ -37,22 +36,11 @@ NAMES = {
 }
 
 
-def markdown(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """Return a Markdown table."""
-    lines = [list(head), *(list(row) for row in rows)]
-    lines.insert(1, ["---"] * len(lines[0]))
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def _losses(rows: list[Row]) -> str:
+    return spread(rows, "test_loss", 3)
 
 
-def _losses(rows: list[plan.Row]) -> str:
-    """Return mean and standard deviation over the seeds."""
-    values = [row["test_loss"] for row in rows]
-    if len(values) < 2:
-        return "".join(f"{value:.3f}" for value in values)
-    return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
-
-
-def comparison(rows: list[plan.Row]) -> str:
+def comparison(rows: list[Row]) -> str:
     """Return the table of the test loss of every method and width over the seeds."""
     widths = (16, *plan.BITS)
     lines = [["not trained", "", "", *(_losses(plan.cell(rows, "base", b)[:1]) for b in widths)]]
@@ -65,7 +53,7 @@ def comparison(rows: list[plan.Row]) -> str:
     return markdown(head, lines)
 
 
-def sweep(rows: list[plan.Row]) -> str:
+def sweep(rows: list[Row]) -> str:
     """Return the table of the validation loss over the scales' start, rate, and ratio."""
     lines = [
         [
@@ -82,7 +70,7 @@ def sweep(rows: list[plan.Row]) -> str:
     return markdown(head, lines)
 
 
-def step_costs(rows: list[plan.Row]) -> str:
+def step_costs(rows: list[Row]) -> str:
     """Return the table of a step's time and memory in each mode, from the benchmarks' last runs."""
     lines = []
     steps, run = [row for row in rows if row["operator"] == STEP], itemgetter("run")
@@ -110,29 +98,39 @@ def step_costs(rows: list[plan.Row]) -> str:
     return markdown(head, lines)
 
 
-def tables() -> dict[str, str]:
-    """Return the document's tables by name."""
+def tables() -> dict[str, dict[str, str]]:
+    """Return the tables of each document, by name."""
+    quantizers = read_rows(RESULTS / "quantizers.jsonl")
+    offsets_at = read_rows(RESULTS / "offsets_at.jsonl")
     return {
-        "comparison": comparison(read_rows(compare_modes.ROWS)),
-        "sweep": sweep(read_rows(sweep_scales.ROWS)),
-        "steps": step_costs(read_rows(STEPS)),
+        "README.md": {"quantizers": quantizer_table.summary(quantizers)},
+        "docs/quantizers.md": {"quantizers": quantizer_table.table(quantizers)},
+        "docs/export.md": {"quantizers": quantizer_table.table(offsets_at)},
+        "docs/adapt_modes.md": {
+            "comparison": comparison(read_rows(compare_modes.ROWS)),
+            "sweep": sweep(read_rows(sweep_scales.ROWS)),
+            "steps": step_costs(read_rows(STEPS)),
+        },
     }
 
 
-def fill(text: str, name: str, table: str) -> str:
-    """Return `text` with the table of this name replaced.
+def filled(document: str, parts: dict[str, str]) -> str:
+    """Return the text of a document with the parts of these names replaced.
 
     Raises:
-        SystemExit: the document has no place for it.
+        SystemExit: the document has no place for one of them.
     """
-    begin, end = f"<!-- {name} -->", f"<!-- end {name} -->"
-    if begin not in text or end not in text:
-        sys.exit(f"{DOCUMENT}: expected {begin} and {end} around a table, found no such place")
-    before, rest = text.split(begin)
-    return f"{before}{begin}\n{table}\n{end}{rest.split(end)[1]}"
+    text = (ROOT / document).read_text()
+    for name, part in parts.items():
+        begin, end = f"<!-- {name} -->", f"<!-- end {name} -->"
+        if begin not in text or end not in text:
+            sys.exit(f"{document}: expected {begin} and {end} around a table, found no such place")
+        before, rest = text.split(begin)
+        text = f"{before}{begin}\n{part}\n{end}{rest.split(end)[1]}"
+    return text
 
 
-def plot(rows: list[plan.Row], path: Path) -> None:
+def plot(rows: list[Row], path: Path) -> None:
     """Draw the test loss over the width, one line a method, with the spread as whiskers."""
     try:
         import matplotlib
@@ -161,14 +159,12 @@ def plot(rows: list[plan.Row], path: Path) -> None:
 
 
 def main() -> int:
-    """Fill the document and draw the plot; return 0."""
+    """Fill the documents and draw the plot; return 0."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--no-plot", action="store_true")
     arguments = parser.parse_args()
-    text = DOCUMENT.read_text()
-    for name, table in tables().items():
-        text = fill(text, name, table)
-    DOCUMENT.write_text(text)
+    for document, parts in tables().items():
+        (ROOT / document).write_text(filled(document, parts))
     if not arguments.no_plot:
         plot(read_rows(compare_modes.ROWS), PLOT)
     return 0

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import transformers
-from plan import Row, read_rows
+from rows import Row, add_row, read_rows
 
 Make = Callable[[Path], Iterable[Row]]
 """Makes one run, given the folder of quantized bases, and returns its rows."""
@@ -45,7 +45,5 @@ def work(arguments: argparse.Namespace, next_run: Callable[[list[Row]], Make | N
                 return 3
             for row in make(arguments.bases or Path(scratch)):
                 print(json.dumps(row), flush=True)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with path.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
+                add_row(path, row)
     return 0

@@ -15,14 +15,14 @@ from functools import partial
 from pathlib import Path
 
 import methods
-import plan
 import session
+from rows import RESULTS, Row
 from task import Task, Windows, loss, train, windows
 from torch import nn
 
 from qalora_plugin import parameter_groups
 
-ROWS = plan.RESULTS / "scales.jsonl"
+ROWS = RESULTS / "scales.jsonl"
 TASK = Task(steps=60, warmup=10)
 
 STARTS = ("1/sqrt(K)", "1/sqrt(G)", "1")
@@ -52,7 +52,7 @@ def set_start(model: nn.Module, start: str) -> None:
         weight.data *= 1 / math.sqrt(sizes[start])
 
 
-def trained(setting: Setting, ids: Windows, bases: Path) -> list[plan.Row]:
+def trained(setting: Setting, ids: Windows, bases: Path) -> list[Row]:
     """Make one training and return its row."""
     method, bits, start, lr, ratio = setting
     models = methods.Models(methods.Settings(), bases, ids.calibration)
@@ -69,7 +69,7 @@ def main() -> int:
     arguments = session.options(__doc__.splitlines()[0], ROWS).parse_args()
     ids = windows(TASK)
 
-    def next_run(rows: list[plan.Row]) -> session.Make | None:
+    def next_run(rows: list[Row]) -> session.Make | None:
         done = {tuple(row[key] for key in KEYS) for row in rows}
         return next((partial(trained, s, ids) for s in PLAN if s not in done), None)
 

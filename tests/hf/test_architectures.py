@@ -6,29 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as tf
 from peft import get_peft_model
+from support.architectures import ARCHITECTURES
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
-    AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
-    BertConfig,
-    CodeGenConfig,
-    GemmaConfig,
-    GPTJConfig,
-    GPTNeoConfig,
-    GPTNeoXConfig,
-    LlamaConfig,
-    MambaConfig,
-    MistralConfig,
-    MixtralConfig,
-    ModernBertConfig,
-    OPTConfig,
-    Phi3Config,
-    Qwen2Config,
-    Qwen3Config,
-    RobertaConfig,
-    RwkvConfig,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -52,7 +36,6 @@ SIZES: dict[str, Any] = dict(
     pad_token_id=0,
 )
 GROUPED = SIZES | {"num_key_value_heads": 2}
-OPT = SIZES | {"ffn_dim": 96, "word_embed_proj_dim": 64}
 ROTARY: dict[str, Any] = dict(
     vocab_size=64, n_embd=64, n_layer=2, n_head=4, n_positions=64, rotary_dim=8
 )
@@ -61,45 +44,45 @@ NEO: dict[str, Any] = dict(
 )
 TOKENS: dict[str, Any] = dict(bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2)
 
-CASES = {
-    "llama": (LlamaConfig(**GROUPED), AutoModelForCausalLM, 14),
-    "llama tied": (LlamaConfig(**GROUPED, tie_word_embeddings=True), AutoModelForCausalLM, 14),
-    "qwen2 with biases": (Qwen2Config(**GROUPED), AutoModelForCausalLM, 14),
-    "qwen3": (Qwen3Config(**GROUPED, head_dim=16), AutoModelForCausalLM, 14),
-    "mistral": (MistralConfig(**GROUPED), AutoModelForCausalLM, 14),
-    "mixtral": (MixtralConfig(**GROUPED, num_local_experts=2), AutoModelForCausalLM, 8),
-    "gemma": (GemmaConfig(**GROUPED, head_dim=16), AutoModelForCausalLM, 14),
-    "phi3 fused": (Phi3Config(**GROUPED), AutoModelForCausalLM, 8),
-    "opt": (OPTConfig(**OPT), AutoModelForCausalLM, 12),
-    "gpt-neox": (GPTNeoXConfig(**SIZES), AutoModelForCausalLM, 8),
+MADE = ARCHITECTURES | {
+    "gemma": lambda: tf.GemmaForCausalLM(tf.GemmaConfig(**GROUPED, head_dim=16)),
+    "mixtral": lambda: tf.MixtralForCausalLM(tf.MixtralConfig(**GROUPED, num_local_experts=2)),
+    "phi3": lambda: tf.Phi3ForCausalLM(tf.Phi3Config(**GROUPED)),
     # these three compute buffers in the parents of their linear layers, when they are initialised
-    "gpt-j": (GPTJConfig(**ROTARY), AutoModelForCausalLM, 12),
-    "codegen": (CodeGenConfig(**ROTARY, n_ctx=64), AutoModelForCausalLM, 8),
-    "gpt-neo": (
-        GPTNeoConfig(**NEO, attention_types=[[["global", "local"], 1]]),
-        AutoModelForCausalLM,
-        12,
+    "gpt_j": lambda: tf.GPTJForCausalLM(tf.GPTJConfig(**ROTARY)),
+    "codegen": lambda: tf.CodeGenForCausalLM(tf.CodeGenConfig(**ROTARY, n_ctx=64)),
+    "gpt_neo": lambda: tf.GPTNeoForCausalLM(
+        tf.GPTNeoConfig(**NEO, attention_types=[[["global", "local"], 1]])
     ),
-    "bert": (BertConfig(**SIZES), AutoModel, 12),
-    "bert masked": (BertConfig(**SIZES), AutoModelForMaskedLM, 12),
-    "bert classifier": (BertConfig(**SIZES), AutoModelForSequenceClassification, 12),
-    "roberta classifier": (RobertaConfig(**SIZES), AutoModelForSequenceClassification, 12),
-    "modernbert": (ModernBertConfig(**SIZES, **TOKENS), AutoModelForMaskedLM, 8),
+    "bert_backbone": lambda: tf.BertModel(tf.BertConfig(**SIZES)),
+    "roberta_classifier": lambda: tf.RobertaForSequenceClassification(tf.RobertaConfig(**SIZES)),
+    "modernbert": lambda: tf.ModernBertForMaskedLM(tf.ModernBertConfig(**SIZES, **TOKENS)),
 }
+LAYERS = {
+    "llama": 14, "mistral": 14, "qwen2": 14, "qwen3": 14, "gemma2": 14, "gemma3": 14,
+    "gemma3_multimodal": 26, "phi": 12, "gpt_neox": 8, "opt": 12, "bert": 12,
+    "bert_classifier": 12, "distilbert": 12, "t5_encoder": 12, "gemma": 14, "mixtral": 8,
+    "phi3": 8, "gpt_j": 12, "codegen": 8, "gpt_neo": 12, "bert_backbone": 12,
+    "roberta_classifier": 12, "modernbert": 8,
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_round_trip(case: str, tmp_path: Path):
-    config, kind, layers = CASES[case]
+def make(name: str) -> Any:
     torch.manual_seed(0)
-    dense = kind.from_config(config).eval()
-    for name, parameter in dense.named_parameters():
-        if name.endswith("bias"):
+    return MADE[name]().eval()
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_round_trip(name: str, tmp_path: Path) -> None:
+    dense, layers = make(name), LAYERS[name]
+    kind = type(dense)
+    for key, parameter in dense.named_parameters():
+        if key.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.1)
     dense.save_pretrained(tmp_path / "dense")
     model, info = kind.from_pretrained(
         tmp_path / "dense",
-        quantization_config=QALoRAQuantConfig(bits=8, group_size=32),
+        quantization_config=QALoRAQuantConfig(bits=8, group_size=16),
         output_loading_info=True,
     )
     assert not any(info.values()), info
@@ -116,23 +99,20 @@ def test_round_trip(case: str, tmp_path: Path):
     assert not any(info.values()), info
     before, after = model.state_dict(), again.state_dict()
     assert before.keys() == after.keys()
-    for name in before:
-        assert torch.equal(before[name], after[name]), name
-    for name, buffer in dense.named_buffers():  # also those that are in no file
-        assert torch.equal(model.get_buffer(name), buffer), name
-        assert torch.equal(again.get_buffer(name), buffer), name
+    for key in before:
+        assert torch.equal(before[key], after[key]), key
+    for key, buffer in dense.named_buffers():  # also those that are in no file
+        assert torch.equal(model.get_buffer(key), buffer), key
+        assert torch.equal(again.get_buffer(key), buffer), key
     with torch.no_grad():
         # not bit for bit: weights mapped from a file are aligned differently
         torch.testing.assert_close(again(ids)[0], found, rtol=1e-5, atol=1e-6)
 
 
-def test_a_backbone_from_a_model_with_a_head_and_the_other_way_round(tmp_path: Path):
-    torch.manual_seed(0)
-    AutoModelForSequenceClassification.from_config(BertConfig(**SIZES)).save_pretrained(
-        tmp_path / "dense"
-    )
+def test_a_backbone_from_a_model_with_a_head_and_the_other_way_round(tmp_path: Path) -> None:
+    make("bert_classifier").save_pretrained(tmp_path / "dense")
     model = AutoModelForSequenceClassification.from_pretrained(
-        tmp_path / "dense", quantization_config=QALoRAQuantConfig(bits=4, group_size=32)
+        tmp_path / "dense", quantization_config=QALoRAQuantConfig(bits=4, group_size=16)
     )
     model.save_pretrained(tmp_path / "q")
     backbone = AutoModel.from_pretrained(tmp_path / "q", dtype=torch.float32)
@@ -147,7 +127,7 @@ def test_a_backbone_from_a_model_with_a_head_and_the_other_way_round(tmp_path: P
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_a_model_that_asks_for_the_dtype_of_weights(dtype: torch.dtype, tmp_path: Path):
+def test_a_model_that_asks_for_the_dtype_of_weights(dtype: torch.dtype, tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = T5Config(
         vocab_size=64, d_model=64, d_kv=16, d_ff=96, num_layers=2, num_heads=4, dropout_rate=0.0
@@ -177,7 +157,7 @@ def test_a_model_that_asks_for_the_dtype_of_weights(dtype: torch.dtype, tmp_path
         assert torch.equal(adapted(**inputs).logits, found)  # B is zero
 
 
-def test_a_layer_whose_parent_initialises_it_and_has_no_tensor(tmp_path: Path):
+def test_a_layer_whose_parent_initialises_it_and_has_no_tensor(tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = T5Config(vocab_size=64, d_model=64, d_kv=16, d_ff=96, num_layers=1, num_heads=4)
     T5ForConditionalGeneration(config).save_pretrained(tmp_path / "small")
@@ -198,11 +178,11 @@ def test_a_layer_whose_parent_initialises_it_and_has_no_tensor(tmp_path: Path):
     "config, kept",
     [
         (
-            MambaConfig(vocab_size=64, hidden_size=64, num_hidden_layers=2, state_size=8),
+            tf.MambaConfig(vocab_size=64, hidden_size=64, num_hidden_layers=2, state_size=8),
             ["mixer.dt_proj", "mixer.out_proj", "mixer.x_proj"],
         ),
         (
-            RwkvConfig(vocab_size=64, hidden_size=64, num_hidden_layers=2, context_length=64),
+            tf.RwkvConfig(vocab_size=64, hidden_size=64, num_hidden_layers=2, context_length=64),
             ["attention.output", "feed_forward.value"],
         ),
     ],
@@ -210,7 +190,7 @@ def test_a_layer_whose_parent_initialises_it_and_has_no_tensor(tmp_path: Path):
 )
 def test_a_model_that_computes_with_weights_itself(
     config: Any, kept: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
     torch.manual_seed(0)
     dense = AutoModelForCausalLM.from_config(config).eval()
     dense.save_pretrained(tmp_path / "dense")
@@ -239,13 +219,12 @@ def test_a_model_that_computes_with_weights_itself(
         whole.eval()(ids)
 
 
-@pytest.mark.parametrize("case", ["gpt-j", "modernbert"])
+@pytest.mark.parametrize("name", ["gpt_j", "modernbert"])
 def test_loading_layer_by_layer_initialises_the_parents_too(
-    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    config, kind, _ = CASES[case]
-    torch.manual_seed(0)
-    dense = kind.from_config(config).eval()
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense = make(name)
+    kind = type(dense)
     dense.save_pretrained(tmp_path / "dense")
     settings = QALoRAQuantConfig(bits=8, group_size=32)
     kind.from_pretrained(tmp_path / "dense", quantization_config=settings).save_pretrained(
@@ -254,8 +233,8 @@ def test_loading_layer_by_layer_initialises_the_parents_too(
     monkeypatch.setattr(quantizer, "loads_sharded", lambda: True)  # as ZeRO-3 and FSDP load
     model = kind.from_pretrained(tmp_path / "q")
     assert any(isinstance(module, ShardedQuantLinear) for module in model.modules())
-    for name, buffer in dense.named_buffers():
-        assert torch.equal(model.get_buffer(name), buffer), name
+    for key, buffer in dense.named_buffers():
+        assert torch.equal(model.get_buffer(key), buffer), key
     ids = torch.arange(3, 15)[None]
     with torch.no_grad():
         expected, found = dense(ids)[0], model(ids)[0]

@@ -1,4 +1,4 @@
-"""What `gpu_run.py` reports of its measurements, and what `carry.py` takes along."""
+"""What `gpu_run.py` makes of its measurements, and what `carry.py` takes along."""
 
 import json
 import zipfile
@@ -16,80 +16,79 @@ def benchmarks_on_path(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
 
 
-def write(directory, stage, *rows):
-    lines = [json.dumps(ORIGIN | row) + "\n" for row in rows]
-    with (directory / f"stage{stage}.jsonl").open("a") as file:
-        file.writelines(lines)
+def judged(rows, text, **row):
+    """The verdict (met, number, note) of the one bound with this text and these values."""
+    import gpu_units
+
+    bounds = [b for u in gpu_units.units() for b in u.bounds if text in b.text]
+    (bound,) = (b for b in bounds if row.items() <= b.row.items())
+    return bound.judge(rows)
 
 
-def verdict(directory, bound, where=""):
-    import gpu_bounds
+def test_all_units_fit_into_fifteen_minutes_with_the_machine_s_start():
+    import gpu_units
 
-    found = [v for v in gpu_bounds.verdicts(directory) if bound in v.bound and where in v.where]
-    assert len(found) == 1, found
-    return found[0]
+    assert sum(unit.limit for unit in gpu_units.units()) <= 14 * 60
 
 
-def test_a_decoder_layer_is_held_to_its_own_bound(tmp_path):
-    for rows, ratio in ((4096, 1.12), (8192, 1.12)):
-        base = {"operator": "decoder layer", "timing": "eager", "M": rows}
-        write(
-            tmp_path,
-            2,
-            base | {"variant": "qalora", "seconds_median": 1.0},
-            base | {"ratio": "qalora / frozen", "ratio_median": ratio, **SPREAD},
-            base | {"ratio": "qalora / lora", "ratio_median": 1 / 1.3, **SPREAD},
-            {"operator": "decoder layer", "M": rows, "variant": "qlora_nf4", "not_run": "no such"},
-        )
-    assert verdict(tmp_path, "1.15 x the frozen", "eager M=4096").met is True
-    assert verdict(tmp_path, "1.10 x the frozen", "eager M=8192").met is False
-    assert verdict(tmp_path, "faster than lora (", "eager M=4096").met is True
-    missing = verdict(tmp_path, "qlora_nf4", "eager M=4096")
-    assert missing.met is None and "no such" in missing.note
+def test_a_decoder_layer_is_held_to_its_own_bound():
+    rows = []
+    for m in (4096, 8192):
+        base = {"timing": "eager", "M": m, "ratio_median": 1.12, **SPREAD}
+        rows += [
+            base | {"operator": "linears of the layer", "ratio": "qalora / frozen"},
+            base | {"operator": "decoder layer", "ratio": "qalora / lora", "ratio_median": 0.77},
+            {"operator": "decoder layer", "M": m, "variant": "qlora_nf4", "not_run": "no such"},
+        ]
+    assert judged(rows, "bare bf16", timing="eager", M=4096)[:2] == (True, 1.12)
+    assert judged(rows, "bare bf16", timing="eager", M=8192)[:2] == (False, 1.12)
+    assert judged(rows, "as LoRA", timing="eager", M=4096)[0] is True
+    assert judged(rows, "as QLoRA", timing="eager", M=4096) == (None, None, "no such")
+    assert judged(rows, "as LoRA", timing="graph", M=4096) == (None, None, "not measured")
 
 
-def test_generation_is_held_to_the_bandwidth_and_to_fewer_bits(tmp_path):
-    for bits, seconds, fraction in ((4, 2.0, 0.7), (2, 1.0, 0.8), (3, 2.5, 0.8)):
-        base = {"operator": "linear", "timing": "graph", "K": 8192, "N": 8192, "M": 1}
-        base |= {"bits": bits, "group_size": 32}
-        measured = {"seconds_median": seconds, "copy_fraction": fraction}
-        write(tmp_path, 2, base | {"variant": "qalora"} | measured)
-        many = base | {"M": 2048, "ratio": "qalora / dense", "ratio_median": 1.2}
-        write(tmp_path, 2, base | {"ratio": "qalora / dense", "ratio_median": 0.5, **SPREAD})
-        write(tmp_path, 2, many | SPREAD)
-    assert verdict(tmp_path, "copy bandwidth", "bits=4").met is False
-    assert verdict(tmp_path, "copy bandwidth", "bits=2").met is True
-    assert verdict(tmp_path, "faster than 4 bits", "bits=2").met is True
-    assert verdict(tmp_path, "faster than 4 bits", "bits=3").met is False
-    worst = verdict(tmp_path, "at any M", "bits=4")
-    assert worst.met is False and "M=2048" in worst.where and worst.number == 1.2
+def test_one_row_is_held_to_the_bandwidth_and_to_fewer_bits():
+    base = {"operator": "linear", "timing": "graph", "K": 8192, "N": 28672, "M": 1}
+    rows = [
+        base | {"bits": bits, "variant": "qalora", "seconds_median": seconds, "copy_fraction": part}
+        for bits, seconds, part in ((4, 2.0, 0.7), (2, 1.0, 0.8), (3, 2.5, 0.8))
+    ]
+    assert judged(rows, "copy bandwidth", K=8192)[:2] == (False, 0.7)
+    assert judged(rows, "faster than 4 bits", K=8192, bits=2)[:2] == (True, 0.5)
+    assert judged(rows, "faster than 4 bits", K=8192, bits=3)[:2] == (False, 1.25)
+    assert judged(rows, "faster than 4 bits", K=4096, bits=3)[0] is None
+    many = base | {"K": 4096, "N": 11008, "M": 2048, "bits": 4, "ratio": "qalora / dense"}
+    rows.append(many | {"ratio_median": 1.2, **SPREAD})
+    assert judged(rows, "dense bf16", M=2048)[:2] == (False, 1.2)
 
 
-def test_a_later_measurement_replaces_an_earlier_one_and_a_failure_does_not(tmp_path):
+def test_a_later_measurement_replaces_an_earlier_one_and_a_failure_does_not():
     training = {"operator": "SFT 1.1B"}
-    pair = training | {"ratio": "qalora-4 / qlora", **SPREAD}
-    write(
-        tmp_path,
-        3,
-        training | {"variant": "qalora-4", "peak_bytes": 4},
-        training | {"variant": "qlora", "peak_bytes": 5},
-        training | {"variant": "qlora", "not_run": "out of memory, this time"},
+    pair = training | {"ratio": "qalora / qlora_nf4", **SPREAD}
+    rows = [
+        training | {"variant": "qalora", "peak_bytes": 4, "peak_over_plan": 1.2},
+        training | {"variant": "qlora_nf4", "peak_bytes": 5},
+        training | {"variant": "qlora_nf4", "not_run": "out of memory, this time"},
         pair | {"ratio_median": 0.9},
         pair | {"ratio_median": 0.8},
-    )
-    assert verdict(tmp_path, "QLoRA's tokens").number == 0.8
-    assert verdict(tmp_path, "peak memory").met is True
+    ]
+    assert judged(rows, "QLoRA's tokens")[:2] == (True, 0.8)
+    assert judged(rows, "less peak memory")[:2] == (True, 0.8)
+    assert judged(rows, "qalora plan")[:2] == (False, 1.2)
 
 
-def test_failing_kernels_are_a_missed_bound(tmp_path):
-    import gpu_bounds
+def test_failing_kernels_are_a_missed_bound_of_the_summary(tmp_path):
+    import gpu_units
 
-    tests = {"operator": "kernel tests", "passed": 3, "failed": ["a::b"], "result": "3 passed"}
-    write(tmp_path, 1, tests | {"exit_status": 1})
-    write(tmp_path, 1, {"operator": "memcheck", "not_run": "not found"})
-    assert verdict(tmp_path, "kernel tests pass").met is False
-    assert verdict(tmp_path, "memory errors").met is None
-    assert "0 bounds met, 1 missed, 1 absent" in gpu_bounds.summary(tmp_path)
+    ended = {"unit": "kernel tests", "exit_status": 1, "result": "1 failed, 3 passed"}
+    (tmp_path / "units.jsonl").write_text(json.dumps(ended) + "\n")
+    measured = ORIGIN | {"operator": "dequantize", "copy_fraction": 0.9}
+    (tmp_path / "stage4.jsonl").write_text(json.dumps(measured) + "\n")
+    text = gpu_units.summary(tmp_path)
+    assert text.startswith("bounds: 1 met, 1 missed, ")
+    (line,) = (line for line in text.splitlines() if "kernel tests" in line)
+    assert line.startswith("MISSED") and "1 failed, 3 passed" in line
+    assert "device a GPU, torch 2.11.0, commit abc" in text
 
 
 def test_bitsandbytes_is_carried_for_one_cuda_version(tmp_path):

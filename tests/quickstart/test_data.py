@@ -5,10 +5,11 @@ import importlib.util
 import math
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizer
 
 from qalora_plugin.errors import QALoRAError
 from qalora_plugin.quantize import stdlib_text
@@ -17,30 +18,31 @@ from qalora_plugin.quickstart import embedded
 from qalora_plugin.quickstart.embedded import base_model_path
 
 ROOT = Path(__file__).parents[2]
+Pairs = list[dict[str, str]]
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
+def tokenizer() -> PreTrainedTokenizer:
     return AutoTokenizer.from_pretrained(base_model_path())
 
 
 @pytest.fixture(scope="module")
-def model():
+def model() -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(base_model_path(), dtype=torch.float32).eval()
 
 
 @pytest.fixture(scope="module")
-def train_pairs():
+def train_pairs() -> Pairs:
     return load_pairs("train")
 
 
 @pytest.fixture(scope="module")
-def eval_pairs():
+def eval_pairs() -> Pairs:
     return load_pairs("eval")
 
 
 @pytest.fixture
-def small_stdlib(tmp_path):
+def small_stdlib(tmp_path: Path) -> Path:
     """A directory laid out as a standard library: one held-out module, one not, one excluded."""
     functions = "\n".join(
         f'def f{i}(a, b=2):\n    """Return number {i}.\n\n    More.\n    """\n    return a + {i}\n'
@@ -53,7 +55,9 @@ def small_stdlib(tmp_path):
     return tmp_path
 
 
-def test_there_are_enough_pairs_and_they_fit_the_context(train_pairs, eval_pairs, tokenizer):
+def test_there_are_enough_pairs_and_they_fit_the_context(
+    train_pairs: Pairs, eval_pairs: Pairs, tokenizer: PreTrainedTokenizer
+) -> None:
     # 500 even where tkinter is packaged apart.
     assert len(train_pairs) >= 500
     assert len(eval_pairs) >= 60
@@ -63,13 +67,13 @@ def test_there_are_enough_pairs_and_they_fit_the_context(train_pairs, eval_pairs
         ast.parse(pair["completion"])
 
 
-def test_splits_do_not_overlap(train_pairs, eval_pairs):
+def test_splits_do_not_overlap(train_pairs: Pairs, eval_pairs: Pairs) -> None:
     for key in ("prompt", "completion"):
         values = [pair[key] for pair in train_pairs + eval_pairs]
         assert len(set(values)) == len(values)
 
 
-def test_calibration_texts_are_the_training_split(small_stdlib):
+def test_calibration_texts_are_the_training_split(small_stdlib: Path) -> None:
     texts = stdlib_text.calibration_texts(small_stdlib)
     train = load_pairs("train", stdlib=small_stdlib)
     assert texts == [pair["prompt"] + pair["completion"] for pair in train]
@@ -77,7 +81,7 @@ def test_calibration_texts_are_the_training_split(small_stdlib):
         assert pair["prompt"] + pair["completion"] not in texts
 
 
-def test_held_out_modules_are_not_pretrained_on():
+def test_held_out_modules_are_not_pretrained_on() -> None:
     pretraining = stdlib_text.pretraining_files()
     held_out = stdlib_text.held_out_files()
     assert {"calendar.py", "logging", "mailbox.py"} <= {
@@ -91,7 +95,7 @@ def test_held_out_modules_are_not_pretrained_on():
             assert part not in {"test", "tests", "site-packages", "lib2to3", "idlelib"}
 
 
-def test_pair_of_a_known_function(small_stdlib):
+def test_pair_of_a_known_function(small_stdlib: Path) -> None:
     pairs = load_pairs("train", stdlib=small_stdlib) + load_pairs("eval", stdlib=small_stdlib)
     assert len(pairs) == 60  # those of calendar.py alone
     assert {
@@ -100,7 +104,7 @@ def test_pair_of_a_known_function(small_stdlib):
     } in pairs
 
 
-def test_split_does_not_depend_on_the_other_functions(small_stdlib):
+def test_split_does_not_depend_on_the_other_functions(small_stdlib: Path) -> None:
     before = load_pairs("eval", stdlib=small_stdlib)
     source = small_stdlib / "calendar.py"
     functions = source.read_text().split("\n\ndef ")
@@ -110,7 +114,7 @@ def test_split_does_not_depend_on_the_other_functions(small_stdlib):
     assert sorted(map(str, after)) == sorted(map(str, before))
 
 
-def test_long_functions_are_left_out(small_stdlib):
+def test_long_functions_are_left_out(small_stdlib: Path) -> None:
     every = load_pairs("train", stdlib=small_stdlib)
     shortest = min(max(map(len, pair.values())) for pair in every)
     pairs = load_pairs("train", max_chars=shortest, stdlib=small_stdlib)
@@ -118,7 +122,7 @@ def test_long_functions_are_left_out(small_stdlib):
     assert all(max(map(len, pair.values())) == shortest for pair in pairs)
 
 
-def test_missing_source_is_one_clear_error(tmp_path):
+def test_missing_source_is_one_clear_error(tmp_path: Path) -> None:
     with pytest.raises(QALoRAError, match=r"expected the Python sources.*--dataset"):
         load_pairs(stdlib=tmp_path)
     (tmp_path / "calendar.py").write_text("x = 1\n")
@@ -126,29 +130,24 @@ def test_missing_source_is_one_clear_error(tmp_path):
         load_pairs(stdlib=tmp_path)
 
 
-def test_unknown_split_is_refused():
+def test_unknown_split_is_refused() -> None:
     with pytest.raises(QALoRAError, match="found 'test'"):
         load_pairs("test")
 
 
-def test_incomplete_installation_is_named(tmp_path, monkeypatch):
+def test_incomplete_installation_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(embedded, "__file__", str(tmp_path / "embedded.py"))
     with pytest.raises(QALoRAError, match=r"lacks config\.json, model\.safetensors"):
         base_model_path()
 
 
-def test_base_model_size(model):
+def test_base_model_size(model: PreTrainedModel) -> None:
     assert sum(p.numel() for p in model.parameters()) == 3_672_320
     files = [path for path in base_model_path().rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 8.0e6
 
 
-def test_base_model_card_has_the_measured_loss():
-    card = (base_model_path() / "README.md").read_text()
-    assert "held-out loss" in card and "tokens seen" in card
-
-
-def test_tokenizer_round_trips(tokenizer):
+def test_tokenizer_round_trips(tokenizer: PreTrainedTokenizer) -> None:
     text = "def f(x):\n\tif x > 1:\n        return 'ü€😀'  # déjà vu\n\n\n"
     ids = tokenizer(text)["input_ids"]
     assert tokenizer.decode(ids) == text
@@ -158,7 +157,9 @@ def test_tokenizer_round_trips(tokenizer):
     assert len(set(special)) == 3 and None not in special
 
 
-def test_chat_template_writes_the_pairs_format(tokenizer, train_pairs):
+def test_chat_template_writes_the_pairs_format(
+    tokenizer: PreTrainedTokenizer, train_pairs: Pairs
+) -> None:
     pair = train_pairs[0]
     instruction = pair["prompt"].removeprefix("### Task\n").removesuffix("\n### Answer\n")
     messages = [{"role": "user", "content": instruction}]
@@ -169,7 +170,9 @@ def test_chat_template_writes_the_pairs_format(tokenizer, train_pairs):
     assert whole == pair["prompt"] + pair["completion"] + tokenizer.eos_token
 
 
-def test_base_model_has_learned_python(model, tokenizer):
+def test_base_model_has_learned_python(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizer
+) -> None:
     text = next(p for p in stdlib_text.held_out_files() if p.name == "mailbox.py").read_text()
     ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"][:2048]).view(4, 512)
     with torch.no_grad():
@@ -178,7 +181,7 @@ def test_base_model_has_learned_python(model, tokenizer):
 
 
 @pytest.fixture(scope="module")
-def train_base():
+def train_base() -> ModuleType:
     path = ROOT / "recipes" / "quickstart" / "train_base.py"
     spec = importlib.util.spec_from_file_location("train_base", path)
     module = importlib.util.module_from_spec(spec)
@@ -186,17 +189,13 @@ def train_base():
     return module
 
 
-def test_training_script_explains_itself(train_base, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["train_base.py", "--help"])
-    with pytest.raises(SystemExit, match="0"):
-        train_base.main()
-    text = capsys.readouterr().out
-    assert "--minutes" in text and "--seed" in text
-
-
 def test_training_script_writes_a_model_that_loads(
-    train_base, small_stdlib, tmp_path, monkeypatch, capsys
-):
+    train_base: ModuleType,
+    small_stdlib: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     monkeypatch.setattr(stdlib_text, "_stdlib_directory", lambda stdlib: small_stdlib)
     out = tmp_path / "out"
     options = ["--out", str(out), "--steps", "2", "--batch-size", "1", "--threads", "1"]

@@ -1,7 +1,11 @@
 """What `qalora quickstart` refuses, it refuses before the first model is loaded."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from support.models import llama
+from transformers import AutoTokenizer
 
 from qalora_plugin import quantize_model
 from qalora_plugin.errors import CheckpointError, ConfigError, QuantizationError
@@ -10,18 +14,10 @@ from qalora_plugin.quickstart.run import Settings, run
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A 16-bit model that takes 64 tokens, and one that is quantized."""
     directory = tmp_path_factory.mktemp("models")
-    config = LlamaConfig(
-        vocab_size=2048,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=64,
-    )
-    LlamaForCausalLM(config).save_pretrained(directory / "short")
+    llama(vocab_size=2048, max_position_embeddings=64).save_pretrained(directory / "short")
     AutoTokenizer.from_pretrained(base_model_path()).save_pretrained(directory / "short")
     quantize_model(directory / "short", directory / "int4", method="rtn", progress=False)
     return directory
@@ -37,7 +33,9 @@ def models(tmp_path_factory):
         ({"seed": -1}, "--seed: expected 0 to"),
     ],
 )
-def test_a_number_out_of_range_names_its_option(settings, message, tmp_path):
+def test_a_number_out_of_range_names_its_option(
+    settings: dict[str, Any], message: str, tmp_path: Path
+) -> None:
     with pytest.raises(ConfigError, match=message):
         Settings(out=tmp_path / "out", **settings)
 
@@ -52,10 +50,12 @@ def test_a_number_out_of_range_names_its_option(settings, message, tmp_path):
         ({"dataset": "few.jsonl"}, QuantizationError, "fewer than one window of 512"),
     ],
 )
-def test_refused_before_anything_is_loaded_or_written(settings, error, message, models, tmp_path):
+def test_refused_before_anything_is_loaded_or_written(
+    settings: dict[str, Any], error: type[Exception], message: str, models: Path, tmp_path: Path
+) -> None:
     (models / "few.jsonl").write_text("".join(f'{{"text": "{n}"}}\n' for n in range(60)))
     places = {key: models / settings[key] for key in ("model", "dataset") if key in settings}
-    said = []
+    said: list[str] = []
     with pytest.raises(error, match=message):
         run(Settings(out=tmp_path / "out", **{**settings, **places}), say=said.append)
     assert not said and not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""The plan of the study of adapter modes, and that its document holds what its data files say."""
+"""The study's plan and tables, and that README and docs hold what its data files say."""
 
 import sys
 from collections.abc import Callable
@@ -15,8 +15,8 @@ STUDY = Path(__file__).parents[2] / "recipes" / "study"
 def report(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """Import recipes/study/report.py with its neighbours on the path, as when it runs."""
     monkeypatch.syspath_prepend(str(STUDY))
-    for name in ("compare_modes", "methods", "plan", "report", "session", "sweep_scales", "task"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
+    for path in STUDY.glob("*.py"):
+        monkeypatch.delitem(sys.modules, path.stem, raising=False)
     import report
 
     return report
@@ -75,11 +75,31 @@ def test_step_costs_take_the_newest_run_of_each_mode(report: ModuleType) -> None
     assert "bench.py" in report.step_costs([])
 
 
-def test_the_document_holds_what_the_data_says(report: ModuleType) -> None:
-    text = report.DOCUMENT.read_text()
-    for name in ("comparison", "sweep", "steps"):
-        assert report.fill(text, name, report.tables()[name]) == text, (
-            f"docs/adapt_modes.md: table {name} is out of date: run python recipes/study/report.py"
+def _draw(draw: int, loss: float, engine: str = "qalora", kl: float = 0.5) -> dict[str, Any]:
+    setting = {"engine": engine, "version": "1", "text": "sources", "bits": 3, "desc_act": True}
+    return setting | {"draw": draw, "heldout_loss": loss, "heldout_kl": kl}
+
+
+def test_a_quantizer_has_mean_and_spread_of_its_draws(report: ModuleType) -> None:
+    lines = report.quantizer_table.table([_draw(0, 1.0), _draw(1, 3.0)]).splitlines()
+    assert lines[2:] == ["| sources | 3 | yes | qalora 1 | 2.0000 ± 1.4142 | 0.5000 ± 0.0000 | 2 |"]
+
+
+def test_quantizers_are_summed_up_by_the_range_of_their_settings(report: ModuleType) -> None:
+    rows = [_draw(0, 1.0), _draw(0, 1.5, "gptqmodel", 1.0)]
+    rows += [row | {"bits": 2} for row in (_draw(0, 2.25), _draw(0, 2.0, "gptqmodel", 0.625))]
+    text = " ".join(report.quantizer_table.summary(rows).split())
+    assert "0.50 to 0.80 times the KL divergence" in text
+    assert "in all 2 settings" in text
+    assert "lower in 1 of them, by up to 0.500 nats, and higher by at most 0.2500" in text
+
+
+def test_the_documents_hold_what_the_data_says(report: ModuleType) -> None:
+    tables = report.tables()
+    assert len(tables) == 4
+    for document, parts in tables.items():
+        assert report.filled(document, parts) == (report.ROOT / document).read_text(), (
+            f"{document} is out of date: run python recipes/study/report.py"
         )
 
 

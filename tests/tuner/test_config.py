@@ -8,6 +8,7 @@ from peft import LoraConfig, PeftConfig, PeftType
 
 from qalora_plugin import QALoRAConfig
 from qalora_plugin.errors import AdapterError, ConfigError
+from qalora_plugin.tuner.scaling import check_scaling
 
 OURS = {field.name for field in dataclasses.fields(QALoRAConfig)}
 LORA_ONLY = [field for field in dataclasses.fields(LoraConfig) if field.name not in OURS]
@@ -119,6 +120,15 @@ def test_rank_and_scaling_follow_patterns():
     assert config.rank_and_scaling("model.layers.0.self_attn.q_proj") == (4, 0.25)
     assert config.rank_and_scaling("model.layers.1.mlp.up_proj") == (2, 8.0)
     assert QALoRAConfig(r=16, lora_alpha=8, use_rslora=True).rank_and_scaling("x") == (16, 2.0)
+
+
+def test_scaling_is_checked_for_others_too():
+    """A merge reads the fields from a file, and raises its own error."""
+    settings = {"r": 4, "lora_alpha": 8, "rank_pattern": None, "target_modules": "x"}
+    check_scaling(settings, "there", AdapterError)
+    for wrong in ({"r": None}, {"alpha_pattern": {"q_proj": 0}}):
+        with pytest.raises(AdapterError, match=r"there: \S+ must be a positive .*, found (None|0)"):
+            check_scaling(settings | wrong, "there", AdapterError)
 
 
 def test_peft_type():

@@ -151,13 +151,3 @@ def test_compiles_without_a_graph_break(make_adapted, adapt):
         results.append([y, x.grad, *(w.grad for _, w in adapted.matrices("default"))])
     for eager, found in zip(*results, strict=True):
         torch.testing.assert_close(found, eager)
-
-
-def test_moving_the_model_keeps_scales_and_offsets(make_adapted):
-    adapted = make_adapted()
-    before = adapted.base_layer.offsets.clone()
-    for dtype in (torch.bfloat16, torch.float64):
-        adapted.to(dtype)
-        assert adapted.base_layer.offsets.dtype == before.dtype == torch.float16
-        assert torch.equal(adapted.base_layer.offsets, before)
-    assert adapted.base_layer.qweight.dtype == torch.int32

@@ -90,7 +90,8 @@ def _parse(raw: dict[str, Any], path: Path) -> StockConfig:
             f"{path}: checkpoint_format {checkpoint_format!r} is not read; expected 'gptq' or "
             "'gptq_v2'. Convert the checkpoint with GPTQModel, or quantize the 16-bit model again."
         )
-    bits, group_size = raw.get("bits"), raw.get("group_size", 128)
+    bits: Any = raw.get("bits")
+    group_size: Any = raw.get("group_size", 128)
     _check_grid(f"{path}: ", bits, group_size)
     pack_dtype = raw.get("pack_dtype") or "int32"
     if pack_dtype != "int32":

@@ -1,6 +1,6 @@
 """Write a token file that compare_quantizers.py reads, from the quickstart's own data.
 
-    .venv/bin/python integration/peers/quickstart_tokens.py sources.safetensors --text sources
+    .venv/bin/python recipes/study/quickstart_tokens.py sources.safetensors --text sources
 
 `sources`: what the base was trained on, to calibrate, and the standard library's modules that it
 was not trained on, to judge: the text of the held-out loss in its model card. `pairs`: the
@@ -28,21 +28,18 @@ from qalora_plugin.quantize.stdlib_text import (
     pretraining_files,
 )
 from qalora_plugin.quickstart.embedded import base_model_path
-from qalora_plugin.quickstart.evaluate import IGNORED, encode
+from qalora_plugin.quickstart.evaluate import IGNORED, encode, pad, row_text
 
 TEXTS = ("sources", "pairs", "completions", "prompts")
-MAX_LENGTH = 512  # tokens of a pair that are judged, as in the quickstart
 
 
 def judged_pairs(tokenizer: Any, part: str) -> dict[str, torch.Tensor]:
-    """`heldout` and `labels`, int64 [pairs, longest pair], of the quickstart's evaluation."""
-    rows = [encode(tokenizer, pair, MAX_LENGTH) for pair in load_pairs("eval")]
-    longest = max(len(ids) for ids, _ in rows)
-    heldout = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in rows])
-    labels = torch.tensor([row + [IGNORED] * (longest - len(row)) for _, row in rows])
+    """Return `heldout` and `labels`, int64 [pairs, longest], of the quickstart's evaluation."""
+    ids, completions = zip(*(encode(tokenizer, pair) for pair in load_pairs("eval")), strict=True)
+    heldout, labels = pad(ids, 0), pad(completions, IGNORED)
     if part == "prompts":
-        lengths = torch.tensor([[len(ids)] for ids, _ in rows])
-        position = torch.arange(longest)
+        position = torch.arange(heldout.shape[1])
+        lengths = torch.tensor([[len(row)] for row in ids])
         prompt = (labels == IGNORED) & (position > 0) & (position < lengths)
         labels = torch.where(prompt, heldout, IGNORED)
     return {"heldout": heldout, "labels": labels}
@@ -63,7 +60,7 @@ def main() -> None:
         texts, heldout_texts = ([path.read_text("utf-8") for path in group] for group in files)
     else:
         texts = calibration_texts()
-        heldout_texts = [pair["prompt"] + pair["completion"] for pair in load_pairs("eval")]
+        heldout_texts = [row_text(pair) for pair in load_pairs("eval")]
 
     def windows(texts: list[str], samples: int, seed: int = 0) -> torch.Tensor:
         return calibration_windows(

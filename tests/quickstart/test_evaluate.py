@@ -1,0 +1,65 @@
+"""The held-out loss of the quickstart, and how its result is printed."""
+
+import json
+
+import pytest
+import torch
+from support.models import llama
+from transformers import AutoTokenizer
+
+from qalora_plugin.errors import ConfigError
+from qalora_plugin.quickstart.embedded import base_model_path
+from qalora_plugin.quickstart.evaluate import IGNORED, MAX_LENGTH, encode, held_out_loss
+from qalora_plugin.quickstart.report import as_json, as_text
+from qalora_plugin.quickstart.run import Result, Row
+
+ROWS = [
+    {"prompt": "### Task\nAdd.\n", "completion": "def add(a, b):\n    return a + b\n"},
+    {"text": "import sys\n"},
+    {"text": ""},
+    {"prompt": "# long\n" * MAX_LENGTH, "completion": "cut off"},
+]
+
+
+def test_the_loss_is_that_of_each_row_alone() -> None:
+    """Rows of different lengths in a batch: completions and plain texts count, prompts do not."""
+    tokenizer = AutoTokenizer.from_pretrained(base_model_path())
+    model = llama(vocab_size=2048, max_position_embeddings=MAX_LENGTH)
+    total, count = 0.0, 0
+    for row in ROWS:
+        text = row.get("text", row.get("prompt", "") + row.get("completion", ""))
+        ids = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id][:MAX_LENGTH]
+        skipped = len(tokenizer(row["prompt"])["input_ids"]) if "prompt" in row else 1
+        logits = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+        for position in range(max(skipped, 1), len(ids)):
+            total -= logits[position - 1, ids[position]].item()
+            count += 1
+    found = held_out_loss(model.train(), tokenizer, ROWS, batch_size=2)
+    assert found == pytest.approx(total / count, rel=1e-5)
+    assert model.training
+
+
+def test_rows_without_a_token_to_predict_are_refused() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(base_model_path())
+    ids, labels = encode(tokenizer, ROWS[-1])
+    assert len(ids) == MAX_LENGTH
+    assert set(labels) == {IGNORED}
+    with pytest.raises(ConfigError, match="found none: give shorter prompts"):
+        held_out_loss(llama(vocab_size=2048), tokenizer, ROWS[-1:])
+
+
+def test_the_result_is_a_table_and_the_same_as_json() -> None:
+    names = ("16-bit base", "INT4 base", "INT4 + adapter", "merged")
+    rows = [Row(name, 3 - n / 4, (n + 1) * 10**6, 16 - n) for n, name in enumerate(names)]
+    paths, seconds = {"adapter": "out/adapter"}, {"quantize": 1.4, "train": 2.6}
+    result = Result(rows, True, 28, "a\nb", "c", "d", paths, seconds)
+    lines = as_text(result).splitlines()
+    assert lines[3] == "INT4 base              2.7500       2.00 MB        15.00"
+    assert "held-out loss, adapter on INT-n against the 16-bit base: -0.5000" in lines
+    assert lines[lines.index("prompt:") + 1 :][:2] == ["    a", "    b"]
+    assert lines[-2:] == ["adapter:   out/adapter", "time:      quantize 1 s, train 3 s"]
+    found = json.loads(as_json(result))
+    assert found["rows"][3] == {
+        "name": "merged", "loss": 2.25, "size": 4000000, "bits_per_weight": 13
+    }  # fmt: skip
+    assert (found["verified_layers"], found["seconds"]) == (28, seconds)
