@@ -1,7 +1,5 @@
 """Fixtures that run scripts inside the environments of other systems."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

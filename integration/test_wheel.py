@@ -1,7 +1,5 @@
 """What a user gets from the wheel: every file of both packages, and no other top-level name."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]

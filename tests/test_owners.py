@@ -2,6 +2,7 @@
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -12,27 +13,27 @@ PACKAGES = ("qalora_plugin", "kernels/qalora_kernels")
 STANDALONE = ("run.py",)
 
 
-def _sources(package: str) -> Iterator[tuple[str, ast.Module]]:
-    for path in sorted((ROOT / package).rglob("*.py")):
-        if path.name not in STANDALONE:
-            yield str(path.relative_to(ROOT)), ast.parse(path.read_text(encoding="utf-8"))
+@cache
+def _sources() -> dict[str, tuple[list[str], str]]:
+    """Return (strings that are no docstrings, code without strings) of every file by its name."""
+    found = {}
+    for package in PACKAGES:
+        for path in sorted((ROOT / package).rglob("*.py")):
+            if path.name not in STANDALONE:
+                tree = ast.parse(path.read_text(encoding="utf-8"))
+                found[str(path.relative_to(ROOT))] = (list(_take_strings(tree)), ast.unparse(tree))
+    return found
 
 
-def _without_docstrings(tree: ast.Module) -> Iterator[ast.AST]:
-    docstrings = {
-        id(node.body[0].value)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
-        and node.body
-        and isinstance(node.body[0], ast.Expr)
-    }
-    return (node for node in ast.walk(tree) if id(node) not in docstrings)
-
-
-def _strings(tree: ast.Module) -> Iterator[str]:
-    for node in _without_docstrings(tree):
+def _take_strings(tree: ast.Module) -> Iterator[str]:
+    """Empty every string of a file, and yield those that are no docstrings."""
+    nodes = list(ast.walk(tree))
+    documentation = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+    for node in nodes:
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
-            yield node.value
+            if id(node) not in documentation:
+                yield node.value
+            node.value = ""
 
 
 @pytest.mark.parametrize(
@@ -51,12 +52,7 @@ def _strings(tree: ast.Module) -> Iterator[str]:
     ],
 )
 def test_a_literal_has_one_owner(text: str, owner: str) -> None:
-    found = {
-        name
-        for package in PACKAGES
-        for name, tree in _sources(package)
-        if any(text in value for value in _strings(tree))
-    }
+    found = {name for name, (strings, _) in _sources().items() if any(text in s for s in strings)}
     assert found == {owner}
 
 
@@ -72,12 +68,7 @@ def test_a_literal_has_one_owner(text: str, owner: str) -> None:
     ],
 )
 def test_an_operation_has_one_owner(code: str, owners: set[str]) -> None:
-    found = set()
-    for package in PACKAGES:
-        for name, tree in _sources(package):
-            if code in "\n".join(ast.unparse(node) for node in tree.body):
-                found.add(name)
-    assert found == owners
+    assert {name for name, (_, text) in _sources().items() if code in text} == owners
 
 
 def test_no_module_is_loose() -> None:

@@ -3,7 +3,8 @@
 A random Llama of LAYERS blocks (24: 308M quantized parameters) at INT-4, group size 32, is loaded
 and trained for a step on 1, 2 and 4 CPU ranks. Of each rank: the bytes of the tensors it keeps for
 the quantized layers, and its resident memory (anonymous pages: files that are mapped do not count)
-before the model is loaded, after, after a step, and at its highest while loading.
+before the model is loaded, after, after a step, and at its highest while loading. Needs the
+repository's `tests` on the PYTHONPATH.
 """
 
 import gc
@@ -22,16 +23,12 @@ from typing import Any
 
 import torch
 from drive import Runs
-from safetensors.torch import save_file
-from train import Job, make_trainer, use_cpu_ranks
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from support.random_model import random_checkpoint
+from train import ROOT, Job, make_trainer, use_cpu_ranks
+from transformers import AutoTokenizer, LlamaConfig
 
-from qalora_plugin import QALoRAQuantConfig
-from qalora_plugin.architecture.selection import linears_to_quantize
-from qalora_plugin.checkpoint.layout import guard_tensor
 from qalora_plugin.layers.linear import QuantLinear
 
-ROOT = Path(__file__).resolve().parents[2]
 TOKENIZER = ROOT / "qalora_plugin" / "quickstart" / "base_model"
 
 
@@ -49,33 +46,7 @@ def make_base(out: Path, layers: int) -> None:
         dtype="bfloat16",
         architectures=["LlamaForCausalLM"],
     )
-    grid = QALoRAQuantConfig(bits=4, group_size=32)
-    generator = torch.Generator().manual_seed(0)
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config)
-    tensors: dict[str, torch.Tensor] = {}
-    chosen = linears_to_quantize(model, grid)
-    for name, linear in chosen.items():
-        spec = grid.spec_for(name, linear.in_features, linear.out_features)
-        words = (spec.packed_rows, spec.out_features)
-        shape = (spec.num_groups, spec.out_features)
-        low, high = -(2**31), 2**31
-        qweight = torch.randint(low, high, words, generator=generator, dtype=torch.int64)
-        tensors[f"{name}.qweight"] = qweight.to(torch.int32)
-        tensors[f"{name}.scales"] = (torch.rand(shape, generator=generator) * 0.005 + 0.001).half()
-        tensors[f"{name}.offsets"] = (torch.randn(shape, generator=generator) * 0.001).half()
-        tensors[f"{name}.weight"] = guard_tensor(spec.in_features)
-    for name, parameter in model.named_parameters():
-        if name.removesuffix(".weight") not in chosen:
-            values = torch.ones(parameter.shape)
-            if parameter.dim() == 2:
-                values = torch.randn(parameter.shape, generator=generator) * 0.02
-            tensors[name] = values.bfloat16()
-    out.mkdir()
-    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
-    config.quantization_config = grid.to_dict() | {"base": {"fingerprint": "0" * 32}}
-    config.save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    tokenizer.save_pretrained(random_checkpoint(config, out))
 
 
 def anonymous() -> int:

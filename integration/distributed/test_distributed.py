@@ -1,10 +1,7 @@
 """Training on several ranks with the real TRL, Accelerate and DeepSpeed, on CPU ranks over gloo."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,22 +18,15 @@ Found = dict[str, Any]
 
 @pytest.fixture(scope="session")
 def run_script(
-    env_python: Callable[[str], Path], project_path: Path, tmp_path_factory: pytest.TempPathFactory
+    env_python: Callable[[str], Path], run_json: Callable[..., Any], project_path: Path
 ) -> Callable[..., Found]:
-    """Run a script of this folder in Axolotl's environment; its last line of output."""
-    environment = os.environ | {
-        "PYTHONPATH": str(project_path),
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-        "OMP_WAIT_POLICY": "PASSIVE",
-    }
+    """`run_script(name, *arguments)` -> the last line that a script of this folder prints."""
+    path = f"{project_path}:{ROOT / 'tests'}"
+    environment = {"PYTHONPATH": path, "OMP_NUM_THREADS": 1, "OMP_WAIT_POLICY": "PASSIVE"}
 
     def run(script: str, *arguments: object) -> Found:
-        command = [str(part) for part in (env_python("axolotl"), HERE / script, *arguments)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
-        sys.stderr.write(done.stderr[-4000:])
-        assert done.returncode == 0, done.stderr[-4000:]
-        return json.loads(done.stdout.strip().splitlines()[-1])
+        command = [env_python("axolotl"), HERE / script, *arguments]
+        return run_json(*command, timeout=900, **environment)
 
     return run
 

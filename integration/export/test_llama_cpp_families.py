@@ -1,15 +1,12 @@
 """Every family that is written to GGUF computes in llama.cpp what it computes in transformers."""
 
-import os
 import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -23,10 +20,8 @@ from transformers import (
 )
 
 from qalora_plugin import QALoRAQuantConfig
-from qalora_plugin.checkpoint.format import format_named
 from qalora_plugin.quickstart.embedded import base_model_path
 
-RUNNER = format_named("gguf").script
 # of log-probabilities with a spread of 1.2; llama.cpp rounds activations to 8 bits
 ROUNDING, DIVERGENCE = 0.25, 2e-3
 
@@ -64,7 +59,7 @@ FAMILIES = {
 
 
 def write_model(config: PreTrainedConfig, folder: Path) -> Path:
-    """A quantized model of random weights, with the quickstart's tokenizer."""
+    """Write a quantized model of random weights, with the quickstart's tokenizer."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
     with torch.no_grad():
@@ -82,26 +77,15 @@ def write_model(config: PreTrainedConfig, folder: Path) -> Path:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_family(
-    family: str,
-    env_python: Callable[[str], Path],
-    run_json: Callable[..., Any],
-    project_path: Path,
-    tmp_path: Path,
+    family: str, qalora: Callable[..., str], run_export: Callable[..., Any], tmp_path: Path
 ) -> None:
-    model, python = write_model(FAMILIES[family], tmp_path), env_python("export")
-    command = ["-P", "-m", "qalora_plugin", "export", model, "--format", "gguf"]
-    subprocess.run(
-        [python, *command, "--out", tmp_path / "model.gguf"],
-        check=True,
-        env={**os.environ, "PYTHONPATH": str(project_path)},
-    )
+    model, out = write_model(FAMILIES[family], tmp_path), tmp_path / "model.gguf"
+    qalora("export", model, "--format", "gguf", "--out", out)
     ids = torch.randint(3, 2048, (40,), generator=torch.Generator().manual_seed(0))
     ours = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     with torch.no_grad():
         expected = ours(ids[None]).logits[0, -1].log_softmax(-1)
-    save_file({"input_ids": ids[None]}, tmp_path / "input")
-    run_json(python, RUNNER, tmp_path / "model.gguf", tmp_path / "input", tmp_path / "out")
-    found = load_file(tmp_path / "out")["logprobs"][0]
+    found = run_export("gguf", out, ids[None])[1]["logprobs"][0]
     divergence = (expected.exp() * (expected - found)).sum().item()
     print(f"{family}: {(found - expected).abs().max():.3f}, divergence {divergence:.1e}")
     assert expected.std() > 1

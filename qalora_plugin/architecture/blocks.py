@@ -6,10 +6,9 @@ from ..errors import ConfigError
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Name and list of a model's repeated blocks.
+    """Return name and list of a model's repeated blocks.
 
-    That is the `nn.ModuleList` with the most weights, among those of parts that read tokens: not
-    those of vision or audio towers.
+    That is the `nn.ModuleList` with the most weights, but for vision or audio towers.
 
     Raises:
         ConfigError: the model has no such list.

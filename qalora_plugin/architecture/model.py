@@ -1,4 +1,4 @@
-"""A checkpoint's model as transformers builds it, without weights: for what its class knows."""
+"""A checkpoint's model as transformers builds it, without weights, for what its class knows."""
 
 import copy
 from collections.abc import Iterable
@@ -60,7 +60,7 @@ class Architecture:
         return {self.stored_name(name): tuple(value.shape) for name, value in parameters}
 
     def stored_name(self, name: str) -> str:
-        """The checkpoint's name of a tensor of the model; the model's own where it has none."""
+        """Return the checkpoint's name of a tensor; the model's own where it has none."""
         return self.stored.get(name, name)
 
 
@@ -115,6 +115,4 @@ def read_architecture(
         return None
     model = empty_model(CONFIG_MAPPING[model_type].from_dict(raw), classes[0])
     translate = LayerNames(model)
-    found = {translate.parameter(name): name for name in names}
-    found = {name: stored for name, stored in found.items() if translate.has(name)}
-    return Architecture(model, found, translate.are_converted)
+    return Architecture(model, translate.stored(names), translate.are_converted)

@@ -1,4 +1,4 @@
-"""Names of modules and tensors: a checkpoint's, a model's, and those that a user writes."""
+"""The names of modules and tensors: a checkpoint's, a model's, and those that a user writes."""
 
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
@@ -9,7 +9,7 @@ from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 
 def matches(name: str, entry: str) -> bool:
-    """Whether the module `name` is the one that `entry` names, or lies below it.
+    """Say whether the module `name` is the one that `entry` names, or lies below it.
 
     `entry` is a whole name or the last parts of one, and may hold the wildcards of `fnmatch`.
     """
@@ -23,7 +23,7 @@ def is_excluded(name: str, entries: Iterable[str]) -> bool:
 
 
 class LayerNames:
-    """Translates names of a checkpoint's tensors into those of a model, as transformers does.
+    """The names that a model gives to a checkpoint's tensors, as transformers translates them.
 
     Attributes:
         are_converted: whether transformers also fuses or splits tensors of this architecture.
@@ -37,15 +37,20 @@ class LayerNames:
         self.are_converted = len(self._renamings) < len(mapping)
 
     def parameter(self, name: str) -> str:
-        """Name that the model gives to a tensor of the checkpoint."""
+        """Return the name that the model gives to a tensor of the checkpoint."""
         if name in self._state:
             return name
         return rename_source_key(name, self._renamings, [], self._prefix, self._state)[0]
 
     def unknown(self, name: str) -> str:
-        """Name under which transformers reports a tensor that the model does not have."""
+        """Return the name by which transformers reports a tensor that the model does not have."""
         return rename_source_key(name, self._renamings, [])[0]
 
     def has(self, name: str) -> bool:
-        """Whether the model has a parameter or buffer of this name."""
+        """Say whether the model has a parameter or buffer of this name."""
         return name in self._state
+
+    def stored(self, names: Iterable[str]) -> dict[str, str]:
+        """Return which of a checkpoint's names each of the model's tensors has that it stores."""
+        found = {self.parameter(name): name for name in names}
+        return {name: stored for name, stored in found.items() if self.has(name)}

@@ -1,4 +1,4 @@
-"""Which linear layers of a model are quantized: one rule for every way of quantizing."""
+"""Choose the linear layers of a model to quantize: one rule for every way of quantizing."""
 
 from collections.abc import Iterable
 
@@ -19,31 +19,23 @@ _USUAL_ENTRY = "lm_head"  # in every list that was ever copied; headless models 
 
 
 def linears_in_blocks(model: nn.Module) -> dict[str, nn.Linear]:
-    """The `nn.Linear` layers inside a model's repeated blocks (`nn.ModuleList`s), by name.
+    """Return the `nn.Linear` layers inside a model's repeated blocks (`nn.ModuleList`s), by name.
 
     Embeddings, heads, poolers and projections outside the blocks are not among them, nor are
     output embeddings and subclasses of `nn.Linear`, whose forward may do something else.
     """
-    blocks = [name + "." for name, module in model.named_modules() if _is_list(module)]
-    get_head = getattr(model, "get_output_embeddings", lambda: None)
-    head = get_head()
+    modules = dict(model.named_modules())
+    blocks = tuple(f"{name}." for name, m in modules.items() if isinstance(m, nn.ModuleList))
+    head = getattr(model, "get_output_embeddings", lambda: None)()
     return {
         name: module
-        for name, module in model.named_modules()
-        if type(module) is nn.Linear and module is not head and name.startswith(tuple(blocks))
+        for name, module in modules.items()
+        if type(module) is nn.Linear and module is not head and name.startswith(blocks)
     }
 
 
-def _is_list(module: nn.Module) -> bool:
-    return isinstance(module, nn.ModuleList)
-
-
 def refuse_read_weights(model: nn.Module, names: Iterable[str]) -> None:
-    """Refuse layers that the model does not call.
-
-    Args:
-        model: the model.
-        names: of the layers that are, or are to be, quantized.
+    """Refuse layers to quantize that the model does not call.
 
     Raises:
         ConfigError: the model computes with the `weight` of one of them itself.
@@ -63,14 +55,10 @@ def refuse_read_weights(model: nn.Module, names: Iterable[str]) -> None:
 
 
 def check_overrides(entries: Iterable[str], names: Iterable[str]) -> None:
-    """Refuse an entry of `dynamic` that changes nothing.
-
-    Args:
-        entries: the keys of `dynamic`.
-        names: of the layers to quantize, as the config's `spec_for` is asked for them.
+    """Refuse a key of `dynamic` that matches none of the names of the layers to quantize.
 
     Raises:
-        ConfigError: an entry matches none of them.
+        ConfigError: there is one.
     """
     names = list(names)
     for entry in entries:
@@ -82,14 +70,10 @@ def check_overrides(entries: Iterable[str], names: Iterable[str]) -> None:
 
 
 def check_group_sizes(sizes: Iterable[int], linears: Iterable[nn.Linear]) -> None:
-    """Refuse a group size that cuts no layer.
-
-    Args:
-        sizes: every group size that the config names, see its `group_sizes`.
-        linears: the layers to quantize.
+    """Refuse a group size that cuts none of the layers to quantize.
 
     Raises:
-        ConfigError: one of them is larger than every layer's inputs.
+        ConfigError: one of the sizes is larger than every layer's inputs.
     """
     widest = max(linear.in_features for linear in linears)
     for size in sizes:
@@ -131,8 +115,8 @@ def linears_to_quantize(
     name = type(model).__name__
     if linears:
         raise ConfigError(
-            f"{name}: modules_to_not_convert {excluded} excludes all "
-            f"{len(linears)} linear layers of its blocks. Shorten the list."
+            f"{name}: modules_to_not_convert {excluded} excludes all {len(linears)} linear layers "
+            "of its blocks. Shorten the list."
         )
     conv = sum(isinstance(module, Conv1D) for module in model.modules())
     found = f"{conv} transformers Conv1D layers (as in GPT-2)" if conv else "none"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..checkpoint.config import QUANT_METHOD
-from ..checkpoint.format import base_format
+from ..checkpoint.kind import find_kind
 from ..distributed.ranks import on_main_process
 from ..errors import CheckpointError, ConfigError, QuantizationError
 from ..files.hub import resolve_model_dir
@@ -33,16 +33,14 @@ def is_quantized(base_model: str, revision: str | None = None) -> bool:
         ConfigError: it is quantized by a method that has no INT-n grid with groups.
     """
     directory = resolve_model_dir(base_model, revision)
-    stored = CheckpointReader(directory).config.get("quantization_config")
-    if base_format(stored, directory) is not None:
-        return True
-    if stored is None:
+    _ = CheckpointReader(directory).config  # weights and config have to be readable
+    kind = find_kind(directory)
+    if kind.is_16_bit:
         return False
-    method = stored.get("quant_method")
-    if method != QUANT_METHOD:
+    if kind.base is None and kind.method != QUANT_METHOD:
         raise ConfigError(
-            f"base_model: {base_model} is quantized with quant_method {method!r}; adapter: qalora "
-            "needs a 16-bit model, one written by `qalora quantize`, or a GPTQ checkpoint"
+            f"base_model: {base_model} is quantized with quant_method {kind.method!r}; adapter: "
+            "qalora needs a 16-bit model, one written by `qalora quantize`, or a GPTQ checkpoint"
         )
     return True
 

@@ -1,31 +1,24 @@
-"""`QuantizedCheckpoint`: one view of a quantized model on disk, in our format or a foreign one.
-
-Merging, verifying and exporting walk its layers through this, one in memory at a time.
-"""
+"""One view of a quantized model on disk, in our format or a foreign one, layer by layer."""
 
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from qalora_kernels import PackedWeight, QuantSpec, load_offsets
+from qalora_kernels import PackedWeight, QuantSpec
 
 from ..errors import CheckpointError, ConfigError
 from ..files.hub import resolve_model_dir
-from ..files.json import read_json
-from ..files.names import CONFIG_FILE, RECORD_FILE
+from ..files.names import CONFIG_FILE
 from ..files.reader import CheckpointReader
 from .config import QUANT_METHOD, QALoRAQuantConfig
-from .format import base_format, formats
-from .layout import QUANTIZED_TENSORS, TensorPlan, layer_plan
+from .kind import find_kind
+from .layout import QUANTIZED_TENSORS, TensorPlan, layer_plan, read_layer
 from .validate import check_layers, check_values
 
 
 class QuantizedCheckpoint:
     """A quantized base or merged model in our format, its headers checked against its config.
 
-    `open_quantized` opens a directory in any format that can be a base: a foreign one gives a
-    subclass that reads layers in its own way.
+    A foreign format is a subclass that reads layers in its own way; `open_quantized` chooses it.
 
     Attributes:
         format: "qalora", or the name of the foreign format.
@@ -40,10 +33,7 @@ class QuantizedCheckpoint:
     """Names of tensors of a quantized layer that only the foreign format has, such as "qzeros"."""
 
     def __init__(self, directory: str | Path) -> None:
-        """Read and check config.json and the headers; no layer is read.
-
-        Args:
-            directory: a local directory (see `open_quantized` for Hub ids).
+        """Read and check config.json and the headers of a local directory; no layer is read.
 
         Raises:
             CheckpointError: not quantized, damaged, or its config contradicts its tensors.
@@ -61,7 +51,10 @@ class QuantizedCheckpoint:
                 f"found {f'quant_method {method!r}' if method else 'a model that is not quantized'}"
                 ". Quantize the 16-bit model with `qalora quantize`."
             )
-        config = _own_config(self.reader, raw)
+        try:
+            config = QALoRAQuantConfig(**raw)
+        except (ConfigError, TypeError) as error:
+            raise CheckpointError(f"{self.directory / CONFIG_FILE}: {error}") from error
         return config, check_layers(self.reader, config)
 
     @property
@@ -71,7 +64,7 @@ class QuantizedCheckpoint:
 
     @property
     def directory(self) -> Path:
-        """Where it lies."""
+        """The directory that was opened."""
         return self.reader.directory
 
     def layer(self, name: str) -> PackedWeight:
@@ -85,16 +78,12 @@ class QuantizedCheckpoint:
         Raises:
             CheckpointError: a scale or offset that is not finite, or a group index out of range.
         """
-        spec = self.layers[name]
-        scales, offsets = self._grid(name, spec)
-        g_idx = self.reader.get(f"{name}.g_idx") if self.config.desc_act else None
-        check_values(self.where(name), spec, scales, offsets, g_idx)
-        return PackedWeight(self.reader.get(f"{name}.qweight"), scales, offsets, g_idx, spec)
+        weight = self._read_layer(name)
+        check_values(self.where(name), weight)
+        return weight
 
-    def _grid(self, name: str, spec: QuantSpec) -> tuple[torch.Tensor, torch.Tensor]:
-        """Read a layer's scales and offsets, fp32 [G, N]."""
-        scales = self.reader.get(f"{name}.scales").float()
-        return scales, load_offsets(self.reader.get(f"{name}.offsets"), scales, spec).float()
+    def _read_layer(self, name: str) -> PackedWeight:
+        return read_layer(self.reader, name, self.layers[name])
 
     def where(self, name: str) -> str:
         """Return file and name of a layer, for messages."""
@@ -121,33 +110,13 @@ class QuantizedCheckpoint:
         plan: TensorPlan = self.reader.plan(self.dense_names)
         for name, spec in self.layers.items():
             plan.update(layer_plan(name, spec, self.config.desc_act))
-        # a layer's parts side by side, in the order of the files
         order = {name: i for i, name in enumerate(self.reader.tensors)}
-        return dict(sorted(plan.items(), key=lambda item: self._place(item[0], order)))
 
-    def _place(self, tensor: str, order: dict[str, int]) -> int:
-        layer = tensor.rpartition(".")[0]
-        return order[f"{layer}.qweight" if layer in self.layers else tensor]
+        def place(tensor: str) -> int:  # a layer's parts side by side, in the order of the files
+            layer = tensor.rpartition(".")[0]
+            return order[f"{layer}.qweight" if layer in self.layers else tensor]
 
-
-def _refuse_export(directory: Path) -> None:
-    record = directory / RECORD_FILE
-    if not record.exists():
-        return
-    format = read_json(record).get("format")
-    readable = [known.name for known in formats() if known.is_base or known.of_adapter]
-    if format not in readable:  # of an adapter the reader says more
-        raise CheckpointError(
-            f"{directory}: is an export in format {format!r}, for other runtimes. Give the model "
-            f"that it was made from; `qalora verify {directory} --against MODEL` compares the two."
-        )
-
-
-def _own_config(reader: CheckpointReader, raw: dict) -> QALoRAQuantConfig:
-    try:
-        return QALoRAQuantConfig(**raw)
-    except (ConfigError, TypeError) as error:
-        raise CheckpointError(f"{reader.directory / CONFIG_FILE}: {error}") from error
+        return {name: plan[name] for name in sorted(plan, key=place)}
 
 
 def open_quantized(name_or_path: str | Path, revision: str | None = None) -> QuantizedCheckpoint:
@@ -162,11 +131,14 @@ def open_quantized(name_or_path: str | Path, revision: str | None = None) -> Qua
             or is damaged.
     """
     directory = resolve_model_dir(name_or_path, revision)
-    _refuse_export(directory)
-    config = directory / CONFIG_FILE
-    raw = read_json(config).get("quantization_config") if config.exists() else None
-    found = base_format(raw, directory)
-    if found is None:
+    kind = find_kind(directory)
+    if kind.export is not None:
+        raise CheckpointError(
+            f"{directory}: is an export in format {kind.export!r}, for other runtimes. Give the "
+            f"model that it was made from; `qalora verify {directory} --against MODEL` compares "
+            "the two."
+        )
+    if kind.base is None:
         return QuantizedCheckpoint(directory)
-    checkpoint: QuantizedCheckpoint = found.module("read").open_checkpoint(directory)
+    checkpoint: QuantizedCheckpoint = kind.base.module("read").open_checkpoint(directory)
     return checkpoint

@@ -10,7 +10,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qalora_kernels import OFFSETS_AT, SUPPORTED_BITS, QuantSpec
 
-from ..architecture.names import is_excluded, matches
+from ..architecture.names import matches
 from ..errors import ConfigError
 
 QUANT_METHOD = "qalora"
@@ -158,10 +158,6 @@ class QALoRAQuantConfig(QuantizationConfigMixin):
         """The group sizes that this config names, those of `dynamic` included."""
         overrides = (override.get("group_size") for override in self.dynamic.values())
         return [self.group_size, *(size for size in overrides if size is not None)]
-
-    def is_converted(self, name: str) -> bool:
-        """Say whether the linear module `name` is quantized, by `modules_to_not_convert`."""
-        return not is_excluded(name, self.modules_to_not_convert or ())
 
     def spec_for(self, name: str, in_features: int, out_features: int) -> QuantSpec:
         """Return the grid of the module `name`, with the override of `dynamic` that matches."""

@@ -1,4 +1,4 @@
-"""What a directory holds: 16-bit model, quantized base, merged model, stock GPTQ, adapter."""
+"""Describe a directory, and check it: 16-bit model, quantized or merged model, adapter."""
 
 import math
 from collections import Counter
@@ -6,17 +6,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.checkpoint import open_quantized
 from ..errors import CheckpointError
 from ..files.json import read_json
 from ..files.manifest import check_manifest
 from ..files.names import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
 from ..files.reader import CheckpointReader
 from ..files.safetensors import read_header
-from .checkpoint import QuantizedCheckpoint
-from .layout import GUARD
+from .checkpoint import QuantizedCheckpoint, open_quantized
+from .kind import find_kind
+from .layout import GUARD, quantized_layers
 
 _ADAPTER_KEYS = ("peft_type", "adapt", "r", "lora_alpha", "bits", "group_size", "fingerprint")
+_CONFIG_KEYS = ("desc_act", "offsets_dtype", "offsets_at", "method")
 _PARTS = {
     "qweight": "integers",
     "scales": "scales",
@@ -45,24 +46,23 @@ def describe(
         CheckpointError: it holds neither a model nor an adapter that can be read at all.
     """
     directory = Path(directory)
-    if (directory / ADAPTER_CONFIG_FILE).exists():
+    kind = find_kind(directory)
+    if kind.is_adapter:
         return _describe_adapter(directory)
     reader = CheckpointReader(directory)
-    raw = reader.config.get("quantization_config")
+    total = sum(info.nbytes for info in reader.tensors.values())
     found: dict[str, Any] = {
-        "kind": "16-bit model",
+        "kind": "quantized model",
         "directory": str(directory),
         "architecture": ", ".join(reader.config.get("architectures") or ["unknown"]),
         "files": len(reader.files),
         "valid": True,
         "problem": None,
     }
-    total = sum(info.nbytes for info in reader.tensors.values())
-    if raw is None and not any(name.endswith(".qweight") for name in reader.tensors):
-        found["parameters"] = sum(math.prod(info.shape) for info in reader.tensors.values())
-        found["bytes"] = {"total": total}
-        return found
-    found["kind"] = "quantized model"
+    if kind.is_16_bit and not quantized_layers(reader.tensors):
+        parameters = sum(math.prod(info.shape) for info in reader.tensors.values())
+        sizes = {"parameters": parameters, "bytes": {"total": total}}
+        return found | {"kind": "16-bit model"} | sizes
     found["bytes"] = {"total": total}
     try:
         checkpoint = open_quantized(directory)
@@ -81,7 +81,8 @@ def describe(
 def _describe_quantized(checkpoint: QuantizedCheckpoint, total: int) -> dict[str, Any]:
     config = checkpoint.config
     sizes: Counter[str] = Counter()
-    weights = sum(spec.in_features * spec.out_features for spec in checkpoint.layers.values())
+    specs = checkpoint.layers.values()
+    weights = sum(spec.in_features * spec.out_features for spec in specs)
     for name in checkpoint.layers:
         for part, kind in _PARTS.items():
             if f"{name}.{part}" in checkpoint.reader:
@@ -90,13 +91,10 @@ def _describe_quantized(checkpoint: QuantizedCheckpoint, total: int) -> dict[str
     kind = "stock GPTQ model" if checkpoint.is_foreign else "quantized base"
     found = {
         "kind": "merged model" if config.merged else kind,
-        "bits": _spread(spec.bits for spec in checkpoint.layers.values()),
-        "group_size": _spread(spec.group_size for spec in checkpoint.layers.values()),
-        "desc_act": config.desc_act,
-        "offsets_dtype": config.offsets_dtype,
-        "offsets_at": config.offsets_at,
-        "method": config.method,
-        "layers": len(checkpoint.layers),
+        "bits": _spread(spec.bits for spec in specs),
+        "group_size": _spread(spec.group_size for spec in specs),
+        **{key: getattr(config, key) for key in _CONFIG_KEYS},
+        "layers": len(specs),
         "weights_quantized": weights,
         "bits_per_weight": round(8 * (packed - sizes["guards"]) / weights, 3),
         "bytes": {**sizes, "rest": total - packed, "total": total},
@@ -107,7 +105,7 @@ def _describe_quantized(checkpoint: QuantizedCheckpoint, total: int) -> dict[str
 
 
 def _spread(values: Any) -> int | dict[str, int]:
-    """The one value, or how many layers have which."""
+    """Return the one value, or how many layers have which."""
     counts = Counter(values)
     if len(counts) == 1:
         return next(iter(counts))

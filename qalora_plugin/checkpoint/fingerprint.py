@@ -25,24 +25,20 @@ def _checksum(words: torch.Tensor) -> tuple[int, int]:
 
 
 def fingerprint(layers: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """Fingerprint of quantized layers, whatever their order.
+    """Return the fingerprint of quantized layers, whatever their order: 32 hexadecimal digits.
 
     Args:
         layers: (module name in the base model, `qweight` int32 [ceil(K/32)*bits, N]).
-
-    Returns:
-        32 hexadecimal digits.
     """
     return combine(mark(name, qweight) for name, qweight in layers)
 
 
 def mark(name: str, qweight: torch.Tensor) -> str:
-    """One layer's part of a fingerprint, for layers that are not in memory together."""
+    """Return one layer's part of a fingerprint, for layers that are not in memory together."""
     plain, weighted = _checksum(qweight)
     return f"{name} {tuple(qweight.shape)} {plain} {weighted}"
 
 
 def combine(marks: Iterable[str]) -> str:
-    """The fingerprint of layers from their marks."""
-    lines = list(marks)
-    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()[:32]
+    """Return the fingerprint of layers from their marks."""
+    return hashlib.sha256("\n".join(sorted(marks)).encode()).hexdigest()[:32]

@@ -11,13 +11,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 from qalora_kernels import SUPPORTED_BITS, QuantSpec
 
 from ..errors import ConfigError
-from ..files.json import read_json
-from ..files.names import CONFIG_FILE
 from .config import QALoRAQuantConfig
 
 
@@ -195,7 +193,7 @@ class Format:
         return path.with_name(path.name + (self.suffix or f"-{self.name}"))
 
     def marks(self, config: Mapping[str, Any], directory: Path | None = None) -> bool:
-        """Say whether a config.json, and the files beside it, are of this format."""
+        """Say whether a config.json, and the files beside it, are of this format (see `kind`)."""
         quantization = config.get("quantization_config")
         if self.quant_methods and quantization is not None:
             method = quantization.get("quant_method") if isinstance(quantization, dict) else None
@@ -231,26 +229,6 @@ def format_named(name: str) -> Format:
     return _FORMATS[name]
 
 
-def recognise(path: Path) -> Format | None:
-    """Return the format that a file or directory is in, None if it is none that is known.
-
-    Raises:
-        CheckpointError: config.json cannot be read.
-    """
-    if path.is_file():
-        return next((f for f in formats() if f.suffix and path.suffix == f.suffix), None)
-    config = read_json(path / CONFIG_FILE) if (path / CONFIG_FILE).exists() else {}
-    # what has files of its own first: an adapter may lie beside a quantized model's config.json
-    known = sorted(formats(), key=lambda format: bool(format.quant_methods))
-    return next((format for format in known if format.marks(config, path)), None)
-
-
-def base_format(quantization_config: Any, directory: Path | None = None) -> Format | None:
-    """Return the foreign format in which a base is quantized, None if we read it in none."""
-    config = {"quantization_config": quantization_config}
-    return next((f for f in formats() if f.is_base and f.marks(config, directory)), None)
-
-
 def foreign_config(quantization_config: Any, path: Path) -> QALoRAQuantConfig | None:
     """Return our config of a base in a foreign format, from its `quantization_config` alone.
 
@@ -264,5 +242,9 @@ def foreign_config(quantization_config: Any, path: Path) -> QALoRAQuantConfig | 
     Raises:
         CheckpointError: its format is known, but names an option that is not read.
     """
-    found = base_format(quantization_config)
-    return None if found is None else found.module("read").parse_config(quantization_config, path)
+    config = {"quantization_config": quantization_config}
+    for format in formats():
+        if format.is_base and format.marks(config):
+            read = format.module("read")
+            return cast(QALoRAQuantConfig, read.parse_config(quantization_config, path))
+    return None

@@ -1,4 +1,4 @@
-"""Does an adapter belong to a base? The one comparison; those who ask word their own errors."""
+"""Compare two quantized bases, to know whether an adapter belongs to one."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -32,7 +32,7 @@ TensorPlan = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
 def layer_plan(name: str, spec: QuantSpec, desc_act: bool) -> TensorPlan:
-    """Full names, dtypes and shapes of a quantized layer's tensors, the bias left out."""
+    """Return names, dtypes and shapes of a quantized layer's tensors, the bias left out."""
     grid = (spec.num_groups, spec.out_features)
     plan: TensorPlan = {
         f"{name}.qweight": (torch.int32, (spec.packed_rows, spec.out_features)),
@@ -46,7 +46,7 @@ def layer_plan(name: str, spec: QuantSpec, desc_act: bool) -> TensorPlan:
 
 
 def guard_tensor(in_features: int) -> torch.Tensor:
-    """The guard: shape [1], holding K."""
+    """Return the guard, of shape [1], which holds K."""
     return torch.tensor([in_features], dtype=GUARD_DTYPE)
 
 
@@ -65,23 +65,19 @@ def pack_layer(name: str, weight: PackedWeight) -> dict[str, torch.Tensor]:
 
 def read_layer(reader: CheckpointReader, name: str, spec: QuantSpec) -> PackedWeight:
     """Return the layer that `pack_layer` stored, its scales and offsets in fp32."""
-    g_idx, scales = f"{name}.g_idx", reader.get(f"{name}.scales").float()
-    return PackedWeight(
-        qweight=reader.get(f"{name}.qweight"),
-        scales=scales,
-        offsets=load_offsets(reader.get(f"{name}.offsets"), scales, spec).float(),
-        g_idx=reader.get(g_idx) if g_idx in reader else None,
-        spec=spec,
-    )
+    scales = reader.get(f"{name}.scales").float()
+    offsets = load_offsets(reader.get(f"{name}.offsets"), scales, spec).float()
+    g_idx = reader.get(f"{name}.g_idx") if f"{name}.g_idx" in reader else None
+    return PackedWeight(reader.get(f"{name}.qweight"), scales, offsets, g_idx, spec)
 
 
 def quantized_layers(names: Iterable[str]) -> list[str]:
-    """Layers that have a `qweight` among these tensor names, in their order."""
+    """Return the layers that have a `qweight` among these tensor names, in their order."""
     return [name.removesuffix(".qweight") for name in names if name.endswith(".qweight")]
 
 
 def read_in_features(reader: CheckpointReader, name: str) -> int:
-    """K of a quantized layer, as its guard says.
+    """Return K of a quantized layer, as its guard says.
 
     Raises:
         CheckpointError: the layer has no guard, or not a positive whole number in it.

@@ -1,12 +1,13 @@
-"""Does a checkpoint's config.json describe the tensors that are there?
+"""Check that config.json describes the tensors that are there, and that numbers are sound.
 
 Shapes and dtypes come from the file headers alone; values are checked when a layer is read.
 """
 
 import torch
 
-from qalora_kernels import SUPPORTED_BITS, QuantSpec
+from qalora_kernels import SUPPORTED_BITS, PackedWeight, QuantSpec
 
+from ..architecture.names import is_excluded
 from ..errors import CheckpointError
 from ..files.names import CONFIG_FILE
 from ..files.reader import CheckpointReader
@@ -14,15 +15,12 @@ from .config import QALoRAQuantConfig
 from .layout import GUARD, layer_plan, quantized_layers, read_in_features
 
 _LAYER_TENSORS = {"qweight", "scales", "offsets", "g_idx", "bias", GUARD}
+_INCOMPLETE = "The checkpoint is incomplete: write or copy it again."
 _BAD_VALUES = "The file is damaged, or was quantized wrongly: copy it, or quantize, again."
 
 
 def check_layers(reader: CheckpointReader, config: QALoRAQuantConfig) -> dict[str, QuantSpec]:
     """Check every quantized layer's tensors against the config, from the headers.
-
-    Args:
-        reader: of a directory in our own format.
-        config: its `quantization_config`.
 
     Returns:
         The grid of every quantized layer by name.
@@ -37,36 +35,24 @@ def check_layers(reader: CheckpointReader, config: QALoRAQuantConfig) -> dict[st
             f"{reader.directory}: {CONFIG_FILE} says quant_method {config.quant_method!r}, but no "
             "tensor is a qweight. The weights belong to another checkpoint: copy both from one."
         )
-    parts = _tensors_by_layer(reader)
+    parts: dict[str, set[str]] = {}
+    for tensor in reader.tensors:
+        layer, _, part = tensor.rpartition(".")
+        parts.setdefault(layer, set()).add(part)
     specs = {}
     for name in names:
-        if not config.is_converted(name):
+        if is_excluded(name, config.modules_to_not_convert or ()):
             raise CheckpointError(
                 f"{reader.info(f'{name}.qweight').file}: {name} is quantized, but {CONFIG_FILE} "
                 "lists it in modules_to_not_convert. Remove it there."
             )
         specs[name] = _check_layer(reader, config, name, parts[name])
-    _check_orphans(reader, parts, specs)
-    return specs
-
-
-def _tensors_by_layer(reader: CheckpointReader) -> dict[str, set[str]]:
-    parts: dict[str, set[str]] = {}
-    for tensor in reader.tensors:
-        layer, _, part = tensor.rpartition(".")
-        parts.setdefault(layer, set()).add(part)
-    return parts
-
-
-def _check_orphans(
-    reader: CheckpointReader, parts: dict[str, set[str]], specs: dict[str, QuantSpec]
-) -> None:
     for layer, found in parts.items():
         if layer not in specs and {"scales", "offsets"} <= found:
             raise CheckpointError(
-                f"{reader.directory}: {layer} has scales and offsets but no qweight. "
-                "The checkpoint is incomplete: write or copy it again."
+                f"{reader.directory}: {layer} has scales and offsets but no qweight. {_INCOMPLETE}"
             )
+    return specs
 
 
 def _check_layer(
@@ -96,10 +82,7 @@ def _check_layer(
     _check_bits(reader, name, spec)
     for tensor, (dtype, shape) in layer_plan(name, spec, config.desc_act).items():
         if tensor not in reader:
-            raise CheckpointError(
-                f"{reader.directory}: {tensor} is missing. "
-                "The checkpoint is incomplete: write or copy it again."
-            )
+            raise CheckpointError(f"{reader.directory}: {tensor} is missing. {_INCOMPLETE}")
         info = reader.info(tensor)
         if (info.dtype, info.shape) != (dtype, shape):
             raise CheckpointError(
@@ -145,34 +128,26 @@ def bad_values(scales: torch.Tensor, offsets: torch.Tensor) -> str | None:
     return None
 
 
-def check_values(
-    where: str,
-    spec: QuantSpec,
-    scales: torch.Tensor,
-    offsets: torch.Tensor,
-    g_idx: torch.Tensor | None,
-) -> None:
+def check_values(where: str, weight: PackedWeight) -> None:
     """Check a layer's numbers: a damaged file or a kernel's out-of-bounds read shows here.
 
     Args:
         where: file and layer, for the message.
-        spec: the layer's grid.
-        scales: [G, N].
-        offsets: [G, N].
-        g_idx: [K] or None.
+        weight: the layer.
 
     Raises:
         CheckpointError: a scale or an offset is bad (see `bad_values`), or a group index is outside
             [0, G).
     """
-    bad = bad_values(scales, offsets)
+    bad = bad_values(weight.scales, weight.offsets)
     if bad is not None:
         raise CheckpointError(f"{where}.{bad}. {_BAD_VALUES}")
-    if g_idx is None:
+    if weight.g_idx is None:
         return
-    low, high = (int(v) for v in torch.aminmax(g_idx))
-    if low < 0 or high >= spec.num_groups:
+    low, high = (int(value) for value in torch.aminmax(weight.g_idx))
+    last = weight.spec.num_groups - 1
+    if low < 0 or high > last:
         raise CheckpointError(
-            f"{where}.g_idx: expected group numbers from 0 to {spec.num_groups - 1}, "
-            f"found {low} to {high}. The file is damaged: write or copy it again."
+            f"{where}.g_idx: expected group numbers from 0 to {last}, found {low} to {high}. "
+            "The file is damaged: write or copy it again."
         )

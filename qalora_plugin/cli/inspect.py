@@ -29,38 +29,32 @@ def main(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from ..checkpoint.describe import describe
-    from ..checkpoint.format import recognise
+    from ..checkpoint.kind import find_kind
     from ..files.hub import resolve_model_dir
 
     path = Path(args.model).expanduser()
-    is_export = path.is_file() and recognise(path) is not None
-    directory = path if is_export else resolve_model_dir(args.model)
+    is_export_file = path.is_file() and find_kind(path).export
+    directory = path if is_export_file else resolve_model_dir(args.model)
     with tqdm(desc="checking", unit="layer", file=sys.stderr, delay=1, leave=False) as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
-        found = _describe_export(directory, args.quick) or describe(
-            directory, quick=args.quick, progress=progress
-        )
+        if find_kind(directory).export is None:
+            found = describe(directory, quick=args.quick, progress=progress)
+        else:
+            found = _describe_export(directory, args.quick)
     print(json.dumps(found) if args.json else table(found))
     return 0 if found["valid"] else 1
 
 
-def _describe_export(path: Path, quick: bool) -> dict[str, Any] | None:
-    """Return what an export says of itself; None of what `describe` can read itself."""
-    from ..checkpoint.format import format_named
+def _describe_export(path: Path, quick: bool) -> dict[str, Any]:
+    """Return what an export says of itself."""
     from ..errors import CheckpointError
     from ..files.manifest import check_manifest
-    from ..formats.record import read_record
     from ..hub.card import find_subject
 
-    if path.is_dir():
-        record = read_record(path)
-        format = format_named(record["format"]) if record else None
-        if format is None or format.is_base or format.of_adapter:
-            return None
     subject = find_subject(path)
     files = subject.files().values()
     found: dict[str, Any] = {

@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 
 from ..errors import OutputError
 
@@ -51,8 +50,7 @@ class AtomicDirectory:
         return self._resumable and self.partial.is_dir()
 
     def _check_target(self) -> None:
-        target = self.target
-        parent = next(p for p in target.parents if p.exists())
+        target, parent = self.target, _writable_parent(self.target)
         longest, length = os.pathconf(parent, "PC_NAME_MAX"), len(os.fsencode(self.partial.name))
         if length > longest:
             raise OutputError(
@@ -70,8 +68,6 @@ class AtomicDirectory:
                 f"{target}: is a mount point, which cannot be renamed into place. "
                 f"Name a directory inside it, such as {target / 'model'}."
             )
-        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-            raise OutputError(f"{target}: cannot be made, {parent} is not a writable directory.")
 
     def __enter__(self) -> Path:
         """Make the partial directory (or find it, when resuming) and return it."""
@@ -90,16 +86,11 @@ class AtomicDirectory:
             pass  # some network file systems have no locks
         return self.partial
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             if kind is None:
                 self._check_target()
-                sync_tree(self.partial)
+                _sync_tree(self.partial)
                 os.rename(self.partial, self.target)
                 _sync_directory(self.target.parent)
         except BaseException:
@@ -131,19 +122,21 @@ class ScratchDirectory(AtomicDirectory):
     killed process left behind is removed by the next one that writes to the same target.
     """
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         shutil.rmtree(self.partial, ignore_errors=True)
         if self._lock is not None:
             os.close(self._lock)
 
 
+def _writable_parent(target: Path) -> Path:
+    parent = next(p for p in target.parents if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise OutputError(f"{target}: cannot be made, {parent} is not a writable directory.")
+    return parent
+
+
 def check_target(target: str | Path) -> Path:
-    """The resolved path of a file to make.
+    """Return the resolved path of a file to make.
 
     Raises:
         OutputError: something is there already, or the place is not writable.
@@ -151,10 +144,15 @@ def check_target(target: str | Path) -> Path:
     path = Path(target).expanduser().resolve()
     if path.exists():
         raise OutputError(f"{path}: exists. Name a new file; nothing is ever overwritten.")
-    parent = next(p for p in path.parents if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise OutputError(f"{path}: cannot be made, {parent} is not a writable directory.")
+    _writable_parent(path)
     return path
+
+
+def cannot_write(path: Path, error: OSError) -> OutputError:
+    """Return the error that says that a file could not be written."""
+    return OutputError(
+        f"{path}: cannot be written ({error.strerror}). Free space or choose another place."
+    )
 
 
 @contextmanager
@@ -173,12 +171,10 @@ def atomic_file(target: Path) -> Iterator[Path]:
         check_target(target)
         os.rename(partial, target)
         _sync_directory(target.parent)
+    except OutputError:
+        raise
     except OSError as error:
-        if isinstance(error, OutputError):
-            raise
-        raise OutputError(
-            f"{target}: cannot be written ({error.strerror}). Free space or choose another place."
-        ) from error
+        raise cannot_write(target, error) from error
     finally:
         partial.unlink(missing_ok=True)
 
@@ -203,8 +199,7 @@ def _sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def sync_tree(directory: Path) -> None:
-    """Fsync every file and directory below, and the directory itself."""
+def _sync_tree(directory: Path) -> None:
     for root, _, files in os.walk(directory):
         for name in files:
             with open(os.path.join(root, name), "rb") as file:

@@ -10,7 +10,7 @@ _HUB_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.ti
 
 
 def resolve_model_dir(name_or_path: str | Path, revision: str | None = None) -> Path:
-    """Local directory of a model: the path itself, or a snapshot of a Hub repository.
+    """Return the local directory of a model: the path itself, or a snapshot of a Hub repository.
 
     Only safetensors, JSON and tokenizer files are downloaded, into the Hub's own cache.
 

@@ -1,18 +1,17 @@
-"""Hashes of a checkpoint's weight files: nearly any flipped bit in them would still load."""
+"""The hashes of a checkpoint's weight files: nearly any flipped bit in them would still load."""
 
 import hashlib
 from pathlib import Path
 
 from ..errors import CheckpointError
-from ..files.json import write_json
-from .json import read_json
+from .json import read_json, write_json
 from .names import MANIFEST_FILE
 
 MANIFEST_VERSION = 1
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, as hex digits."""
+    """Return the SHA-256 of a file, as hex digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -33,13 +32,7 @@ def write_manifest(directory: Path, hashes: dict[str, str]) -> None:
 
 
 def check_manifest(directory: str | Path) -> bool:
-    """Compare the weight files with the directory's manifest.
-
-    Args:
-        directory: a checkpoint directory.
-
-    Returns:
-        True if every file is as it was written, False if the directory has no manifest.
+    """Compare the weight files with the directory's manifest; return whether there is one.
 
     Raises:
         CheckpointError: the manifest is damaged, or a file is missing or differs.
@@ -57,15 +50,12 @@ def check_manifest(directory: str | Path) -> bool:
         file = directory / name
         if not file.is_file():
             raise CheckpointError(f"{file}: missing, but {MANIFEST_FILE} lists it.")
-        size, digest = entry.get("size"), entry.get("sha256")
-        if file.stat().st_size != size:
+        found, stated = f"{file.stat().st_size} bytes", f"{entry.get('size')} bytes"
+        if found == stated:
+            found, stated = f"SHA-256 {file_sha256(file)}", f"SHA-256 {entry.get('sha256')}"
+        if found != stated:
             raise CheckpointError(
-                f"{file}: {file.stat().st_size} bytes, {MANIFEST_FILE} says {size}. "
-                "It changed after it was written: write or copy it again."
-            )
-        if (found := file_sha256(file)) != digest:
-            raise CheckpointError(
-                f"{file}: SHA-256 {found}, {MANIFEST_FILE} says {digest}. "
+                f"{file}: {found}, {MANIFEST_FILE} says {stated}. "
                 "It changed after it was written: write or copy it again."
             )
     return True

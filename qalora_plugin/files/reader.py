@@ -71,9 +71,7 @@ class CheckpointReader:
         files = [self.directory / shard for shard in sorted(set(weight_map.values()))]
         for path in files:
             if not path.exists():
-                raise CheckpointError(
-                    f"{path}: missing, but {INDEX_FILE} names it. Download or copy it again."
-                )
+                raise CheckpointError(f"{path}: missing, but {INDEX_FILE} names it. {_RESTORE}")
             tensors, self.metadata = read_header(path)
             for name, info in tensors.items():
                 if name in self.tensors:
@@ -99,7 +97,7 @@ class CheckpointReader:
         return name in self.tensors
 
     def info(self, name: str) -> TensorInfo:
-        """Dtype, shape and place of a tensor.
+        """Return dtype, shape and place of a tensor.
 
         Raises:
             CheckpointError: there is no such tensor.
@@ -133,10 +131,7 @@ class CheckpointReader:
         return data.view(info.dtype).reshape(info.shape)
 
     def chunks(self, name: str) -> Iterator[memoryview]:
-        """The raw bytes of a tensor, piece by piece, for copying it in bounded memory.
-
-        A piece is valid until the next one is asked for.
-        """
+        """Yield the raw bytes of a tensor in pieces, each valid until the next is asked for."""
         info = self.info(name)
         buffer = memoryview(bytearray(min(info.nbytes, _COPY_BYTES)))
         with info.file.open("rb", buffering=0) as file:

@@ -1,4 +1,4 @@
-"""The header of one safetensors file, read and checked without touching its data.
+"""Read and check the header of one safetensors file, without touching its data.
 
 Format: 8 bytes, little-endian header length; a JSON object {name: {dtype, shape, data_offsets}};
 then the data, without holes (https://github.com/huggingface/safetensors#format).
@@ -40,7 +40,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies: `nbytes` bytes from byte `start` of `file`."""
+    """The place of one tensor: `nbytes` bytes from byte `start` of `file`."""
 
     name: str
     dtype: torch.dtype
@@ -51,7 +51,7 @@ class TensorInfo:
 
 
 def tensor_nbytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
-    """Size of a dense tensor in bytes."""
+    """Return the size of a dense tensor in bytes."""
     return math.prod(shape) * dtype.itemsize
 
 

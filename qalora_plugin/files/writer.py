@@ -9,13 +9,13 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from ..errors import OutputError
-from ..files.atomic import replace_file
-from ..files.json import write_json
+from .atomic import cannot_write, replace_file
+from .json import write_json
 from .manifest import file_sha256, write_manifest
 from .names import INDEX_FILE, SINGLE_FILE
 from .reader import CheckpointReader
@@ -33,12 +33,12 @@ def split_plan(plan: Plan, max_bytes: int = MAX_SHARD_BYTES) -> list[dict]:
     """Cut a plan into shards of at most `max_bytes` of data (or one larger tensor), in order."""
     shards: list[dict] = [{}]
     size = 0
-    for name, (dtype, shape) in plan.items():
-        nbytes = tensor_nbytes(dtype, tuple(shape))
+    for name, entry in plan.items():
+        nbytes = tensor_nbytes(*entry)
         if shards[-1] and size + nbytes > max_bytes:
             shards.append({})
             size = 0
-        shards[-1][name] = (dtype, tuple(shape))
+        shards[-1][name] = entry
         size += nbytes
     return shards
 
@@ -69,7 +69,7 @@ class ShardWriter:
             _write_all(self._file.fileno(), memoryview(header), 0)
             self._file.truncate(end)
         except OSError as error:
-            raise _cannot_write(self._part, error) from error
+            raise cannot_write(self._part, error) from error
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Write one planned tensor.
@@ -128,7 +128,7 @@ class ShardWriter:
         try:
             _write_all(self._file.fileno(), view, start)
         except OSError as error:
-            raise _cannot_write(self._part, error) from error
+            raise cannot_write(self._part, error) from error
 
     def close(self) -> str:
         """Sync the file, give it its name, and return its SHA-256.
@@ -145,7 +145,7 @@ class ShardWriter:
             digest = file_sha256(self._part)
             replace_file(self._part, self.path)
         except OSError as error:
-            raise _cannot_write(self._part, error) from error
+            raise cannot_write(self._part, error) from error
         return digest
 
     def abort(self) -> None:
@@ -188,13 +188,13 @@ class CheckpointWriter:
         self._hashes: dict[str, str] = {}
 
     def file_name(self, index: int) -> str:
-        """Name of the shard with this number (from 0)."""
+        """Return the name of the shard with this number (from 0)."""
         if len(self.plans) == 1:
             return SINGLE_FILE
         return f"model-{index + 1:05d}-of-{len(self.plans):05d}.safetensors"
 
     def is_done(self, index: int) -> bool:
-        """Whether an earlier run wrote this shard, with the tensors that are planned now.
+        """Say whether an earlier run wrote this shard, with the tensors that are planned now.
 
         Raises:
             CheckpointError: the file is there, but damaged.
@@ -204,9 +204,7 @@ class CheckpointWriter:
             return False
         tensors, _ = read_header(path)
         found = {name: (info.dtype, info.shape) for name, info in tensors.items()}
-        return found == {
-            name: (dtype, tuple(shape)) for name, (dtype, shape) in self.plans[index].items()
-        }
+        return found == self.plans[index]
 
     @contextmanager
     def shard(self, index: int) -> Iterator[ShardWriter]:
@@ -233,16 +231,11 @@ class CheckpointWriter:
             if name not in self._hashes:  # written by an earlier run
                 self._hashes[name] = file_sha256(self.directory / name)
         if len(self.plans) > 1:
-            self._write_index()
+            size = sum(tensor_nbytes(*entry) for plan in self.plans for entry in plan.values())
+            names = {n: self.file_name(i) for i, plan in enumerate(self.plans) for n in plan}
+            index = {"metadata": {"total_size": size}, "weight_map": names}
+            write_json(self.directory / INDEX_FILE, index)
         write_manifest(self.directory, self._hashes)
-
-    def _write_index(self) -> None:
-        sizes = (tensor_nbytes(*entry) for plan in self.plans for entry in plan.values())
-        weight_map = {
-            name: self.file_name(index) for index, plan in enumerate(self.plans) for name in plan
-        }
-        index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
-        write_json(self.directory / INDEX_FILE, index)
 
 
 def write_weights(
@@ -285,29 +278,23 @@ def write_weights(
 def _layout(
     path: Path, plan: Plan, metadata: Mapping[str, str]
 ) -> tuple[bytes, dict[str, TensorInfo]]:
-    """Header bytes and the place of every tensor."""
+    """Return the header's bytes and the place of every tensor."""
     # wide dtypes first: every tensor is then aligned, which readers that map the file rely on
     order = sorted(plan, key=lambda name: -plan[name][0].itemsize)
     entries: dict[str, object] = {"__metadata__": dict(metadata)}
-    spans, end = {}, 0
+    infos, end = [], 0
     for name in order:
         dtype, shape = plan[name]
-        nbytes = tensor_nbytes(dtype, tuple(shape))
-        entries[name] = {
-            "dtype": DTYPE_NAMES[dtype],
-            "shape": list(shape),
-            "data_offsets": [end, end + nbytes],
-        }
-        spans[name] = (end, nbytes)
+        nbytes = tensor_nbytes(dtype, shape)
+        place = {"shape": list(shape), "data_offsets": [end, end + nbytes]}
+        entries[name] = {"dtype": DTYPE_NAMES[dtype]} | place
+        infos.append(TensorInfo(name, dtype, shape, path, end, nbytes))
         end += nbytes
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
     data_start = LENGTH_BYTES + len(text)
-    infos = {
-        name: TensorInfo(name, plan[name][0], tuple(plan[name][1]), path, data_start + start, n)
-        for name, (start, n) in spans.items()
-    }
-    return len(text).to_bytes(LENGTH_BYTES, "little") + text, infos
+    placed = {info.name: replace(info, start=data_start + info.start) for info in infos}
+    return len(text).to_bytes(LENGTH_BYTES, "little") + text, placed
 
 
 def _write_all(descriptor: int, view: memoryview, start: int) -> None:
@@ -315,9 +302,3 @@ def _write_all(descriptor: int, view: memoryview, start: int) -> None:
     while view:
         count = os.pwrite(descriptor, view, start)
         view, start = view[count:], start + count
-
-
-def _cannot_write(path: Path, error: OSError) -> OutputError:
-    return OutputError(
-        f"{path}: cannot be written ({error.strerror}). Free space or choose another place."
-    )

@@ -11,7 +11,8 @@ from typing import Any
 
 from .._version import __version__
 from ..checkpoint.checkpoint import QuantizedCheckpoint, open_quantized
-from ..checkpoint.format import format_named, recognise
+from ..checkpoint.format import format_named
+from ..checkpoint.kind import find_kind
 from ..files.atomic import atomic_file
 from ..files.hub import public_name, resolve_model_dir
 from ..files.json import read_json, write_json
@@ -86,7 +87,5 @@ def read_record(exported: Path) -> dict[str, Any] | None:
     if exported.is_dir():
         path = exported / RECORD_FILE
         return read_json(path) if path.exists() else None
-    format = recognise(exported)
-    if format is None:
-        return None
-    return format.module("record").read_record(exported)
+    format = find_kind(exported).format
+    return None if format is None else format.module("record").read_record(exported)

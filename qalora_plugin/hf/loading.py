@@ -120,8 +120,7 @@ class StoredLayers:
                 )
         if not checkpoint.is_foreign:
             module.offsets = load_offsets(module.offsets, module.scales, module.spec)
-            where = f"{checkpoint.directory}: {layer}"
-            check_values(where, module.spec, module.scales, module.offsets, module.g_idx)
+            check_values(f"{checkpoint.directory}: {layer}", module.packed)
 
 
 def _ignore(model: PreTrainedModel, kind: str, names: set[str]) -> None:

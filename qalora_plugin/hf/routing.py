@@ -14,7 +14,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils import is_gptqmodel_available, is_optimum_available
 
 from ..checkpoint.config import QUANT_METHOD, QALoRAQuantConfig
-from ..checkpoint.format import base_format, foreign_config
+from ..checkpoint.format import foreign_config
 from ..errors import ConfigError
 from ..files.names import CONFIG_FILE
 
@@ -57,10 +57,10 @@ def merge_configs(stored: Any, requested: Any) -> QALoRAQuantConfig | None:
     stored = stored if isinstance(stored, dict) else stored.to_dict()
     ours = isinstance(requested, QALoRAQuantConfig)
     config = None
-    if base_format(stored) and (ours or (requested is None and not _gptqmodel_can_load())):
-        config = foreign_config(stored, Path(CONFIG_FILE))
-    elif ours and stored.get("quant_method") == QUANT_METHOD:
+    if ours and stored.get("quant_method") == QUANT_METHOD:
         config = QALoRAQuantConfig(**stored)
+    elif ours or (requested is None and not _gptqmodel_can_load()):
+        config = foreign_config(stored, Path(CONFIG_FILE))
     if ours and config is not None:
         check_request(requested, config)
     return config

@@ -20,7 +20,7 @@ import torch
 from peft.tuners.tuners_utils import check_target_module_exists
 
 from ..checkpoint.checkpoint import QuantizedCheckpoint, open_quantized
-from ..checkpoint.format import base_format
+from ..checkpoint.kind import find_kind
 from ..errors import AdapterError, CheckpointError
 from ..files.hub import resolve_model_dir
 from ..files.json import read_json
@@ -187,7 +187,7 @@ def open_adapter(path: str | Path) -> Adapter:
             found = (
                 ", only adapter_model.bin, a pickle, which can run code and is never read. Convert "
                 "it in an environment that you trust: safetensors.torch.save_file(torch.load("
-                "'adapter_model.bin', weights_only=True), 'adapter_model.safetensors')."
+                f"'adapter_model.bin', weights_only=True), '{ADAPTER_WEIGHTS_FILE}')."
             )
         raise AdapterError(f"{directory}: no {ADAPTER_WEIGHTS_FILE}{found}")
     adapter = Adapter(CheckpointReader(directory, only=ADAPTER_WEIGHTS_FILE), config)
@@ -224,7 +224,7 @@ def open_base(adapter: Adapter, base: str | Path | None) -> QuantizedCheckpoint:
             f"its base_model_name_or_path cannot be opened. {error} If the quantized base is "
             "elsewhere, name it with --base."
         ) from error
-    if adapter.is_ours and is_dense(directory):
+    if adapter.is_ours and find_kind(directory).is_16_bit:
         bits, group_size = (adapter.config.get(key) for key in ("bits", "group_size"))
         raise AdapterError(
             f"{directory}: is a 16-bit model, which was quantized while it was loaded for "
@@ -235,14 +235,6 @@ def open_base(adapter: Adapter, base: str | Path | None) -> QuantizedCheckpoint:
             "(MergeCallback takes them from memory.)"
         )
     return open_quantized(directory)
-
-
-def is_dense(directory: Path) -> bool:
-    """Say whether a directory holds a model that is not quantized."""
-    if not (directory / CONFIG_FILE).exists():
-        return False
-    stated = read_json(directory / CONFIG_FILE).get("quantization_config")
-    return not stated and base_format(None, directory) is None
 
 
 def _read_config(directory: Path) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from ..architecture.model import empty_model
 from ..architecture.names import LayerNames
 from ..architecture.selection import check_group_sizes, check_overrides, linears_to_quantize
 from ..checkpoint.config import QALoRAQuantConfig
+from ..checkpoint.kind import find_kind
+from ..checkpoint.layout import quantized_layers
 from ..errors import CheckpointError, ConfigError
 from ..files.names import CONFIG_FILE
 from ..files.reader import CheckpointReader
@@ -53,23 +55,20 @@ class ModelSource:
             ConfigError: an architecture that cannot be quantized block by block.
         """
         self.reader = CheckpointReader(directory)
-        raw = self.reader.config.get("quantization_config")
-        if raw is not None or any(name.endswith(".qweight") for name in self.reader.tensors):
-            method = raw.get("quant_method") if isinstance(raw, dict) else None
+        config, kind = self.reader.config, find_kind(directory)
+        if not kind.is_16_bit or quantized_layers(self.reader.tensors):
             raise CheckpointError(
-                f"{directory}: is quantized already ({method or 'unknown method'}). Quantize the "
-                "16-bit model that it came from"
+                f"{directory}: is quantized already ({kind.method or 'unknown method'}). Quantize "
+                "the 16-bit model that it came from"
             )
-        self.model = _empty_model(directory, self.reader.config, trust_remote_code)
+        self.model = _empty_model(directory, config, trust_remote_code)
         prefix, self.blocks = find_blocks(self.model)
         self.block_names = [f"{prefix}.{index}" for index in range(len(self.blocks))]
         self.device = torch.device(device)
         # few CPU operators exist in fp16, none is fast
         slow = self.model.dtype == torch.float16 and self.device.type == "cpu"
         self.dtype = dtype or (torch.float32 if slow else self.model.dtype)
-        names = LayerNames(self.model)
-        found = {names.parameter(name): name for name in self.reader.tensors}
-        self.stored = {name: stored for name, stored in found.items() if names.has(name)}
+        self.stored = LayerNames(self.model).stored(self.reader.tensors)
         self._check_complete()
 
     def _check_complete(self) -> None:

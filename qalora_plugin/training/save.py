@@ -14,12 +14,12 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from ..checkpoint.checkpoint import open_quantized
+from ..checkpoint.kind import find_kind
 from ..distributed.sharding import gathered, is_sharded, plain_name
 from ..errors import CheckpointError
 from ..files.hub import resolve_model_dir
 from ..files.json import read_json, write_json
 from ..files.names import CONFIG_FILE
-from ..merge.adapter import is_dense
 from ..tuner.layer import QALoRALinear
 
 _log = logging.getLogger(__name__)
@@ -39,7 +39,9 @@ def quantized_base_on_disk(model: PeftModel) -> Path | None:
         directory = resolve_model_dir(config.base_model_name_or_path, config.revision)
     except CheckpointError:
         return None
-    if is_dense(directory) or open_quantized(directory).config.merged != config.base_merged:
+    if find_kind(directory).is_16_bit:
+        return None
+    if open_quantized(directory).config.merged != config.base_merged:
         return None
     return directory
 

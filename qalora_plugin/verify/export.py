@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from ..checkpoint.checkpoint import open_quantized
-from ..checkpoint.format import Format, format_named, recognise
+from ..checkpoint.format import Format, format_named
+from ..checkpoint.kind import find_kind
 from ..errors import CheckpointError, ConfigError, VerificationError
 from ..formats.export import Progress
 from ..formats.record import read_record
@@ -87,7 +88,7 @@ def verify_export(
         ConfigError: the library of the format is not installed, or `base` for another format.
     """
     path = Path(exported)
-    format = recognise(path)
+    format = find_kind(path).format
     if format is None:
         raise CheckpointError(
             f"{exported}: not what `qalora export` writes. To compare a merged model with base and "

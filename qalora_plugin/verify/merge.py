@@ -27,6 +27,7 @@ from qalora_kernels.groups import expand
 from ..checkpoint.checkpoint import QuantizedCheckpoint, open_quantized
 from ..errors import VerificationError
 from ..files.manifest import check_manifest
+from ..files.names import MANIFEST_FILE
 from ..merge.adapter import open_adapter, open_base
 from ..merge.pairing import LayerMerge
 from ..merge.plan import MergePlan, make_plan
@@ -96,7 +97,7 @@ class VerifyReport:
                 "input_ids and logits from the code that trained it, and give --reference FILE."
             )
         if not self.hashes:
-            lines.append("  no qalora_manifest.json: file hashes not checked")
+            lines.append(f"  no {MANIFEST_FILE}: file hashes not checked")
         if self.logits is not None:
             lines.append("  " + self.logits.as_text())
         return "\n".join(lines)

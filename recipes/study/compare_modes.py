@@ -8,8 +8,6 @@ lies at the end. The validation loss chooses, the test loss is reported, over th
 are in results/modes.jsonl; report.py makes the table and the plot of them.
 """
 
-from __future__ import annotations
-
 import sys
 from dataclasses import asdict
 from functools import partial

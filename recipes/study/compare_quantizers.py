@@ -12,8 +12,6 @@ data file: `gptqmodel` runs in the environment that `integration/envs/build.py g
 (the same, less sure of itself) in .venv.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import importlib.metadata

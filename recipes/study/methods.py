@@ -1,7 +1,5 @@
 """The models that the study trains, one a method."""
 
-from __future__ import annotations
-
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path

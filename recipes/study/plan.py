@@ -3,8 +3,6 @@
 The learning rate is swept first; the other seeds follow at the best rate.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 from rows import Row

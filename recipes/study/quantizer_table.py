@@ -1,7 +1,5 @@
 """The rows of compare_quantizers.py as a table, and as two sentences."""
 
-from __future__ import annotations
-
 import statistics
 import textwrap
 

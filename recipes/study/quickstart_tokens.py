@@ -10,8 +10,6 @@ alone; the quickstart's own held-out loss is that of completions. Calibration wi
 several draws.
 """
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 from typing import Any

@@ -6,8 +6,6 @@ Each table stands between `<!-- NAME -->` and `<!-- end NAME -->` and is replace
 number in it is typed by hand. The plot, results/modes.svg, needs matplotlib.
 """
 
-from __future__ import annotations
-
 import argparse
 import statistics
 import sys

@@ -1,7 +1,5 @@
 """The rows of the study: data files of one JSON object a line, and Markdown tables of them."""
 
-from __future__ import annotations
-
 import json
 import statistics
 from collections.abc import Iterable

@@ -4,8 +4,6 @@ Each run is appended to the data file and is never made again, so a script may b
 time and started again.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import math

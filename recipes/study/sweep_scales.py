@@ -7,8 +7,6 @@ qalora_scale_A. `lora`, `peqa` and `zeros` are swept too, for the rates that sui
 in results/scales.jsonl; report.py makes the table of them.
 """
 
-from __future__ import annotations
-
 import math
 import sys
 from functools import partial

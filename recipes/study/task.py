@@ -1,7 +1,5 @@
 """The task of the study: its text as tokens, one training, one held-out loss."""
 
-from __future__ import annotations
-
 import json
 import time
 from dataclasses import dataclass

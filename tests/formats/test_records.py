@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from qalora_kernels import QuantSpec
-from qalora_plugin.checkpoint.format import base_format, format_named, formats, recognise
+from qalora_plugin.checkpoint.format import foreign_config, format_named, formats
+from qalora_plugin.checkpoint.kind import Kind, find_kind
 from qalora_plugin.formats import FOLDERS
 
 from .weights import ACT_ORDER, STOCK
@@ -37,30 +38,51 @@ def test_folders_have_what_their_records_promise(name: str) -> None:
 
 def test_recognised_on_disk(tmp_path: Path) -> None:
     for directory in (STOCK, ACT_ORDER):
-        assert recognise(directory) is format_named("gptq")
-    assert recognise(tmp_path) is None and recognise(tmp_path / "none.gguf") is None
+        kind = find_kind(directory)
+        assert kind.format is kind.base is format_named("gptq") and not kind.is_16_bit
+    assert find_kind(tmp_path) == find_kind(tmp_path / "none.gguf") == Kind()
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    assert recognise(tmp_path / "model.gguf") is format_named("gguf")
+    assert find_kind(tmp_path / "model.gguf") == Kind(format=format_named("gguf"), export="gguf")
     (tmp_path / "quantize_config.json").write_text("{}")
-    assert recognise(tmp_path) is format_named("gptq")
+    assert find_kind(tmp_path).format is format_named("gptq")
     for config, name in (
         ({"quantization_config": {"quant_method": "qalora"}}, None),
         ({"quantization_config": {"quant_method": "torchao"}}, "torchao"),
         ({"quantization": {"bits": 4}, "quantization_config": {"bits": 4}}, "mlx"),
     ):
         (tmp_path / "config.json").write_text(json.dumps(config))
-        found = recognise(tmp_path)
-        assert (found and found.name) == name
+        kind = find_kind(tmp_path)
+        assert (kind.format and kind.format.name) == name
+        assert kind.method == config["quantization_config"].get("quant_method")
+        assert kind.base is None and not kind.is_16_bit
     (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "gptq"}}')
     (tmp_path / "adapter_config.json").write_text("{}")  # what has files of its own goes first
-    assert recognise(tmp_path) is format_named("lora")
+    kind = find_kind(tmp_path)
+    assert kind.format is format_named("lora") and kind.is_adapter
+    assert kind.base is format_named("gptq")  # the model beside the adapter is read all the same
+
+
+def test_a_16_bit_model_has_no_sign_of_quantization(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    assert find_kind(tmp_path) == Kind(is_16_bit=True)
+    (tmp_path / "quantize_config.json").write_text("{}")  # AutoGPTQ's
+    assert not find_kind(tmp_path).is_16_bit
+
+
+@pytest.mark.parametrize(("format", "export"), [("mlx", "mlx"), ("gptq", None), ("lora", None)])
+def test_only_what_is_not_read_is_an_export(
+    format: str, export: str | None, tmp_path: Path
+) -> None:
+    (tmp_path / "qalora_export.json").write_text(json.dumps({"format": format}))
+    assert find_kind(tmp_path).export == export
 
 
 def test_only_what_is_read_is_a_base() -> None:
-    assert base_format({"quant_method": "gptq"}) is format_named("gptq")
+    config = {"quant_method": "gptq", "bits": 4, "group_size": 32}
+    found = foreign_config(config, Path("config.json"))
+    assert found is not None and (found.bits, found.group_size) == (4, 32)
     for method in ("torchao", "qalora", "awq"):
-        assert base_format({"quant_method": method}) is None
-    assert base_format(None, STOCK) is format_named("gptq")  # by its quantize_config.json
+        assert foreign_config(config | {"quant_method": method}, Path("config.json")) is None
 
 
 @pytest.mark.parametrize(

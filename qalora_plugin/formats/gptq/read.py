@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from qalora_kernels import QuantSpec
+from qalora_kernels import PackedWeight, QuantSpec
 from qalora_kernels.packing import unpack_columns
 
 from ...checkpoint.checkpoint import QuantizedCheckpoint
@@ -246,13 +246,13 @@ class GPTQCheckpoint(QuantizedCheckpoint):
                 return True
         return False
 
-    def _grid(self, name: str, spec: QuantSpec) -> tuple[torch.Tensor, torch.Tensor]:
-        """Read a layer's scales and offsets, fp32 [G, N], both exact.
+    def _read_layer(self, name: str) -> PackedWeight:
+        """Read a layer; its scales and offsets are exact in fp32.
 
         Raises:
             CheckpointError: a scale that fp16, in which our format stores scales, does not hold.
         """
-        stored = self.reader.get(f"{name}.scales")
+        spec, stored = self.layers[name], self.reader.get(f"{name}.scales")
         scales = stored.to(spec.scales_dtype).float()
         if not torch.equal(scales, stored.float()):
             raise CheckpointError(
@@ -260,7 +260,9 @@ class GPTQCheckpoint(QuantizedCheckpoint):
                 f"exactly. {_QUANTIZE_AGAIN}"
             )
         zeros = _zero_points(self.reader.get(f"{name}.qzeros"), spec, self.stock)
-        return scales, scales * (spec.mid - zeros).float()
+        offsets = scales * (spec.mid - zeros).float()
+        g_idx = self.reader.get(f"{name}.g_idx") if self.config.desc_act else None
+        return PackedWeight(self.reader.get(f"{name}.qweight"), scales, offsets, g_idx, spec)
 
 
 def _zero_points(qzeros: torch.Tensor, spec: QuantSpec, stock: StockConfig) -> torch.Tensor:

@@ -6,30 +6,23 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from support.random_adapter import random_adapter
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qalora_plugin import QALoRAQuantConfig, merge_adapter, quantize_model
 from qalora_plugin.checkpoint.checkpoint import open_quantized
-from qalora_plugin.checkpoint.format import format_named
 from qalora_plugin.errors import CheckpointError
 from qalora_plugin.formats.export import export_model
 from qalora_plugin.quantize.stdlib_text import calibration_texts
 from qalora_plugin.quickstart.embedded import base_model_path
 from qalora_plugin.verify.export import verify_export
 
-RUN = format_named("gptq").script
 TOLERANCE = {"autogptq": 1e-5, "gptqmodel": 2e-3}  # GPTQModel dequantizes to fp16 here
 
 
 @pytest.mark.parametrize(("bits", "desc_act"), [(2, False), (4, False), (4, True), (8, False)])
 def test_engines_compute_what_we_compute(
-    bits: int,
-    desc_act: bool,
-    env_python: Callable[[str], Path],
-    run_json: Callable[..., Any],
-    tmp_path: Path,
+    bits: int, desc_act: bool, run_export: Callable[..., Any], tmp_path: Path
 ) -> None:
     stock = tmp_path / "stock"
     quantize_model(
@@ -46,17 +39,13 @@ def test_engines_compute_what_we_compute(
         desc_act=desc_act,
     )
     ids = torch.randint(0, 2048, (2, 64), generator=torch.Generator().manual_seed(1))
-    save_file({"input_ids": ids}, tmp_path / "input.safetensors")
     model = AutoModelForCausalLM.from_pretrained(
         stock, dtype=torch.float32, quantization_config=QALoRAQuantConfig(bits=bits, group_size=32)
     )
     with torch.no_grad():
         ours = model(input_ids=ids).logits
     for engine, tolerance in TOLERANCE.items():
-        out = tmp_path / f"{engine}.safetensors"
-        arguments = [stock, tmp_path / "input.safetensors", out]
-        run_json(env_python(engine), RUN, *arguments)
-        theirs = load_file(out)["logits"]
+        theirs = run_export("gptq", stock, ids, environment=engine)[1]["logits"]
         error = (theirs - ours).norm() / ours.norm()
         assert error <= tolerance, f"{engine}: relative error {error:.2e}"
 
@@ -67,9 +56,8 @@ def test_requantized_offsets_run_in_gptqmodel(
 ) -> None:
     """An adapter has moved the offsets; what is written for it runs as we read it."""
     base = tmp_path / "base"
-    quantization = QALoRAQuantConfig(bits=bits, group_size=32)
     model = AutoModelForCausalLM.from_pretrained(
-        base_model_path(), quantization_config=quantization
+        base_model_path(), quantization_config=QALoRAQuantConfig(bits=bits, group_size=32)
     )
     model.save_pretrained(base)
     AutoTokenizer.from_pretrained(base_model_path()).save_pretrained(base)

@@ -1,0 +1,43 @@
+"""Fixtures that export, and run exports, in the environment that has every format's library."""
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qalora_plugin.checkpoint.format import format_named
+
+RunExport = Callable[..., tuple[dict[str, Any], dict[str, torch.Tensor]]]
+
+
+@pytest.fixture
+def qalora(
+    env_python: Callable[[str], Path], run_python: Callable[..., str], project_path: Path
+) -> Callable[..., str]:
+    """`qalora("export", ...)` -> stdout of this project's command line in that environment."""
+    command = [env_python("export"), "-P", "-m", "qalora_plugin"]
+    return partial(run_python, *command, PYTHONPATH=project_path)
+
+
+@pytest.fixture
+def run_export(
+    env_python: Callable[[str], Path], run_python: Callable[..., str], tmp_path: Path
+) -> RunExport:
+    """`run_export(format, exported, ids, *more)` -> what the format's program printed and saved."""
+
+    def run(
+        format: str, exported: Path, ids: torch.Tensor, *more: object, environment: str = "export"
+    ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        given, out = tmp_path / "input.safetensors", tmp_path / "output.safetensors"
+        save_file({"input_ids": ids}, given)
+        arguments = [format_named(format).script, exported, given, out, *more]
+        printed = run_python(env_python(environment), *arguments).strip().splitlines()
+        found = json.loads(printed[-1]) if printed and printed[-1].startswith("{") else {}
+        return found, load_file(out)
+
+    return run

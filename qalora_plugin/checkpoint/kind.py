@@ -1,0 +1,58 @@
+"""What a file or directory is, by config.json and the names of files alone; no tensor is read."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..files.json import read_json
+from ..files.names import ADAPTER_CONFIG_FILE, CONFIG_FILE, RECORD_FILE
+from .format import Format, formats
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a file or directory holds; an adapter and a model may lie side by side.
+
+    Args:
+        is_adapter: whether it has an adapter's config.
+        is_16_bit: whether it is a model that is not quantized.
+        method: `quant_method` of config.json's `quantization_config`, such as "qalora".
+        format: the foreign format that it is in, which may be one of adapters.
+        base: the foreign format in which its model is read as a quantized base.
+        export: name of the format of an export that only other runtimes read.
+    """
+
+    is_adapter: bool = False
+    is_16_bit: bool = False
+    method: str | None = None
+    format: Format | None = None
+    base: Format | None = None
+    export: str | None = None
+
+
+def find_kind(path: str | Path) -> Kind:
+    """Say what a file or directory holds; nothing, if it is not there.
+
+    Raises:
+        CheckpointError: config.json, or the record of an export, cannot be read.
+    """
+    path = Path(path)
+    if path.is_file():
+        format = next((f for f in formats() if f.suffix and path.suffix == f.suffix), None)
+        return Kind(format=format, export=format and format.name)
+    has_config, has_record = (path / CONFIG_FILE).exists(), (path / RECORD_FILE).exists()
+    config = read_json(path / CONFIG_FILE) if has_config else {}
+    stated = config.get("quantization_config")
+    # what has files of its own first: an adapter may lie beside a quantized model's config.json
+    known = sorted(formats(), key=lambda format: bool(format.quant_methods))
+    found = [format for format in known if format.marks(config, path)]
+    base = next((format for format in found if format.is_base), None)
+    export = read_json(path / RECORD_FILE).get("format") if has_record else None
+    read = (format.name for format in known if format.is_base or format.of_adapter)
+    return Kind(
+        is_adapter=(path / ADAPTER_CONFIG_FILE).exists(),
+        is_16_bit=has_config and not stated and base is None,
+        method=stated.get("quant_method") if isinstance(stated, dict) else None,
+        format=found[0] if found else None,
+        base=base,
+        export=None if export in read else export,
+    )
