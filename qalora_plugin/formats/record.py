@@ -62,13 +62,7 @@ def licence_of(base: str) -> str | None:
 
 
 def write_record(exported: Path, result: dict[str, Any], source: str | Path) -> None:
-    """Write the record into an exported directory.
-
-    Args:
-        exported: the directory.
-        result: fields of `ExportResult`.
-        source: what was exported: a model, or an adapter.
-    """
+    """Write the record into a directory: the fields of an `ExportResult`, and facts of `source`."""
     if format_named(result["format"]).of_adapter:
         facts = _describe_adapter(exported, source)
     else:
@@ -87,6 +81,4 @@ def read_record(exported: Path) -> dict[str, Any] | None:
         path = exported / RECORD_FILE
         return read_json(path) if path.exists() else None
     format = recognise(exported)
-    if format is None:
-        return None
-    return format.module("record").read_record(exported)
+    return format.module("record").read_record(exported) if format else None

@@ -11,6 +11,7 @@ import torch
 from qalora_kernels import PackedWeight, reference
 from qalora_kernels.groups import group_index
 
+from ..formats.weights import ExactWeight
 from ..merge.pairing import LayerMerge
 
 
@@ -44,21 +45,10 @@ def pooled_change(
 
 def columns(weight: PackedWeight, part: slice) -> PackedWeight:
     """Return some of a layer's outputs: a float64 copy takes 16 times the room of 4-bit codes."""
-    return PackedWeight(
-        weight.qweight[:, part].contiguous(),
-        weight.scales[:, part],
-        weight.offsets[:, part],
-        weight.g_idx,
-        replace(weight.spec, out_features=weight.scales[:, part].shape[1]),
-    )
-
-
-def dense(weight: PackedWeight) -> torch.Tensor:
-    """Return W^T [K, N] in float64."""
-    spec, scales, offsets = weight.spec, weight.scales.double(), weight.offsets.double()
-    return reference.dequantize(
-        weight.qweight, scales, offsets, weight.g_idx, spec.bits, spec.group_size, spec.in_features
-    )
+    qweight = weight.qweight[:, part].contiguous()
+    scales, offsets = weight.scales[:, part], weight.offsets[:, part]
+    spec = replace(weight.spec, out_features=scales.shape[1])
+    return PackedWeight(qweight, scales, offsets, weight.g_idx, spec)
 
 
 def added_output(
@@ -68,10 +58,10 @@ def added_output(
     base: PackedWeight,
     convention: str | None,
 ) -> torch.Tensor:
-    """Return what the adapter adds to the layer's output, float64 [M, N], for x [M, K].
+    """Return what the adapter adds to the layer's output, float64 [M, N], for float64 x [M, K].
 
     Args:
-        x: inputs of the layer, float64.
+        x: inputs of the layer.
         merge: the layer.
         matrices: A [r, columns] and B [N, r] of "zeros" and "scales".
         base: the base's weight of the layer.
@@ -90,5 +80,5 @@ def added_output(
         a, b = (matrix.double() for matrix in matrices["scales"])
         share = (b @ a).t() * scaling
         index = group_index(base.g_idx, spec.group_size, spec.in_features, x.device)
-        added += x @ (dense(base) * share[index.long()])
+        added += x @ (ExactWeight(base).values.t() * share[index.long()])
     return added

@@ -22,6 +22,7 @@ from qalora_kernels.packing import pack_columns
 from ..._version import __version__
 from ...architecture.model import read_architecture
 from ...checkpoint.checkpoint import QuantizedCheckpoint, open_quantized
+from ...checkpoint.layout import TensorPlan
 from ...checkpoint.side_files import copy_side_files
 from ...errors import CheckpointError, ConfigError
 from ...files.atomic import AtomicDirectory
@@ -30,7 +31,8 @@ from ...files.names import CONFIG_FILE, QUANTIZE_CONFIG_FILE
 from ..directory import WeightPlan, write_weights
 from ..export import ExportResult, Progress
 from . import FORMAT
-from .limits import VERSIONS, check_specs, check_writable, integer_zeros
+from .limits import VERSIONS, check_specs, integer_zeros
+from .limits import check_writable as check
 
 __all__ = ["check", "check_specs", "export", "write_stock_gptq"]
 
@@ -38,11 +40,6 @@ EXACTNESS = "Exact: integers, scales and zero-points as they are."
 # GPTQModel reads an asymmetric v1 checkpoint only if it names itself, from this version on, as the
 # producer: the first that stored zero-points unclipped, as we do
 _GPTQMODEL_COMPATIBLE = "gptqmodel:0.9.0"
-
-
-def check(source: QuantizedCheckpoint) -> None:
-    """Refuse a model that cannot be written as it is; see `limits.check_writable`."""
-    check_writable(source, "gptq")
 
 
 def export(
@@ -54,16 +51,10 @@ def export(
     requantize: bool = False,
     **text: Any,
 ) -> ExportResult:
-    """Write the directory; see `export_model` and `write_stock_gptq`.
+    """Write the directory; see `export_model`, and for `text` `requantize.Text`.
 
-    Args:
-        source: the merged model.
-        out: the directory to make.
-        progress: called with (tensors written, tensors in all).
-        checkpoint_format: "gptq", or "gptq_v2" for GPTQModel alone.
-        requantize: quantize the merged weights again, with integer zero-points, and measure what
-            that costs.
-        text: of `requantize.Text`.
+    With `requantize` the merged weights are quantized again, with integer zero-points, and what
+    that costs is measured.
 
     Raises:
         CheckpointError: zero-points are not integers, and `requantize` was not asked for.
@@ -99,18 +90,13 @@ def write_stock_gptq(
     checkpoint_format: str = "gptq",
     progress: Progress | None = None,
 ) -> Path:
-    """Write a quantized checkpoint in a stock GPTQ format. Nothing is rounded.
+    """Write a model with integer zero-points as a stock GPTQ directory. Nothing is rounded.
 
     Args:
-        source: a local directory in our format (or an open checkpoint), with integer zero-points:
-            quantized with `--zero-points integer`, or adapted with `adapt="scales"` from such a
-            base.
-        target: the directory to make.
+        source: a directory, or an open checkpoint.
+        target: the directory to make, which is returned.
         checkpoint_format: "gptq" or "gptq_v2".
         progress: called with (tensors written, tensors in all).
-
-    Returns:
-        The directory written.
 
     Raises:
         OutputError: the target is not empty, or cannot be written.
@@ -125,7 +111,7 @@ def write_stock_gptq(
     directory = AtomicDirectory(target)
     if not isinstance(source, QuantizedCheckpoint):
         source = open_quantized(source)
-    symmetric = check_writable(source, checkpoint_format)
+    symmetric = check(source, checkpoint_format)
     weights = _plan(source, checkpoint_format)
     config, quantize_config = _configs(source, checkpoint_format, symmetric)
     with directory as partial:
@@ -137,7 +123,6 @@ def write_stock_gptq(
 
 
 def _has_integer_zeros(checkpoint: QuantizedCheckpoint) -> bool:
-    """Say whether every layer's zero-points are integers that the format holds."""
     try:
         for name in checkpoint.layers:
             integer_zeros(name, checkpoint.layer(name))
@@ -147,7 +132,6 @@ def _has_integer_zeros(checkpoint: QuantizedCheckpoint) -> bool:
 
 
 def _plan(source: QuantizedCheckpoint, version: str) -> WeightPlan:
-    """Return what to write: dense tensors, copies of tied ones, layers."""
     weights = WeightPlan(lambda name: _stock_layer(source, name, version))
     plan = weights.tensors
     for name in source.dense_names:
@@ -161,15 +145,13 @@ def _plan(source: QuantizedCheckpoint, version: str) -> WeightPlan:
             weights.copies[name] = original
     for name, spec in source.layers.items():
         n, groups = spec.out_features, spec.num_groups
-        weights.add_layer(
-            name,
-            {
-                f"{name}.qweight": (torch.int32, (spec.packed_rows, n)),
-                f"{name}.qzeros": (torch.int32, (groups, n * spec.bits // 32)),
-                f"{name}.scales": (spec.scales_dtype, (groups, n)),
-                f"{name}.g_idx": (torch.int32, (spec.in_features,)),
-            },
-        )
+        layer: TensorPlan = {
+            f"{name}.qweight": (torch.int32, (spec.packed_rows, n)),
+            f"{name}.qzeros": (torch.int32, (groups, n * spec.bits // 32)),
+            f"{name}.scales": (spec.scales_dtype, (groups, n)),
+            f"{name}.g_idx": (torch.int32, (spec.in_features,)),
+        }
+        weights.add_layer(name, layer)
     return weights
 
 
