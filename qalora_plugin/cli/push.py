@@ -46,25 +46,15 @@ def main(args: argparse.Namespace) -> int:
     from ..hub.push import push
 
     history = _log_history(args.trainer_state) if args.trainer_state else ()
-    result = push(
-        args.dir,
-        args.repo,
-        private=args.private,
-        revision=args.revision,
-        data=args.data,
-        log_history=history,
-        dry_run=args.dry_run,
-    )
+    names = ("private", "revision", "data", "dry_run")
+    options = {name: getattr(args, name) for name in names}
+    result = push(args.dir, args.repo, log_history=history, **options)
     print(json.dumps(result.as_dict()) if args.json else result.as_text())
     return 0
 
 
 def _log_history(path: Path) -> list[dict[str, Any]]:
-    """Of a Trainer's trainer_state.json.
-
-    Raises:
-        CheckpointError: it is no such file.
-    """
+    """Read the log of a Trainer's trainer_state.json; a CheckpointError says that it is none."""
     from ..errors import CheckpointError
     from ..files.json import read_json
 

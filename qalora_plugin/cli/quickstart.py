@@ -1,6 +1,7 @@
 """`qalora quickstart`: the whole way on the embedded model, or on one's own."""
 
 import argparse
+import itertools
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -45,20 +46,15 @@ def add_parser(subparsers: Any) -> None:
     parser.set_defaults(func=main)
 
 
-def _next_free(path: Path) -> Path:
-    candidate, number = path, 2
-    while candidate.exists():
-        candidate = path.with_name(f"{path.name}-{number}")
-        number += 1
-    return candidate
-
-
 def main(args: argparse.Namespace) -> int:
     """Run the quickstart; progress goes to stderr, the result to stdout."""
     from ..quickstart import report
     from ..quickstart.run import Settings, run
 
-    args.out = args.out or _next_free(Path("out") / f"quickstart-int{args.bits}")
+    if args.out is None:
+        path = Path("out") / f"quickstart-int{args.bits}"
+        others = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
+        args.out = next(free for free in (path, *others) if not free.exists())
     settings = Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
     note_what_gguf_cannot_hold(args)
     result = run(settings, say=lambda line: print(line, file=sys.stderr, flush=True))

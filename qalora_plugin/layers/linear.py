@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Self
 
 import torch
@@ -134,20 +135,18 @@ class QuantLinear(nn.Module):
         """
         if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        return self._linear(x, self.scales, self.offsets, zeros, scale)
-
-    def _linear(
-        self,
-        x: torch.Tensor,
-        scales: torch.Tensor,
-        offsets: torch.Tensor,
-        zeros: LowRank | None,
-        scale: LowRank | None,
-    ) -> torch.Tensor:
+        scales, offsets = self.scales, self.offsets
         tensors = (x, self.qweight, scales, offsets, self.g_idx, self.bias)
-        if zeros is None and scale is None:
-            return quantized_linear(*tensors, spec=self.spec)
-        return folded_linear(*tensors, spec=self.spec, zeros=zeros, scale=scale)
+        with self._saving(scales, offsets):
+            if zeros is None and scale is None:
+                return quantized_linear(*tensors, spec=self.spec)
+            return folded_linear(*tensors, spec=self.spec, zeros=zeros, scale=scale)
+
+    def _saving(
+        self, scales: torch.Tensor, offsets: torch.Tensor
+    ) -> AbstractContextManager[object]:
+        """Return the context in which tensors are saved for the backward."""
+        return nullcontext()
 
     def pool(self, x: torch.Tensor) -> torch.Tensor:
         """Sum x [..., K] over the inputs of each group: [..., G] in its dtype, differentiable."""

@@ -1,12 +1,13 @@
 """`ShardedQuantLinear`: a `QuantLinear` of which ZeRO-3 and FSDP2 shard all that is large."""
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from qalora_kernels import LowRank, PackedWeight, QuantSpec, load_offsets, store_offsets
+from qalora_kernels import PackedWeight, QuantSpec, load_offsets, store_offsets
 
 from .linear import QuantLinear
 
@@ -71,16 +72,11 @@ class ShardedQuantLinear(QuantLinear):
         """The offsets, fp32 [G, N]; the grid has to be whole here."""
         return unpack_grid(self.grid, self.spec)[1]
 
-    def _linear(
-        self,
-        x: torch.Tensor,
-        scales: torch.Tensor,
-        offsets: torch.Tensor,
-        zeros: LowRank | None,
-        scale: LowRank | None,
-    ) -> torch.Tensor:
+    def _saving(
+        self, scales: torch.Tensor, offsets: torch.Tensor
+    ) -> AbstractContextManager[object]:
         if torch.compiler.is_compiling():
-            return super()._linear(x, scales, offsets, zeros, scale)
+            return super()._saving(scales, offsets)
         # the backward needs both again: unpacked then, not kept by every layer until then
         places = {scales.data_ptr(): 0, offsets.data_ptr(): 1}
 
@@ -90,5 +86,4 @@ class ShardedQuantLinear(QuantLinear):
         def unpack(kept: Any) -> torch.Tensor:
             return unpack_grid(self.grid, self.spec)[kept] if isinstance(kept, int) else kept
 
-        with saved_tensors_hooks(pack, unpack):
-            return super()._linear(x, scales, offsets, zeros, scale)
+        return saved_tensors_hooks(pack, unpack)

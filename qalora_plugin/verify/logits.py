@@ -159,7 +159,6 @@ def _add(
 
 
 def _put_saved_tensors(model: nn.Module, plan: MergePlan) -> None:
-    """Put the adapter's whole tensors into a base model."""
     tied, still = (c.get("tie_word_embeddings") for c in (plan.base.reader.config, plan.config))
     for name, key in plan.dense.from_adapter.items():
         owner, _, leaf = plan.trained.in_model(name).rpartition(".")

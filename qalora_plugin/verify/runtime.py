@@ -148,7 +148,6 @@ def _missing(runtime: Runtime, python: str) -> str | None:
 
 
 def _check(run: _Run, against: str | Path) -> RuntimeReport:
-    """Compare a model in its runtime with ours."""
     source, format = open_quantized(against), run.format
     model, ids = load_model(source), random_ids(source.reader.config, ROWS, TOKENS)
     expected, found = logits_of(model, ids), run(ids, run.exported)

@@ -113,11 +113,7 @@ class _Export:
 
 
 def _measure(source: QuantizedCheckpoint, reasons: dict[str, str]) -> Rounding:
-    """Measure how far the minima of all Q4_1 layers will be rounded.
-
-    Raises:
-        CheckpointError: a minimum that f16 does not hold.
-    """
+    """Measure how far the minima of all Q4_1 layers will be rounded."""
     rounding = Rounding()
     for name in source.layers:
         if name in reasons:

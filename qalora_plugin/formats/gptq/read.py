@@ -234,12 +234,8 @@ class GPTQCheckpoint(QuantizedCheckpoint):
         return False
 
     def _grid(self, name: str, spec: QuantSpec) -> tuple[torch.Tensor, torch.Tensor]:
-        """Read a layer's scales and offsets, fp32 [G, N], both exact.
-
-        Raises:
-            CheckpointError: a scale that fp16, in which our format stores scales, does not hold.
-        """
         stored = self.reader.get(f"{name}.scales")
+        # our format stores fp16
         scales = stored.to(spec.scales_dtype).float()
         if not torch.equal(scales, stored.float()):
             raise CheckpointError(

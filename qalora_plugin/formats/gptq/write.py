@@ -172,7 +172,6 @@ def _stock_layer(source: QuantizedCheckpoint, name: str, version: str) -> dict[s
 def _configs(
     source: QuantizedCheckpoint, checkpoint_format: str, symmetric: bool
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return config.json and quantize_config.json."""
     ours = source.config
     old_3bit = ours.bits == 3 and checkpoint_format == "gptq"
     producers = [f"qalora:{__version__}"] + ([] if old_3bit else [_GPTQMODEL_COMPATIBLE])

@@ -72,7 +72,6 @@ def export(source: str | Path, out: str | Path, *, progress: Progress | None) ->
 
 
 def _config(source: QuantizedCheckpoint, reasons: dict[str, str]) -> dict[str, Any]:
-    """Return config.json with `quantization` as mlx_lm.convert writes it."""
     config = with_legacy_rope(dense_config(source))
     if "text_config" in config:
         config["text_config"] = with_legacy_rope(config["text_config"])

@@ -72,7 +72,6 @@ def export(source: str | Path, out: str | Path, *, progress: Progress | None) ->
 
 
 def _attributes(spec: QuantSpec) -> str:
-    """Return the metadata of one quantized weight, as JSON."""
     data = {
         "target_dtype": _dtype(f"int{spec.bits}"),
         "block_size": [1, FORMAT.grids.block(spec)],
@@ -86,7 +85,6 @@ def _attributes(spec: QuantSpec) -> str:
 
 
 def _metadata(source: QuantizedCheckpoint, reasons: dict[str, str]) -> dict[str, str]:
-    """Return the safetensors header's metadata, which says how each tensor is quantized."""
     plain = json.dumps({"_type": "Tensor"})
     tensors = dict.fromkeys(source.dense_names, plain)
     for name, spec in source.layers.items():
@@ -95,7 +93,6 @@ def _metadata(source: QuantizedCheckpoint, reasons: dict[str, str]) -> dict[str,
 
 
 def _quantization_config(source: QuantizedCheckpoint, reasons: dict[str, str]) -> dict[str, Any]:
-    """Return what transformers needs to know; each tensor's own metadata say the rest."""
     data = {
         "weight_dtype": _dtype(f"int{source.config.bits}"),
         "granularity": {
