@@ -19,30 +19,26 @@ def add_parser(subparsers: Any) -> None:
         "with TRL's SFTTrainer, merge, verify, and print what each stage measured. No network, "
         "no GPU. Or do the same with a model and data of one's own.",
     )
-    parser.add_argument("--bits", type=bits, default=4, help="2, 3, 4 or 8 (default: %(default)s)")
-    parser.add_argument("--group-size", type=group_size, default=32, help="default: %(default)s")
-    parser.add_argument(
-        "--offsets-at",
-        choices=("middle", "minimum"),
-        default="minimum",
-        help=f"which weight of a group fp16 holds; {OFFSETS_AT_HELP} (default: %(default)s)",
+    default = "default: %(default)s"
+    add = parser.add_argument
+    add("--bits", type=bits, default=4, help=f"2, 3, 4 or 8 ({default})")
+    add("--group-size", type=group_size, default=32, help=default)
+    about = f"which weight of a group fp16 holds; {OFFSETS_AT_HELP} ({default})"
+    add("--offsets-at", choices=("middle", "minimum"), default="minimum", help=about)
+    add("--model", help="name or directory of a 16-bit causal LM")
+    about = (
+        ".jsonl (prompt + completion, question + answer, instruction + output, or text) "
+        "or .txt; default: docstring -> function pairs from the standard library"
     )
-    parser.add_argument("--model", help="name or directory of a 16-bit causal LM")
-    parser.add_argument(
-        "--dataset",
-        type=Path,
-        help=".jsonl (prompt + completion, question + answer, instruction + output, or text) "
-        "or .txt; default: docstring -> function pairs from the standard library",
-    )
-    parser.add_argument("--rank", type=int, default=16, help="default: %(default)s")
-    parser.add_argument("--learning-rate", type=float, default=3e-3, help="default: %(default)s")
-    parser.add_argument("--steps", type=int, default=160, help="default: %(default)s")
-    parser.add_argument("--batch-size", type=int, default=16, help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    parser.add_argument(
-        "--out", type=Path, help="directory to write to (default: the next free out/quickstart…)"
-    )
-    parser.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
+    add("--dataset", type=Path, help=about)
+    add("--rank", type=int, default=16, help=default)
+    add("--learning-rate", type=float, default=3e-3, help=default)
+    add("--steps", type=int, default=160, help=default)
+    add("--batch-size", type=int, default=16, help=default)
+    add("--seed", type=int, default=0, help=default)
+    about = "directory to write to (default: the next free out/quickstart…)"
+    add("--out", type=Path, help=about)
+    add("--json", action="store_true", help="print the result as JSON on stdout")
     parser.set_defaults(func=main)
 
 
