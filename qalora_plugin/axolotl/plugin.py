@@ -209,11 +209,7 @@ def _adapter_directory(cfg: Any) -> Path | None:
 
 
 def _base_of(adapter: Path) -> str | None:
-    """Return the base that an adapter names.
-
-    Raises:
-        ConfigError: there is no adapter.
-    """
+    """Return the base that an adapter names; a ConfigError says that there is no adapter."""
     config = adapter / ADAPTER_CONFIG_FILE
     if not config.is_file():
         raise ConfigError(

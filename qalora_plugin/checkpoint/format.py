@@ -118,7 +118,8 @@ class Format:
 
         read      of a base: `parse_config(raw, path) -> QALoRAQuantConfig` and
                   `open_checkpoint(directory) -> QuantizedCheckpoint`
-        write     `check(source)`, `export(source, out, *, progress, **options) -> ExportResult`
+        write     `export(source, out, *, progress, **options) -> ExportResult`, and where more
+                  than `grids` decides `check(source)`
         weights   `Weights(exported, source)`, see `formats.weights`; of an adapter
                   `compare(exported, adapter, base, progress)`
         run       a program that runs an export in its runtime, and imports nothing of ours

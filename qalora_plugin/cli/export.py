@@ -23,16 +23,12 @@ def add_parser(subparsers: Any) -> None:
     )
     adapters = ", ".join(f.name for f in known if f.of_adapter)
     files = ", ".join(f.name for f in known if f.suffix)
-    parser.add_argument(
-        "model", help=f"the merged model (for {adapters}: the adapter); a Hub id works"
-    )
-    parser.add_argument(
-        "--format", required=True, choices=[f.name for f in known], help="what to write"
-    )
-    parser.add_argument(
-        "--out", required=True, metavar="PATH", help=f"directory to make (for {files}: the file)"
-    )
-    parser.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
+    add = parser.add_argument
+    add("model", help=f"the merged model (for {adapters}: the adapter); a Hub id works")
+    add("--format", required=True, choices=[f.name for f in known], help="what to write")
+    about = f"directory to make (for {files}: the file)"
+    add("--out", required=True, metavar="PATH", help=about)
+    add("--json", action="store_true", help="print the result as JSON on stdout")
     for format in known:
         if format.options:
             group = parser.add_argument_group(f"options of {format.name}")
@@ -45,12 +41,8 @@ def _keywords(option: Any) -> dict[str, Any]:
     """Return what argparse takes for an `Option`; None means that it was not given."""
     if option.type is bool:
         return {"help": option.help, "action": "store_true", "default": None}
-    return {
-        "help": option.help,
-        "type": option.type,
-        "choices": option.choices or None,
-        "metavar": option.metavar,
-    }
+    value = {"type": option.type, "choices": option.choices or None, "metavar": option.metavar}
+    return {"help": option.help, **value}
 
 
 def main(args: argparse.Namespace) -> int:

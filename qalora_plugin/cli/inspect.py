@@ -2,9 +2,10 @@
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
+
+from .progress import progress_bar
 
 
 def add_parser(subparsers: Any) -> None:
@@ -26,25 +27,17 @@ def add_parser(subparsers: Any) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run it; progress goes to stderr, the result to stdout."""
-    from tqdm import tqdm
-
     from ..checkpoint.describe import describe
     from ..checkpoint.kind import find_kind
     from ..files.hub import resolve_model_dir
 
     path = Path(args.model).expanduser()
-    is_export_file = path.is_file() and find_kind(path).export
-    directory = path if is_export_file else resolve_model_dir(args.model)
-    with tqdm(desc="checking", unit="layer", file=sys.stderr, delay=1, leave=False) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        if find_kind(directory).export is None:
+    directory = path if path.is_file() and find_kind(path).export else resolve_model_dir(args.model)
+    if find_kind(directory).export is None:
+        with progress_bar("checking", "layer") as progress:
             found = describe(directory, quick=args.quick, progress=progress)
-        else:
-            found = _describe_export(directory, args.quick)
+    else:
+        found = _describe_export(directory, args.quick)
     print(json.dumps(found) if args.json else table(found))
     return 0 if found["valid"] else 1
 
@@ -95,9 +88,9 @@ def table(found: dict[str, Any]) -> str:
 
 
 def _size(nbytes: int) -> str:
-    size, unit = float(nbytes), "B"
-    for larger in ("KB", "MB", "GB"):
-        if size < 1000:
-            break
-        size, unit = size / 1000, larger
-    return f"{size:.1f} {unit}" if unit != "B" else f"{nbytes} B"
+    if nbytes < 1000:
+        return f"{nbytes} B"
+    size, units = nbytes / 1000, ["KB", "MB", "GB"]
+    while size >= 1000 and units[1:]:
+        size, units = size / 1000, units[1:]
+    return f"{size:.1f} {units[0]}"

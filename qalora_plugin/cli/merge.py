@@ -17,21 +17,17 @@ def add_parser(subparsers: Any) -> None:
         "Works on files alone, one layer in memory; the integers stay as they are. Nothing that "
         "exists is overwritten, and the output appears only when it is complete.",
     )
-    parser.add_argument("adapter", help="directory of the adapter, or a Hub id")
-    parser.add_argument("--out", required=True, metavar="DIR", help="directory to make")
-    parser.add_argument(
-        "--base",
-        metavar="DIR",
-        help="the quantized base, ours or stock GPTQ (default: what the adapter's config names)",
+    add = parser.add_argument
+    add("adapter", help="directory of the adapter, or a Hub id")
+    add("--out", required=True, metavar="DIR", help="directory to make")
+    about = "the quantized base, ours or stock GPTQ (default: what the adapter's config names)"
+    add("--base", metavar="DIR", help=about)
+    about = (
+        "how the adapter was trained to pool its inputs, where its config does not say: mean "
+        "(the QA-LoRA authors' released code), peft (PEFT's use_qalora), sum (the paper)"
     )
-    parser.add_argument(
-        "--convention",
-        choices=("auto", "sum", "mean", "peft"),
-        default="auto",
-        help="how the adapter was trained to pool its inputs, where its config does not say: mean "
-        "(the QA-LoRA authors' released code), peft (PEFT's use_qalora), sum (the paper)",
-    )
-    parser.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
+    add("--convention", choices=("auto", "sum", "mean", "peft"), default="auto", help=about)
+    add("--json", action="store_true", help="print the result as JSON on stdout")
     parser.set_defaults(func=main)
 
 

@@ -42,11 +42,7 @@ OFFSETS_AT_HELP = (
 
 
 def note_what_gguf_cannot_hold(args: argparse.Namespace) -> None:
-    """Say on stderr where `--offsets-at minimum` does not serve what it is for.
-
-    Args:
-        args: with `offsets_at`, `bits`, `group_size`, and `desc_act` where the command has it.
-    """
+    """Say on stderr where `--offsets-at minimum` does not serve what it is for."""
     from ..checkpoint.format import format_named
 
     if args.offsets_at != "minimum":
@@ -55,8 +51,9 @@ def note_what_gguf_cannot_hold(args: argparse.Namespace) -> None:
     (block,) = grids.blocks or ()
     inputs = math.lcm(abs(args.group_size), block)  # whole groups in whole blocks, if these fit
     spec = QuantSpec(args.bits, args.group_size, inputs, out_features=1)
-    if grids.obstacle(spec, getattr(args, "desc_act", False)):
-        order = " in act-order" if getattr(args, "desc_act", False) else ""
+    desc_act = getattr(args, "desc_act", False)  # not every command has it
+    if grids.obstacle(spec, desc_act):
+        order = " in act-order" if desc_act else ""
         print(
             f"qalora: note: --offsets-at minimum is of no use with {args.bits} bits and groups of "
             f"{args.group_size}{order}: GGUF holds up to 4 bits in contiguous groups that are a "

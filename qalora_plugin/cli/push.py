@@ -16,28 +16,17 @@ def add_parser(subparsers: Any) -> None:
         "model card says what it is, how exact, and how it is loaded; a README.md that is there "
         "already is kept. The token is the one of `hf auth login` or HF_TOKEN.",
     )
-    parser.add_argument("dir", metavar="DIR", help="checkpoint, export, or .gguf file")
-    parser.add_argument("repo", metavar="REPO", help="repository: NAME, or ORG/NAME")
-    parser.add_argument(
-        "--private",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="whether a repository that has to be made is private (default: it is)",
-    )
-    parser.add_argument(
-        "--revision", "--branch", metavar="NAME", help="branch to push to, made if needed"
-    )
-    parser.add_argument("--data", metavar="NAME", help="name of the training data, for the card")
-    parser.add_argument(
-        "--trainer-state",
-        type=Path,
-        metavar="FILE",
-        help="trainer_state.json of the training, for the losses in the card",
-    )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="upload nothing, print the files and the card"
-    )
-    parser.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
+    add = parser.add_argument
+    add("dir", metavar="DIR", help="checkpoint, export, or .gguf file")
+    add("repo", metavar="REPO", help="repository: NAME, or ORG/NAME")
+    about = "whether a repository that has to be made is private (default: it is)"
+    add("--private", action=argparse.BooleanOptionalAction, default=True, help=about)
+    add("--revision", "--branch", metavar="NAME", help="branch to push to, made if needed")
+    add("--data", metavar="NAME", help="name of the training data, for the card")
+    about = "trainer_state.json of the training, for the losses in the card"
+    add("--trainer-state", type=Path, metavar="FILE", help=about)
+    add("--dry-run", action="store_true", help="upload nothing, print the files and the card")
+    add("--json", action="store_true", help="print the result as JSON on stdout")
     parser.set_defaults(func=main)
 
 
@@ -46,25 +35,15 @@ def main(args: argparse.Namespace) -> int:
     from ..hub.push import push
 
     history = _log_history(args.trainer_state) if args.trainer_state else ()
-    result = push(
-        args.dir,
-        args.repo,
-        private=args.private,
-        revision=args.revision,
-        data=args.data,
-        log_history=history,
-        dry_run=args.dry_run,
-    )
+    names = ("private", "revision", "data", "dry_run")
+    options = {name: getattr(args, name) for name in names}
+    result = push(args.dir, args.repo, log_history=history, **options)
     print(json.dumps(result.as_dict()) if args.json else result.as_text())
     return 0
 
 
 def _log_history(path: Path) -> list[dict[str, Any]]:
-    """Of a Trainer's trainer_state.json.
-
-    Raises:
-        CheckpointError: it is no such file.
-    """
+    """Read the log of a Trainer's trainer_state.json; a CheckpointError says that it is none."""
     from ..errors import CheckpointError
     from ..files.json import read_json
 

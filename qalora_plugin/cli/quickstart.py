@@ -1,6 +1,7 @@
 """`qalora quickstart`: the whole way on the embedded model, or on one's own."""
 
 import argparse
+import itertools
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -18,39 +19,27 @@ def add_parser(subparsers: Any) -> None:
         "with TRL's SFTTrainer, merge, verify, and print what each stage measured. No network, "
         "no GPU. Or do the same with a model and data of one's own.",
     )
-    parser.add_argument("--bits", type=bits, default=4, help="2, 3, 4 or 8 (default: %(default)s)")
-    parser.add_argument("--group-size", type=group_size, default=32, help="default: %(default)s")
-    parser.add_argument(
-        "--offsets-at",
-        choices=("middle", "minimum"),
-        default="minimum",
-        help=f"which weight of a group fp16 holds; {OFFSETS_AT_HELP} (default: %(default)s)",
+    default = "default: %(default)s"
+    add = parser.add_argument
+    add("--bits", type=bits, default=4, help=f"2, 3, 4 or 8 ({default})")
+    add("--group-size", type=group_size, default=32, help=default)
+    about = f"which weight of a group fp16 holds; {OFFSETS_AT_HELP} ({default})"
+    add("--offsets-at", choices=("middle", "minimum"), default="minimum", help=about)
+    add("--model", help="name or directory of a 16-bit causal LM")
+    about = (
+        ".jsonl (prompt + completion, question + answer, instruction + output, or text) "
+        "or .txt; default: docstring -> function pairs from the standard library"
     )
-    parser.add_argument("--model", help="name or directory of a 16-bit causal LM")
-    parser.add_argument(
-        "--dataset",
-        type=Path,
-        help=".jsonl (prompt + completion, question + answer, instruction + output, or text) "
-        "or .txt; default: docstring -> function pairs from the standard library",
-    )
-    parser.add_argument("--rank", type=int, default=16, help="default: %(default)s")
-    parser.add_argument("--learning-rate", type=float, default=3e-3, help="default: %(default)s")
-    parser.add_argument("--steps", type=int, default=160, help="default: %(default)s")
-    parser.add_argument("--batch-size", type=int, default=16, help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    parser.add_argument(
-        "--out", type=Path, help="directory to write to (default: the next free out/quickstart…)"
-    )
-    parser.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
+    add("--dataset", type=Path, help=about)
+    add("--rank", type=int, default=16, help=default)
+    add("--learning-rate", type=float, default=3e-3, help=default)
+    add("--steps", type=int, default=160, help=default)
+    add("--batch-size", type=int, default=16, help=default)
+    add("--seed", type=int, default=0, help=default)
+    about = "directory to write to (default: the next free out/quickstart…)"
+    add("--out", type=Path, help=about)
+    add("--json", action="store_true", help="print the result as JSON on stdout")
     parser.set_defaults(func=main)
-
-
-def _next_free(path: Path) -> Path:
-    candidate, number = path, 2
-    while candidate.exists():
-        candidate = path.with_name(f"{path.name}-{number}")
-        number += 1
-    return candidate
 
 
 def main(args: argparse.Namespace) -> int:
@@ -58,7 +47,10 @@ def main(args: argparse.Namespace) -> int:
     from ..quickstart import report
     from ..quickstart.run import Settings, run
 
-    args.out = args.out or _next_free(Path("out") / f"quickstart-int{args.bits}")
+    if args.out is None:
+        path = Path("out") / f"quickstart-int{args.bits}"
+        others = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
+        args.out = next(free for free in (path, *others) if not free.exists())
     settings = Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
     note_what_gguf_cannot_hold(args)
     result = run(settings, say=lambda line: print(line, file=sys.stderr, flush=True))

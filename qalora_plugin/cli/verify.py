@@ -19,45 +19,27 @@ def add_parser(subparsers: Any) -> None:
         "of the runtime that it is for, and run it there where the runtime is installed. Exit "
         "status 1 if anything differs.",
     )
-    parser.add_argument("merged", help="the merged checkpoint, or with --against an export")
+    add = parser.add_argument
+    add("merged", help="the merged checkpoint, or with --against an export")
     kind = parser.add_mutually_exclusive_group(required=True)
     kind.add_argument("--adapter", help="the adapter that was merged")
-    kind.add_argument(
-        "--against",
-        metavar="MERGED",
-        help="compare an export with the merged model (a lora export: with the adapter)",
+    about = "compare an export with the merged model (a lora export: with the adapter)"
+    kind.add_argument("--against", metavar="MERGED", help=about)
+    about = "of the adapter: its quantized base (default: what the adapter's config names)"
+    add("--base", metavar="DIR", help=about)
+    about = "with --against: compare weights only, do not run the export in its runtime"
+    add("--no-run", action="store_true", default=None, help=about)
+    about = "interpreter of the environment that has the runtime (default: this one)"
+    add("--python", metavar="PYTHON", help=f"with --against: {about}")
+    about = "with --adapter: also build both models and compare their logits"
+    add("--logits", action="store_true", default=None, help=about)
+    about = (
+        "with --adapter: .safetensors with input_ids [B, T] and logits [B, T, V] that base and "
+        "adapter gave in the code that trained the adapter: proves the convention where the "
+        "adapter's config does not state it"
     )
-    parser.add_argument(
-        "--base",
-        metavar="DIR",
-        help="of the adapter: its quantized base (default: what the adapter's config names)",
-    )
-    parser.add_argument(
-        "--no-run",
-        action="store_true",
-        default=None,
-        help="with --against: compare weights only, do not run the export in its runtime",
-    )
-    parser.add_argument(
-        "--python",
-        metavar="PYTHON",
-        help="with --against: interpreter of the environment that has the runtime (default: this "
-        "one)",
-    )
-    parser.add_argument(
-        "--logits",
-        action="store_true",
-        default=None,
-        help="with --adapter: also build both models and compare their logits",
-    )
-    parser.add_argument(
-        "--reference",
-        metavar="FILE",
-        help="with --adapter: .safetensors with input_ids [B, T] and logits [B, T, V] that base "
-        "and adapter gave in the code that trained the adapter: proves the convention where the "
-        "adapter's config does not state it",
-    )
-    parser.add_argument("--json", action="store_true", help="print the report as JSON on stdout")
+    add("--reference", metavar="FILE", help=about)
+    add("--json", action="store_true", help="print the report as JSON on stdout")
     parser.set_defaults(func=main)
 
 

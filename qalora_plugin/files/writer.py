@@ -233,8 +233,8 @@ class CheckpointWriter:
         if len(self.plans) > 1:
             size = sum(tensor_nbytes(*entry) for plan in self.plans for entry in plan.values())
             names = {n: self.file_name(i) for i, plan in enumerate(self.plans) for n in plan}
-            index = {"metadata": {"total_size": size}, "weight_map": names}
-            write_json(self.directory / INDEX_FILE, index)
+            whole = {"metadata": {"total_size": size}, "weight_map": names}
+            write_json(self.directory / INDEX_FILE, whole)
         write_manifest(self.directory, self._hashes)
 
 

@@ -14,10 +14,8 @@ import torch
 from qalora_kernels import PackedWeight, QuantSpec
 
 from ..checkpoint.checkpoint import QuantizedCheckpoint
-from ..checkpoint.format import Format
 from ..checkpoint.layout import TensorPlan
 from ..checkpoint.side_files import copy_side_files
-from ..errors import CheckpointError
 from ..files.atomic import AtomicDirectory
 from ..files.json import write_json
 from ..files.names import CONFIG_FILE
@@ -27,15 +25,12 @@ from .export import Progress
 
 
 def regroup(per_group: torch.Tensor, spec: QuantSpec, block: int) -> torch.Tensor:
-    """Repeat each group's number for the smaller blocks that the group is cut into.
+    """Repeat each group's number for the smaller blocks that it is cut into: [N, ceil(K / block)].
 
     Args:
         per_group: [G, N], scales or offsets of groups of neighbouring inputs.
         spec: the layer's grid.
         block: a divisor of the group size.
-
-    Returns:
-        [N, ceil(K / block)].
     """
     repeated = per_group.repeat_interleave(spec.group_size // block, dim=0)
     return repeated[: -(-spec.in_features // block)].t().contiguous()
@@ -50,36 +45,16 @@ class DenseLayers:
     """Each quantized layer of a directory as a dense weight in fp32."""
 
     def dense_dtype(self, info: TensorInfo) -> torch.dtype:
-        """Return the dtype to write a tensor in that is in no quantized layer."""
+        """Return the dtype in which a tensor outside of quantized layers is written."""
         return info.dtype
 
     def plan(self, name: str, spec: QuantSpec) -> TensorPlan:
-        """Return names, dtypes and shapes of a layer's tensors."""
+        """Return full names, dtypes and shapes of a layer's tensors."""
         return {f"{name}.weight": (torch.float32, (spec.out_features, spec.in_features))}
 
     def convert(self, name: str, weight: PackedWeight) -> dict[str, torch.Tensor]:
         """Return these tensors."""
         return {f"{name}.weight": dense_weight(weight)}
-
-
-def obstacles(source: QuantizedCheckpoint, format: Format) -> dict[str, str]:
-    """Return the layers that a format cannot hold as integers, and why, by name.
-
-    Raises:
-        CheckpointError: it can hold none of them, so the export would be a dense model.
-    """
-    found = {
-        name: format.grids.obstacle(spec, source.config.desc_act)
-        for name, spec in source.layers.items()
-    }
-    reasons = {name: why for name, why in found.items() if why is not None}
-    if len(reasons) == len(source.layers) and format.grids.dense_as is None:
-        name, why = next(iter(reasons.items()))
-        raise CheckpointError(
-            f"{source.directory}: format {format.name!r} can hold none of its layers as integers "
-            f"({name}: {why}). Choose another format, or quantize with other settings."
-        )
-    return reasons
 
 
 def dense_config(source: QuantizedCheckpoint) -> dict[str, Any]:
@@ -103,15 +78,12 @@ def write_directory(
 
     Args:
         source: the model.
-        out: the directory to make.
+        out: the directory to make, which is returned.
         layers: converts the layers.
         config: config.json to write.
         reasons: layers to write as a dense fp32 weight instead (`obstacles`).
         metadata: of the safetensors headers.
         progress: called with (tensors written, tensors in all).
-
-    Returns:
-        The directory written.
 
     Raises:
         OutputError: the target is not empty, or cannot be written.

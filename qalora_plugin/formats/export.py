@@ -5,9 +5,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.checkpoint import open_quantized
-from ..checkpoint.format import format_named
-from ..errors import ConfigError
+from ..checkpoint.checkpoint import QuantizedCheckpoint, open_quantized
+from ..checkpoint.format import Format, format_named
+from ..errors import CheckpointError, ConfigError
 from .record import write_record
 
 Progress = Callable[[int, int], None]
@@ -53,10 +53,28 @@ class ExportResult:
         return "\n".join(lines)
 
 
-def check_format(base: str | Path, format: str) -> None:
-    """Refuse now what `export_model` would refuse of any model that is this base, adapted.
+def obstacles(source: QuantizedCheckpoint, format: Format) -> dict[str, str]:
+    """Return the layers that a format cannot hold as integers, and why, by name.
 
-    What the adapter may change is `Format.adapts`.
+    Raises:
+        CheckpointError: it can hold none of them, so the export would be a dense model.
+    """
+    found = {
+        name: format.grids.obstacle(spec, source.config.desc_act)
+        for name, spec in source.layers.items()
+    }
+    reasons = {name: why for name, why in found.items() if why is not None}
+    if len(reasons) == len(source.layers) and format.grids.dense_as is None:
+        name, why = next(iter(reasons.items()))
+        raise CheckpointError(
+            f"{source.directory}: format {format.name!r} can hold none of its layers as integers "
+            f"({name}: {why}). Choose another format, or quantize with other settings."
+        )
+    return reasons
+
+
+def check_format(base: str | Path, format: str) -> None:
+    """Refuse now what `export_model` would refuse of this base with any adapter it allows.
 
     Raises:
         CheckpointError: the base is damaged, or the format cannot hold it.
@@ -64,8 +82,12 @@ def check_format(base: str | Path, format: str) -> None:
     """
     found = format_named(format)
     found.check_libraries()
-    if not found.of_adapter:  # any base's adapter is held
-        found.module("write").check(open_quantized(base))
+    if found.of_adapter:  # any base's adapter is held
+        return
+    source, write = open_quantized(base), found.module("write")
+    obstacles(source, found)
+    if hasattr(write, "check"):
+        write.check(source)
 
 
 def export_model(

@@ -63,13 +63,7 @@ def licence_of(base: str) -> str | None:
 
 
 def write_record(exported: Path, result: dict[str, Any], source: str | Path) -> None:
-    """Write the record into an exported directory.
-
-    Args:
-        exported: the directory.
-        result: fields of `ExportResult`.
-        source: what was exported: a model, or an adapter.
-    """
+    """Write the record into a directory: the fields of an `ExportResult`, and facts of `source`."""
     if format_named(result["format"]).of_adapter:
         facts = _describe_adapter(exported, source)
     else:

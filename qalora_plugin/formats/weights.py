@@ -4,79 +4,65 @@ Each format's folder has a module `weights` with a class `Weights` that derives 
 `ExportedWeights`; `verify` compares what it gives with the model that was exported.
 """
 
+from abc import ABC, abstractmethod
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from qalora_kernels import PackedWeight
+from qalora_kernels import PackedWeight, reference
 from qalora_kernels.groups import expand
 
 from ..checkpoint.checkpoint import QuantizedCheckpoint
-from ..checkpoint.config import QALoRAQuantConfig
-from ..hf.load import load_model
 
 _FP32 = 2.0**-22  # of the largest number that is rounded
 
 
-def load_exact(source: QuantizedCheckpoint) -> torch.nn.Module:
-    """Load a quantized model in fp32, whether it is stored in our format or in a foreign one."""
-    options: dict[str, Any] = {}
-    if source.is_foreign:
-        own = QALoRAQuantConfig(source.config.bits, source.config.group_size)
-        options["quantization_config"] = own
-    return load_model(source.directory, **options)
-
-
 class ExactWeight:
-    """A quantized layer by the formula W = scales * (q - mid) + offsets in float64: the oracle.
-
-    Attributes:
-        spec: the layer's grid.
-        values: W [N, K].
-        steps: [N, K], the scale of each weight.
-        offsets: [N, K], likewise.
-    """
+    """A quantized layer by the formula W = scales * (q - mid) + offsets in float64: the oracle."""
 
     def __init__(self, weight: PackedWeight) -> None:
-        """Compute all three."""
-        self.spec = spec = weight.spec
-        self.steps, self.offsets = (
-            expand(values, weight.g_idx, spec.group_size, spec.in_features).t().double()
-            for values in (weight.scales, weight.offsets)
-        )
-        self.values = (weight.codes().double() - spec.mid) * self.steps + self.offsets
+        self._weight, self.spec = weight, weight.spec
+
+    @cached_property
+    def values(self) -> torch.Tensor:
+        """The weights W, float64 [N, K]."""
+        return reference.dequantize(self._weight, torch.float64).t()
+
+    @cached_property
+    def steps(self) -> torch.Tensor:
+        """The scale of each weight, float64 [N, K]."""
+        return self._of_inputs(self._weight.scales)
+
+    @cached_property
+    def offsets(self) -> torch.Tensor:
+        """The offset of each weight, float64 [N, K]."""
+        return self._of_inputs(self._weight.offsets)
+
+    def _of_inputs(self, per_group: torch.Tensor) -> torch.Tensor:
+        spec = self.spec
+        each = expand(per_group.double(), self._weight.g_idx, spec.group_size, spec.in_features)
+        return each.t()
 
 
-class ExportedWeights:
-    """The tensors of an export, by the names that they have in the exported model."""
+class ExportedWeights(ABC):
+    """The tensors of an export of `source`, by the names that they have in the exported model."""
 
     def __init__(self, exported: Path, source: QuantizedCheckpoint) -> None:
-        """Open an export.
-
-        Args:
-            exported: the directory or file.
-            source: the model that it was made from.
-        """
         self.exported, self.source = exported, source
 
+    @abstractmethod
     def get(self, name: str) -> torch.Tensor | None:
         """Return one tensor: a layer's `weight` W [N, K] dequantized, another one as it is stored.
 
         Returns:
             None of a tensor that the export holds together with others.
         """
-        raise NotImplementedError
 
     def kind(self, name: str) -> str | None:
         """Return the format's type of a tensor, None if the format has one type alone."""
         return None
 
     def rounding(self, name: str, exact: ExactWeight) -> torch.Tensor:
-        """Return by how much each weight of a layer [N, K] may differ: by default as fp32 rounds.
-
-        Args:
-            name: of the layer's `weight`.
-            exact: what it should be.
-        """
+        """Return by how much each weight [N, K] of `name` may differ: here as fp32 rounds."""
         return _FP32 * (exact.offsets.abs() + exact.steps * 2**exact.spec.bits)

@@ -1,22 +1,30 @@
-"""Load a model as its users do, in the class that its config.json names."""
+"""Load a quantized model as its users do, in the class that its config.json names."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..checkpoint.checkpoint import QuantizedCheckpoint
+from ..checkpoint.config import QALoRAQuantConfig
 
-def load_model(directory: Path, class_name: str | None = None, **options: Any) -> nn.Module:
-    """Load a model in fp32.
+
+def load_model(
+    source: QuantizedCheckpoint, class_name: str | None = None, **options: Any
+) -> nn.Module:
+    """Load a quantized model in fp32, whether it is stored in our format or in a foreign one.
 
     Args:
-        directory: of the model.
+        source: the model.
         class_name: of transformers; by default the one that config.json names.
         options: for `from_pretrained`.
     """
     import transformers
 
+    directory = source.directory
+    if source.is_foreign:
+        own = QALoRAQuantConfig(source.config.bits, source.config.group_size)
+        options["quantization_config"] = own
     config = transformers.AutoConfig.from_pretrained(directory)
     name = class_name or (config.architectures or ["AutoModelForCausalLM"])[0]
     model_class: Any = getattr(transformers, name, transformers.AutoModelForCausalLM)

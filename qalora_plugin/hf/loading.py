@@ -30,12 +30,9 @@ class StoredLayers:
     def __init__(
         self, model: PreTrainedModel, checkpoint: QuantizedCheckpoint, *, pending: bool
     ) -> None:
-        """Replace the layers.
+        """Replace the layers of a model on the meta device.
 
-        Args:
-            model: on the meta device, without weights.
-            checkpoint: what will be loaded into it.
-            pending: put placeholders there, which `finish` replaces: for ZeRO-3 and FSDP.
+        With `pending` placeholders go there, which `finish` replaces: for ZeRO-3 and FSDP.
 
         Raises:
             CheckpointError: the checkpoint belongs to another architecture, or is incomplete.
@@ -110,7 +107,7 @@ class StoredLayers:
     def _finish_layer(self, module: QuantLinear, layer: str) -> None:
         checkpoint = self._checkpoint
         if checkpoint.is_foreign:
-            module.set_packed(checkpoint.layer(layer))
+            module.set_packed(checkpoint.layer(layer))  # which checks them
             mark_loaded(module)
         for part, tensor in [*module.named_parameters(), *module.named_buffers()]:
             if not is_loaded(tensor):

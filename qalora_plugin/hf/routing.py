@@ -24,12 +24,7 @@ _INSTALLED = "_qalora_original"
 def check_request(
     requested: QALoRAQuantConfig, stored: QALoRAQuantConfig, where: str = CONFIG_FILE
 ) -> None:
-    """Refuse to load a quantized directory as something that it is not.
-
-    Args:
-        requested: what the caller, or the model's config object, says.
-        stored: what the directory says.
-        where: the directory, for the message.
+    """Refuse to load the quantized directory `where` as something that it is not.
 
     Raises:
         ConfigError: bits or group_size differ, or minima are asked for and not there.
@@ -48,7 +43,7 @@ def merge_configs(stored: Any, requested: Any) -> QALoRAQuantConfig | None:
 
     Args:
         stored: `quantization_config` of config.json, as a dict or an object.
-        requested: `quantization_config` given to from_pretrained, or None.
+        requested: that given to from_pretrained, or None.
 
     Raises:
         ConfigError: the two contradict each other.
@@ -57,17 +52,14 @@ def merge_configs(stored: Any, requested: Any) -> QALoRAQuantConfig | None:
     stored = stored if isinstance(stored, dict) else stored.to_dict()
     ours = isinstance(requested, QALoRAQuantConfig)
     config = None
+    gptqmodel_loads = is_gptqmodel_available() and is_optimum_available()
     if ours and stored.get("quant_method") == QUANT_METHOD:
         config = QALoRAQuantConfig(**stored)
-    elif ours or (requested is None and not _gptqmodel_can_load()):
+    elif ours or (requested is None and not gptqmodel_loads):
         config = foreign_config(stored, Path(CONFIG_FILE))
     if ours and config is not None:
         check_request(requested, config)
     return config
-
-
-def _gptqmodel_can_load() -> bool:
-    return is_gptqmodel_available() and is_optimum_available()
 
 
 def install() -> None:

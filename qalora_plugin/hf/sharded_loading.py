@@ -41,10 +41,7 @@ def load_layers(
     Under ZeRO-3 each rank keeps its part of a layer before the next one is read. With FSDP's
     cpu_ram_efficient_loading rank 0 alone reads them: Accelerate sends the others their parts.
 
-    Args:
-        model: loaded but for these layers.
-        checkpoint: what is loaded.
-        placed: the checkpoint's name of every layer, by the model's name.
+    `placed` is the checkpoint's name of every layer, by the model's name.
 
     Raises:
         CheckpointError: a layer holds numbers that no layer can have.

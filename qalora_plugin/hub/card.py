@@ -61,7 +61,7 @@ class Subject:
     Args:
         path: the directory, or a file.
         format: "qalora", or the name of the export's format.
-        facts: base, licence, bits, group_size, method, adapt, r, ... as known.
+        facts: as `formats.record` has them of its source.
         exactness: how exactly it holds what was trained.
         measured: rows of figures, {title: value}.
     """
@@ -100,7 +100,7 @@ class Subject:
 
 
 def find_subject(path: str | Path) -> Subject:
-    """Look at a directory or file.
+    """Return what a directory or file is.
 
     Raises:
         OutputError: it is neither a checkpoint in our format nor an export.
@@ -113,10 +113,13 @@ def find_subject(path: str | Path) -> Subject:
         return Subject(path, record["format"], record["source"], record["exactness"], measured)
     try:
         checkpoint = open_quantized(path)
+        if checkpoint.is_foreign:
+            raise OutputError(f"It is a model in format {checkpoint.format}.")
     except QALoRAError as error:
-        raise _no_subject(path, str(error)) from error
-    if checkpoint.is_foreign:
-        raise _no_subject(path, f"It is a model in format {checkpoint.format}.")
+        raise OutputError(
+            f"{path}: is neither a model in qalora's format nor an export by `qalora export` (no "
+            f"{RECORD_FILE}). {error}"
+        ) from error
     return subject_of(checkpoint)
 
 
@@ -130,13 +133,6 @@ def subject_of(checkpoint: QuantizedCheckpoint) -> Subject:
         facts,
         _EXACT_MERGE.format(scales=scales) if checkpoint.config.merged else _BASE,
         _layer_errors(checkpoint.directory),
-    )
-
-
-def _no_subject(path: Path, what: str) -> OutputError:
-    return OutputError(
-        f"{path}: is neither a model in qalora's format nor an export by `qalora export` (no "
-        f"{RECORD_FILE}). {what}"
     )
 
 
@@ -226,7 +222,6 @@ def _rows(subject: Subject, data: str | None) -> dict[str, Any]:
 
 
 def _metadata(subject: Subject, online: bool) -> ModelCardData:
-    """Return the card's header."""
     facts, base = subject.facts, subject.hub_base
     tags = ["qalora", "qa-lora", f"int{facts['bits']}"] if "bits" in facts else ["qalora"]
     library, relation = "transformers", "quantized"

@@ -50,7 +50,7 @@ class AbsentWeight(torch.Tensor):
     def __new__(
         cls, shape: Sequence[int], dtype: torch.dtype, device: torch.device | str
     ) -> "AbsentWeight":
-        """Make a weight without numbers; see the class for the arguments."""
+        """Make one; see the class for the arguments."""
         return torch.Tensor._make_wrapper_subclass(
             cls, torch.Size(shape), dtype=dtype, device=torch.device(device)
         )
@@ -63,7 +63,6 @@ class AbsentWeight(torch.Tensor):
         args: Any = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Refuse the operation, as there are no numbers to compute with."""
         raise ConfigError(
             f"{operation} needs the numbers of a quantized layer's weight, which the layer does "
             "not hold: this model computes with them itself instead of calling the layer. Quantize "
@@ -71,5 +70,4 @@ class AbsentWeight(torch.Tensor):
         )
 
     def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
-        """Describe the weight; it has no numbers to print."""
         return f"AbsentWeight(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"

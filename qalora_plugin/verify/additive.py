@@ -9,6 +9,7 @@ import torch
 from qalora_kernels import PackedWeight, reference
 from qalora_kernels.groups import group_index
 
+from ..formats.weights import ExactWeight
 from ..merge.pairing import LayerMerge
 
 
@@ -40,11 +41,6 @@ def pooled_change(
     return pooled(x, convention, merge.pool_size) @ a.t() @ b.t() * merge.layer.scaling
 
 
-def dense(weight: PackedWeight) -> torch.Tensor:
-    """Return W^T [K, N] in float64."""
-    return reference.dequantize(weight, torch.float64)
-
-
 def added_output(
     x: torch.Tensor,
     merge: LayerMerge,
@@ -52,10 +48,10 @@ def added_output(
     base: PackedWeight,
     convention: str | None,
 ) -> torch.Tensor:
-    """Return what the adapter adds to the layer's output, float64 [M, N], for x [M, K].
+    """Return what the adapter adds to the layer's output, float64 [M, N], for float64 x [M, K].
 
     Args:
-        x: inputs of the layer, float64.
+        x: inputs of the layer.
         merge: the layer.
         matrices: A [r, columns] and B [N, r] of "zeros" and "scales".
         base: the base's weight of the layer.
@@ -74,5 +70,5 @@ def added_output(
         a, b = (matrix.double() for matrix in matrices["scales"])
         share = (b @ a).t() * scaling
         index = group_index(base.g_idx, spec.group_size, spec.in_features, x.device)
-        added += x @ (dense(base) * share[index.long()])
+        added += x @ (ExactWeight(base).values.t() * share[index.long()])
     return added

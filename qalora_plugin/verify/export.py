@@ -112,10 +112,13 @@ def verify_export(
 def _verify_weights(
     path: Path, against: str | Path, format: Format, progress: Progress | None
 ) -> ExportReport:
-    """Compare all tensors."""
     source = open_quantized(against)
-    if path.resolve() != source.directory.resolve():
-        _check_not_requantized(path)
+    record = read_record(path) if path.is_dir() else None
+    if record and record.get("measured") and path.resolve() != source.directory.resolve():
+        raise VerificationError(
+            f"{path}: its weights are not those of the merged model. {record['exactness']} What "
+            f"it holds is compared with its runtime by `qalora verify {path} --against {path}`."
+        )
     weights: ExportedWeights = format.module("weights").Weights(path, source)
     layers = {f"{name}.weight": name for name in source.layers}
     names = [*layers, *source.dense_names]
@@ -135,20 +138,6 @@ def _verify_weights(
             progress(done, len(names))
     other = len(names) - unchecked - equal
     return ExportReport(str(path), format.name, equal, other, unchecked, largest)
-
-
-def _check_not_requantized(path: Path) -> None:
-    """Refuse an export by --requantize, which has other weights, and says what that costs.
-
-    Raises:
-        VerificationError: this is one.
-    """
-    record = read_record(path) if path.is_dir() else None
-    if record is not None and record.get("measured"):
-        raise VerificationError(
-            f"{path}: its weights are not those of the merged model. {record['exactness']} What "
-            f"it holds is compared with its runtime by `qalora verify {path} --against {path}`."
-        )
 
 
 def _layer_error(

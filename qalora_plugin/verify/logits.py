@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from ..checkpoint.checkpoint import QuantizedCheckpoint
 from ..errors import VerificationError
 from ..hf.load import load_model
 from ..merge.conventions import CONVENTIONS
@@ -47,7 +48,7 @@ class LogitsReport:
         return f"logits, merged against unmerged: {how} (adapter's effect {self.effect:.3g})"
 
 
-def compare_logits(plan: MergePlan, merged: Path) -> LogitsReport:
+def compare_logits(plan: MergePlan, merged: QuantizedCheckpoint) -> LogitsReport:
     """Load both models in fp32 and compare their logits on random tokens.
 
     An adapter of ours runs through PEFT, folded as in training: the logits must be equal to the
@@ -56,17 +57,16 @@ def compare_logits(plan: MergePlan, merged: Path) -> LogitsReport:
     Raises:
         VerificationError: they differ by more than rounding explains.
     """
-    generator, vocabulary = torch.Generator().manual_seed(0), _text(plan.config)["vocab_size"]
-    ids = torch.randint(0, vocabulary, (1, _TOKENS), generator=generator)
-    merged_logits = _logits(load_model(merged), ids)
+    ids = random_ids(plan.config, 1, _TOKENS)
+    merged_logits = logits_of(load_model(merged), ids)
     base = _load_base(plan)
-    base_logits = _logits(base, ids)
+    base_logits = logits_of(base, ids)
     if plan.adapter.is_ours:
         unmerged = PeftModel.from_pretrained(base, str(plan.adapter.directory)).eval()
-        unmerged_logits = _logits(unmerged, ids)
+        unmerged_logits = logits_of(unmerged, ids)
     else:
         with added(base, plan, plan.convention):
-            unmerged_logits = _logits(base, ids)
+            unmerged_logits = logits_of(base, ids)
     report = LogitsReport(
         equal=torch.equal(merged_logits, unmerged_logits),
         difference=_distance(merged_logits, unmerged_logits),
@@ -75,14 +75,14 @@ def compare_logits(plan: MergePlan, merged: Path) -> LogitsReport:
     allowed = 0.0 if plan.adapter.is_ours else _ADDITIVE_SHARE * report.effect
     if not report.equal and not report.difference <= allowed:
         raise VerificationError(
-            f"{merged}: logits differ from those of base plus adapter by up to "
+            f"{merged.directory}: logits differ from those of base plus adapter by up to "
             f"{report.difference:.3g} (the adapter changes them by up to {report.effect:.3g}). "
             "Merge again."
         )
     return report
 
 
-def compare_reference(plan: MergePlan, merged: Path, reference: Path) -> None:
+def compare_reference(plan: MergePlan, merged: QuantizedCheckpoint, reference: Path) -> None:
     """Hold the merged model against logits of the code that trained the adapter.
 
     `reference` is a .safetensors file with `input_ids` int64 [B, T] and `logits` [B, T, V].
@@ -93,13 +93,13 @@ def compare_reference(plan: MergePlan, merged: Path, reference: Path) -> None:
     """
     ids, wanted = _read_reference(reference)
     base = _load_base(plan)
-    effect = _distance(wanted, _logits(base, ids))
+    effect = _distance(wanted, logits_of(base, ids))
     distances = {}
     if not plan.adapter.is_ours:
         for convention in CONVENTIONS:
             with added(base, plan, convention):
-                distances[convention] = _distance(wanted, _logits(base, ids))
-    distances["merged"] = _distance(wanted, _logits(load_model(merged), ids))
+                distances[convention] = _distance(wanted, logits_of(base, ids))
+    distances["merged"] = _distance(wanted, logits_of(load_model(merged), ids))
     best = min(distances, key=distances.__getitem__)
     found = ", ".join(f"{name} {value:.3g}" for name, value in distances.items())
     found += f"; the adapter's effect: {effect:.3g}"
@@ -159,7 +159,6 @@ def _add(
 
 
 def _put_saved_tensors(model: nn.Module, plan: MergePlan) -> None:
-    """Put the adapter's whole tensors into a base model."""
     tied, still = (c.get("tie_word_embeddings") for c in (plan.base.reader.config, plan.config))
     for name, key in plan.dense.from_adapter.items():
         owner, _, leaf = plan.trained.in_model(name).rpartition(".")
@@ -178,21 +177,27 @@ def _load_base(plan: MergePlan) -> Any:
     if after.get("id2label") != before.get("id2label"):
         options["num_labels"] = len(after["id2label"])
     model: Any = load_model(
-        plan.base.directory, next(iter(after.get("architectures") or ()), None), **options
+        plan.base, next(iter(after.get("architectures") or ()), None), **options
     )
-    vocabulary = _text(after).get("vocab_size")
-    if vocabulary != _text(before).get("vocab_size"):
-        model.resize_token_embeddings(vocabulary, mean_resizing=False)
+    if _vocabulary(after) != _vocabulary(before):
+        model.resize_token_embeddings(_vocabulary(after), mean_resizing=False)
     _put_saved_tensors(model, plan)
     return model
 
 
-def _text(config: dict[str, Any]) -> dict[str, Any]:
-    return config.get("text_config", config)
+def _vocabulary(config: dict[str, Any]) -> Any:
+    return config.get("text_config", config).get("vocab_size")
+
+
+def random_ids(config: dict[str, Any], rows: int, tokens: int) -> torch.Tensor:
+    """Return token ids int64 [rows, tokens] of the vocabulary in a config.json."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, _vocabulary(config), (rows, tokens), generator=generator)
 
 
 @torch.no_grad()
-def _logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+def logits_of(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """Return a model's logits in fp32: of every token, or of a classifier's classes."""
     output = model(input_ids=ids)
     return (output.logits if "logits" in output else output[0]).float()
 

@@ -28,10 +28,11 @@ from ..checkpoint.checkpoint import QuantizedCheckpoint, open_quantized
 from ..errors import VerificationError
 from ..files.manifest import check_manifest
 from ..files.names import MANIFEST_FILE
+from ..formats.weights import ExactWeight
 from ..merge.adapter import open_adapter, open_base
 from ..merge.pairing import LayerMerge
 from ..merge.plan import MergePlan, make_plan
-from .additive import added_output, dense
+from .additive import added_output
 from .logits import LogitsReport, compare_logits, compare_reference
 
 _ROWS = 4  # random inputs a layer
@@ -48,8 +49,8 @@ class VerifyReport:
         unadapted_layers: quantized layers that no adapter touches, equal to the base's.
         other_tensors: tensors outside of quantized layers, equal to the base's.
         modules_to_save: tensors that equal the adapter's.
-        max_difference: of scales and offsets from the recomputed ones: always 0.0, since they are
-            compared bit for bit, and one that differs is an error and no report.
+        max_difference: of scales and offsets from the recomputed ones: always 0.0, since one that
+            differs by a bit is an error and no report.
         integers_equal: always true for the same reason: qweight and g_idx are the base's.
         hashes: whether the directory has a manifest, whose hashes then hold.
         convention: how the adapter pools.
@@ -155,9 +156,9 @@ def verify_merge(
         if progress is not None:
             progress(done, len(plan.base.layers))
     source = "declaration" if stated is None else "adapter config"
-    logits_report = compare_logits(plan, result.directory) if logits else None
+    logits_report = compare_logits(plan, result) if logits else None
     if reference is not None:
-        compare_reference(plan, result.directory, Path(reference))
+        compare_reference(plan, result, Path(reference))
         source = "reference"
     return VerifyReport(
         merged=str(result.directory),
@@ -179,7 +180,6 @@ def _wrong(result: QuantizedCheckpoint, tensor: str, how: str) -> VerificationEr
 
 
 def _check_names(plan: MergePlan, result: QuantizedCheckpoint) -> None:
-    """Compare names, dtypes and shapes with the plan."""
     tensors = result.reader.tensors
     for name in sorted(tensors.keys() ^ plan.tensors.keys()):
         what = "missing" if name in plan.tensors else "not one that base and adapter give"
@@ -213,18 +213,17 @@ def _check_layer(plan: MergePlan, result: QuantizedCheckpoint, name: str) -> Non
         found = result.reader.get(tensor)
         if _equal(wanted, found):
             continue
-        how = (
-            " differs from the base's: it must stay as it is. Merge again, into the base that the "
-            "adapter was trained on."
-        )
-        if wanted.is_floating_point():
-            off = float((wanted.double() - found.double()).abs().max())
+        if not wanted.is_floating_point():
             how = (
-                f" is not what base and adapter give with the convention {plan.convention!r}: "
-                f"{int((wanted != found).sum())} of {found.numel()} numbers differ, by up to "
-                f"{off:.3g}. It was merged from another adapter or with another factor: merge "
-                "again."
+                "it must stay as it is. Merge again, into the base that the adapter was trained on."
             )
+            raise _wrong(result, tensor, f" differs from the base's: {how}")
+        off = float((wanted.double() - found.double()).abs().max())
+        how = (
+            f" is not what base and adapter give with the convention {plan.convention!r}: "
+            f"{int((wanted != found).sum())} of {found.numel()} numbers differ, by up to "
+            f"{off:.3g}. It was merged from another adapter or with another factor: merge again."
+        )
         raise _wrong(result, tensor, how)
 
 
@@ -242,7 +241,7 @@ def _check_outputs(plan: MergePlan, result: QuantizedCheckpoint, name: str) -> t
         some = {key: (a, b[part]) for key, (a, b) in matrices.items()}
         base_part, merged_part = base.columns(part), merged.columns(part)
         added = added_output(x, merge, some, base_part, convention)
-        weight, merged_weight = dense(base_part), dense(merged_part)
+        weight, merged_weight = (ExactWeight(w).values.t() for w in (base_part, merged_part))
         difference = (x @ merged_weight - x @ weight - added).abs()
         # the rounding of what is stored, and what float64 itself loses in sums of K terms
         allowed = _rounding(x.abs(), merge, base_part, merged_part, weight.abs())

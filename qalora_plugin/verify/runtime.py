@@ -10,10 +10,8 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -21,9 +19,9 @@ from safetensors.torch import load_file, save_file
 from ..checkpoint.checkpoint import open_quantized
 from ..checkpoint.format import Format, Runtime, format_named
 from ..errors import CheckpointError, VerificationError
-from ..formats.weights import load_exact
+from ..hf.load import load_model
 from ..merge.plan import plan_merge
-from .logits import added
+from .logits import added, logits_of, random_ids
 
 ROWS, TOKENS = 2, 24
 # of a logit, in units of the logits' spread where that is more than one
@@ -40,8 +38,7 @@ class RuntimeReport:
     Args:
         runtime: its name.
         not_run: why it did not run, or None.
-        difference: from ours: the largest of a logit; of a runtime that rounds activations
-            (llama.cpp) the root mean square of log-probabilities.
+        difference: of `quantity` from ours: the largest, or what `quantity` says.
         allowed: what it may be.
         quantity: what differs, for people.
     """
@@ -69,14 +66,7 @@ def check_runtime(
     python: str | Path | None = None,
     base: str | Path | None = None,
 ) -> RuntimeReport:
-    """Run random tokens through the runtime and through our model in fp32.
-
-    Args:
-        exported: what `export_model` wrote.
-        against: the merged model; for a lora export the adapter.
-        format: of the export.
-        python: interpreter that has the runtime, by default this one.
-        base: for a lora export, the adapter's base; by default what its config names.
+    """Run random tokens through the runtime and through our model in fp32; see `verify_export`.
 
     Raises:
         VerificationError: the runtime fails, or its logits are others.
@@ -158,14 +148,13 @@ def _missing(runtime: Runtime, python: str) -> str | None:
 
 
 def _check(run: _Run, against: str | Path) -> RuntimeReport:
-    """Compare a model in its runtime with ours."""
     source, format = open_quantized(against), run.format
-    model, ids = load_exact(source), random_ids(source.reader.config)
-    expected, found = _logits(model, ids), run(ids, run.exported)
+    model, ids = load_model(source), random_ids(source.reader.config, ROWS, TOKENS)
+    expected, found = logits_of(model, ids), run(ids, run.exported)
     if format.runtime.rounds_activations:
         ours = expected[:, -1].log_softmax(-1)
         with format.module("weights").rounded(model, run.exported, source):
-            effect = _rms(_logits(model, ids)[:, -1].log_softmax(-1) - ours)
+            effect = _rms(logits_of(model, ids)[:, -1].log_softmax(-1) - ours)
         allowed = TOLERANCE + ROUNDING_SHARE * effect.item()
         return run.report(_rms(found["logprobs"] - ours), allowed, "log-probabilities (rms)")
     allowed = TOLERANCE * _spread(expected)
@@ -176,7 +165,7 @@ def _check(run: _Run, against: str | Path) -> RuntimeReport:
 
 def _below_best(model: torch.nn.Module, ids: torch.Tensor, generated: torch.Tensor) -> torch.Tensor:
     """Return by how much at most greedily generated tokens are below our largest logit."""
-    logits = _logits(model, torch.cat([ids, generated])[None])[0, len(ids) - 1 : -1]
+    logits = logits_of(model, torch.cat([ids, generated])[None])[0, len(ids) - 1 : -1]
     chosen = logits.gather(1, generated[:, None]).squeeze(1)
     return (logits.amax(1) - chosen).max()
 
@@ -191,23 +180,11 @@ def _check_adapter(run: _Run, adapter: str | Path, base: str | Path | None) -> R
     except CheckpointError as error:
         why = f"{base_format.runtime.title} cannot hold its base: {error}"
         return RuntimeReport(run.format.runtime.title, why)
-    model, ids = load_exact(plan.base), random_ids(plan.base.reader.config)
+    model, ids = load_model(plan.base), random_ids(plan.base.reader.config, ROWS, TOKENS)
     with added(model, plan, plan.convention):
-        expected = _logits(model, ids)
+        expected = logits_of(model, ids)
     found = run(ids, written, run.exported)["logits"]
     return run.report((found - expected).abs().max(), TOLERANCE * _spread(expected))
-
-
-def random_ids(config: dict[str, Any]) -> torch.Tensor:
-    """Return token ids int64 [ROWS, TOKENS]."""
-    size = config.get("text_config", config)["vocab_size"]
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, size, (ROWS, TOKENS), generator=generator)
-
-
-@torch.no_grad()
-def _logits(model: Callable[..., Any], ids: torch.Tensor) -> torch.Tensor:
-    return model(input_ids=ids).logits.float()
 
 
 def _rms(x: torch.Tensor) -> torch.Tensor:

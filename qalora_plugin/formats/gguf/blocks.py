@@ -8,6 +8,7 @@ start anywhere: each group takes the way whose minimum rounds least. Of a checkp
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -22,19 +23,16 @@ TOP_CODE = 15
 WANTED = 2e-3  # of a step: a minimum that rounds by more is counted
 
 
-@dataclass
-class Placement:
-    """How q goes into Q4_1: code = start + sign * q, W = scale * code + minimum; all [G, N].
+class Placement(NamedTuple):
+    """How q goes into Q4_1: code = start + sign * q, W = sign * scale * code + minimum.
 
     Args:
-        scale: d, fp32.
-        minimum: m, fp16.
-        start: the code of q = 0, int8.
-        sign: 1 or -1, int8.
-        error: rounding of the minimum in steps, float64.
+        minimum: m, fp16 [G, N].
+        start: the code of q = 0, int8 [G, N].
+        sign: 1 or -1, int8 [G, N].
+        error: rounding of the minimum in steps, float64 [G, N].
     """
 
-    scale: torch.Tensor
     minimum: torch.Tensor
     start: torch.Tensor
     sign: torch.Tensor
@@ -57,17 +55,11 @@ def least_rounding(weight: PackedWeight) -> Placement:
             exact = offsets - scales * (sign * start + spec.mid)
             minimum = exact.to(torch.float16)
             error = (minimum.double() - exact).abs() / scales
-            found = Placement(
-                weight.scales * sign,
-                minimum,
-                torch.full_like(minimum, start, dtype=torch.int8),
-                torch.full_like(minimum, sign, dtype=torch.int8),
-                error,
-            )
+            code, step = (torch.full_like(minimum, n, dtype=torch.int8) for n in (start, sign))
+            found = Placement(minimum, code, step, error)
             if best is not None:
-                less = error < best.error
-                for name, value in vars(found).items():
-                    setattr(found, name, torch.where(less, value, getattr(best, name)))
+                pairs = zip(found, best, strict=True)
+                found = Placement(*(torch.where(error < best.error, *pair) for pair in pairs))
             best = found
     assert best is not None
     if not best.error.isfinite().all():
@@ -112,7 +104,8 @@ def q4_1(weight: PackedWeight) -> torch.Tensor:
     codes += regroup(placed.start, spec, BLOCK).unsqueeze(2)
     halves = codes.view(torch.uint8).view(n, blocks, 2, BLOCK // 2)
     out = torch.empty(n, blocks, BLOCK_BYTES, dtype=torch.uint8)
-    for at, numbers in ((0, placed.scale.to(torch.float16)), (2, placed.minimum)):
+    scale = (weight.scales * placed.sign).to(torch.float16)
+    for at, numbers in ((0, scale), (2, placed.minimum)):
         out[:, :, at : at + 2] = regroup(numbers, spec, BLOCK).view(torch.uint8).view(n, blocks, 2)
     out[:, :, 4:] = halves[:, :, 0] | (halves[:, :, 1] << 4)
     return out.view(n, blocks * BLOCK_BYTES)

@@ -40,13 +40,7 @@ ARCHITECTURES = {
 
 
 class Metadata:
-    """config.json of a model that llama.cpp can run.
-
-    Attributes:
-        config: transformers' config, with its defaults.
-        architecture: the family.
-        heads, kv_heads, head_dim: of the attention.
-    """
+    """config.json of a model that llama.cpp can run; `config` is transformers', with defaults."""
 
     def __init__(self, directory: Path) -> None:
         """Read and check it.
@@ -107,7 +101,7 @@ class Metadata:
     def rope_factors(self) -> torch.Tensor | None:
         """Return Llama 3's stretch of each frequency, fp32 [head_dim / 2], None without.
 
-        As `_compute_llama3_parameters` of transformers has it.
+        This is `_compute_llama3_parameters` of transformers.
         """
         if self._rope_type != "llama3":
             return None
@@ -132,10 +126,9 @@ class Metadata:
         return halves.transpose(1, 2).reshape(tensor.shape)
 
     def tensor_names(self, source: QuantizedCheckpoint) -> dict[str, str]:
-        """Return GGUF's name of every tensor, in the order of the source's files.
+        """Return {name in the source: name in GGUF}, in the order of the source's files.
 
-        Returns:
-            {name in the source: name in GGUF}; a quantized layer is there as its `weight`.
+        A quantized layer is there as its `weight`.
 
         Raises:
             CheckpointError: llama.cpp has no place for a tensor.

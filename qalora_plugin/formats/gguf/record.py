@@ -8,6 +8,7 @@ from ...errors import CheckpointError
 from . import FORMAT
 
 SOURCE_KEY = "qalora.source"
+EXACT = "Exact to the rounding of fp32, in which everything is stored."
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
@@ -30,5 +31,5 @@ def read_record(path: Path) -> dict[str, Any] | None:
     elif "F16" in kinds:
         exactness = "Layers are F16, rounded from fp32."
     else:
-        exactness = "Exact to the rounding of fp32, in which everything is stored."
+        exactness = EXACT
     return {"format": FORMAT.name, "source": source, "exactness": exactness}

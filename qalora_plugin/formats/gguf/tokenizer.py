@@ -30,19 +30,10 @@ _SPLITS = {
 
 
 class Tokenizer:
-    """tokenizer.json of a model directory, checked to be one that GGUF can hold.
-
-    Attributes:
-        is_bpe: byte-level BPE; else BPE with byte fallback.
-        pre: llama.cpp's name of the expression that splits text.
-    """
+    """tokenizer.json of a model directory, checked to be one that GGUF can hold."""
 
     def __init__(self, directory: Path, vocab_size: int) -> None:
-        """Read and check it.
-
-        Args:
-            directory: the model's.
-            vocab_size: rows of the embedding.
+        """Read and check it, for an embedding of `vocab_size` rows.
 
         Raises:
             CheckpointError: it is missing, of another kind, or has more tokens than the model.
@@ -110,7 +101,7 @@ class Tokenizer:
         special.add_to_gguf(writer, quiet=True)
 
     def _tokens(self, kinds: Any) -> tuple[list[str], list[float], list[int]]:
-        """Text, score and type of every row of the embedding; rows without a token are unused."""
+        """Return text, score and type of every row of the embedding."""
         names = [f"[PAD{i}]" for i in range(self.vocab_size)]
         types = [int(kinds.UNUSED)] * self.vocab_size
         scores = [-1e6] * self.vocab_size
@@ -134,7 +125,7 @@ class Tokenizer:
         return names, scores, types
 
     def _adds_space(self) -> bool:
-        """Whether text gets a space in front, as Llama 2 does and Gemma does not."""
+        """Say whether text gets a space in front, as with Llama 2 and not with Gemma."""
         normalizer = self._json.get("normalizer") or {}
         steps = normalizer.get("normalizers", [normalizer])
         pre = self._json.get("pre_tokenizer") or {}

@@ -7,6 +7,7 @@ F16 with F16, BF16 with BF16, F32 with F32.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,6 @@ class Weights(ExportedWeights):
     """Weights by gguf-py's `dequantize`, rows in Hugging Face's order."""
 
     def __init__(self, exported: Path, source: QuantizedCheckpoint) -> None:
-        """Open an export; see `ExportedWeights`."""
         super().__init__(exported, source)
         self._gguf, self._metadata = FORMAT.library("gguf"), Metadata(source.directory)
         self._names = self._metadata.tensor_names(source)
@@ -92,7 +92,8 @@ def rounded(model: nn.Module, exported: Path, source: QuantizedCheckpoint) -> It
         module = model.get_submodule(name.removesuffix(".weight"))
         # an embedding is looked up, not multiplied
         if kind in ROUNDINGS and not isinstance(module, nn.Embedding):
-            handles.append(module.register_forward_pre_hook(_hook(ROUNDINGS[kind])))
+            hook = partial(_round_input, ROUNDINGS[kind])
+            handles.append(module.register_forward_pre_hook(hook))
     try:
         yield
     finally:
@@ -100,10 +101,9 @@ def rounded(model: nn.Module, exported: Path, source: QuantizedCheckpoint) -> It
             handle.remove()
 
 
-def _hook(
+def _round_input(
     rounding: Callable[[torch.Tensor], torch.Tensor],
-) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], tuple[torch.Tensor, ...]]:
-    def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        return (rounding(args[0]), *args[1:])
-
-    return hook
+    module: nn.Module,
+    args: tuple[torch.Tensor, ...],
+) -> tuple[torch.Tensor, ...]:
+    return (rounding(args[0]), *args[1:])

@@ -18,13 +18,13 @@ import torch
 from ...checkpoint.checkpoint import QuantizedCheckpoint, open_quantized
 from ...errors import CheckpointError, ConfigError
 from ...files.atomic import atomic_file, check_target
-from ..directory import dense_weight, obstacles
-from ..export import ExportResult, Progress
+from ..directory import dense_weight
+from ..export import ExportResult, Progress, obstacles
 from ..record import describe_source
 from . import FORMAT
 from .blocks import BLOCK, BLOCK_BYTES, Rounding, least_rounding, q4_1
 from .metadata import Metadata
-from .record import SOURCE_KEY
+from .record import EXACT, SOURCE_KEY
 from .tokenizer import Tokenizer
 
 _DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -40,10 +40,9 @@ def export(
         raise ConfigError(f"{target}: expected the name of a file that ends in .gguf")
     checkpoint = open_quantized(source)
     metadata, tokenizer, names = check(checkpoint)
+    reasons = obstacles(checkpoint, FORMAT)
     if exact:
         reasons = dict.fromkeys(checkpoint.layers, "fp32 was asked for")
-    else:
-        reasons = obstacles(checkpoint, FORMAT)
     state = _Export(checkpoint, metadata, reasons, torch.float32 if exact else torch.float16)
     rounding = _measure(checkpoint, reasons)
     with atomic_file(target) as partial:
@@ -54,10 +53,9 @@ def export(
         _write_tensors(writer, state, names, progress)
         writer.close()
     layers = len(checkpoint.layers) - len(reasons)
+    exactness = rounding.as_text() if layers else "Weights are rounded to f16."
     if exact:
-        exactness = "Exact to the rounding of fp32, in which everything is stored."
-    else:
-        exactness = rounding.as_text() if layers else "Weights are rounded to f16."
+        exactness = EXACT
     return ExportResult(target, FORMAT.name, layers, exactness, reasons)
 
 
@@ -115,11 +113,7 @@ class _Export:
 
 
 def _measure(source: QuantizedCheckpoint, reasons: dict[str, str]) -> Rounding:
-    """Measure how far the minima of all Q4_1 layers will be rounded.
-
-    Raises:
-        CheckpointError: a minimum that f16 does not hold.
-    """
+    """Measure how far the minima of all Q4_1 layers will be rounded."""
     rounding = Rounding()
     for name in source.layers:
         if name in reasons:

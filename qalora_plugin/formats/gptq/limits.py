@@ -18,11 +18,6 @@ GPTQMODEL_GROUP_SIZES = (-1, 16, 32, 64, 128, 256, 512, 1024)
 def check_specs(specs: Mapping[str, QuantSpec], version: str, config: QALoRAQuantConfig) -> None:
     """Refuse what `check_writable` or GPTQModel would refuse, before anything is quantized.
 
-    Args:
-        specs: shape and grid of every layer by name.
-        version: "gptq" or "gptq_v2".
-        config: what is to be quantized.
-
     Raises:
         ConfigError: an override with "gptq", a group size, or a layer's sizes.
     """
@@ -35,11 +30,8 @@ def check_specs(specs: Mapping[str, QuantSpec], version: str, config: QALoRAQuan
     _check_shapes("", specs, version, config, ConfigError)
 
 
-def check_writable(source: QuantizedCheckpoint, version: str) -> bool:
-    """Check every layer of a quantized model.
-
-    Returns:
-        Whether all zero-points are the middle code.
+def check_writable(source: QuantizedCheckpoint, version: str = "gptq") -> bool:
+    """Check every layer of a quantized model; return whether all zero-points are the middle code.
 
     Raises:
         ConfigError: layers of different widths with "gptq".
@@ -60,19 +52,14 @@ def check_writable(source: QuantizedCheckpoint, version: str) -> bool:
 
 
 def integer_zeros(where: str, weight: PackedWeight) -> torch.Tensor:
-    """Return the zero-points z = mid - offsets / scales as integers, int32 [G, N].
-
-    Args:
-        where: file and layer, for messages.
-        weight: the layer.
+    """Return the zero-points z = mid - offsets / scales of the layer at `where`, int32 [G, N].
 
     Raises:
         CheckpointError: one of them is not exactly an integer from 0 to 2^bits - 1.
     """
     mid, scales, offsets = weight.spec.mid, weight.scales.double(), weight.offsets.double()
-    exact = mid - offsets / scales
+    exact, top = mid - offsets / scales, 2 * mid - 1
     zeros = exact.round()
-    top = (1 << weight.spec.bits) - 1
     wrong = scales * (mid - zeros) != offsets
     if wrong.any():
         distance = (exact - zeros).abs().amax().item()

@@ -7,7 +7,7 @@ along N), scales [G, N], g_idx int32 [K] (always there), bias. Then
     offsets = scales * (mid - z)                  exact in fp32: 11 bits of fp16 times at most 9
 
 `checkpoint_format: gptq` (v1) stores z - 1, `gptq_v2` stores z. How v1's borrow was handled
-depends on who wrote the file, see `_v1_zeros`.
+depends on who wrote the file, see `_zero_points`.
 """
 
 import re
@@ -45,10 +45,8 @@ class StockConfig:
     """What a stock checkpoint's quantization config says that matters for reading it.
 
     Args:
-        bits: 2, 3, 4 or 8.
-        group_size: inputs a group, or -1.
-        desc_act: as declared; the g_idx tensors decide.
-        sym: as declared; the qzeros tensors decide.
+        bits, group_size: of layers without an override.
+        desc_act, sym: as declared; the tensors decide.
         checkpoint_format: "gptq" (v1) or "gptq_v2".
         producer: the program that wrote the files, such as "gptqmodel:5.8.0", or "".
         dynamic: GPTQModel's overrides, {regular expression: {...}}; "-:" marks exclusions.
@@ -62,6 +60,12 @@ class StockConfig:
     producer: str
     dynamic: dict[str, Any]
 
+    def as_ours(self, **more: Any) -> QALoRAQuantConfig:
+        """Return our config of the checkpoint, with more fields of it."""
+        return QALoRAQuantConfig(
+            self.bits, self.group_size, offsets_dtype="float32", method="gptq", **more
+        )
+
     def spec_for(self, name: str, in_features: int, out_features: int) -> QuantSpec:
         """Return the grid of one layer, with GPTQModel's override if one matches its name."""
         bits, group_size = self.bits, self.group_size
@@ -74,15 +78,7 @@ class StockConfig:
 
 
 def _parse(raw: dict[str, Any], path: Path) -> StockConfig:
-    """Check a stock quantization config.
-
-    Args:
-        raw: `quantization_config` of config.json, or quantize_config.json.
-        path: of the file, for messages.
-
-    Raises:
-        CheckpointError: it names a format or an option that is not read.
-    """
+    """Check `quantization_config` of config.json, or quantize_config.json, at `path`."""
     # AutoGPTQ and GPTQModel write checkpoint_format, later GPTQModel and optimum also format
     checkpoint_format = str(raw.get("checkpoint_format") or raw.get("format") or "gptq").lower()
     if checkpoint_format not in VERSIONS:
@@ -148,9 +144,7 @@ def parse_config(raw: dict[str, Any], path: Path) -> QALoRAQuantConfig:
         CheckpointError: it names a format or an option that is not read.
     """
     stock = _parse(raw, path)
-    return QALoRAQuantConfig(
-        stock.bits, stock.group_size, stock.desc_act, offsets_dtype="float32", method="gptq"
-    )
+    return stock.as_ours(desc_act=stock.desc_act)
 
 
 class GPTQCheckpoint(QuantizedCheckpoint):
@@ -184,21 +178,14 @@ class GPTQCheckpoint(QuantizedCheckpoint):
             for name, spec in layers.items()
             if spec != replace(spec, bits=stock.bits, group_size=stock.group_size)
         }
-        config = QALoRAQuantConfig(
-            bits=stock.bits,
-            group_size=stock.group_size,
-            desc_act=self._has_act_order(layers),
-            offsets_dtype="float32",
-            dynamic=dynamic,
-            method="gptq",
-            base={
-                "name_or_path": self.directory.name,
-                "format": stock.checkpoint_format,
-                "sym": stock.sym,
-                "producer": stock.producer,
-            },
-        )
-        return config, layers
+        base = {
+            "name_or_path": self.directory.name,
+            "format": stock.checkpoint_format,
+            "sym": stock.sym,
+            "producer": stock.producer,
+        }
+        desc_act = self._has_act_order(layers)
+        return stock.as_ours(desc_act=desc_act, dynamic=dynamic, base=base), layers
 
     def _check_layer(self, name: str) -> QuantSpec:
         """Check a layer's tensors against the config, from the headers, and return its grid."""
@@ -266,37 +253,24 @@ class GPTQCheckpoint(QuantizedCheckpoint):
 
 
 def _zero_points(qzeros: torch.Tensor, spec: QuantSpec, stock: StockConfig) -> torch.Tensor:
-    """Return the integer zero-points z, int32 [G, N], from packed `qzeros`."""
-    if stock.checkpoint_format == "gptq":
-        return _v1_zeros(qzeros, spec, stock.producer)
-    return unpack_columns(qzeros, spec.bits, spec.out_features).to(torch.int32)
-
-
-def _v1_zeros(qzeros: torch.Tensor, spec: QuantSpec, producer: str) -> torch.Tensor:
-    """Return z from the stored z - 1.
+    """Return the integer zero-points z, int32 [G, N], from packed `qzeros`; v1 stores z - 1.
 
     AutoGPTQ adds 1 to each unpacked value, modulo 2^bits. GPTQModel adds to whole words, so that a
     z of 0, whose 1 was borrowed from its neighbour when it was written, comes back right.
     """
-    bits, columns = spec.bits, spec.out_features
-    name, _, version = producer.partition(":")
-    in_words = "gptqmodel" in name.lower() and (bits != 3 or _older_than_7(version))
-    if not in_words:
-        stored = unpack_columns(qzeros, bits, columns).to(torch.int32)
-        return (stored + 1) & ((1 << bits) - 1)
-    if bits == 3:
-        ones = torch.tensor(_OLD_GPTQMODEL_3BIT).repeat(-(-qzeros.shape[1] // 3))
-        ones = ones[: qzeros.shape[1]]
-    else:
+    bits, add = spec.bits, int(stock.checkpoint_format == "gptq")
+    name, _, version = stock.producer.partition(":")
+    major = re.match(r"\d+", version)
+    older_than_7 = major is None or int(major.group()) < 7
+    if add and "gptqmodel" in name.lower() and (bits != 3 or older_than_7):
         ones = torch.tensor(sum(1 << shift for shift in range(0, 32, bits)))
-    words = (qzeros.to(torch.int64) + ones) & 0xFFFFFFFF
-    words = torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
-    return unpack_columns(words, bits, columns).to(torch.int32)
-
-
-def _older_than_7(version: str) -> bool:
-    match = re.match(r"\d+", version)
-    return match is None or int(match.group()) < 7
+        if bits == 3:
+            ones = torch.tensor(_OLD_GPTQMODEL_3BIT).repeat(-(-qzeros.shape[1] // 3))
+            ones = ones[: qzeros.shape[1]]
+        qzeros = (qzeros.to(torch.int64) + ones).to(torch.int32)  # drops a carry out of the word
+        add = 0
+    stored = unpack_columns(qzeros, bits, spec.out_features).to(torch.int32)
+    return (stored + add) & ((1 << bits) - 1)
 
 
 open_checkpoint = GPTQCheckpoint

@@ -17,12 +17,12 @@ from transformers import AutoConfig, AutoTokenizer
 from ...checkpoint.checkpoint import QuantizedCheckpoint, open_quantized
 from ...errors import QuantizationError
 from ...files.atomic import AtomicDirectory
+from ...hf.load import load_model
 from ...quantize.calibration import Calibration, calibration_windows, fitting_length
 from ...quantize.pipeline import quantize_model
 from ...quantize.stdlib_text import calibration_texts
 from ..directory import DenseLayers, dense_config, write_directory
 from ..export import Progress
-from ..weights import load_exact
 from .limits import check_specs
 
 HELD_OUT = 16  # windows, or an eighth of a shorter text
@@ -30,13 +30,9 @@ HELD_OUT = 16  # windows, or an eighth of a shorter text
 
 @dataclass(frozen=True)
 class Text:
-    """The text to calibrate and to measure on, cut into windows.
+    """The text to calibrate and to measure on; the fields are options of `calibration_windows`.
 
-    Args:
-        calibration: see `calibration_windows`; by default functions of the Python standard library.
-        samples: windows to calibrate on.
-        seq_len: tokens in a window; by default 512, or the model's limit where that is less.
-        seed: of the choice of windows.
+    By default it is functions of the Python standard library.
     """
 
     calibration: Calibration | None = None
@@ -111,17 +107,9 @@ def requantize(
     text: Text,
     progress: Progress | None,
 ) -> tuple[Path, Loss]:
-    """Write a stock GPTQ directory of a model's weights, quantized again.
+    """Write a stock GPTQ directory of a model's weights, quantized again; measure what it costs.
 
-    Args:
-        source: the merged model.
-        out: the directory to make.
-        checkpoint_format: "gptq" or "gptq_v2".
-        text: to calibrate and to measure on.
-        progress: called while the merged weights are written; then bars go to stderr.
-
-    Returns:
-        The directory written, and what it costs.
+    `progress` is called while the merged weights are written; then bars go to stderr.
 
     Raises:
         OutputError: the target is not empty, or cannot be written.
@@ -162,7 +150,7 @@ def requantize(
 @torch.no_grad()
 def compare(source: QuantizedCheckpoint, directory: Path, ids: torch.Tensor, text: str) -> Loss:
     """Run the merged model and the stock GPTQ one made of it on `ids`, int64 [samples, seq_len]."""
-    exact, other = load_exact(source), load_exact(open_quantized(directory))
+    exact, other = load_model(source), load_model(open_quantized(directory))
     sums = torch.zeros(3, dtype=torch.float64)
     for window in ids:
         labels = window[1:]

@@ -13,7 +13,6 @@ class Weights(ExportedWeights):
     """Weights by the GPTQ formula: the runtimes that own the format need other environments."""
 
     def __init__(self, exported: Path, source: QuantizedCheckpoint) -> None:
-        """Open an export; see `ExportedWeights`."""
         super().__init__(exported, source)
         self._checkpoint = open_quantized(exported)
 

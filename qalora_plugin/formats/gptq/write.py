@@ -32,7 +32,8 @@ from ...files.reader import CheckpointReader
 from ...files.writer import write_weights
 from ..export import ExportResult, Progress
 from . import FORMAT
-from .limits import VERSIONS, check_specs, check_writable, integer_zeros
+from .limits import VERSIONS, check_specs, integer_zeros
+from .limits import check_writable as check
 
 __all__ = ["check", "check_specs", "export", "write_stock_gptq"]
 
@@ -40,11 +41,6 @@ EXACTNESS = "Exact: integers, scales and zero-points as they are."
 # GPTQModel reads an asymmetric v1 checkpoint only if it names itself, from this version on, as the
 # producer: the first that stored zero-points unclipped, as we do
 _GPTQMODEL_COMPATIBLE = "gptqmodel:0.9.0"
-
-
-def check(source: QuantizedCheckpoint) -> None:
-    """Refuse a model that cannot be written as it is; see `limits.check_writable`."""
-    check_writable(source, "gptq")
 
 
 def export(
@@ -56,16 +52,10 @@ def export(
     requantize: bool = False,
     **text: Any,
 ) -> ExportResult:
-    """Write the directory; see `export_model` and `write_stock_gptq`.
+    """Write the directory; see `export_model`, and for `text` `requantize.Text`.
 
-    Args:
-        source: the merged model.
-        out: the directory to make.
-        progress: called with (tensors written, tensors in all).
-        checkpoint_format: "gptq", or "gptq_v2" for GPTQModel alone.
-        requantize: quantize the merged weights again, with integer zero-points, and measure what
-            that costs.
-        text: of `requantize.Text`.
+    With `requantize` the merged weights are quantized again, with integer zero-points, and what
+    that costs is measured.
 
     Raises:
         CheckpointError: zero-points are not integers, and `requantize` was not asked for.
@@ -101,18 +91,13 @@ def write_stock_gptq(
     checkpoint_format: str = "gptq",
     progress: Progress | None = None,
 ) -> Path:
-    """Write a quantized checkpoint in a stock GPTQ format. Nothing is rounded.
+    """Write a model with integer zero-points as a stock GPTQ directory. Nothing is rounded.
 
     Args:
-        source: a local directory in our format (or an open checkpoint), with integer zero-points:
-            quantized with `--zero-points integer`, or adapted with `adapt="scales"` from such a
-            base.
-        target: the directory to make.
+        source: a directory, or an open checkpoint.
+        target: the directory to make, which is returned.
         checkpoint_format: "gptq" or "gptq_v2".
         progress: called with (tensors written, tensors in all).
-
-    Returns:
-        The directory written.
 
     Raises:
         OutputError: the target is not empty, or cannot be written.
@@ -127,7 +112,7 @@ def write_stock_gptq(
     directory = AtomicDirectory(target)
     if not isinstance(source, QuantizedCheckpoint):
         source = open_quantized(source)
-    symmetric = check_writable(source, checkpoint_format)
+    symmetric = check(source, checkpoint_format)
     plan, copies = _plan(source)
     config, quantize_config = _configs(source, checkpoint_format, symmetric)
 
@@ -143,7 +128,6 @@ def write_stock_gptq(
 
 
 def _has_integer_zeros(checkpoint: QuantizedCheckpoint) -> bool:
-    """Say whether every layer's zero-points are integers that the format holds."""
     try:
         for name in checkpoint.layers:
             integer_zeros(name, checkpoint.layer(name))
@@ -190,7 +174,6 @@ def _stock_layer(source: QuantizedCheckpoint, name: str, version: str) -> dict[s
 def _configs(
     source: QuantizedCheckpoint, checkpoint_format: str, symmetric: bool
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return config.json and quantize_config.json."""
     ours = source.config
     old_3bit = ours.bits == 3 and checkpoint_format == "gptq"
     producers = [f"qalora:{__version__}"] + ([] if old_3bit else [_GPTQMODEL_COMPATIBLE])

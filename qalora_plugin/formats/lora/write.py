@@ -101,7 +101,6 @@ def groups_of_inputs(plan: MergePlan, name: str) -> torch.Tensor:
 
 
 def _plan(plan: MergePlan) -> TensorPlan:
-    """Return names, dtypes and shapes of the exported adapter's tensors."""
     adapter = plan.adapter
     tensors: TensorPlan = {}
     for name, merge in plan.layers.items():

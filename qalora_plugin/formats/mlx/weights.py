@@ -16,7 +16,6 @@ class Weights(ExportedWeights):
     """Weights by `mlx.core.dequantize`."""
 
     def __init__(self, exported: Path, source: QuantizedCheckpoint) -> None:
-        """Open an export; see `ExportedWeights`."""
         super().__init__(exported, source)
         self._mx: Any = FORMAT.library("mlx.core")
         self._reader = CheckpointReader(exported)

@@ -22,8 +22,8 @@ from qalora_kernels import PackedWeight, QuantSpec
 from ...checkpoint.checkpoint import QuantizedCheckpoint, open_quantized
 from ...checkpoint.layout import TensorPlan
 from ...files.safetensors import TensorInfo
-from ..directory import DenseLayers, dense_config, obstacles, regroup, write_directory
-from ..export import ExportResult, Progress
+from ..directory import DenseLayers, dense_config, regroup, write_directory
+from ..export import ExportResult, Progress, obstacles
 from ..rope import with_legacy_rope
 from . import FORMAT
 
@@ -39,7 +39,7 @@ class MLXLayers(DenseLayers):
         return torch.float32 if is_vector else info.dtype
 
     def plan(self, name: str, spec: QuantSpec) -> TensorPlan:
-        """Return names, dtypes and shapes of a layer's tensors."""
+        """Return full names, dtypes and shapes of a layer's tensors."""
         n, block = spec.out_features, FORMAT.grids.block(spec)
         grid = (torch.float32, (n, spec.in_features // block))
         return {
@@ -59,15 +59,10 @@ class MLXLayers(DenseLayers):
         }
 
 
-def check(source: QuantizedCheckpoint) -> dict[str, str]:
-    """Return the layers that become dense, and why; see `obstacles`."""
-    return obstacles(source, FORMAT)
-
-
 def export(source: str | Path, out: str | Path, *, progress: Progress | None) -> ExportResult:
     """Write the directory; see `export_model`."""
     checkpoint = open_quantized(source)
-    reasons = check(checkpoint)
+    reasons = obstacles(checkpoint, FORMAT)
     config, metadata = _config(checkpoint, reasons), {"format": "mlx"}
     target = write_directory(
         checkpoint, out, MLXLayers(), config, reasons, metadata=metadata, progress=progress
@@ -77,7 +72,6 @@ def export(source: str | Path, out: str | Path, *, progress: Progress | None) ->
 
 
 def _config(source: QuantizedCheckpoint, reasons: dict[str, str]) -> dict[str, Any]:
-    """Return config.json with `quantization` as mlx_lm.convert writes it."""
     config = with_legacy_rope(dense_config(source))
     if "text_config" in config:
         config["text_config"] = with_legacy_rope(config["text_config"])

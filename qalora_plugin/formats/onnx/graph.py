@@ -65,17 +65,16 @@ class Graph:
         del graph.initializer[:]
         del graph.node[:]
         terms: dict[str, list[dict[str, int]]] = {}  # layer -> attributes of its nodes
-        data = _Data(out / DATA_FILE)
-        with (self._directory / DATA_FILE).open("rb") as old, data.file:
+        with (self._directory / DATA_FILE).open("rb") as old, (out / DATA_FILE).open("wb") as new:
             for done, initializer in enumerate(initializers, start=1):
                 names = self._replaced.get(initializer.name)
                 if names is None:
-                    graph.initializer.append(data.copy(initializer, old))
+                    graph.initializer.append(_copy(initializer, old, new))
                 for name in names or ():
                     found = terms_of(name)
                     terms[name] = [term.attributes for term in found]
                     for i, term in enumerate(found):
-                        graph.initializer.extend(data.write(f"{name}.{i}", term.constants))
+                        graph.initializer.extend(_constants(f"{name}.{i}", term.constants, new))
                 if progress is not None:
                     progress(done, len(initializers))
         for node in nodes:
@@ -121,48 +120,32 @@ def _products(
     yield helper.make_node("Concat", parts, node.output, f"{node.name}/Concat", axis=-1)
 
 
-class _Data:
-    """The file beside the graph that holds the constants' numbers."""
-
-    def __init__(self, path: Path) -> None:
-        self.file = path.open("wb")
-
-    def copy(self, initializer: Any, old: BinaryIO) -> Any:
-        """Return a constant with its numbers moved here from the old file."""
-        result = copy.deepcopy(initializer)
-        if not initializer.external_data:
-            return result
-        place = {entry.key: entry.value for entry in initializer.external_data}
-        old.seek(int(place["offset"]))
-        start = self._align()
-        self.file.write(old.read(int(place["length"])))
-        self._place(result, start)
+def _copy(initializer: Any, old: BinaryIO, new: BinaryIO) -> Any:
+    """Return a constant with its numbers moved from the old file to the new one."""
+    result = copy.deepcopy(initializer)
+    if not initializer.external_data:
         return result
+    place = {entry.key: entry.value for entry in initializer.external_data}
+    old.seek(int(place["offset"]))
+    return _store(result, old.read(int(place["length"])), new)
 
-    def write(self, name: str, constants: dict[str, torch.Tensor]) -> Iterator[Any]:
-        """Make constants of tensors, named `name`.part, their numbers here."""
-        from onnx import TensorProto
 
-        types = {torch.uint8: TensorProto.UINT8, torch.float32: TensorProto.FLOAT}
-        for part, tensor in constants.items():
-            start = self._align()
-            self.file.write(tensor.contiguous().numpy().tobytes())
-            result = TensorProto(
-                name=f"{name}.{part}", data_type=types[tensor.dtype], dims=tensor.shape
-            )
-            self._place(result, start)
-            yield result
+def _constants(name: str, tensors: dict[str, torch.Tensor], new: BinaryIO) -> Iterator[Any]:
+    """Make constants of tensors, named `name`.part, their numbers in the new file."""
+    proto = FORMAT.library("onnx").TensorProto
+    types = {torch.uint8: proto.UINT8, torch.float32: proto.FLOAT}
+    for part, tensor in tensors.items():
+        constant = proto(name=f"{name}.{part}", data_type=types[tensor.dtype], dims=tensor.shape)
+        yield _store(constant, tensor.contiguous().numpy().tobytes(), new)
 
-    def _align(self) -> int:
-        self.file.write(bytes(-self.file.tell() % _ALIGNMENT))
-        return self.file.tell()
 
-    def _place(self, constant: Any, start: int) -> None:
-        """Say in the graph where the numbers are: from `start` to here."""
-        from onnx import TensorProto
-
-        del constant.external_data[:]
-        length = self.file.tell() - start
-        for key, value in (("location", DATA_FILE), ("offset", start), ("length", length)):
-            constant.external_data.add(key=key, value=str(value))
-        constant.data_location = TensorProto.EXTERNAL
+def _store(constant: Any, numbers: bytes, new: BinaryIO) -> Any:
+    """Append a constant's numbers to the file beside the graph, and say in it where they are."""
+    new.write(bytes(-new.tell() % _ALIGNMENT))
+    del constant.external_data[:]
+    place = {"location": DATA_FILE, "offset": new.tell(), "length": len(numbers)}
+    for key, value in place.items():
+        constant.external_data.add(key=key, value=str(value))
+    constant.data_location = FORMAT.library("onnx").TensorProto.EXTERNAL
+    new.write(numbers)
+    return constant

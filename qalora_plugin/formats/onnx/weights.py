@@ -16,7 +16,6 @@ class Weights(ExportedWeights):
     """Weights by products of the identity with the nodes of a layer."""
 
     def __init__(self, exported: Path, source: QuantizedCheckpoint) -> None:
-        """Open an export; see `ExportedWeights`."""
         super().__init__(exported, source)
         self._onnx = FORMAT.library("onnx")
         graph = self._onnx.load(str(exported / MODEL_FILE), load_external_data=False).graph

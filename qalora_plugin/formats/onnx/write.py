@@ -23,8 +23,8 @@ from qalora_kernels import PackedWeight, QuantSpec
 from ...checkpoint.checkpoint import QuantizedCheckpoint, open_quantized
 from ...errors import CheckpointError
 from ...files.atomic import AtomicDirectory
-from ..directory import DenseLayers, dense_config, obstacles, regroup, write_directory
-from ..export import ExportResult, Progress
+from ..directory import DenseLayers, dense_config, regroup, write_directory
+from ..export import ExportResult, Progress, obstacles
 from ..rope import with_legacy_rope
 from . import FORMAT, MODEL_FILE
 from .graph import DATA_FILE, Graph, Term
@@ -72,11 +72,6 @@ def _blocks(per_group: torch.Tensor, spec: QuantSpec, block: int) -> torch.Tenso
     return regroup(per_group, spec, block)
 
 
-def check(source: QuantizedCheckpoint) -> dict[str, str]:
-    """Return the layers that become dense, and why; see `obstacles`."""
-    return obstacles(source, FORMAT)
-
-
 def export(source: str | Path, out: str | Path, *, progress: Progress | None) -> ExportResult:
     """Write the directory; see `export_model`.
 
@@ -85,7 +80,7 @@ def export(source: str | Path, out: str | Path, *, progress: Progress | None) ->
     """
     directory = AtomicDirectory(out)
     checkpoint = open_quantized(source)
-    reasons = check(checkpoint)
+    reasons = obstacles(checkpoint, FORMAT)
     wanted = set(checkpoint.layers) - set(reasons)
     with directory as partial:
         work = partial / "build"

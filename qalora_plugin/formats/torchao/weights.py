@@ -15,7 +15,6 @@ class Weights(ExportedWeights):
     """Weights by torchao's `dequantize`."""
 
     def __init__(self, exported: Path, source: QuantizedCheckpoint) -> None:
-        """Open an export; see `ExportedWeights`."""
         super().__init__(exported, source)
         FORMAT.library("torchao")
         self._reader = CheckpointReader(exported)

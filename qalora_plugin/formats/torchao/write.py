@@ -21,8 +21,8 @@ from qalora_kernels import PackedWeight, QuantSpec
 
 from ...checkpoint.checkpoint import QuantizedCheckpoint, open_quantized
 from ...checkpoint.layout import TensorPlan
-from ..directory import DenseLayers, dense_config, obstacles, regroup, write_directory
-from ..export import ExportResult, Progress
+from ..directory import DenseLayers, dense_config, regroup, write_directory
+from ..export import ExportResult, Progress, obstacles
 from . import FORMAT
 
 EXACTNESS = (
@@ -35,7 +35,7 @@ class TorchAOLayers(DenseLayers):
     """Quantized layers as torchao holds them; it has no short last group, so groups are cut."""
 
     def plan(self, name: str, spec: QuantSpec) -> TensorPlan:
-        """Return names, dtypes and shapes of a layer's tensors."""
+        """Return full names, dtypes and shapes of a layer's tensors."""
         n, k = spec.out_features, spec.in_features
         grid = (torch.float32, (n, k // FORMAT.grids.block(spec)))
         return {
@@ -56,15 +56,10 @@ class TorchAOLayers(DenseLayers):
         }
 
 
-def check(source: QuantizedCheckpoint) -> dict[str, str]:
-    """Return the layers that become dense, and why; see `obstacles`."""
-    return obstacles(source, FORMAT)
-
-
 def export(source: str | Path, out: str | Path, *, progress: Progress | None) -> ExportResult:
     """Write the directory; see `export_model`."""
     checkpoint = open_quantized(source)
-    reasons = check(checkpoint)
+    reasons = obstacles(checkpoint, FORMAT)
     metadata = _metadata(checkpoint, reasons)
     config = dense_config(checkpoint)
     config["dtype"] = "float32"
@@ -77,7 +72,6 @@ def export(source: str | Path, out: str | Path, *, progress: Progress | None) ->
 
 
 def _attributes(spec: QuantSpec) -> str:
-    """Return the metadata of one quantized weight, as JSON."""
     data = {
         "target_dtype": _dtype(f"int{spec.bits}"),
         "block_size": [1, FORMAT.grids.block(spec)],
@@ -91,7 +85,6 @@ def _attributes(spec: QuantSpec) -> str:
 
 
 def _metadata(source: QuantizedCheckpoint, reasons: dict[str, str]) -> dict[str, str]:
-    """Return the safetensors header's metadata, which says how each tensor is quantized."""
     plain = json.dumps({"_type": "Tensor"})
     tensors = dict.fromkeys(source.dense_names, plain)
     for name, spec in source.layers.items():
@@ -100,7 +93,6 @@ def _metadata(source: QuantizedCheckpoint, reasons: dict[str, str]) -> dict[str,
 
 
 def _quantization_config(source: QuantizedCheckpoint, reasons: dict[str, str]) -> dict[str, Any]:
-    """Return what transformers needs to know; each tensor's own metadata say the rest."""
     data = {
         "weight_dtype": _dtype(f"int{source.config.bits}"),
         "granularity": {
