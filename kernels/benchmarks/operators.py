@@ -16,18 +16,10 @@ from measure import Row
 from torch.nn.functional import linear as dense_linear
 
 from qalora_kernels import LowRank, PackedWeight, QuantSpec, folded_linear, ops, quantized_linear
-from qalora_plugin.layers.linear import QuantLinear
 
 DTYPE = torch.bfloat16
 # bytes of packed weights that take turns, so that no cache holds the next one
 ROTATION = {"cpu": 100 << 20, "cuda": 256 << 20}
-
-
-def quant_linear(w: PackedWeight) -> QuantLinear:
-    return QuantLinear.from_packed(w)
-
-
-# ---- the layers that take turns, and the peers
 
 
 @dataclass

@@ -152,15 +152,16 @@ def lora(model: nn.Module, spec: Spec, fp32: bool = False, **more: Any) -> nn.Mo
 
 def qalora(model: nn.Module, spec: Spec, adapt: str = "zeros") -> nn.Module:
     """Add QA-LoRA, folded, of the offsets, as in the paper, of the scales, or of both."""
-    from operators import quant_linear, random_weight
+    from operators import random_weight
 
     from qalora_kernels import QuantSpec
     from qalora_plugin import QALoRAConfig
+    from qalora_plugin.layers.linear import QuantLinear
 
     def make(linear: nn.Linear) -> nn.Module:
         shape = (linear.in_features, linear.out_features)
         grid = QuantSpec(spec["bits"], spec["group_size"], *shape)
-        return quant_linear(random_weight(grid, linear.weight.device))
+        return QuantLinear.from_packed(random_weight(grid, linear.weight.device))
 
     replace_linears(model, make)
     return get_peft_model(model, QALoRAConfig(r=spec["r"], lora_alpha=16, adapt=adapt))

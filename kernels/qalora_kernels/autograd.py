@@ -25,8 +25,6 @@ from . import ops
 from .fold import LowRank
 from .packed import PackedWeight
 
-_Pair = tuple[torch.Tensor | None, torch.Tensor | None]
-
 
 class _FoldedLinear(torch.autograd.Function):
     """y = x W'^T + bias; `matrices` are A and B of `zeros` and of `scale`, or None."""
@@ -51,23 +49,21 @@ class _FoldedLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        *tensors, za, zb, sa, sb, pooled, x = ctx.saved_tensors
-        weight = PackedWeight(*tensors, ctx.spec)
+        qweight, scales, offsets, g_idx, za, zb, sa, sb, pooled, x = ctx.saved_tensors
+        weight = PackedWeight(qweight, scales, offsets, g_idx, ctx.spec)
         zeros = None if za is None else LowRank(za, zb, ctx.factors[0])
         scale = None if sa is None else LowRank(sa, sb, ctx.factors[1])
         dy = dy.contiguous()
-        grad_x = grad_bias = None
-        grad_zeros: _Pair = (None, None)
-        grad_scale: _Pair = (None, None)
+        grads: list[torch.Tensor | None] = [None] * 7
         if ctx.needs_input_grad[0]:
-            grad_x = ops.grad_input(dy, weight.fold(zeros, scale))
+            grads[0] = ops.grad_input(dy, weight.fold(zeros, scale))
         if ctx.needs_input_grad[1]:
-            grad_bias = dy.sum(0).to(ctx.bias_dtype)
+            grads[1] = dy.sum(0).to(ctx.bias_dtype)
         if zeros is not None and pooled is not None:
-            grad_zeros = zeros.gradients(ops.pooled_grad(dy, pooled))
+            grads[3:5] = zeros.gradients(ops.pooled_grad(dy, pooled))
         if scale is not None and x is not None:
-            grad_scale = scale.gradients(ops.weighted_group_grad(dy, x, weight))
-        return grad_x, grad_bias, None, *grad_zeros, *grad_scale
+            grads[5:7] = scale.gradients(ops.weighted_group_grad(dy, x, weight))
+        return tuple(grads)
 
 
 def folded_linear(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .spec import QuantSpec
+from .spec import QuantSpec, wide
 
 if TYPE_CHECKING:
     from .packed import PackedWeight
@@ -50,6 +50,7 @@ class LowRank:
         return grad_a.to(self.a.dtype), grad_b.to(self.b.dtype)
 
 
+@torch.no_grad()
 def fold(weight: "PackedWeight", zeros: LowRank | None, scale: LowRank | None) -> "PackedWeight":
     """Return the weight with the changes folded in, rounded to what a checkpoint stores.
 
@@ -61,19 +62,8 @@ def fold(weight: "PackedWeight", zeros: LowRank | None, scale: LowRank | None) -
         scale: relative change of the scales.
 
     Returns:
-        The same integers with new scales and offsets, in the dtypes of the old ones; `weight`
-        itself where there is no change.
+        The same integers with new scales and offsets, in the dtypes of the old ones.
     """
-    if zeros is None and scale is None:
-        return weight
-    with torch.no_grad():
-        scales, offsets = _fold_grid(weight, zeros, scale)
-    return replace(weight, scales=scales, offsets=offsets.to(weight.offsets.dtype))
-
-
-def _fold_grid(
-    weight: "PackedWeight", zeros: LowRank | None, scale: LowRank | None
-) -> tuple[torch.Tensor, torch.Tensor]:
     spec, scales, offsets = weight.spec, weight.scales, weight.offsets
     change = None if zeros is None else zeros.delta()
     if scale is not None:
@@ -82,13 +72,13 @@ def _fold_grid(
         offsets = scales.double() * (offsets / weight.scales.double())
     if spec.minimum_below is not None:
         exact = offsets.double() if change is None else offsets + change
-        rounded = round_minimum(exact, scales, spec.minimum_below, spec.scales_dtype)
-        return scales, rounded.to(spec.offsets_dtype)
-    if change is None:
-        return scales, offsets.to(spec.offsets_dtype)
-    # added in float64 and rounded in one pass: what folding costs is passes over [G, N]
-    rounded = torch.empty_like(weight.offsets, dtype=spec.offsets_dtype)
-    return scales, torch.add(offsets, change, out=rounded)
+        offsets = round_minimum(exact, scales, spec.minimum_below, spec.scales_dtype)
+    elif change is not None:
+        # added in float64 and rounded in one pass: what folding costs is passes over [G, N]
+        rounded = torch.empty_like(weight.offsets, dtype=spec.offsets_dtype)
+        offsets = torch.add(offsets, change, out=rounded)
+    offsets = offsets.to(spec.offsets_dtype).to(weight.offsets.dtype)
+    return replace(weight, scales=scales, offsets=offsets)
 
 
 def round_minimum(
@@ -115,17 +105,13 @@ def round_minimum(
 def _minimum(
     offsets: torch.Tensor, scales: torch.Tensor, steps: int, dtype: torch.dtype
 ) -> torch.Tensor:
-    scales = scales.to(_wide(scales.dtype))
+    scales = scales.to(wide(scales.dtype))
     minimum = torch.empty_like(scales, dtype=dtype)
     return torch.sub(offsets, scales, alpha=steps, out=minimum)
 
 
 def _above(minimum: torch.Tensor, scales: torch.Tensor, steps: int) -> torch.Tensor:
-    return minimum.to(_wide(scales.dtype), copy=True).add_(scales, alpha=steps)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+    return minimum.to(wide(scales.dtype), copy=True).add_(scales, alpha=steps)
 
 
 def store_offsets(offsets: torch.Tensor, scales: torch.Tensor, spec: QuantSpec) -> torch.Tensor:

@@ -8,32 +8,27 @@ take its tensors and sizes one by one. Activations are 2-D: `autograd` flattens.
 
 import functools
 from collections.abc import Callable
-from typing import Any, ParamSpec
+from typing import Any
 
 import torch
 
 from . import checks
 from .backends import get_backend
 from .packed import PackedWeight
-from .spec import QuantSpec
+from .spec import QuantSpec, wide
 
-_P = ParamSpec("_P")
+_Function = Callable[..., torch.Tensor]
 _LIBRARY = torch.library.Library("qalora", "DEF")
-_WEIGHT = (
-    "Tensor qweight, Tensor scales, Tensor offsets, Tensor? g_idx, "
-    "int bits, int group_size, int in_features, int out_features"
-)
-_WEIGHT_LENGTH = 8
+_TENSORS = "Tensor qweight, Tensor scales, Tensor offsets, Tensor? g_idx"
+_WEIGHT = _TENSORS + ", int bits, int group_size, int in_features, int out_features"
 _spec = functools.lru_cache(maxsize=1024)(QuantSpec)
 
 
-def _operator(
-    schema: str, fake: Callable[..., torch.Tensor]
-) -> Callable[[Callable[_P, torch.Tensor]], Callable[_P, torch.Tensor]]:
+def _operator(schema: str, fake: _Function) -> Callable[[_Function], _Function]:
     """Register a function for every device; what is returned goes through torch's dispatcher.
 
-    As torch.library.custom_op, at a third of its cost a call, which a small product would feel:
-    derivatives are `autograd`'s, and no operator changes or returns what it was given.
+    It does what torch.library.custom_op does at a third of the cost a call, which a small product
+    would feel: derivatives are `autograd`'s, and no operator changes or returns what it was given.
 
     Args:
         schema: the arguments in torch's notation, "WEIGHT" for those of a `PackedWeight`.
@@ -41,13 +36,13 @@ def _operator(
     """
     place = schema.split(", ").index("WEIGHT") if "WEIGHT" in schema else None
 
-    def register(function: Callable[_P, torch.Tensor]) -> Callable[_P, torch.Tensor]:
+    def register(function: _Function) -> _Function:
         def run(*flat: Any) -> torch.Tensor:
             if place is None:
-                return function(*flat)  # type: ignore[call-arg]
-            end = place + _WEIGHT_LENGTH
-            weight = PackedWeight(*flat[place : place + 4], _spec(*flat[place + 4 : end]))
-            return function(*flat[:place], weight, *flat[end:])  # type: ignore[call-arg]
+                return function(*flat)
+            qweight, scales, offsets, g_idx, *rest = flat[place:]
+            weight = PackedWeight(qweight, scales, offsets, g_idx, _spec(*rest[:4]))
+            return function(*flat[:place], weight, *rest[4:])
 
         name = function.__name__
         _LIBRARY.define(f"{name}({schema.replace('WEIGHT', _WEIGHT)}) -> Tensor")
@@ -60,16 +55,11 @@ def _operator(
             if place is not None:
                 weight = arguments[place]
                 arguments = (*arguments[:place], *weight.flat, *arguments[place + 1 :])
-            result: torch.Tensor = operator(*arguments)
-            return result
+            return operator(*arguments)
 
-        return call  # type: ignore[return-value]
+        return call
 
     return register
-
-
-def _sums_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 @_operator(
@@ -95,10 +85,7 @@ def pool(x: torch.Tensor, g_idx: torch.Tensor | None, group_size: int) -> torch.
     return get_backend(x.device, x.dtype).pool(x, g_idx, group_size)
 
 
-@_operator(
-    "Tensor x, WEIGHT, Tensor? bias",
-    lambda x, *flat: x.new_empty(x.shape[0], flat[-2]),
-)
+@_operator("Tensor x, WEIGHT, Tensor? bias", lambda x, *flat: x.new_empty(x.shape[0], flat[-2]))
 def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
     """Return x W^T + bias [M, N] in the dtype of x [M, K]."""
     checks.packed(weight)
@@ -117,7 +104,7 @@ def grad_input(dy: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
 
 @_operator(
     "Tensor dy, Tensor pooled",
-    lambda dy, pooled: dy.new_empty(pooled.shape[1], dy.shape[1], dtype=_sums_dtype(dy.dtype)),
+    lambda dy, pooled: dy.new_empty(pooled.shape[1], dy.shape[1], dtype=wide(dy.dtype)),
 )
 def pooled_grad(dy: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
     """Return the gradient of the offsets, pool(x)^T dy: [M, N], [M, G] -> [G, N], fp32 or fp64."""
@@ -129,7 +116,7 @@ def pooled_grad(dy: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
 @_operator(
     "Tensor dy, Tensor x, WEIGHT",
     lambda dy, x, qweight, scales, *flat: dy.new_empty(
-        scales.shape[0], dy.shape[1], dtype=_sums_dtype(dy.dtype)
+        scales.shape[0], dy.shape[1], dtype=wide(dy.dtype)
     ),
 )
 def weighted_group_grad(dy: torch.Tensor, x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:

@@ -49,7 +49,7 @@ class PackedWeight:
 
     @property
     def flat(self) -> tuple[torch.Tensor | int | None, ...]:
-        """Return the weight as the operators of `ops` take it; `ops.unflatten` is the inverse."""
+        """Return the weight as torch's dispatcher takes it, see `ops`."""
         spec = self.spec
         sizes = (spec.bits, spec.group_size, spec.in_features, spec.out_features)
         return (*self.tensors, *sizes)
@@ -74,5 +74,5 @@ class PackedWeight:
         return PackedWeight(qweight, self.scales[:, part], self.offsets[:, part], self.g_idx, spec)
 
     def fold(self, zeros: LowRank | None, scale: LowRank | None) -> "PackedWeight":
-        """Return the merged weight: the integers stay, scales and offsets change (`fold.fold`)."""
-        return fold(self, zeros, scale)
+        """Return the merged weight, see `fold.fold`: this one where there is no change."""
+        return self if zeros is None and scale is None else fold(self, zeros, scale)

@@ -12,11 +12,6 @@ _VALUES = 32  # positions in one stream; 32 * bits is a whole number of words fo
 _WORD = 32
 
 
-def _to_int32(words: torch.Tensor) -> torch.Tensor:
-    """int64 values below 2^32 -> the int32 with the same bits."""
-    return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
-
-
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Pack along the first axis, as `qweight` is packed along the inputs.
 
@@ -38,11 +33,12 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
         words[:, word] |= (padded[:, i] << shift) & 0xFFFFFFFF
         if shift + bits > _WORD:
             words[:, word + 1] |= padded[:, i] >> (_WORD - shift)
-    return _to_int32(words).view(streams * bits, n)
+    signed = torch.where(words >= 1 << 31, words - (1 << 32), words)  # the same 32 bits
+    return signed.to(torch.int32).view(streams * bits, n)
 
 
 def unpack(qweight: torch.Tensor, bits: int, in_features: int) -> torch.Tensor:
-    """Inverse of `pack`: int32 [ceil(K/32)*bits, N] -> uint8 [K, N]."""
+    """Undo `pack`: int32 [ceil(K/32)*bits, N] -> uint8 [K, N]."""
     rows, n = qweight.shape
     streams = rows // bits
     mask = (1 << bits) - 1
@@ -76,7 +72,7 @@ def pack_columns(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def unpack_columns(packed: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
-    """Inverse of `pack_columns`: int32 [G, words] -> uint8 [G, columns]."""
+    """Undo `pack_columns`: int32 [G, words] -> uint8 [G, columns]."""
     rows = -(-columns // _VALUES) * bits
     words = torch.zeros(rows, packed.shape[0], dtype=torch.int32, device=packed.device)
     words[: packed.shape[1]] = packed.t()

@@ -10,6 +10,11 @@ SCALES_DTYPE = torch.float16
 """dtype of `scales` in a checkpoint, the one of the GPTQ layout."""
 
 
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype to compute and accumulate in: fp32, but fp64 for fp64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 @dataclass(frozen=True)
 class QuantSpec:
     """Shape and grid of one quantized linear layer.
@@ -65,25 +70,25 @@ class QuantSpec:
 
     @property
     def num_groups(self) -> int:
-        """G = ceil(K / group_size)."""
+        """Return the number of groups, G = ceil(K / group_size)."""
         return -(-self.in_features // self.group_size)
 
     @property
     def mid(self) -> int:
-        """The code whose weight is the offset itself: 2^(bits-1)."""
+        """Return the code whose weight is the offset itself: 2^(bits-1)."""
         return 1 << (self.bits - 1)
 
     @property
     def minimum_below(self) -> int | None:
-        """Steps from the offset down to the minimum, where that is what is rounded; else None."""
+        """Return the steps from the offset down to the minimum, if that is rounded; else None."""
         return self.mid if self.offsets_at == "minimum" else None
 
     @property
     def stored_dtype(self) -> torch.dtype:
-        """dtype of a checkpoint's `offsets`: of offsets, or of minima; see `fold.store_offsets`."""
+        """Return the dtype of a checkpoint's `offsets`, or of its minima; see `store_offsets`."""
         return self.scales_dtype if self.offsets_at == "minimum" else self.offsets_dtype
 
     @property
     def packed_rows(self) -> int:
-        """Rows of `qweight`: 32 inputs take `bits` 32-bit words, the last 32 padded."""
+        """Return the rows of `qweight`: 32 inputs take `bits` 32-bit words, the last 32 padded."""
         return -(-self.in_features // 32) * self.bits

@@ -7,14 +7,9 @@ import torch
 from .. import packing
 from ..groups import group_index, sum_groups
 from ..packed import PackedWeight
-from ..spec import QuantSpec
+from ..spec import QuantSpec, wide
 
 _BLOCK = 1 << 20  # weights that are dequantized at a time
-
-
-def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype to compute and accumulate in: fp32, but fp64 for fp64."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _blocks(spec: QuantSpec) -> Iterator[tuple[int, int]]:
@@ -33,7 +28,7 @@ def _dequantize_block(
     out: torch.Tensor, start: int, weight: PackedWeight, index: torch.Tensor
 ) -> torch.Tensor:
     """Write W^T of the inputs from `start` on to `out`; `index` [K] is the group of each input."""
-    bits, compute = weight.spec.bits, _compute_dtype(out.dtype)
+    bits, compute = weight.spec.bits, wide(out.dtype)
     stop = start + out.shape[0]
     words = weight.qweight[start // 32 * bits : -(-stop // 32) * bits]
     codes = packing.unpack(words, bits, stop - start).to(compute)
@@ -58,11 +53,9 @@ def _dense(weight: PackedWeight, dtype: torch.dtype) -> torch.Tensor:
 
 def pool(x: torch.Tensor, g_idx: torch.Tensor | None, group_size: int) -> torch.Tensor:
     """Return group sums of x [M, K], [M, G]."""
-    if g_idx is not None or x.shape[-1] % group_size:
-        wide = x.to(_compute_dtype(x.dtype))
-    else:
-        wide = x  # one reduction, which torch accumulates in fp32 for half types by itself
-    return sum_groups(wide, g_idx, group_size).to(x.dtype)
+    # of whole groups in order it is one reduction, which torch accumulates in fp32 by itself
+    whole = g_idx is None and x.shape[-1] % group_size == 0
+    return sum_groups(x if whole else x.to(wide(x.dtype)), g_idx, group_size).to(x.dtype)
 
 
 def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
@@ -84,7 +77,7 @@ def _matmul_fp32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """
     if a.dtype == torch.float16:
         a, b = a.float(), b.float()
-    return (a @ b).to(_compute_dtype(a.dtype))
+    return (a @ b).to(wide(a.dtype))
 
 
 def pooled_grad(dy: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
@@ -99,7 +92,7 @@ def weighted_group_grad(dy: torch.Tensor, x: torch.Tensor, weight: PackedWeight)
     """
     spec, index = weight.spec, _group_index(weight).long()
     shape = (spec.num_groups, spec.out_features)
-    out = dy.new_zeros(shape, dtype=_compute_dtype(dy.dtype))
+    out = dy.new_zeros(shape, dtype=wide(dy.dtype))
     for start, stop in _blocks(spec):
         product = _matmul_fp32(x[:, start:stop].t(), dy)
         block = product.new_empty(product.shape)

@@ -28,7 +28,10 @@ class _Layer(ctypes.Structure):
     ]
 
     def __init__(self, weight: PackedWeight):
-        grid = [_grid(weight.scales), _grid(weight.offsets)]
+        grid = [
+            (values if values.dtype == torch.float16 else values.float()).contiguous()
+            for values in (weight.scales, weight.offsets)
+        ]
         g_idx = None if weight.g_idx is None else weight.g_idx.contiguous()
         self.kept = (weight.qweight.contiguous(), *grid, g_idx)
         halves = (values.dtype == torch.float16 for values in grid)
@@ -62,12 +65,6 @@ def _address(tensor: torch.Tensor | None) -> ctypes.c_void_p:
 def _threads(elements: int) -> int:
     """Return as many as torch uses, for the sizes from which on it uses them."""
     return torch.get_num_threads() if elements >= _GRAIN else 1
-
-
-def _grid(values: torch.Tensor) -> torch.Tensor:
-    """Return scales or offsets in a dtype that the compiled code reads."""
-    dtype = torch.float16 if values.dtype == torch.float16 else torch.float32
-    return values.to(dtype).contiguous()
 
 
 def dequantize(weight: PackedWeight, out: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ _local = threading.local()
 
 
 def workspace(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Uninitialised memory on the CPU, valid until this thread's next call.
+    """Return uninitialised memory on the CPU, valid until this thread's next call.
 
     A fresh tensor of a layer's size costs more in page faults than dequantizing into it. Each
     thread keeps one buffer, as large as the largest layer that it has met.

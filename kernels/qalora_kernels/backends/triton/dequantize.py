@@ -39,39 +39,25 @@ def centred(field, SHIFT: tl.constexpr, BITS: tl.constexpr, zero=0):
 @triton.jit
 def load_unit(qweight, unit, n, mask, N, BITS: tl.constexpr):
     """Load the words of each unit as uint32: one word, or three for 3 bits."""
+    at = qweight + unit.to(tl.int64) * (3 if BITS == 3 else 1) * N + n
+    w0 = tl.load(at, mask, other=0, eviction_policy="evict_first").to(tl.uint32, bitcast=True)
     if BITS == 3:
-        at = qweight + unit.to(tl.int64) * 3 * N + n
-        w0 = tl.load(at, mask, other=0, eviction_policy="evict_first")
         w1 = tl.load(at + N, mask, other=0, eviction_policy="evict_first")
         w2 = tl.load(at + 2 * N, mask, other=0, eviction_policy="evict_first")
-        w1 = w1.to(tl.uint32, bitcast=True)
-        w2 = w2.to(tl.uint32, bitcast=True)
+        return w0, w1.to(tl.uint32, bitcast=True), w2.to(tl.uint32, bitcast=True)
     else:
-        at = qweight + unit.to(tl.int64) * N + n
-        w0 = tl.load(at, mask, other=0, eviction_policy="evict_first")
-        w1 = 0
-        w2 = 0
-    return w0.to(tl.uint32, bitcast=True), w1, w2
+        return w0, w0, w0
 
 
 @triton.jit
 def plane(words, j: tl.constexpr, BITS: tl.constexpr, zero=0):
-    """Return code - mid of value j of each unit, fp32; `words` and `zero` as in `load_unit` and
-    `centred`.
-    """
-    w0, w1, w2 = words
+    """Return code - mid of value j of each unit, fp32; `zero` as in `centred`."""
+    word: tl.constexpr = j * BITS // 32
     shift: tl.constexpr = j * BITS % 32
     mask: tl.constexpr = (1 << BITS) - 1
-    if j * BITS < 32:
-        low = w0
-        high = w1
-    elif j * BITS < 64:
-        low = w1
-        high = w2
-    else:
-        low = w2
-        high = w2
+    low = words[word]
     if shift + BITS > 32:  # straddles two words
+        high = words[word + 1]
         return centred(((low >> shift) | (high << (32 - shift))) & mask, 0, BITS, zero)
     # the upper halves are shifted down, once a word, to fit the 23 bits of a float
     if shift >= 16:
@@ -87,10 +73,7 @@ def load_grid(grid, k, n, N, K, GROUP_SIZE: tl.constexpr, ACT_ORDER: tl.constexp
     `grid` is (scales, offsets, g_idx).
     """
     scales, offsets, g_idx = grid
-    if ACT_ORDER:
-        group = tl.load(g_idx + k, k < K, other=0)
-    else:
-        group = k // GROUP_SIZE
+    group = tl.load(g_idx + k, k < K, other=0) if ACT_ORDER else k // GROUP_SIZE
     mask = (k < K) & (n < N)
     at = group.to(tl.int64) * N + n
     scale = tl.load(scales + at, mask, other=0).to(tl.float32)
@@ -181,12 +164,8 @@ def dequantize(weight: PackedWeight, out: torch.Tensor) -> torch.Tensor:
     k, n = out.shape
     blocks = untuned("dequantize", out.device)
     units = triton.cdiv(k, values_per_unit(weight.spec.bits))
-    launch(
-        _dequantize_kernel,
-        (triton.cdiv(n, blocks["block_n"]), triton.cdiv(units, blocks["block_u"])),
-        *(*weight.tensors, out, n, k),
-        **unit_constants(weight),
-        BLOCK_U=blocks["block_u"],
-        BLOCK_N=blocks["block_n"],
-    )
+    block_u, block_n = blocks["block_u"], blocks["block_n"]
+    constants = {**unit_constants(weight), "BLOCK_U": block_u, "BLOCK_N": block_n}
+    programs = (triton.cdiv(n, block_n), triton.cdiv(units, block_u))
+    launch(_dequantize_kernel, programs, *weight.tensors, out, n, k, **constants)
     return out

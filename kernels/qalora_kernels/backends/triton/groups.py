@@ -62,15 +62,6 @@ def _group_bounds(group, starts, K, G, GROUP_SIZE: tl.constexpr, ACT_ORDER: tl.c
 
 
 @triton.jit
-def _input_at(position, inside, order, ACT_ORDER: tl.constexpr):
-    """Return the input that stands at a position."""
-    if ACT_ORDER:
-        return tl.load(order + position, inside, other=0)
-    else:
-        return position
-
-
-@triton.jit
 def _pool_kernel(
     x,
     order,
@@ -93,7 +84,7 @@ def _pool_kernel(
     for i in range(0, longest, BLOCK_I):
         position = start[:, None] + i + tl.arange(0, BLOCK_I)[None, :]
         inside = position < end[:, None]
-        k = _input_at(position, inside, order, ACT_ORDER)
+        k = tl.load(order + position, inside, other=0) if ACT_ORDER else position
         at = m.to(tl.int64)[:, None, None] * K + k[None, :, :]
         value = tl.load(x + at, (m < M)[:, None, None] & inside[None, :, :], other=0)
         total += tl.sum(value.to(tl.float32), axis=2)
@@ -102,10 +93,10 @@ def _pool_kernel(
     tl.store(out + at, total.to(out.dtype.element_ty), mask)
 
 
-def _group_blocks(group_size: int, tile: int) -> tuple[int, int]:
-    """Return (groups, inputs of each at a time) that make a tile of `tile` inputs, a power of 2."""
+def _group_blocks(group_size: int, tile: int) -> dict[str, int]:
+    """Return the groups, and inputs of each at a time, of a tile of `tile` inputs, a power of 2."""
     inputs = min(triton.next_power_of_2(group_size), tile)
-    return tile // inputs, inputs
+    return {"BLOCK_G": tile // inputs, "BLOCK_I": inputs}
 
 
 def pool(x: torch.Tensor, g_idx: torch.Tensor | None, group_size: int) -> torch.Tensor:
@@ -114,25 +105,19 @@ def pool(x: torch.Tensor, g_idx: torch.Tensor | None, group_size: int) -> torch.
     groups = triton.cdiv(k, group_size)
     out = x.new_empty(m, groups)
     blocks = untuned("pool", x.device)
-    block_g, block_i = _group_blocks(group_size, blocks["tile"])
-    launch(
-        _pool_kernel,
-        (triton.cdiv(m, blocks["block_m"]), triton.cdiv(groups, block_g)),
-        *(x, *_group_order(g_idx, groups), out, m, k, groups),
-        GROUP_SIZE=group_size,
-        ACT_ORDER=g_idx is not None,
-        BLOCK_M=blocks["block_m"],
-        BLOCK_G=block_g,
-        BLOCK_I=block_i,
-    )
+    constants = {
+        "GROUP_SIZE": group_size,
+        "ACT_ORDER": g_idx is not None,
+        "BLOCK_M": blocks["block_m"],
+        **_group_blocks(group_size, blocks["tile"]),
+    }
+    programs = (triton.cdiv(m, blocks["block_m"]), triton.cdiv(groups, constants["BLOCK_G"]))
+    launch(_pool_kernel, programs, x, *_group_order(g_idx, groups), out, m, k, groups, **constants)
     return out
 
 
 def pooled_grad(dy: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
-    """Return pool(x)^T dy, [M, N], [M, G] -> fp32 [G, N].
-
-    It is a plain product: cuBLAS accumulates and returns fp32.
-    """
+    """Return pool(x)^T dy, [M, N], [M, G] -> fp32 [G, N]; cuBLAS accumulates and returns fp32."""
     if dy.dtype == torch.float32:
         return torch.mm(pooled.t(), dy)
     if dy.device.type == "cuda":
@@ -177,7 +162,7 @@ def _weighted_group_grad_kernel(
     for i in range(0, longest, BLOCK_I):
         position = row_start + i + row % BLOCK_I
         inside = position < row_end
-        k = _input_at(position, inside, order, ACT_ORDER)
+        k = tl.load(order + position, inside, other=0) if ACT_ORDER else position
         product = tl.zeros([BLOCK_G * BLOCK_I, BLOCK_N], tl.float32)
         for m0 in range(0, M, BLOCK_M):
             m = m0 + tl.arange(0, BLOCK_M)
@@ -206,16 +191,14 @@ def weighted_group_grad(dy: torch.Tensor, x: torch.Tensor, weight: PackedWeight)
     k, n, groups = spec.in_features, spec.out_features, spec.num_groups
     out = dy.new_empty(groups, n, dtype=torch.float32)
     blocks = untuned("weighted_group_grad", dy.device)
-    block_g, block_i = _group_blocks(spec.group_size, blocks["tile"])
-    order = _group_order(weight.g_idx, groups)
-    launch(
-        _weighted_group_grad_kernel,
-        (triton.cdiv(n, blocks["block_n"]), triton.cdiv(groups, block_g)),
-        *(dy, x, *weight.tensors, *order, out, m, n, k, groups),
+    constants = {
         **layer_constants(weight),
-        BLOCK_G=block_g,
-        BLOCK_I=block_i,
-        BLOCK_M=blocks["block_m"],
-        BLOCK_N=blocks["block_n"],
-    )
+        **_group_blocks(spec.group_size, blocks["tile"]),
+        "BLOCK_M": blocks["block_m"],
+        "BLOCK_N": blocks["block_n"],
+    }
+    programs = (triton.cdiv(n, blocks["block_n"]), triton.cdiv(groups, constants["BLOCK_G"]))
+    order = _group_order(weight.g_idx, groups)
+    arguments = (dy, x, *weight.tensors, *order, out, m, n, k, groups)
+    launch(_weighted_group_grad_kernel, programs, *arguments, **constants)
     return out

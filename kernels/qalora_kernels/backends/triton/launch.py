@@ -41,7 +41,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
 def workspace(
     shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> Iterator[torch.Tensor]:
-    """Uninitialised memory, free again for the next call on the same device and stream.
+    """Lend uninitialised memory, free again for the next call on the same device and stream.
 
     Kernels of one stream run in order, so a layer is done with it when the next one writes; the
     lock keeps another thread from launching on that stream in between. While a CUDA graph is

@@ -91,10 +91,7 @@ def _linear_kernel(
     split = tl.program_id(2)
     grid = (scales, offsets, g_idx)
     column = n[:, None]
-    if BLOCK_M == 1:
-        acc = tl.zeros([BLOCK_OUT, BLOCK_IN], tl.float32)
-    else:
-        acc = tl.zeros([BLOCK_OUT, BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_OUT, BLOCK_IN if BLOCK_M == 1 else BLOCK_M], tl.float32)
     for step in range(split * STEPS, split * STEPS + STEPS):
         unit = step * BLOCK_IN + tl.arange(0, BLOCK_IN)
         first = (unit * VALUES)[None, :]
@@ -207,28 +204,21 @@ def _fused(
     steps = triton.cdiv(blocks_in, splits)
     splits = triton.cdiv(blocks_in, steps)  # the last piece may be short, none is empty
 
+    blocks = {"BLOCK_M": plan.block_m, "BLOCK_OUT": plan.block_out, "BLOCK_IN": plan.block_in}
+    constants = constants | blocks | {"num_warps": plan.num_warps, "num_stages": plan.num_stages}
+    programs, sizes = (blocks_out, blocks_m, splits), (m, spec.out_features, spec.in_features)
+
     def run(target: torch.Tensor, kernel_bias: torch.Tensor | None) -> None:
-        sizes = (m, spec.out_features, spec.in_features, steps)
-        launch(
-            kernel,
-            (blocks_out, blocks_m, splits),
-            *(rows, *weight.tensors, kernel_bias, target, *sizes),
-            **constants,
-            BLOCK_M=plan.block_m,
-            BLOCK_OUT=plan.block_out,
-            BLOCK_IN=plan.block_in,
-            num_warps=plan.num_warps,
-            num_stages=plan.num_stages,
-        )
+        arguments = (rows, *weight.tensors, kernel_bias, target, *sizes, steps)
+        launch(kernel, programs, *arguments, **constants)
 
     if splits == 1:
         run(out, bias)
         return out
     with workspace((splits, m, outputs), torch.float32, rows.device) as partial:
         run(partial, None)  # the second pass adds the bias
-        total = m * outputs
-        blocks = (triton.cdiv(total, 1024),)
-        launch(_sum_splits_kernel, blocks, partial, bias, out, splits, total, outputs, BLOCK=1024)
+        arguments = (partial, bias, out, splits, m * outputs, outputs)
+        launch(_sum_splits_kernel, (triton.cdiv(m * outputs, 1024),), *arguments, BLOCK=1024)
     return out
 
 

@@ -177,11 +177,6 @@ def _look_up_or_measure(shape: tuple[Any, ...], run: Callable[[Plan], Any]) -> P
     return measured
 
 
-@lru_cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def splits_to_fill(device: torch.device, warps: int) -> int:
     """Return the pieces of the reduction that give every multiprocessor about sixteen warps.
 
@@ -189,4 +184,5 @@ def splits_to_fill(device: torch.device, warps: int) -> int:
     """
     if device.type != "cuda":
         return 1
-    return max(1, min(64, 16 * _multiprocessors(device) // warps))
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return max(1, min(64, 16 * processors // warps))
