@@ -86,11 +86,6 @@ class QALoRALinear(nn.Module, BaseTunerLayer):
         A is uniform, within 1/sqrt(K) (LoRA's own bound) for the offsets and 1 for the scales: a
         step of B then moves a weight as far as it does in LoRA, as pool(x) is a sum, and the
         scales' change is relative to weights of about 1/sqrt(K) (docs/adapt_modes.md has a sweep).
-
-        Args:
-            adapter_name: of the adapter.
-            config: its settings.
-            name: of the layer in the base model.
         """
         r, scaling = config.rank_and_scaling(name)
         spec, device = self.base_layer.spec, self.base_layer.qweight.device
@@ -217,15 +212,7 @@ class QALoRALinear(nn.Module, BaseTunerLayer):
         return torch.cat(outputs)[torch.tensor(order, device=x.device).argsort()]
 
     def check_merge(self, adapter_names: list[str] | None = None, name: str = "") -> None:
-        """Check that `merge` would succeed; nothing changes, and nothing is kept.
-
-        Args:
-            adapter_names: see `merge`.
-            name: of this layer, for the message.
-
-        Raises:
-            AdapterError: see `merge`.
-        """
+        """Check that `merge` would succeed; `name`, of this layer, is for its message."""
         asked = self.active_adapters if adapter_names is None else adapter_names
         added = [n for n in asked if n in self.scaling and n not in self.merged_adapters]
         if added:
