@@ -22,7 +22,6 @@ from ..quantize.rows import fields_of
 from .args import options_of
 
 _MAX_SEQ_LEN = 2048
-_DEFAULT_CACHE = "quantized_bases"
 
 
 def is_quantized(base_model: str, revision: str | None = None) -> bool:
@@ -122,11 +121,6 @@ def quantized_base(cfg: Any, train_dataset: Any, tokenize: Callable[[str], list[
 
     Every rank calls this; rank 0 quantizes, the others wait and find the result.
 
-    Args:
-        cfg: Axolotl's config with a 16-bit `base_model`.
-        train_dataset: Axolotl's training set.
-        tokenize: text to token ids.
-
     Raises:
         QALoRAError: the base or the calibration data cannot be used.
         RankError: rank 0 has died meanwhile, or cannot be reached.
@@ -174,7 +168,7 @@ def cache_dir(cfg: Any) -> Path:
     chosen = cfg.qalora.get("quantized_model_dir")
     if chosen:
         return Path(chosen).expanduser()
-    return Path(cfg.output_dir).expanduser().absolute().parent / _DEFAULT_CACHE
+    return Path(cfg.output_dir).expanduser().absolute().parent / "quantized_bases"
 
 
 def _key(source: Path, settings: dict[str, Any], calibration: Any) -> str:

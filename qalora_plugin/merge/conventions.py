@@ -61,12 +61,6 @@ class Regrouping:
 def pool_size_of(name: str, columns: int, spec: QuantSpec, stated: int | None) -> int:
     """Return p of a layer: stated by the adapter, else found from the number of A's columns.
 
-    Args:
-        name: the layer, for messages.
-        columns: of A.
-        spec: the base's grid.
-        stated: `qalora_group_size` of the adapter's config, None where it has none.
-
     Raises:
         AdapterError: A is that of plain LoRA, or fits no pooling of this layer.
     """
@@ -96,12 +90,6 @@ def pool_size_of(name: str, columns: int, spec: QuantSpec, stated: int | None) -
 
 def regroup(name: str, spec: QuantSpec, g_idx: torch.Tensor | None, pool_size: int) -> Regrouping:
     """Fit pooling over `pool_size` neighbouring inputs to the groups of a base layer.
-
-    Args:
-        name: the layer, for messages.
-        spec: the base's grid.
-        g_idx: int32 [K] of an act-order base, or None.
-        pool_size: p.
 
     Raises:
         AdapterError: some group lies in several pools, and no split of the groups helps.

@@ -50,9 +50,9 @@ def record(
     """Run everything before and between the blocks, and record the blocks' arguments.
 
     Args:
-        model: with weights wherever its forward needs them before the last block; the first
-            block's too, which is run once to see what a block returns.
-        blocks: the blocks, in the order of their calls.
+        model: on `device`, with weights wherever its forward needs them before the last block; the
+            first block's too, which is run once to see what a block returns.
+        blocks: in the order of their calls.
         batches: token ids [B, T].
         device: where the model is.
 

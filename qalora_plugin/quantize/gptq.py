@@ -71,11 +71,7 @@ class GPTQSettings:
 
 
 class Hessian:
-    """Mean of x x^T over calibration tokens, fp32 [K, K].
-
-    Args:
-        in_features: K.
-    """
+    """Mean of x x^T over calibration tokens, fp32 [K, K]."""
 
     def __init__(self, in_features: int, device: torch.device | str = "cpu"):
         self.sum = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)

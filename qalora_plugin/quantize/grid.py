@@ -151,29 +151,22 @@ def fit_groups(w: torch.Tensor, grid: Grid, importance: torch.Tensor, search: bo
     if not search:
         return fit
     least = _error(w, fit, grid, importance)
+
+    def improve(candidate: Fit) -> bool:
+        """Take the candidate for the groups where it is better; say whether there was one."""
+        nonlocal fit, least
+        error = _error(w, candidate, grid, importance)
+        better = error < least
+        scales, offsets = (torch.where(better, *pair) for pair in zip(candidate, fit, strict=True))
+        fit, least = (scales, offsets), torch.where(better, error, least)
+        return bool(better.any())
+
     for shrink in _SHRINKS:
-        fit, least, _ = _better(w, fit, least, fit_range(w, grid, shrink), grid, importance)
+        improve(fit_range(w, grid, shrink))
     for _ in range(_REFINEMENTS):
-        candidate = _least_squares(w, fit, grid, importance)
-        fit, least, helped = _better(w, fit, least, candidate, grid, importance)
-        if not helped:
+        if not improve(_least_squares(w, fit, grid, importance)):
             break
     return fit
-
-
-def _better(
-    w: torch.Tensor,
-    fit: Fit,
-    least: torch.Tensor,
-    candidate: Fit,
-    grid: Grid,
-    importance: torch.Tensor,
-) -> tuple[Fit, torch.Tensor, bool]:
-    """Take the candidate for the groups where it is better: the fit, its error, whether it was."""
-    error = _error(w, candidate, grid, importance)
-    better = error < least
-    scales, offsets = (torch.where(better, *pair) for pair in zip(candidate, fit, strict=True))
-    return (scales, offsets), torch.where(better, error, least), bool(better.any())
 
 
 def _error(w: torch.Tensor, fit: Fit, grid: Grid, importance: torch.Tensor) -> torch.Tensor:

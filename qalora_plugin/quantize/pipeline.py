@@ -4,7 +4,6 @@ import ctypes
 import dataclasses
 import logging
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,13 +19,13 @@ from qalora_kernels import QuantSpec
 from ..checkpoint.config import QALoRAQuantConfig
 from ..checkpoint.format import format_named
 from ..checkpoint.side_files import copy_side_files
-from ..files.atomic import AtomicDirectory
+from ..files.atomic import AtomicDirectory, ScratchDirectory
 from ..files.hub import resolve_model_dir
-from ..files.json import write_json
-from ..files.names import CONFIG_FILE
+from ..files.json import read_json, write_json
+from ..files.names import CONFIG_FILE, REPORT_FILE
 from .calibration import calibration_windows, fitting_length
 from .options import QuantizeOptions, read_options, usable_device
-from .resume import Report, digest_of, leftovers
+from .resume import digest_of, leftovers
 from .shards import BlockShards
 from .source import ModelSource, choose_layers
 from .walk import Walk, round_layers
@@ -109,11 +108,8 @@ def _on_disk(
     if not isinstance(model, PreTrainedModel):
         yield resolve_model_dir(model, options.revision)
         return
-    parent = AtomicDirectory(out).target.parent
-    parent.mkdir(parents=True, exist_ok=True)
-    name = Path(model.name_or_path).name or type(model).__name__
-    with tempfile.TemporaryDirectory(dir=parent, prefix=".qalora-source-") as temporary:
-        directory = Path(temporary) / name
+    with ScratchDirectory(out) as scratch:
+        directory = scratch / (Path(model.name_or_path).name or type(model).__name__)
         model.save_pretrained(directory)
         if options.tokenizer is not None:
             options.tokenizer.save_pretrained(directory)
@@ -203,7 +199,8 @@ class _Job:
 
     def _result(self, out: Path) -> QuantizeResult:
         """Return the result that a finished directory holds."""
-        return QuantizeResult(out, Report(out).layers, self.config.modules_to_not_convert or [], 0)
+        layers = read_json(out / REPORT_FILE)["layers"]
+        return QuantizeResult(out, layers, self.config.modules_to_not_convert or [], 0)
 
     def _write(self, shards: BlockShards) -> None:
         """Write the weights that are not there yet."""

@@ -1,4 +1,4 @@
-"""What a run needs to go on after a kill: which unfinished output is its own, and its report."""
+"""What a run needs to go on after a kill: which unfinished output is its own."""
 
 import glob
 import hashlib
@@ -6,9 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..files.atomic import replace_text
-from ..files.json import json_text, read_json
-from ..files.names import REPORT_FILE
 from ..files.reader import CheckpointReader
 
 
@@ -30,21 +27,3 @@ def leftovers(target: Path, partial: Path) -> list[Path]:
     """List unfinished outputs for the same target that other settings, data or sources made."""
     found = target.parent.glob(f".{glob.escape(target.name)}.partial-resume-*")
     return sorted(path for path in found if path != partial)
-
-
-class Report:
-    """quantization_report.json: each layer's grid and error, kept in the output directory.
-
-    Attributes:
-        layers: see `pipeline.QuantizeResult`; what an earlier run left is there from the start.
-    """
-
-    def __init__(self, directory: Path) -> None:
-        """Read the file, if it is there."""
-        self._path = directory / REPORT_FILE
-        found = read_json(self._path) if self._path.exists() else {"layers": {}}
-        self.layers: dict[str, dict[str, Any]] = found["layers"]
-
-    def save(self) -> None:
-        """Write the file, which is whole at any time."""
-        replace_text(self._path, json_text({"layers": self.layers}))

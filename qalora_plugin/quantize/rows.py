@@ -78,11 +78,7 @@ def _conversation(parts: list[Any], where: str, tokenizer: Any) -> str:
 
 
 def file_rows(path: Path, piece: int) -> Iterator[tuple[str, Any]]:
-    """Yield (where, row) for every line of a .jsonl file, or every piece of a text file.
-
-    Args:
-        path: the file.
-        piece: characters of a text file that become one row.
+    """Yield (where, row) for every line of a .jsonl file, or `piece` characters of a text file.
 
     Raises:
         QuantizationError: the file cannot be read, or a line is not JSON.

@@ -7,9 +7,11 @@ from qalora_kernels import PackedWeight, QuantSpec
 
 from ..checkpoint.fingerprint import combine, mark
 from ..checkpoint.layout import TensorPlan, layer_plan, pack_layer, read_layer
+from ..files.atomic import replace_text
+from ..files.json import json_text, read_json
+from ..files.names import REPORT_FILE
 from ..files.reader import CheckpointReader
 from ..files.writer import CheckpointWriter, ShardWriter, split_plan
-from .resume import Report
 from .source import ModelSource
 
 Solved = Iterator[tuple[str, PackedWeight, float | None]]
@@ -27,14 +29,16 @@ class BlockShards:
 
     Attributes:
         finished: whether each block was written by an earlier run.
-        report: of the blocks that are written.
+        report: quantization_report.json: {"layers": ...} as in `pipeline.QuantizeResult`, of the
+            blocks that are written.
     """
 
     def __init__(
         self, directory: Path, source: ModelSource, specs: dict[str, QuantSpec], desc_act: bool
     ) -> None:
         """Plan them, and see which are finished."""
-        self.report = Report(directory)
+        report = directory / REPORT_FILE
+        self.report = read_json(report) if report.exists() else {"layers": {}}
         self._source, self._specs, self._desc_act = source, specs, desc_act
         blocks = [self._block_plan(index) for index in range(len(source.blocks))]
         inside = {name for block in source.block_names for name in source.names_in(block)}
@@ -82,10 +86,10 @@ class BlockShards:
                 for tensor, value in pack_layer(name, weight).items():
                     shard.write(tensor, value)
                 entry = {"bits": spec.bits, "group_size": spec.group_size, "error": error}
-                self.report.layers[name] = entry
+                self.report["layers"][name] = entry
                 yield name
             self._copy(shard, self._dense_names(index))
-            self.report.save()
+            replace_text(self._writer.directory / REPORT_FILE, json_text(self.report))
 
     def read_block(self, index: int) -> Iterator[tuple[str, PackedWeight]]:
         """Yield the layers of a finished block."""

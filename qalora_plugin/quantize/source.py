@@ -32,7 +32,7 @@ class ModelSource:
         model: the architecture that config.json names, in eval mode, parameters on meta.
         block_names: the names of the model's blocks; `blocks` are the modules.
         stored: the stored tensor's name for every parameter and buffer of the model that has one.
-        dtype: of what is filled in and computed; `device` is where.
+        dtype: of what is filled in and computed, by default the model's; `device` is where.
     """
 
     def __init__(
@@ -43,12 +43,6 @@ class ModelSource:
         device: torch.device | str = "cpu",
     ) -> None:
         """Read config.json and the headers; no tensor is read.
-
-        Args:
-            directory: a local directory.
-            trust_remote_code: run the model's own Python code.
-            dtype: see above; by default the model's.
-            device: see above.
 
         Raises:
             CheckpointError: already quantized, damaged, or without some of the model's weights.

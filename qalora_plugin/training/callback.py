@@ -120,8 +120,7 @@ class MergeCallback(TrainerCallback):
         """
         self._last_checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if self._model is not None and fsdp_enabled():
-            main = state.is_world_process_zero
-            save_adapter(self._model, self._last_checkpoint, is_main_process=main)
+            save_adapter(self._model, self._last_checkpoint)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -132,9 +131,8 @@ class MergeCallback(TrainerCallback):
             OutputError: the merge failed, on every process; the message says where the adapter is.
             RankError: the main process has died.
         """
-        model, main = self._model, state.is_world_process_zero
-        assert model is not None
-        adapter = save_adapter(model, Path(args.output_dir) / ADAPTER_DIR, is_main_process=main)
+        assert self._model is not None
+        adapter = save_adapter(self._model, Path(args.output_dir) / ADAPTER_DIR)
         failed = (
             f"the trained adapter is safe in {adapter}, but merging it failed (repeat with "
             f"`qalora merge {adapter} --out DIR`)"

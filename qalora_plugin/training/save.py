@@ -15,6 +15,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from ..checkpoint.checkpoint import open_quantized
 from ..checkpoint.kind import find_kind
+from ..distributed.ranks import rank
 from ..distributed.sharding import gathered, is_sharded, plain_name
 from ..errors import CheckpointError
 from ..files.hub import resolve_model_dir
@@ -104,28 +105,22 @@ def write_head_config(model: PreTrainedModel, directory: Path) -> None:
     write_json(path, config)
 
 
-def save_adapter(model: PeftModel, directory: Path, *, is_main_process: bool = True) -> Path:
-    """Write the active adapter.
-
-    Args:
-        model: with adapters.
-        directory: where to write; an adapter that is not called "default" goes below it.
-        is_main_process: whether this process writes; where parameters are sharded (ZeRO-3, FSDP)
-            all processes have to call.
+def save_adapter(model: PeftModel, directory: Path) -> Path:
+    """Write the active adapter, on rank 0; where parameters are sharded all ranks have to call.
 
     Returns:
-        The directory that holds the adapter's files.
+        The directory that holds the adapter's files (see `adapter_directory`).
     """
     name = model.active_adapter
     trained = {plain_name(n): p for n, p in model.named_parameters() if p.requires_grad}
     state: dict[str, torch.Tensor] | None = None
     if any(is_sharded(parameter) for parameter in trained.values()):
         state = {}
-        for key, parameter in trained.items():  # one by one: the main process alone keeps them
+        for key, parameter in trained.items():  # one by one: rank 0 alone keeps them
             (whole,) = gathered([parameter])
-            if is_main_process:
+            if rank() == 0:
                 state[key] = whole.cpu()
-    if is_main_process:
+    if rank() == 0:
         model.save_pretrained(str(directory), selected_adapters=[name], state_dict=state)
     return adapter_directory(model, directory)
 

@@ -212,15 +212,7 @@ class QALoRALinear(nn.Module, BaseTunerLayer):
         return torch.cat(outputs)[torch.tensor(order, device=x.device).argsort()]
 
     def check_merge(self, adapter_names: list[str] | None = None, name: str = "") -> None:
-        """Check that `merge` would succeed; nothing changes, and nothing is kept.
-
-        Args:
-            adapter_names: see `merge`.
-            name: of this layer, for the message.
-
-        Raises:
-            AdapterError: see `merge`.
-        """
+        """Check that `merge` would succeed; `name`, of this layer, is for its message."""
         asked = self.active_adapters if adapter_names is None else adapter_names
         added = [n for n in asked if n in self.scaling and n not in self.merged_adapters]
         if added:

@@ -21,15 +21,10 @@ def rank_and_scaling(
     alpha_pattern: Mapping[str, float] | None = None,
     use_rslora: bool = False,
 ) -> tuple[int, float]:
-    """Return the rank of a layer, and the factor of its B A, which is lora_alpha / rank.
+    """Return the rank of a layer, and the factor of its B A.
 
-    Args:
-        name: of the layer in the base model.
-        r: rank where no pattern matches.
-        lora_alpha: likewise.
-        rank_pattern: other ranks, {name, or regular expression for its end: rank}, as in PEFT.
-        alpha_pattern: likewise for lora_alpha.
-        use_rslora: divide by sqrt(rank) instead (arXiv 2312.03732).
+    The factor is lora_alpha / rank, or / sqrt(rank) with use_rslora (arXiv 2312.03732). Patterns
+    are {name in the base model, or regular expression for its end: value}, as in PEFT.
     """
     ranks, alphas = rank_pattern or {}, alpha_pattern or {}
     rank = ranks.get(get_pattern_key(ranks.keys(), name), r)
@@ -38,12 +33,7 @@ def rank_and_scaling(
 
 
 def check_scaling(settings: Mapping[str, Any], where: str, error: type[QALoRAError]) -> None:
-    """Check the numbers that `rank_and_scaling` computes with.
-
-    Args:
-        settings: values by name of field; others than `SCALING_FIELDS` are not looked at.
-        where: the config, for the message.
-        error: the class to raise.
+    """Check the `SCALING_FIELDS` among a config's settings; `where` names it in the message.
 
     Raises:
         QALoRAError: of the class `error`: a rank is no positive integer, or an alpha no positive
