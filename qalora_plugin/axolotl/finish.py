@@ -68,11 +68,7 @@ def check_formats(cfg: Any, base: str | Path | None) -> None:
 
 
 def _check_settings(cfg: Any, format: Format) -> None:
-    """Refuse a format that cannot hold any base quantized with these settings.
-
-    Raises:
-        ConfigError: names the setting, or the format's library is not installed.
-    """
+    """Refuse a format that can hold no base quantized with these settings."""
     format.check_libraries()
     grids = format.grids
     if grids.integer_zeros and cfg.qalora["zero_points"] != "integer":

@@ -28,16 +28,7 @@ from .export import Progress
 
 
 def regroup(per_group: torch.Tensor, spec: QuantSpec, block: int) -> torch.Tensor:
-    """Repeat each group's number for the smaller blocks that the group is cut into.
-
-    Args:
-        per_group: [G, N], scales or offsets of groups of neighbouring inputs.
-        spec: the layer's grid.
-        block: a divisor of the group size.
-
-    Returns:
-        [N, ceil(K / block)].
-    """
+    """Repeat numbers of groups for the blocks they are cut into: [G, N] -> [N, ceil(K / block)]."""
     repeated = per_group.repeat_interleave(spec.group_size // block, dim=0)
     return repeated[: -(-spec.in_features // block)].t().contiguous()
 
@@ -90,6 +81,33 @@ def dense_config(source: QuantizedCheckpoint) -> dict[str, Any]:
     return config
 
 
+def with_legacy_rope(config: dict[str, Any]) -> dict[str, Any]:
+    """Add `rope_theta` and `rope_scaling` to a config with transformers 5's `rope_parameters`.
+
+    Readers that know the former only would fall back to a theta of 10000 without a word.
+    `rope_parameters` may have one entry for every layer type (Gemma 3); its sliding layers' theta
+    was `rope_local_base_freq`.
+
+    Args:
+        config: config.json, or its text_config.
+    """
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, dict):
+        return config
+    legacy: dict[str, Any] = {}
+    if "full_attention" in rope:
+        if "sliding_attention" in rope:
+            legacy["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        rope = rope["full_attention"]
+    if "rope_theta" in rope:
+        legacy["rope_theta"] = rope["rope_theta"]
+    if "partial_rotary_factor" in rope:
+        legacy["partial_rotary_factor"] = rope["partial_rotary_factor"]
+    if rope.get("rope_type", "default") != "default":
+        legacy["rope_scaling"] = {key: rope[key] for key in rope if key != "rope_theta"}
+    return {**config, **legacy}
+
+
 def write_directory(
     source: QuantizedCheckpoint,
     out: str | Path,
@@ -110,9 +128,6 @@ def write_directory(
         reasons: layers to write as a dense fp32 weight instead (`obstacles`).
         metadata: of the safetensors headers.
         progress: called with (tensors written, tensors in all).
-
-    Returns:
-        The directory written.
 
     Raises:
         OutputError: the target is not empty, or cannot be written.

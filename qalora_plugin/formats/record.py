@@ -62,13 +62,7 @@ def licence_of(base: str) -> str | None:
 
 
 def write_record(exported: Path, result: dict[str, Any], source: str | Path) -> None:
-    """Write the record into an exported directory.
-
-    Args:
-        exported: the directory.
-        result: fields of `ExportResult`.
-        source: what was exported: a model, or an adapter.
-    """
+    """Write the record of an export of the model or adapter `source`, fields of `ExportResult`."""
     if format_named(result["format"]).of_adapter:
         facts = _describe_adapter(exported, source)
     else:

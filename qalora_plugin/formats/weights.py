@@ -39,7 +39,7 @@ class ExactWeight:
     """
 
     def __init__(self, weight: PackedWeight) -> None:
-        """Compute all three."""
+        """Compute them."""
         self.spec = spec = weight.spec
         self.steps, self.offsets = (
             expand(values, weight.g_idx, spec.group_size, spec.in_features).t().double()
@@ -52,19 +52,13 @@ class ExportedWeights:
     """The tensors of an export, by the names that they have in the exported model."""
 
     def __init__(self, exported: Path, source: QuantizedCheckpoint) -> None:
-        """Open an export.
-
-        Args:
-            exported: the directory or file.
-            source: the model that it was made from.
-        """
+        """Open an export, a directory or file, of the model `source`."""
         self.exported, self.source = exported, source
 
     def get(self, name: str) -> torch.Tensor | None:
-        """Return one tensor: a layer's `weight` W [N, K] dequantized, another one as it is stored.
+        """Return a layer's `weight` W [N, K] dequantized, or another tensor as it is stored.
 
-        Returns:
-            None of a tensor that the export holds together with others.
+        None stands for a tensor that the export holds together with others.
         """
         raise NotImplementedError
 
@@ -73,10 +67,5 @@ class ExportedWeights:
         return None
 
     def rounding(self, name: str, exact: ExactWeight) -> torch.Tensor:
-        """Return by how much each weight of a layer [N, K] may differ: by default as fp32 rounds.
-
-        Args:
-            name: of the layer's `weight`.
-            exact: what it should be.
-        """
+        """Return by how much the weights [N, K] `name` may differ: by default as fp32 rounds."""
         return _FP32 * (exact.offsets.abs() + exact.steps * 2**exact.spec.bits)

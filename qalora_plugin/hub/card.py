@@ -100,12 +100,7 @@ class Subject:
 
 
 def find_subject(path: str | Path) -> Subject:
-    """Look at a directory or file.
-
-    Raises:
-        OutputError: it is neither a checkpoint in our format nor an export.
-        CheckpointError: it is damaged.
-    """
+    """Look at a directory or file; an OutputError says that it is neither ours nor an export."""
     path = Path(path).expanduser().resolve()
     record = read_record(path)
     if record is not None:

@@ -40,10 +40,10 @@ class RuntimeReport:
     Args:
         runtime: its name.
         not_run: why it did not run, or None.
-        difference: from ours: the largest of a logit; of a runtime that rounds activations
+        difference: the largest of a logit from ours; of a runtime that rounds activations
             (llama.cpp) the root mean square of log-probabilities.
         allowed: what it may be.
-        quantity: what differs, for people.
+        quantity: what differs.
     """
 
     runtime: str
@@ -69,14 +69,7 @@ def check_runtime(
     python: str | Path | None = None,
     base: str | Path | None = None,
 ) -> RuntimeReport:
-    """Run random tokens through the runtime and through our model in fp32.
-
-    Args:
-        exported: what `export_model` wrote.
-        against: the merged model; for a lora export the adapter.
-        format: of the export.
-        python: interpreter that has the runtime, by default this one.
-        base: for a lora export, the adapter's base; by default what its config names.
+    """Run random tokens through the runtime and through our model in fp32; see `verify_export`.
 
     Raises:
         VerificationError: the runtime fails, or its logits are others.
@@ -119,11 +112,7 @@ class _Run:
     def report(
         self, difference: torch.Tensor, allowed: float, quantity: str = "logits"
     ) -> RuntimeReport:
-        """Judge a difference.
-
-        Raises:
-            VerificationError: it is more than allowed, or not finite.
-        """
+        """Report a difference; one that is more than allowed, or not finite, is an error."""
         found, title = difference.item(), self.format.runtime.title
         if not found <= allowed:
             raise VerificationError(

@@ -10,8 +10,8 @@ import torch
 
 from qalora_plugin.checkpoint.checkpoint import QuantizedCheckpoint
 from qalora_plugin.errors import CheckpointError
+from qalora_plugin.formats.directory import with_legacy_rope
 from qalora_plugin.formats.export import export_model
-from qalora_plugin.formats.rope import with_legacy_rope
 
 from .weights import ACT_ORDER, error_in_steps
 

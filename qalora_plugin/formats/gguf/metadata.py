@@ -132,10 +132,7 @@ class Metadata:
         return halves.transpose(1, 2).reshape(tensor.shape)
 
     def tensor_names(self, source: QuantizedCheckpoint) -> dict[str, str]:
-        """Return GGUF's name of every tensor, in the order of the source's files.
-
-        Returns:
-            {name in the source: name in GGUF}; a quantized layer is there as its `weight`.
+        """Return GGUF's name of every tensor (of a layer's `weight`), in the source's order.
 
         Raises:
             CheckpointError: llama.cpp has no place for a tensor.

@@ -18,11 +18,6 @@ GPTQMODEL_GROUP_SIZES = (-1, 16, 32, 64, 128, 256, 512, 1024)
 def check_specs(specs: Mapping[str, QuantSpec], version: str, config: QALoRAQuantConfig) -> None:
     """Refuse what `check_writable` or GPTQModel would refuse, before anything is quantized.
 
-    Args:
-        specs: shape and grid of every layer by name.
-        version: "gptq" or "gptq_v2".
-        config: what is to be quantized.
-
     Raises:
         ConfigError: an override with "gptq", a group size, or a layer's sizes.
     """
@@ -61,10 +56,6 @@ def check_writable(source: QuantizedCheckpoint, version: str) -> bool:
 
 def integer_zeros(where: str, weight: PackedWeight) -> torch.Tensor:
     """Return the zero-points z = mid - offsets / scales as integers, int32 [G, N].
-
-    Args:
-        where: file and layer, for messages.
-        weight: the layer.
 
     Raises:
         CheckpointError: one of them is not exactly an integer from 0 to 2^bits - 1.

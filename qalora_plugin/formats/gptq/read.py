@@ -74,15 +74,7 @@ class StockConfig:
 
 
 def _parse(raw: dict[str, Any], path: Path) -> StockConfig:
-    """Check a stock quantization config.
-
-    Args:
-        raw: `quantization_config` of config.json, or quantize_config.json.
-        path: of the file, for messages.
-
-    Raises:
-        CheckpointError: it names a format or an option that is not read.
-    """
+    """Read the quantization config of the file `path`; what is not read is a CheckpointError."""
     # AutoGPTQ and GPTQModel write checkpoint_format, later GPTQModel and optimum also format
     checkpoint_format = str(raw.get("checkpoint_format") or raw.get("format") or "gptq").lower()
     if checkpoint_format not in VERSIONS:

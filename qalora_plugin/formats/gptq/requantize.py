@@ -112,17 +112,9 @@ def requantize(
     text: Text,
     progress: Progress | None,
 ) -> tuple[Path, Loss]:
-    """Write a stock GPTQ directory of a model's weights, quantized again.
+    """Write a stock GPTQ directory of a model's weights, quantized again, and measure the loss.
 
-    Args:
-        source: the merged model.
-        out: the directory to make.
-        checkpoint_format: "gptq" or "gptq_v2".
-        text: to calibrate and to measure on.
-        progress: called while the merged weights are written; then bars go to stderr.
-
-    Returns:
-        The directory written, and what it costs.
+    With `progress`, bars of the quantizer go to stderr.
 
     Raises:
         OutputError: the target is not empty, or cannot be written.

@@ -20,12 +20,6 @@ def compare(
 ) -> tuple[int, float]:
     """Compare the change of each weight with the change of its group's offset by the adapter.
 
-    Args:
-        exported: the LoRA adapter.
-        adapter: the adapter that it was made from.
-        base: its quantized base, by default what its config names.
-        progress: called with (layers compared, layers in all).
-
     Returns:
         The number of layers, and the largest error as a share of a layer's largest change.
 

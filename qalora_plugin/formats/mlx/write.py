@@ -22,9 +22,15 @@ from qalora_kernels import PackedWeight, QuantSpec
 from ...checkpoint.checkpoint import QuantizedCheckpoint, open_quantized
 from ...checkpoint.layout import TensorPlan
 from ...files.safetensors import TensorInfo
-from ..directory import DenseLayers, dense_config, obstacles, regroup, write_directory
+from ..directory import (
+    DenseLayers,
+    dense_config,
+    obstacles,
+    regroup,
+    with_legacy_rope,
+    write_directory,
+)
 from ..export import ExportResult, Progress
-from ..rope import with_legacy_rope
 from . import FORMAT
 
 EXACTNESS = "Exact in fp32 (scales and biases are stored so, to 1e-7 of themselves)."

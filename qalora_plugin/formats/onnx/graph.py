@@ -32,12 +32,7 @@ class Graph:
     """
 
     def __init__(self, directory: Path, wanted: set[str]) -> None:
-        """Read the graph without its data.
-
-        Args:
-            directory: where the builder wrote it.
-            wanted: layers to replace.
-        """
+        """Read the builder's graph, without its data, to replace the layers `wanted`."""
         self._directory = directory
         self._model = FORMAT.library("onnx").load(
             str(directory / MODEL_FILE), load_external_data=False
@@ -55,10 +50,7 @@ class Graph:
     ) -> None:
         """Write graph and data, one layer in memory at a time.
 
-        Args:
-            out: the directory.
-            terms_of: makes the nodes whose sum computes a layer.
-            progress: called with (constants of the builder's graph done, all of them).
+        `terms_of` makes the nodes whose sum computes a layer.
         """
         graph = self._model.graph
         initializers, nodes = list(graph.initializer), list(graph.node)

@@ -23,9 +23,15 @@ from qalora_kernels import PackedWeight, QuantSpec
 from ...checkpoint.checkpoint import QuantizedCheckpoint, open_quantized
 from ...errors import CheckpointError
 from ...files.atomic import AtomicDirectory
-from ..directory import DenseLayers, dense_config, obstacles, regroup, write_directory
+from ..directory import (
+    DenseLayers,
+    dense_config,
+    obstacles,
+    regroup,
+    with_legacy_rope,
+    write_directory,
+)
 from ..export import ExportResult, Progress
-from ..rope import with_legacy_rope
 from . import FORMAT, MODEL_FILE
 from .graph import DATA_FILE, Graph, Term
 
