@@ -142,7 +142,7 @@ def test_unload_keeps_what_is_merged_and_says_so(make_llama, make_peft, ids, unm
     if unmerge:
         get_peft_model(plain, config)
     else:  # the same adapter would be applied twice
-        with pytest.raises(AdapterError, match="base_merged=None, found .*={'adapter': 'default'"):
+        with pytest.raises(AdapterError, match=r"base_merged=None, found .*={'adapter': 'default'"):
             get_peft_model(plain, config)
 
 
