@@ -38,7 +38,7 @@ def find_kind(path: str | Path) -> Kind:
     path = Path(path)
     if path.is_file():
         format = next((f for f in formats() if f.suffix and path.suffix == f.suffix), None)
-        return Kind(format=format, export=format and format.name)
+        return Kind(format=format, export=None if format is None else format.name)
     has_config, has_record = (path / CONFIG_FILE).exists(), (path / RECORD_FILE).exists()
     config = read_json(path / CONFIG_FILE) if has_config else {}
     stated = config.get("quantization_config")
@@ -47,7 +47,7 @@ def find_kind(path: str | Path) -> Kind:
     found = [format for format in known if format.marks(config, path)]
     base = next((format for format in found if format.is_base), None)
     export = read_json(path / RECORD_FILE).get("format") if has_record else None
-    read = (format.name for format in known if format.is_base or format.of_adapter)
+    read = [format.name for format in known if format.is_base or format.of_adapter]
     return Kind(
         is_adapter=(path / ADAPTER_CONFIG_FILE).exists(),
         is_16_bit=has_config and not stated and base is None,
