@@ -233,8 +233,8 @@ class CheckpointWriter:
         if len(self.plans) > 1:
             size = sum(tensor_nbytes(*entry) for plan in self.plans for entry in plan.values())
             names = {n: self.file_name(i) for i, plan in enumerate(self.plans) for n in plan}
-            whole = {"metadata": {"total_size": size}, "weight_map": names}
-            write_json(self.directory / INDEX_FILE, whole)
+            content = {"metadata": {"total_size": size}, "weight_map": names}
+            write_json(self.directory / INDEX_FILE, content)
         write_manifest(self.directory, self._hashes)
 
 
