@@ -131,11 +131,9 @@ def drop_torn_checkpoint(cfg: Any) -> None:
     """
     if not cfg.auto_resume_from_checkpoints or cfg.resume_from_checkpoint:
         return
-    found = [
-        (int(path.name.rpartition("-")[2]), path)
-        for path in Path(cfg.output_dir).expanduser().glob("checkpoint-*")
-        if path.name.rpartition("-")[2].isdigit()
-    ]
+    paths = Path(cfg.output_dir).expanduser().glob("checkpoint-*")
+    steps = [(path.name.rpartition("-")[2], path) for path in paths]
+    found = [(int(step), path) for step, path in steps if step.isdigit()]
     complete = [entry for entry in found if _is_complete(entry[1])]
     if complete and max(complete) != max(found):
         cfg["resume_from_checkpoint"] = str(max(complete)[1])

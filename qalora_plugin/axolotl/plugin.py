@@ -171,9 +171,8 @@ class _KeepLog(TrainerCallback):
 
 def adapter_config(cfg: Any) -> QALoRAConfig:
     """Return Axolotl's `lora_*` and `peft_*` keys as a QALoRAConfig; they mean the same there."""
-    targets = cfg.lora_target_modules or None
-    if cfg.lora_target_linear:
-        targets = None  # every quantized linear layer
+    # None: every quantized linear layer
+    targets = None if cfg.lora_target_linear else cfg.lora_target_modules or None
     return QALoRAConfig(
         r=cfg.lora_r or 8,
         lora_alpha=cfg.lora_alpha or cfg.lora_r or 8,

@@ -30,9 +30,9 @@ def regroup(per_group: torch.Tensor, spec: QuantSpec, block: int) -> torch.Tenso
     Args:
         per_group: [G, N], scales or offsets of groups of neighbouring inputs.
         spec: the layer's grid.
-        block: a divisor of the group size.
+        block: a divisor of the group size, or anything if there is one group.
     """
-    repeated = per_group.repeat_interleave(spec.group_size // block, dim=0)
+    repeated = per_group.repeat_interleave(-(-spec.group_size // block), dim=0)
     return repeated[: -(-spec.in_features // block)].t().contiguous()
 
 

@@ -107,7 +107,7 @@ class StoredLayers:
     def _finish_layer(self, module: QuantLinear, layer: str) -> None:
         checkpoint = self._checkpoint
         if checkpoint.is_foreign:
-            module.set_packed(checkpoint.layer(layer))  # which checks them
+            module.set_packed(checkpoint.layer(layer))
             mark_loaded(module)
         for part, tensor in [*module.named_parameters(), *module.named_buffers()]:
             if not is_loaded(tensor):

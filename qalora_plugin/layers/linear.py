@@ -62,12 +62,7 @@ class QuantLinear(nn.Module):
 
     @classmethod
     def from_packed(cls, weight: PackedWeight, bias: torch.Tensor | None = None) -> Self:
-        """Build a layer that holds a weight's numbers.
-
-        Args:
-            weight: as for `set_packed`.
-            bias: [N] or None; a Parameter becomes the layer's own.
-        """
+        """Build a layer that holds a weight's numbers; a bias [N] that is a Parameter is kept."""
         layer = cls(weight.spec, desc_act=weight.g_idx is not None, device="meta")
         layer.set_packed(weight)
         if bias is not None:

@@ -12,11 +12,8 @@ def base_model_path() -> Path:
         QALoRAError: the directory is not complete (a broken installation).
     """
     path = Path(__file__).parent / "base_model"
-    missing = [
-        name
-        for name in ("config.json", "model.safetensors", "tokenizer.json")
-        if not (path / name).is_file()
-    ]
+    names = ("config.json", "model.safetensors", "tokenizer.json")
+    missing = [name for name in names if not (path / name).is_file()]
     if missing:
         raise QALoRAError(
             f"{path}: the embedded base model lacks {', '.join(missing)}; expected them to be "

@@ -18,12 +18,7 @@ def row_text(row: dict[str, str]) -> str:
 
 
 def encode(tokenizer: Any, row: dict[str, str]) -> tuple[list[int], list[int]]:
-    """Return the token ids of a row and its labels; tokens of a prompt are not labels.
-
-    Args:
-        tokenizer: of transformers.
-        row: see `row_text`.
-    """
+    """Return the token ids of a row and its labels; tokens of a prompt are not labels."""
 
     def tokens(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -197,9 +197,8 @@ def _prepare(settings: Settings) -> _Job:
         seq_len=MAX_LENGTH,
         seed=settings.seed,
     )
-    names = {"base-int": f"base-int{settings.bits}"}
-    names |= {name: name for name in ("training", "adapter", "merged")}
-    paths = {key: settings.out / name for key, name in names.items()}
+    paths = {"base-int": settings.out / f"base-int{settings.bits}"}
+    paths |= {name: settings.out / name for name in ("training", "adapter", "merged")}
     held_out = held_out[:_EVALUATION_ROWS]
     return _Job(settings, source, tokenizer, training, held_out, windows, paths)
 
@@ -242,10 +241,7 @@ def _quantize(job: _Job) -> None:
 
 
 def _train(job: _Job, model: Any) -> Any:
-    """Train with an SFTTrainer as a user writes it, save the adapter, and return the model.
-
-    The callback writes the merged checkpoint.
-    """
+    """Train with an SFTTrainer as a user writes it; return the model, adapter and merge written."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
@@ -296,14 +292,14 @@ def _check_logits(job: _Job, merged: Any, trained: Any) -> bool:
 @torch.no_grad()
 def _generate(model: Any, tokenizer: Any, prompt: str, new_tokens: int = 96) -> str:
     """Return the greedy continuation of a prompt, with repetitions penalised."""
-    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
-    ids = {"input_ids": ids["input_ids"][:, -MAX_LENGTH + new_tokens :].to(model.device)}
-    ids["attention_mask"] = torch.ones_like(ids["input_ids"])
+    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    ids = ids[:, -MAX_LENGTH + new_tokens :].to(model.device)
     out = model.generate(
-        **ids,
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
         max_new_tokens=new_tokens,
         do_sample=False,
         repetition_penalty=1.2,
         pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
     )
-    return tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+    return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)

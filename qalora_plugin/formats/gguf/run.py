@@ -24,7 +24,7 @@ ALL = 1 << 24  # more tokens than any vocabulary has
 
 
 def start(model: str, length: int) -> xllamacpp.Server:
-    """A server that rounds nothing that it need not round."""
+    """Start a server that rounds nothing that it need not round."""
     params = xllamacpp.CommonParams()
     params.model.path = model
     params.n_ctx = max(256, length + ANSWER_TOKENS)
@@ -38,7 +38,7 @@ def start(model: str, length: int) -> xllamacpp.Server:
 
 
 def main() -> None:
-    """Run it."""
+    """Run the model on the input, and write what it computes."""
     input_ids = load_file(sys.argv[2])["input_ids"]
     server = start(sys.argv[1], input_ids.shape[1])
 

@@ -48,7 +48,7 @@ def load_autogptq(directory: str) -> Any:
 
 
 def main() -> None:
-    """Run it."""
+    """Run the model on the input, and write what it computes."""
     directory, given, out = (Path(argument).resolve() for argument in sys.argv[1:4])
     load = load_gptqmodel if importlib.util.find_spec("gptqmodel") else load_autogptq
     with tempfile.TemporaryDirectory() as scratch, torch.no_grad():

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 
 def main() -> None:
-    """Run it."""
+    """Run the model on the input, and write what it computes."""
     model, tokenizer = load(sys.argv[1])
     logits = model(mx.array(load_file(sys.argv[2])["input_ids"])).astype(mx.float32)
     save_file({"logits": np.array(logits)}, sys.argv[3])

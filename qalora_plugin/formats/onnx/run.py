@@ -20,7 +20,7 @@ NEW_TOKENS = 16
 
 
 def main() -> None:
-    """Run it."""
+    """Run the model on the input, and write what it computes."""
     directory, ids = sys.argv[1], load_file(sys.argv[2])["input_ids"]
     session = onnxruntime.InferenceSession(str(Path(directory) / "model.onnx"))
     inputs = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
@@ -37,7 +37,7 @@ def main() -> None:
 
 
 def generate(directory: str, ids: list[int]) -> list[int]:
-    """The tokens after `ids`."""
+    """Return the tokens that the model generates greedily after `ids`."""
     import onnxruntime_genai
 
     model = onnxruntime_genai.Model(directory)

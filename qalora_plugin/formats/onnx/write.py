@@ -60,16 +60,10 @@ def _term(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, spec: 
     attributes = {"K": spec.in_features, "N": n, "bits": bits, "block_size": block}
     constants = {
         "qweight": packed,
-        "scales": _blocks(scales, spec, block).reshape(-1),
-        "zeros": _blocks(zeros.float(), spec, block).reshape(-1),
+        "scales": regroup(scales, spec, block).reshape(-1),
+        "zeros": regroup(zeros.float(), spec, block).reshape(-1),
     }
     return Term(attributes | {"accuracy_level": 1}, constants)  # 1: products in fp32
-
-
-def _blocks(per_group: torch.Tensor, spec: QuantSpec, block: int) -> torch.Tensor:
-    if spec.num_groups == 1:  # the group may be shorter than whole blocks
-        return per_group.t().expand(-1, -(-spec.in_features // block)).contiguous()
-    return regroup(per_group, spec, block)
 
 
 def export(source: str | Path, out: str | Path, *, progress: Progress | None) -> ExportResult:

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 
 def main() -> None:
-    """Run it."""
+    """Run the model on the input, and write what it computes."""
     model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
     linears = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
     kinds = sorted({type(linear.weight).__name__ for linear in linears})

@@ -93,20 +93,14 @@ def _metadata(source: QuantizedCheckpoint, reasons: dict[str, str]) -> dict[str,
 
 
 def _quantization_config(source: QuantizedCheckpoint, reasons: dict[str, str]) -> dict[str, Any]:
+    group_size = max(source.config.group_size, 1)
     data = {
         "weight_dtype": _dtype(f"int{source.config.bits}"),
-        "granularity": {
-            "_type": "PerGroup",
-            "_version": 1,
-            "_data": {"group_size": max(source.config.group_size, 1)},
-        },
+        "granularity": {"_type": "PerGroup", "_version": 1, "_data": {"group_size": group_size}},
         "mapping_type": {"_type": "MappingType", "_data": "ASYMMETRIC"},
         "scale_dtype": _dtype("float32"),
         "intx_packing_format": {"_type": "IntxPackingFormat", "_data": "UNPACKED_TO_INT8"},
-        "intx_choose_qparams_algorithm": {
-            "_type": "IntxChooseQParamsAlgorithm",
-            "_data": "AFFINE",
-        },
+        "intx_choose_qparams_algorithm": {"_type": "IntxChooseQParamsAlgorithm", "_data": "AFFINE"},
     }
     kept = set(source.config.modules_to_not_convert or []) | set(reasons)
     return {
