@@ -21,6 +21,9 @@ _CHOICES = {
     "format": ("qalora", "gptq", "gptq_v2"),
     "ordering": (None, "groups", "none"),
 }
+_IN_CONFIG = (
+    "bits", "group_size", "desc_act", "offsets_at", "modules_to_not_convert", "dynamic", "method",
+)  # fmt: skip
 
 
 class OptionError(ConfigError):
@@ -161,16 +164,9 @@ class QuantizeOptions:
 
     def config(self) -> QALoRAQuantConfig:
         """Return the checkpoint's `quantization_config`, as far as no model is needed for it."""
-        return QALoRAQuantConfig(
-            bits=self.bits,
-            group_size=self.group_size,
-            desc_act=self.desc_act,
-            offsets_dtype="float32" if self.integer_zeros else "float16",
-            offsets_at=self.offsets_at,
-            modules_to_not_convert=self.modules_to_not_convert,
-            dynamic=self.dynamic,
-            method=self.method,
-        )
+        offsets_dtype = "float32" if self.integer_zeros else "float16"
+        same = {name: getattr(self, name) for name in _IN_CONFIG}
+        return QALoRAQuantConfig(offsets_dtype=offsets_dtype, **same)
 
 
 def read_options(options: QuantizeOptions | None, settings: dict[str, Any]) -> QuantizeOptions:

@@ -40,7 +40,7 @@ def check_scaling(settings: Mapping[str, Any], where: str, error: type[QALoRAErr
             finite number.
     """
     for field, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
-        values = {field: settings.get(field)}
+        values: dict[str, Any] = {field: settings.get(field)}
         for key, value in (settings.get(pattern) or {}).items():
             values[f"{pattern}[{key!r}]"] = value
         kind, is_kind = ("integer", is_int) if field == "r" else ("number", is_number)
