@@ -118,8 +118,7 @@ class QALoRAArgs(BaseModel):
     """What the plugin adds to Axolotl's config."""
 
     qalora: QALoRABlock = Field(
-        default_factory=QALoRABlock,
-        description="QA-LoRA settings, for `adapter: qalora`.",
+        default_factory=QALoRABlock, description="QA-LoRA settings, for `adapter: qalora`."
     )
 
 

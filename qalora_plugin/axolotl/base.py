@@ -17,7 +17,6 @@ from ..files.hub import resolve_model_dir
 from ..files.names import CONFIG_FILE
 from ..files.reader import CheckpointReader
 from ..quantize.calibration import cut_windows, join_tokens
-from ..quantize.resume import digest_of
 from ..quantize.rows import fields_of
 from .args import options_of
 
@@ -75,18 +74,10 @@ def check_calibration(cfg: Any) -> None:
 def calibration_from_rows(
     dataset: Any, samples: int, seq_len: int, seed: int, tokenize: Callable[[str], list[int]]
 ) -> torch.Tensor:
-    """Draw windows of token ids from a training set.
+    """Draw windows of token ids, int64 [<= samples, <= seq_len], from a training set.
 
-    Args:
-        dataset: rows, with a length: tokenized (`input_ids`), or texts, such as the `prompt` and
-            `chosen` of preference training.
-        samples: windows wanted.
-        seq_len: tokens a window; shrinks to what a small data set has.
-        seed: of the choice of rows.
-        tokenize: text to token ids.
-
-    Returns:
-        int64 [<= samples, <= seq_len].
+    Its rows are tokenized (`input_ids`), or texts, such as the `prompt` and `chosen` of preference
+    training. Windows are shorter where it has fewer than `seq_len` tokens.
 
     Raises:
         QuantizationError: the rows cannot be counted, or hold no tokens.
@@ -179,7 +170,7 @@ def _key(source: Path, settings: dict[str, Any], calibration: Any) -> str:
         data = calibration.read_bytes() if is_file else calibration.numpy().tobytes()
     # a snapshot of the Hub has its commit in the path; a local directory its files' times
     where = str(source.resolve())
-    return digest_of(CheckpointReader(source), data, source=where, settings=settings)[:12]
+    return CheckpointReader(source).digest(data, source=where, settings=settings)[:12]
 
 
 @contextmanager

@@ -44,10 +44,10 @@ class AtomicDirectory:
         self._lock: int | None = None
         self._check_target()
 
-    @property
-    def resuming(self) -> bool:
-        """Whether an earlier run left a partial directory under the same tag."""
-        return self._resumable and self.partial.is_dir()
+    def unfinished(self) -> list[Path]:
+        """Return what interrupted runs left for the same target under other tags."""
+        found = self.target.parent.glob(f".{glob.escape(self.target.name)}.partial-resume-*")
+        return sorted(path for path in found if path != self.partial)
 
     def _check_target(self) -> None:
         target, parent = self.target, _writable_parent(self.target)

@@ -4,6 +4,8 @@ Files are read by offset into fresh memory, not mapped: resident memory falls ag
 tensor is dropped, so a whole 70B checkpoint can be walked in the memory of its largest tensor.
 """
 
+import hashlib
+import json
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from io import FileIO
@@ -113,6 +115,18 @@ class CheckpointReader:
         """Return dtype and shape of some tensors, as `writer` plans them."""
         infos = map(self.info, names)
         return {info.name: (info.dtype, info.shape) for info in infos}
+
+    def digest(self, data: bytes = b"", **facts: Any) -> str:
+        """Hash what decides a result that is made of this model, to 64 hexadecimal digits.
+
+        Args:
+            data: what is read beside the model, such as calibration text.
+            facts: settings and the like; files count by name, size and time of change.
+        """
+        stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in self.files]
+        facts = {"files": stats, "config": self.config, **facts}
+        text = json.dumps(facts, sort_keys=True, default=str)
+        return hashlib.sha256(text.encode() + data).hexdigest()
 
     def get(self, name: str) -> torch.Tensor:
         """Read one tensor into fresh memory, in its stored dtype.

@@ -19,7 +19,7 @@ from .json import write_json
 from .manifest import file_sha256, write_manifest
 from .names import INDEX_FILE, SINGLE_FILE
 from .reader import CheckpointReader
-from .safetensors import DTYPE_NAMES, LENGTH_BYTES, TensorInfo, read_header, tensor_nbytes
+from .safetensors import DTYPE_NAMES, LENGTH_BYTES, TensorInfo, tensor_nbytes
 
 Plan = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 """dtype and shape of every tensor of a shard, by name."""
@@ -155,16 +155,7 @@ class ShardWriter:
 
 
 class CheckpointWriter:
-    """All weight files of one directory.
-
-    with AtomicDirectory(target) as partial:
-        writer = CheckpointWriter(partial, split_plan(plan))
-        for index in range(len(writer.plans)):
-            with writer.shard(index) as shard:
-                for name in writer.plans[index]:
-                    shard.write(name, ...)
-        writer.finish()
-    """
+    """All weight files of one directory; `write_weights` shows how it is used."""
 
     def __init__(
         self, directory: Path, plans: Sequence[Plan], metadata: Mapping[str, str] = DEFAULT_METADATA
@@ -202,9 +193,8 @@ class CheckpointWriter:
         path = self.directory / self.file_name(index)
         if not path.exists():
             return False
-        tensors, _ = read_header(path)
-        found = {name: (info.dtype, info.shape) for name, info in tensors.items()}
-        return found == self.plans[index]
+        found = CheckpointReader(self.directory, only=path.name)
+        return found.plan(found.tensors) == self.plans[index]
 
     @contextmanager
     def shard(self, index: int) -> Iterator[ShardWriter]:

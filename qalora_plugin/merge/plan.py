@@ -32,8 +32,7 @@ class MergePlan:
     """A merge that has passed every check; nothing is written yet. See `plan_merge`.
 
     Args:
-        adapter: the adapter.
-        base: the base.
+        adapter, base: what is merged; neither is changed.
         convention: "sum", "mean" or "peft".
         trained: the names of the model that was trained and of the base.
         layers: the adapted layers, by name in the base.

@@ -22,7 +22,7 @@ Matrices are transposed here, [K, N]: an input's weights to all outputs are cont
 
 import logging
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
@@ -32,7 +32,6 @@ from ..errors import ConfigError, QuantizationError
 from .grid import Grid, check_weight, fit_groups, round_codes, round_offsets, round_scales
 
 Ordering = Literal["none", "groups", "act"]
-ORDERINGS = ("none", "groups", "act")
 _BLOCK = 128  # inputs whose updates are applied one by one before the next matrix product
 _DAMP_GROWTH = 10.0
 _DAMP_RETRIES = 5
@@ -60,8 +59,9 @@ class GPTQSettings:
     sweeps: int = 2
 
     def __post_init__(self) -> None:
-        if self.ordering not in ORDERINGS:
-            raise ConfigError(f"ordering must be one of {ORDERINGS}, found {self.ordering!r}")
+        known = get_args(Ordering)
+        if self.ordering not in known:
+            raise ConfigError(f"ordering must be one of {known}, found {self.ordering!r}")
         if not 0 < self.damp < 1:
             raise ConfigError(
                 f"damp must lie between 0 and 1, found {self.damp}: leave it out for 0.01"
@@ -253,8 +253,7 @@ def _spans(bounds: list[tuple[int, int]]) -> list[tuple[int, int]]:
     """Cut the groups into runs [first, last) of about `_BLOCK` inputs, at least one group each."""
     spans, first = [], 0
     for last in range(1, len(bounds) + 1):
-        full = last == len(bounds) or bounds[last][1] - bounds[first][0] > _BLOCK
-        if full:
+        if last == len(bounds) or bounds[last][1] - bounds[first][0] > _BLOCK:
             spans.append((first, last))
             first = last
     return spans

@@ -25,7 +25,6 @@ from ..files.json import read_json, write_json
 from ..files.names import CONFIG_FILE, REPORT_FILE
 from .calibration import calibration_windows, fitting_length
 from .options import QuantizeOptions, read_options, usable_device
-from .resume import digest_of, leftovers
 from .shards import BlockShards
 from .source import ModelSource, choose_layers
 from .walk import Walk, round_layers
@@ -164,12 +163,12 @@ class _Job:
         }
         data = b"" if self.windows is None else self.windows.numpy().tobytes()
         versions = [torch.__version__, transformers.__version__]
-        return digest_of(self.source.reader, data, settings=settings, versions=versions)[:16]
+        return self.source.reader.digest(data, settings=settings, versions=versions)[:16]
 
     def run(self, out: str | Path) -> QuantizeResult:
         """Write a directory in our format."""
         target = AtomicDirectory(out, resume_tag=self.tag() if self.resumable else None)
-        for path in leftovers(target.target, target.partial):
+        for path in target.unfinished():
             log.warning(
                 "%s: left by an interrupted run with other settings, data or source; starting "
                 "over. Remove it if you do not want to finish that run.",
@@ -178,7 +177,7 @@ class _Job:
         with target as partial:
             shards = BlockShards(partial, self.source, self.specs, self.config.desc_act)
             self._write(shards)
-            shards.finish()
+            shards.writer.finish()
             copy_side_files(self.source.reader.directory, partial)
             config = self.config.to_dict()
             config["base"] = {**self.config.base, "fingerprint": shards.fingerprint()}

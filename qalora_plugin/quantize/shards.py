@@ -28,6 +28,7 @@ class BlockShards:
         desc_act: whether layers have a g_idx.
 
     Attributes:
+        writer: of the shards; its `finish` writes the index and the manifest.
         finished: whether each block was written by an earlier run.
         report: quantization_report.json: {"layers": ...} as in `pipeline.QuantizeResult`, of the
             blocks that are written.
@@ -46,8 +47,8 @@ class BlockShards:
         outside = [name for name in source.reader.tensors if name not in copied]
         plans = split_plan(source.reader.plan(outside)) if outside else []
         self._first = len(plans)
-        self._writer = CheckpointWriter(directory, plans + blocks)
-        self.finished = [self._writer.is_done(self._first + index) for index in range(len(blocks))]
+        self.writer = CheckpointWriter(directory, plans + blocks)
+        self.finished = [self.writer.is_done(self._first + index) for index in range(len(blocks))]
 
     def layers(self, index: int) -> list[str]:
         """Return the quantized layers of block `index`, by their names in the model."""
@@ -74,13 +75,13 @@ class BlockShards:
     def write_outside(self) -> None:
         """Copy the tensors outside the blocks."""
         for index in range(self._first):
-            if not self._writer.is_done(index):
-                with self._writer.shard(index) as shard:
-                    self._copy(shard, self._writer.plans[index])
+            if not self.writer.is_done(index):
+                with self.writer.shard(index) as shard:
+                    self._copy(shard, self.writer.plans[index])
 
     def write_block(self, index: int, solved: Solved) -> Iterator[str]:
         """Write block `index` layer by layer as `solved` gives them; yield their names."""
-        with self._writer.shard(self._first + index) as shard:
+        with self.writer.shard(self._first + index) as shard:
             for layer, weight, error in solved:
                 name, spec = self._source.layer_name(layer), weight.spec
                 for tensor, value in pack_layer(name, weight).items():
@@ -89,7 +90,7 @@ class BlockShards:
                 self.report["layers"][name] = entry
                 yield name
             self._copy(shard, self._dense_names(index))
-            replace_text(self._writer.directory / REPORT_FILE, json_text(self.report))
+            replace_text(self.writer.directory / REPORT_FILE, json_text(self.report))
 
     def read_block(self, index: int) -> Iterator[tuple[str, PackedWeight]]:
         """Yield the layers of a finished block."""
@@ -98,8 +99,8 @@ class BlockShards:
             yield layer, read_layer(reader, self._source.layer_name(layer), self._specs[layer])
 
     def _reader(self, index: int) -> CheckpointReader:
-        name = self._writer.file_name(self._first + index)
-        return CheckpointReader(self._writer.directory, only=name)
+        name = self.writer.file_name(self._first + index)
+        return CheckpointReader(self.writer.directory, only=name)
 
     def fingerprint(self) -> str:
         """Return the fingerprint of all layers' integers, read from the finished shards."""
@@ -110,7 +111,3 @@ class BlockShards:
                 qweight = reader.get(f"{self._source.layer_name(layer)}.qweight")
                 marks.append(mark(layer, qweight))
         return combine(marks)
-
-    def finish(self) -> None:
-        """Write the index and the manifest."""
-        self._writer.finish()

@@ -107,7 +107,8 @@ class MergeCallback(TrainerCallback):
         self._model, self._state = model, state
         self._last_checkpoint = _resumed_checkpoint(model, args, state)
         self._processing_class = kwargs.get("processing_class")
-        self._data = _data_name(kwargs.get("train_dataloader"))
+        dataset = getattr(kwargs.get("train_dataloader"), "dataset", None)
+        self._data = getattr(getattr(dataset, "info", None), "dataset_name", None)
         self._load_best = args.load_best_model_at_end
         connect()
 
@@ -220,9 +221,3 @@ def _resumed_checkpoint(
             if (found.global_step, found.log_history) == (state.global_step, state.log_history):
                 return path
     return None
-
-
-def _data_name(dataloader: Any) -> str | None:
-    """Return the name of a `datasets` data set, where it has one."""
-    info = getattr(getattr(dataloader, "dataset", None), "info", None)
-    return getattr(info, "dataset_name", None)

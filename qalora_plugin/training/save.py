@@ -187,7 +187,12 @@ def _narrow_to_dtype_on_disk(base: PreTrainedModel, undo: ExitStack) -> None:
 
     TRL loads in fp32 by default: without this, embeddings would take twice their room.
     """
-    dtype = _dtype_on_disk(base.config.name_or_path)
+    try:
+        config = read_json(resolve_model_dir(base.config.name_or_path) / CONFIG_FILE)
+    except CheckpointError:
+        return
+    name = str(config.get("dtype") or config.get("torch_dtype"))
+    dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(name)
     if dtype is None:
         return
     for parameter in base.parameters():
@@ -195,12 +200,3 @@ def _narrow_to_dtype_on_disk(base: PreTrainedModel, undo: ExitStack) -> None:
             narrow = parameter.data.to(dtype)
             if torch.equal(narrow.float(), parameter.data):
                 _set(undo, parameter, "data", narrow)
-
-
-def _dtype_on_disk(name: str) -> torch.dtype | None:
-    try:
-        config = read_json(resolve_model_dir(name) / CONFIG_FILE)
-    except CheckpointError:
-        return None
-    dtype = config.get("dtype") or config.get("torch_dtype")
-    return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(str(dtype))

@@ -52,11 +52,7 @@ def _as_linear(weight: torch.Tensor) -> nn.Linear:
 class QALoRALinear(nn.Module, BaseTunerLayer):
     """A `QuantLinear` and its adapters. A and B are fp32, whatever the dtype of the model.
 
-    Args:
-        base_layer: the frozen layer.
-        adapter_name: of the first adapter.
-        config: its settings.
-        name: of the layer in the base model: patterns match it, the initialisation hangs on it.
+    `name` is the layer's in the base model: patterns match it, the initialisation depends on it.
     """
 
     adapter_layer_names = tuple(name for pair in MATRICES.values() for name in pair)

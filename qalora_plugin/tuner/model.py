@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
 import torch
@@ -109,16 +109,12 @@ class QALoRAModel(BaseTuner):
         def add_names(module: nn.Module, inputs: Any, options: dict[str, Any]) -> Any:
             return inputs, options | {"adapter_names": names}
 
-        handles = [
-            module.register_forward_pre_hook(add_names, with_kwargs=True)
-            for module in self.modules()
-            if isinstance(module, QALoRALinear | AuxiliaryTrainingWrapper)
-        ]
-        try:
+        with ExitStack() as hooks:
+            for module in self.modules():
+                if isinstance(module, QALoRALinear | AuxiliaryTrainingWrapper):
+                    hook = module.register_forward_pre_hook(add_names, with_kwargs=True)
+                    hooks.enter_context(hook)
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; see PEFT's `BaseTuner`.

@@ -43,20 +43,16 @@ def check_state_dict(found: Tensors, adapters: Mapping[str, Tensors], known: set
             f"{example}, found {len(found)} others. Was the adapter saved completely?"
         )
     for name, own in loaded.items():
-        _check_adapter(name, own, found)
-
-
-def _check_adapter(name: str, own: Tensors, found: Tensors) -> None:
-    missing = sorted(own.keys() - found.keys())
-    if missing:
-        raise AdapterError(
-            f"adapter {name!r}: missing key {missing[0]} ({len(missing)} of {len(own)}): "
-            "the file is incomplete, or was trained with other target_modules or adapt"
-        )
-    for key, weight in own.items():
-        if weight.dim() == 2 and found[key].shape != weight.shape:
+        missing = sorted(own.keys() - found.keys())
+        if missing:
             raise AdapterError(
-                f"adapter {name!r}: {key}: expected shape {tuple(weight.shape)}, found "
-                f"{tuple(found[key].shape)}: it was trained with another rank, or on "
-                "another base"
+                f"adapter {name!r}: missing key {missing[0]} ({len(missing)} of {len(own)}): "
+                "the file is incomplete, or was trained with other target_modules or adapt"
             )
+        for key, weight in own.items():
+            if weight.dim() == 2 and found[key].shape != weight.shape:
+                raise AdapterError(
+                    f"adapter {name!r}: {key}: expected shape {tuple(weight.shape)}, found "
+                    f"{tuple(found[key].shape)}: it was trained with another rank, or on "
+                    "another base"
+                )

@@ -46,15 +46,6 @@ def _leaves(names: Any) -> list[str]:
     return sorted({name.rpartition(".")[2] for name in names})
 
 
-def _not_quantized(config: QALoRAConfig) -> ConfigError:
-    wanted = f"bits={config.bits or 4}, group_size={config.group_size or 32}"
-    return ConfigError(
-        "QALoRAConfig: the base model has no quantized layers. Either quantize it while it loads, "
-        f"from_pretrained(..., quantization_config=QALoRAQuantConfig({wanted})), or quantize it "
-        "once with calibration, which is better: qalora quantize MODEL --out DIR --calibration FILE"
-    )
-
-
 def resolve_targets(config: QALoRAConfig, model: nn.Module) -> None:
     """Check `target_modules` against the base, and write "all of them" out as names.
 
@@ -64,11 +55,17 @@ def resolve_targets(config: QALoRAConfig, model: nn.Module) -> None:
     """
     quantized = quantized_layers(model)
     if not quantized:
-        raise _not_quantized(config)
+        wanted = f"bits={config.bits or 4}, group_size={config.group_size or 32}"
+        raise ConfigError(
+            "QALoRAConfig: the base model has no quantized layers. Either quantize it while it "
+            f"loads, from_pretrained(..., quantization_config=QALoRAQuantConfig({wanted})), or "
+            "quantize it once with calibration, which is better: qalora quantize MODEL --out DIR "
+            "--calibration FILE"
+        )
     _refuse_quantized_saves(config, quantized)
-    asked = config.target_modules
+    asked = f"QALoRAConfig: target_modules={config.target_modules!r}"
     matched: dict[str, nn.Module]
-    if asked is None or (isinstance(asked, str) and asked.lower() == ALL_LINEAR):
+    if config.target_modules is None or str(config.target_modules).lower() == ALL_LINEAR:
         # by their last parts, so that exclude_modules and layers_to_transform apply
         every = copy.copy(config)
         every.target_modules = set(_leaves(quantized))
@@ -76,26 +73,6 @@ def resolve_targets(config: QALoRAConfig, model: nn.Module) -> None:
         config.target_modules = set(matched)
     else:
         matched = {n: m for n, m in _modules(model) if check_target_module_exists(config, n)}
-    _check_matched(f"QALoRAConfig: target_modules={asked!r}", config, matched, quantized)
-
-
-def _refuse_quantized_saves(config: QALoRAConfig, quantized: dict[str, QuantLinear]) -> None:
-    for entry in config.modules_to_save or []:
-        held = [n for n in quantized if re.match(rf"(^|.*\.){entry}($|\..*)", n)]
-        if held:
-            raise ConfigError(
-                f"QALoRAConfig: modules_to_save names {entry!r}, which is quantized "
-                f"({_shorten(held)}): integers cannot be trained. Adapt it through "
-                "target_modules, or leave it unquantized (modules_to_not_convert)"
-            )
-
-
-def _check_matched(
-    asked: str,
-    config: QALoRAConfig,
-    matched: dict[str, nn.Module],
-    quantized: dict[str, QuantLinear],
-) -> None:
     if not matched:
         names = ("exclude_modules", "layers_to_transform", "layers_pattern")
         limits = {n: getattr(config, n) for n in names if getattr(config, n) is not None}
@@ -113,6 +90,17 @@ def _check_matched(
             "quantize them too (modules_to_not_convert). Quantized are "
             f"{_shorten(_leaves(quantized))}"
         )
+
+
+def _refuse_quantized_saves(config: QALoRAConfig, quantized: dict[str, QuantLinear]) -> None:
+    for entry in config.modules_to_save or []:
+        held = [n for n in quantized if re.match(rf"(^|.*\.){entry}($|\..*)", n)]
+        if held:
+            raise ConfigError(
+                f"QALoRAConfig: modules_to_save names {entry!r}, which is quantized "
+                f"({_shorten(held)}): integers cannot be trained. Adapt it through "
+                "target_modules, or leave it unquantized (modules_to_not_convert)"
+            )
 
 
 def quantization_config(model: nn.Module) -> QALoRAQuantConfig | None:

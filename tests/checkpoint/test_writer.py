@@ -220,7 +220,7 @@ def test_resume_keeps_what_was_written(tmp_path: Path):
         (partial / "shard").write_text("x")
         raise RuntimeError
     again = AtomicDirectory(target, resume_tag="a1")
-    assert again.resuming and not AtomicDirectory(target, resume_tag="b2").resuming
+    assert again.partial.is_dir() and AtomicDirectory(target, "b2").unfinished() == [again.partial]
     with AtomicDirectory(target.with_name("other")):
         pass
     with again as partial:
