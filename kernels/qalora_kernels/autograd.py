@@ -27,7 +27,7 @@ from .packed import PackedWeight
 
 
 class _FoldedLinear(torch.autograd.Function):
-    """y = x W'^T + bias; `matrices` are A and B of `zeros` and of `scale`, or None."""
+    """Compute y = x W'^T + bias; `matrices` are A and B of `zeros` and of `scale`, or None."""
 
     @staticmethod
     def forward(
