@@ -1,7 +1,5 @@
 """Runs of the real Axolotl, shared by the tests of this folder."""
 
-from __future__ import annotations
-
 import json
 import os
 import random

@@ -1,7 +1,5 @@
 """`adapter: qalora` in the real Axolotl, from a recipe to a verified merged checkpoint."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

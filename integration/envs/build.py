@@ -8,8 +8,6 @@ installed (`pip install --no-build-isolation`), `NAME.no-isolation.txt`. It live
 files and those that they include. Standard library only.
 """
 
-from __future__ import annotations
-
 import argparse
 import fcntl
 import hashlib

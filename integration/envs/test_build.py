@@ -1,7 +1,5 @@
 """The environment builder: naming, reuse, and builds that were cut short."""
 
-from __future__ import annotations
-
 import importlib.util
 import subprocess
 from pathlib import Path

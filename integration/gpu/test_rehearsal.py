@@ -1,7 +1,5 @@
 """The command for GPU machines runs all its stages on the CPU, and goes on where it stopped."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

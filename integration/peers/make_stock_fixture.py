@@ -8,8 +8,6 @@ random weights and holds `reference.safetensors`, computed by GPTQModel's torch 
 [in_features, out_features], the dequantized weight as GPTQModel multiplies it.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

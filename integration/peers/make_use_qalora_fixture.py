@@ -7,8 +7,6 @@ PYTHON is the one that `integration/envs/build.py gptqmodel` prints. OUT_DIR get
 with and without the adapter, from GPTQModel's torch kernel in float32.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

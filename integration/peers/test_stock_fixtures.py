@@ -1,7 +1,5 @@
 """The committed stock checkpoints give the committed logits in the engines that own the format."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

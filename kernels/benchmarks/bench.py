@@ -8,8 +8,6 @@ extremes), a ratio ("ratio_*"), or a variant that could not run ("not_run", the 
 in environments that `integration/envs/build.py` makes; they are not built here.
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 from collections.abc import Iterator

@@ -6,8 +6,6 @@ torch, triton and transformers are those of the machine. Dependencies are not fo
 lists what such a machine was seen to lack. commit.txt, beside the wheels, stands in for git there.
 """
 
-from __future__ import annotations
-
 import argparse
 import re
 import shutil

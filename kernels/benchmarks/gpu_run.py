@@ -9,8 +9,6 @@ It runs the units of `gpu_units.py`, each a process of its own, with packages fr
 not run again, what failed or did not fit into --budget is. README.md names the files in OUT_DIR.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import shlex

@@ -3,8 +3,6 @@
 The bounds are those that the kernels were designed for; what is expected is derived in NOTES.md.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from pathlib import Path

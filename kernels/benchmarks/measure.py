@@ -1,7 +1,5 @@
 """Time functions, say what machine ran them, and append the rows to a data file."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import json
 import math

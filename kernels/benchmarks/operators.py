@@ -1,7 +1,5 @@
 """Every operator on one layer, beside its peers: who is measured, on what, and what it moves."""
 
-from __future__ import annotations
-
 import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator

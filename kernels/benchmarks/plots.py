@@ -5,8 +5,6 @@
 writes cpu-training-step-*.png beside the data file.
 """
 
-from __future__ import annotations
-
 import re
 import sys
 from collections import defaultdict

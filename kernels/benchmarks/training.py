@@ -1,7 +1,5 @@
 """Training: a decoder layer in this process; whole steps and SFTTrainer, a process a variant."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib.util
 import json

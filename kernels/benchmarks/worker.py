@@ -8,8 +8,6 @@ ended. It imports torch, transformers and PEFT, and only what its own variant ne
 in another program's environment as well.
 """
 
-from __future__ import annotations
-
 import ctypes
 import gc
 import json

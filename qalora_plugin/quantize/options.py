@@ -21,9 +21,6 @@ _CHOICES = {
     "format": ("qalora", "gptq", "gptq_v2"),
     "ordering": (None, "groups", "none"),
 }
-_IN_CONFIG = (
-    "bits", "group_size", "desc_act", "offsets_at", "modules_to_not_convert", "dynamic", "method",
-)  # fmt: skip
 
 
 class OptionError(ConfigError):
