@@ -1,7 +1,8 @@
 """Compile every Triton kernel for an NVIDIA GPU that need not be there; run by the test beside it.
 
     python compile_for_gpu.py CAPABILITY BITS...      for example: compile_for_gpu.py 90 3 4
-    python compile_for_gpu.py candidates CAPABILITY BITS...      the products, as tuning tries them
+    python compile_for_gpu.py candidates:I/N CAPABILITY BITS     the products, as tuning tries them:
+                                                                every N-th from the I-th on
 
 Every operator is called as in training and generation, on CPU tensors, with launching replaced by
 compiling down to machine code (ptxas comes with Triton). Prints one JSON line a kernel.
@@ -66,23 +67,24 @@ def call_every_operator(backend, bits):
         backend.weighted_group_grad(dy, x, weight)
 
 
-def call_every_candidate(backend, tuning, bits):
+def call_candidates(backend, tuning, bits, first, step):
     global PLAN
     k, n, half = 1024, 512, torch.bfloat16
     weight = zeros(QuantSpec(bits, 32, k, n))
-    for op, buckets in tuning._shipped()["candidates"].items():
-        for entry in (entry for bucket in buckets.values() for entry in bucket):
-            PLAN = {"op": op, "bits": bits, **entry}
-            tuning.plan = lambda *_, entry=entry: tuning.Plan(**entry)
-            rows = torch.ones(entry["block_m"], k if op == "linear" else n, dtype=half)
-            bias = (None,) if op == "linear" else ()
-            getattr(backend, op)(rows, weight, *bias)
+    candidates = tuning._shipped()["candidates"].items()
+    entries = [(op, e) for op, buckets in candidates for b in buckets.values() for e in b]
+    for op, entry in entries[first::step]:
+        PLAN = {"op": op, "bits": bits, **entry}
+        tuning.plan = lambda *_, entry=entry: tuning.Plan(**entry)
+        rows = torch.ones(entry["block_m"], k if op == "linear" else n, dtype=half)
+        bias = (None,) if op == "linear" else ()
+        getattr(backend, op)(rows, weight, *bias)
 
 
 PLAN = None  # which candidate is being compiled
 
 if __name__ == "__main__":
-    candidates = sys.argv[1] == "candidates"
+    candidates = sys.argv[1].startswith("candidates:")
     capability, *all_bits = sys.argv[1 + candidates :]
     CAPABILITY = int(capability)
     driver.set_active(_AbsentGPU())
@@ -99,6 +101,7 @@ if __name__ == "__main__":
     backend = importlib.import_module("qalora_kernels.backends.triton")
     for bits in map(int, all_bits):
         if candidates:
-            call_every_candidate(backend, modules["tuning"], bits)
+            part = map(int, sys.argv[1].partition(":")[2].split("/"))
+            call_candidates(backend, modules["tuning"], bits, *part)
         else:
             call_every_operator(backend, bits)
