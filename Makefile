@@ -13,8 +13,9 @@ INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP
 quickstart: $(VENV)/.installed-core
 	@$(BIN)/qalora quickstart $(ARGS)
 
+# One thread each, so that two processes do not take turns on two cores.
 test: $(VENV)/.installed-dev
-	@$(BIN)/pytest tests $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/pytest tests -n 2 --dist worksteal $(ARGS)
 
 # Each test builds the environment that it needs (integration/envs/build.py) and finds it cached later.
 integration: $(VENV)/.installed-dev
