@@ -1,4 +1,4 @@
-"""Which group an input belongs to, and sums over groups."""
+"""Groups of inputs: the index of each input's group, and sums over groups."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""What a quantized linear layer is, apart from its numbers."""
+"""`QuantSpec`: shape and grid of a quantized linear layer, without its numbers."""
 
 from dataclasses import dataclass
 

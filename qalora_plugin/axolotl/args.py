@@ -115,7 +115,7 @@ class QALoRABlock(BaseModel):
 
 
 class QALoRAArgs(BaseModel):
-    """What the plugin adds to Axolotl's config."""
+    """The keys that the plugin adds to Axolotl's config."""
 
     qalora: QALoRABlock = Field(
         default_factory=QALoRABlock, description="QA-LoRA settings, for `adapter: qalora`."

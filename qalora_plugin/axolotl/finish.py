@@ -1,4 +1,4 @@
-"""What a run leaves: the merged checkpoint (pushed if asked), and checkpoints to resume from."""
+"""The end of a run: the merged checkpoint (pushed if asked), and checkpoints to resume from."""
 
 import logging
 from pathlib import Path

@@ -59,7 +59,7 @@ class QuantizedCheckpoint:
 
     @property
     def is_foreign(self) -> bool:
-        """Whether the model is stored in a format that is not ours."""
+        """True if the model is stored in a format that is not ours."""
         return self.format != QUANT_METHOD
 
     @property

@@ -21,7 +21,7 @@ from .config import QALoRAQuantConfig
 
 @dataclass(frozen=True)
 class Grids:
-    """Which quantized layers a format holds as integers.
+    """The quantized layers that a format can hold as integers.
 
     Args:
         bits: widths of its integers.
@@ -112,7 +112,7 @@ class Runtime:
 
 @dataclass(frozen=True)
 class Format:
-    """What is known of one foreign format before any of its code is imported.
+    """The record of one foreign format: all that is known before any of its code is imported.
 
     Its folder has, by convention, these modules, imported on first use:
 

@@ -6,7 +6,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class BaseIdentity:
-    """What a quantized base is known by, read from the base or from an adapter's config.
+    """The facts that identify a quantized base, read from it or from an adapter's config.
 
     Args:
         bits: width of the integers; None where an adapter does not say.

@@ -10,7 +10,7 @@ from .format import Format, formats
 
 @dataclass(frozen=True)
 class Kind:
-    """What a file or directory holds; an adapter and a model may lie side by side.
+    """The content of a file or directory; an adapter and a model may lie side by side.
 
     Args:
         is_adapter: whether it has an adapter's config.

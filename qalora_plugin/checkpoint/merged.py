@@ -15,7 +15,7 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class MergedAdapter:
-    """What the entry says of one adapter.
+    """The entry of one merged adapter.
 
     Args:
         adapter: its name, or the last part of its directory: the rest of the path is private.

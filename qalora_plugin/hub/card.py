@@ -56,7 +56,7 @@ _TEXT = """# {title}
 
 @dataclass
 class Subject:
-    """What a card is about: a directory of ours, or an export.
+    """The subject of a model card: a directory of ours, or an export.
 
     Args:
         path: the directory, or a file.
@@ -74,7 +74,7 @@ class Subject:
 
     @property
     def tuned(self) -> bool:
-        """Whether an adapter is in it, or it is one."""
+        """True if it is an adapter, or an adapter is merged into it."""
         return bool(self.facts.get("fine_tuned", "r" in self.facts))  # older records have r alone
 
     @property

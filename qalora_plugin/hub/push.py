@@ -24,7 +24,7 @@ _REASONS = {
 
 @dataclass(frozen=True)
 class PushResult:
-    """What was uploaded, or would be.
+    """The files that were uploaded, or would be.
 
     Args:
         repo_id: where to.

@@ -97,12 +97,12 @@ class Adapter:
 
     @property
     def is_ours(self) -> bool:
-        """Whether it was trained with QALoRAConfig: pools over the base's own groups."""
+        """True if it was trained with QALoRAConfig: it pools over the base's own groups."""
         return self.peft_type == PEFT_TYPE
 
     @property
     def adapt(self) -> str:
-        """What was learned: zeros, scales or both."""
+        """The part that was learned: zeros, scales or both."""
         return str(self.config.get("adapt", "zeros"))
 
     def error(self, text: str) -> AdapterError:

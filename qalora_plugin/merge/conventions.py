@@ -32,7 +32,7 @@ def convention_factor(convention: str, pool_size: int, in_features: int) -> floa
 
 @dataclass(frozen=True)
 class Regrouping:
-    """How the groups of a merged layer come from the base's groups and the adapter's columns.
+    """The groups of a merged layer, made from the base's groups and the adapter's columns.
 
     Args:
         group_size: of the merged layer.

@@ -18,7 +18,7 @@ from .plan import plan_merge
 
 @dataclass(frozen=True)
 class MergeResult:
-    """What `merge_adapter` wrote.
+    """The result of `merge_adapter`.
 
     Args:
         out: the merged directory.

@@ -20,7 +20,7 @@ Saved = dict[str, str]  # keys in the adapter by the base's names of tensors
 
 @dataclass(frozen=True)
 class DenseTensors:
-    """Where a merge takes the tensors from that are in no quantized layer's packed form.
+    """The sources of a merge's tensors that no quantized layer packs.
 
     Args:
         from_base: the base's name by name in the result: its own, or for a tensor that the base

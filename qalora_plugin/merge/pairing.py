@@ -16,7 +16,7 @@ from .names import TrainedModel
 
 @dataclass(frozen=True)
 class LayerMerge:
-    """How one adapted layer is merged.
+    """The merge of one adapted layer.
 
     Args:
         layer: the adapter's part.

@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class GPTQSettings:
-    """How one layer is solved.
+    """The settings with which one layer is solved.
 
     Args:
         ordering: in which order inputs are rounded. "none" as they come; "groups" the groups with

@@ -41,7 +41,7 @@ class OptionError(ConfigError):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class QuantizeOptions:
-    """How a model is quantized.
+    """The options of quantizing a model.
 
     Args:
         bits: 2, 3, 4 or 8.
@@ -150,12 +150,12 @@ class QuantizeOptions:
 
     @property
     def integer_zeros(self) -> bool:
-        """Whether zero-points are integers."""
+        """True if zero-points are integers."""
         return self.zero_points == "integer" or self.format != "qalora"
 
     @property
     def solver(self) -> GPTQSettings:
-        """How one layer is solved."""
+        """The settings with which one layer is solved."""
         ordering = "act" if self.desc_act else self.ordering or "groups"
         return GPTQSettings(ordering=ordering, damp=self.damp, mse=self.mse)
 

@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class QuantizeResult:
-    """What `quantize_model` wrote.
+    """The result of `quantize_model`.
 
     Args:
         out: the finished directory.

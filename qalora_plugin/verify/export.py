@@ -24,7 +24,7 @@ from .runtime import RuntimeReport, check_runtime
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was compared. A report exists only where everything held.
+    """The comparison of an export with its source. A report exists only where everything held.
 
     Args:
         exported: the directory or file.

@@ -41,7 +41,7 @@ _COLUMNS = 1024  # outputs held in float64 at a time
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyReport:
-    """What was compared, and what was found. A report exists only where everything held.
+    """The comparison of a merge with base and adapter. A report exists only where everything held.
 
     Args:
         merged: the merged directory.

@@ -33,7 +33,7 @@ ROUNDING_SHARE = 3.0
 
 @dataclass(frozen=True)
 class RuntimeReport:
-    """What a runtime computed.
+    """The numbers that a runtime computed, beside ours.
 
     Args:
         runtime: its name.

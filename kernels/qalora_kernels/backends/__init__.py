@@ -1,4 +1,4 @@
-"""Which implementation serves a device and dtype, and what one implements.
+"""Backends: the functions that each one implements, and the choice by device and dtype.
 
 QALORA_BACKEND=cpu, =torch or =triton overrides the choice by device. A backend is a module with
 these functions (K inputs, N outputs, G groups, M rows); importing one touches no device.

@@ -24,7 +24,7 @@ WANTED = 2e-3  # of a step: a minimum that rounds by more is counted
 
 
 class Placement(NamedTuple):
-    """How q goes into Q4_1: code = start + sign * q, W = sign * scale * code + minimum.
+    """The place of q in Q4_1: code = start + sign * q, W = sign * scale * code + minimum.
 
     Args:
         minimum: m, fp16 [G, N].
@@ -69,7 +69,7 @@ def least_rounding(weight: PackedWeight) -> Placement:
 
 @dataclass
 class Rounding:
-    """How far minima were rounded, in steps (scales), over all groups."""
+    """The rounding of minima over all groups, in steps (scales)."""
 
     largest: float = 0.0
     total: float = 0.0

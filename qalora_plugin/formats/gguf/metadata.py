@@ -15,7 +15,7 @@ from . import FORMAT
 
 @dataclass(frozen=True)
 class Architecture:
-    """How one family is written.
+    """The record of one model family.
 
     Args:
         name: llama.cpp's name.

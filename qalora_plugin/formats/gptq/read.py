@@ -42,7 +42,7 @@ _OLD_GPTQMODEL_3BIT = (
 
 @dataclass(frozen=True)
 class StockConfig:
-    """What a stock checkpoint's quantization config says that matters for reading it.
+    """The part of a stock checkpoint's quantization config that matters for reading it.
 
     Args:
         bits, group_size: of layers without an override.

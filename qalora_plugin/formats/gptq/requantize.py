@@ -42,7 +42,7 @@ class Text:
 
     @property
     def name(self) -> str:
-        """What the text is called in results and errors."""
+        """The name of the text in results and errors."""
         if self.calibration is None:
             return "functions of the Python standard library"
         is_file = isinstance(self.calibration, str | Path)
@@ -74,7 +74,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Loss:
-    """What quantizing again costs, on held-out tokens.
+    """The cost of quantizing again, measured on held-out tokens.
 
     Args:
         exact: mean cross entropy of the merged model, nats a token.

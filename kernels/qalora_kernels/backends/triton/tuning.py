@@ -1,4 +1,4 @@
-"""How a matrix product is run: fused or through the library, and with which blocks.
+"""Plans of matrix products: fused or through the library, with which blocks, and their tuning.
 
 A plan is looked up by GPU name, operator, dtype, bits, group_size, N, K and a bucket of M: first in
 `tuning.json` (what we measured), then in the user's cache file, else it is measured once on the
@@ -37,7 +37,7 @@ _plans: dict[tuple[Any, ...], "Plan"] = {}
 
 @dataclass(frozen=True)
 class Plan:
-    """How a product is run: by the library, or fused with these blocks.
+    """The plan of a product: run by the library, or fused with these blocks.
 
     Rows, outputs, and elements of the reduction a step (units of packed words for `linear`);
     `splits` pieces of the reduction, 0 for as many as fill the GPU.
