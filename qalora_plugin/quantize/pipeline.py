@@ -67,7 +67,7 @@ def quantize_model(
 
     Args:
         model: directory or Hub id of a 16-bit model, or a model in memory (it is saved to a
-            temporary directory first, and not resumable).
+            hidden directory beside `out` first, and not resumable).
         out: directory to make; it must not exist, or be empty.
         options: what to do; by default made of the keywords alone.
         settings: fields of `QuantizeOptions`, which replace those of `options`.

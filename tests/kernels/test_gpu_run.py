@@ -31,6 +31,19 @@ def test_all_units_fit_into_fifteen_minutes_with_the_machine_s_start():
     assert sum(unit.limit for unit in gpu_units.units()) <= 14 * 60
 
 
+def test_memcheck_selects_tests_that_exist():
+    import gpu_units
+
+    from . import conftest, test_operators
+
+    names = [name for name in vars(test_operators) if name.startswith("test_")]
+    known = " ".join(["triton", *names, *map(conftest.case_id, conftest.CASES)])
+    for rehearse in (False, True):
+        (unit,) = (unit for unit in gpu_units.units(rehearse) if unit.name == "memcheck")
+        words = unit.command.partition(" -k ")[2].strip("'").split(" and ")
+        assert words[0] and all(word in known for word in words), words
+
+
 def test_a_decoder_layer_is_held_to_its_own_bound():
     rows = []
     for m in (4096, 8192):

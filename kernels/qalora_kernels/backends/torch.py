@@ -1,4 +1,4 @@
-"""INT-n operators in plain PyTorch: any device, any float dtype. Contract: `backends.Backend`."""
+"""INT-n operators in plain PyTorch: any device, any float dtype. Contract: `backends`."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""INT-n operators on the CPU. Contract: `backends.Backend`.
+"""INT-n operators on the CPU. Contract: `backends`.
 
 Many rows: compiled code dequantizes W^T into a reused workspace, then one matrix product of
 torch's. A few rows: the weights are unpacked in registers and never written. What the compiled

@@ -1,4 +1,4 @@
-"""INT-n operators on Triton, for every dtype but float64. Contract: `backends.Backend`.
+"""INT-n operators on Triton, for every dtype but float64. Contract: `backends`.
 
 Importing this imports Triton but touches no device. On CPU tensors the kernels run under Triton's
 interpreter only (TRITON_INTERPRET=1), for tests.
