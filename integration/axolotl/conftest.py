@@ -27,7 +27,7 @@ class Axolotl:
     work: Path
 
     def log(self, name: str) -> Path:
-        """Where the output of a run goes."""
+        """Return the directory of a run's output."""
         return self.work / f"{name}.log"
 
     def start(self, name: str, *command: object) -> subprocess.Popen[bytes]:

@@ -21,7 +21,7 @@ LORAS = ("lora", "lora+gptq")
 
 @dataclass(frozen=True)
 class Settings:
-    """What is the same in all methods."""
+    """The settings that all methods share."""
 
     rank: int = 8
     alpha: float = 16

@@ -1,4 +1,4 @@
-"""Which base an adapter belongs to."""
+"""An adapter belongs to the base that it was trained on."""
 
 import dataclasses
 from typing import Any

@@ -7,7 +7,7 @@ FORMAT = Format(
     name="gptq",
     package=__name__,
     grids=Grids(act_order=True, integer_zeros=True),
-    runs_in="AutoGPTQ, GPTQModel, vLLM, SGLang",
+    runs_in="AutoGPTQ, GPTQModel",
     runtime=Runtime("GPTQModel or AutoGPTQ", (("gptqmodel", "auto_gptq"),), "gptqmodel"),
     hub_library="transformers",
     usage="""```python

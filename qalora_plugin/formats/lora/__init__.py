@@ -7,7 +7,7 @@ FORMAT = Format(
     name="lora",
     package=__name__,
     grids=Grids(act_order=True),
-    runs_in="PEFT, vLLM or SGLang on the quantized base",
+    runs_in="PEFT on the quantized base",
     runtime=Runtime("stock PEFT", (("peft",), ("torchao",)), "peft torchao", on="torchao"),
     hub_library="peft",
     usage="""```python

@@ -2,7 +2,7 @@
 
     pool(x) A^T = x A'^T   with A'[:, k] = A[:, group of k]
 
-so A' [r, K] beside the same B computes the same output with any LoRA code: PEFT, vLLM, SGLang, with
+so A' [r, K] beside the same B computes the same output with any LoRA code, such as PEFT, with
 their own kernels for the base and several adapters on one base. Exact, and nothing is rounded;
 the merged model differs from it only by the rounding of its stored offsets.
 """
@@ -140,7 +140,7 @@ def _config(plan: MergePlan, base: str) -> dict[str, Any]:
 
 
 def _target_modules(plan: MergePlan) -> list[str]:
-    """Return last parts of names, as vLLM and SGLang want them, if these mean the same layers."""
+    """Return last parts of names, as serving engines want them, if these mean the same layers."""
     short = {name.rpartition(".")[2] for name in plan.layers}
     dense = {name.rpartition(".")[0] for name in plan.base.dense_names}
     selected = {n for n in dense | set(plan.base.layers) if n.rpartition(".")[2] in short}
