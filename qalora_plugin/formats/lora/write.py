@@ -3,7 +3,7 @@
     pool(x) A^T = x A'^T   with A'[:, k] = A[:, group of k]
 
 so A' [r, K] beside the same B computes the same output with any LoRA code, such as PEFT, with
-their own kernels for the base and several adapters on one base. Exact, and nothing is rounded;
+its own kernels for the base and several adapters on one base. Exact, and nothing is rounded;
 the merged model differs from it only by the rounding of its stored offsets.
 """
 
