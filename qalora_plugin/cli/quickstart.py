@@ -42,15 +42,19 @@ def add_parser(subparsers: Any) -> None:
     parser.set_defaults(func=main)
 
 
+def next_free(path: Path) -> Path:
+    """Return the path, or the first of path-2, path-3, ... at which there is nothing yet."""
+    others = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
+    return next(free for free in itertools.chain([path], others) if not free.exists())
+
+
 def main(args: argparse.Namespace) -> int:
     """Run the quickstart; progress goes to stderr, the result to stdout."""
     from ..quickstart import report
     from ..quickstart.run import Settings, run
 
     if args.out is None:
-        path = Path("out") / f"quickstart-int{args.bits}"
-        others = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
-        args.out = next(free for free in (path, *others) if not free.exists())
+        args.out = next_free(Path("out") / f"quickstart-int{args.bits}")
     settings = Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
     note_what_gguf_cannot_hold(args)
     result = run(settings, say=lambda line: print(line, file=sys.stderr, flush=True))

@@ -8,6 +8,7 @@ from support.models import llama
 from transformers import AutoTokenizer
 
 from qalora_plugin import quantize_model
+from qalora_plugin.cli.quickstart import next_free
 from qalora_plugin.errors import CheckpointError, ConfigError, QuantizationError
 from qalora_plugin.quickstart.embedded import base_model_path
 from qalora_plugin.quickstart.run import Settings, run
@@ -59,3 +60,12 @@ def test_refused_before_anything_is_loaded_or_written(
     with pytest.raises(error, match=message):
         run(Settings(out=tmp_path / "out", **{**settings, **places}), say=said.append)
     assert not said and not (tmp_path / "out").exists()
+
+
+def test_the_next_free_directory(tmp_path):
+    path = tmp_path / "quickstart-int4"
+    assert next_free(path) == path
+    path.mkdir()
+    assert next_free(path) == tmp_path / "quickstart-int4-2"
+    (tmp_path / "quickstart-int4-2").mkdir()
+    assert next_free(path) == tmp_path / "quickstart-int4-3"
