@@ -5,10 +5,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -16,11 +14,11 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="session")
-def env_python() -> Callable[[str], Path]:
+def env_python():
     """`env_python("gptqmodel")` -> interpreter of that environment, built on first use."""
 
     @cache
-    def interpreter(name: str) -> Path:
+    def interpreter(name):
         builder = ROOT / "integration" / "envs" / "build.py"
         done = subprocess.run([sys.executable, builder, name], stdout=subprocess.PIPE, text=True)
         if done.returncode:
@@ -31,7 +29,7 @@ def env_python() -> Callable[[str], Path]:
 
 
 @pytest.fixture(scope="session")
-def project_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def project_path(tmp_path_factory):
     """Folder with this project installed as a user gets it (wheel, no dependencies), to be put on
     the PYTHONPATH of an environment that has the dependencies."""
     source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("project")
@@ -46,10 +44,10 @@ def project_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def run_python() -> Callable[..., str]:
+def run_python():
     """`run_python(python, *arguments, timeout=600, **environment)` -> its stdout."""
 
-    def run(python: Path, *arguments: object, timeout: float | None = 600, **env: object) -> str:
+    def run(python, *arguments, timeout=600, **env):
         command = [str(python), *map(str, arguments)]
         offline = {"HF_HUB_OFFLINE": "1", "AXOLOTL_DO_NOT_TRACK": "1", "PYTHONPATH": ""}
         environment = {**os.environ, **offline, **{k: str(v) for k, v in env.items()}}
@@ -65,6 +63,6 @@ def run_python() -> Callable[..., str]:
 
 
 @pytest.fixture(scope="session")
-def run_json(run_python: Callable[..., str]) -> Callable[..., Any]:
+def run_json(run_python):
     """`run_json(...)`, arguments as those of `run_python` -> the last line of stdout, as JSON."""
     return lambda *args, **kwargs: json.loads(run_python(*args, **kwargs).strip().splitlines()[-1])

@@ -30,7 +30,7 @@ COMMANDS = (
 )
 
 
-def run(command: str, python: str, checkout: Path, work: Path) -> None:
+def run(command, python, checkout, work):
     """Run one `qalora` command with the code of `checkout`; its output goes to stderr."""
     model = str(checkout / "qalora_plugin" / "quickstart" / "base_model")
     arguments = [model if word == "MODEL" else word for word in command.split()]
@@ -49,7 +49,7 @@ def run(command: str, python: str, checkout: Path, work: Path) -> None:
     )
 
 
-def main() -> None:
+def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkout", type=Path)
     checkout = parser.parse_args().checkout.resolve()

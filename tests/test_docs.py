@@ -11,12 +11,12 @@ DOCUMENTS = sorted({*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "r
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_links_lead_to_files(document: Path) -> None:
+def test_links_lead_to_files(document):
     links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", document.read_text())
     assert [link for link in links if not (document.parent / link).exists()] == []
 
 
-def test_imports_are_names_of_a_package() -> None:
+def test_imports_are_names_of_a_package():
     text = "\n".join(document.read_text() for document in DOCUMENTS)
     imports = set(re.findall(r"from (qalora_plugin[\w.]*) import ([\w, ]+\w)", text))
     assert len(imports) >= 4

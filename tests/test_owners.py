@@ -1,7 +1,6 @@
 """One owner for every rule: what must stand in one file of the package, and stands nowhere else."""
 
 import ast
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -14,7 +13,7 @@ STANDALONE = ("run.py",)
 
 
 @cache
-def _sources() -> dict[str, tuple[list[str], str]]:
+def _sources():
     """Return (strings that are no docstrings, code without strings) of every file by its name."""
     found = {}
     for package in PACKAGES:
@@ -25,7 +24,7 @@ def _sources() -> dict[str, tuple[list[str], str]]:
     return found
 
 
-def _take_strings(tree: ast.Module) -> Iterator[str]:
+def _take_strings(tree):
     """Empty every string of a file, and yield those that are no docstrings."""
     nodes = list(ast.walk(tree))
     documentation = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
@@ -51,7 +50,7 @@ def _take_strings(tree: ast.Module) -> Iterator[str]:
         (".cache", "kernels/qalora_kernels/cache.py"),
     ],
 )
-def test_a_literal_has_one_owner(text: str, owner: str) -> None:
+def test_a_literal_has_one_owner(text, owner):
     found = {name for name, (strings, _) in _sources().items() if any(text in s for s in strings)}
     assert found == {owner}
 
@@ -67,16 +66,16 @@ def test_a_literal_has_one_owner(text: str, owner: str) -> None:
         ("snapshot_download(", {"qalora_plugin/files/hub.py"}),
     ],
 )
-def test_an_operation_has_one_owner(code: str, owners: set[str]) -> None:
+def test_an_operation_has_one_owner(code, owners):
     assert {name for name, (_, text) in _sources().items() if code in text} == owners
 
 
-def test_no_module_is_loose() -> None:
+def test_no_module_is_loose():
     loose = {path.name for path in (ROOT / "qalora_plugin").glob("*.py")}
     assert loose == {"__init__.py", "__main__.py", "_version.py", "errors.py"}
 
 
-def test_no_file_is_too_long() -> None:
+def test_no_file_is_too_long():
     folders = ("qalora_plugin", "kernels", "recipes", "integration", "tests")
     paths = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
     assert len(paths) > 100

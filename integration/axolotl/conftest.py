@@ -5,10 +5,8 @@ import os
 import random
 import subprocess
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -26,11 +24,11 @@ class Axolotl:
     environment: dict[str, str]
     work: Path
 
-    def log(self, name: str) -> Path:
+    def log(self, name):
         """Return the directory of a run's output."""
         return self.work / f"{name}.log"
 
-    def start(self, name: str, *command: object) -> subprocess.Popen[bytes]:
+    def start(self, name, *command):
         """Start a program of the environment at the project's root."""
         with self.log(name).open("wb") as file:
             return subprocess.Popen(
@@ -41,7 +39,7 @@ class Axolotl:
                 stderr=subprocess.STDOUT,
             )
 
-    def run(self, name: str, *command: object) -> str:
+    def run(self, name, *command):
         """Run one to its end and return its output; fail the test where it fails."""
         process = self.start(name, *command)
         try:
@@ -53,7 +51,7 @@ class Axolotl:
             pytest.fail(f"{command} exited with {code}:\n{text[-4000:]}")
         return text
 
-    def verify(self, out: Path) -> dict[str, Any]:
+    def verify(self, out):
         """Return what `qalora verify` finds of a run's merged directory."""
         command = [self.python, "-m", "qalora_plugin", "verify", out / "merged", "--adapter", out]
         report = self.run(f"verify-{out.name}", *command, "--json")
@@ -61,12 +59,12 @@ class Axolotl:
 
 
 @pytest.fixture(scope="session")
-def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def work(tmp_path_factory):
     return tmp_path_factory.mktemp("axolotl")
 
 
 @pytest.fixture(scope="session")
-def axolotl(env_python: Callable[[str], Path], project_path: Path, work: Path) -> Axolotl:
+def axolotl(env_python, project_path, work):
     python = env_python("axolotl")
     environment = os.environ | {
         "PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}",
@@ -79,7 +77,7 @@ def axolotl(env_python: Callable[[str], Path], project_path: Path, work: Path) -
 
 
 @pytest.fixture(scope="session")
-def small(work: Path) -> Path:
+def small(work):
     """The quickstart recipe with 48 rows and 3 steps, each of which is saved."""
     recipe = yaml.safe_load((ROOT / "recipes" / "quickstart.yaml").read_text())
     rows = (ROOT / recipe["datasets"][0]["path"]).read_text().splitlines()[:48]
@@ -104,7 +102,7 @@ def small(work: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def killed(axolotl: Axolotl, work: Path, small: Path) -> Path:
+def killed(axolotl, work, small):
     """A run that SIGKILL ended at a random moment after its second checkpoint; the seed of the
     moment is printed."""
     out = work / "killed"
@@ -125,7 +123,7 @@ def killed(axolotl: Axolotl, work: Path, small: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def driven(axolotl: Axolotl, work: Path, small: Path, killed: Path) -> dict[str, Any]:
+def driven(axolotl, work, small, killed):
     """What each step of drive.py left."""
     text = axolotl.run("driven", axolotl.python, HERE / "drive.py", small, STOCK, work)
     return json.loads(text.strip().splitlines()[-1])

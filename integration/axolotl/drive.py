@@ -10,7 +10,6 @@ import contextlib
 import io
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -27,22 +26,22 @@ from qalora_plugin import verify_merge
 class Driver:
     """A small recipe, and variations of it."""
 
-    def __init__(self, recipe: Path, stock: Path, work: Path) -> None:
+    def __init__(self, recipe, stock, work):
         self.recipe, self.stock, self.work = str(recipe), stock, work
         self.values = yaml.safe_load(recipe.read_text())
 
-    def settings(self, name: str, **changes: Any) -> dict[str, Any]:
+    def settings(self, name, **changes):
         """Return overrides of the recipe for a run in its own output_dir."""
         if "qalora" in changes:
             changes["qalora"] = self.values["qalora"] | changes["qalora"]
         return {"output_dir": str(self.work / name), **changes}
 
-    def train(self, name: str, **changes: Any) -> dict[str, Any]:
+    def train(self, name, **changes):
         """Train, and return what the log and `verify` say."""
         train.do_cli(self.recipe, **self.settings(name, **changes))
         return self.result(name)
 
-    def result(self, name: str) -> dict[str, Any]:
+    def result(self, name):
         """Return the files of a run, the log of its last checkpoint, and the proof of its merge."""
         out = self.work / name
         found: dict[str, Any] = {"files": sorted(path.name for path in out.iterdir())}
@@ -56,11 +55,11 @@ class Driver:
         return found
 
 
-def step_of(checkpoint: Path) -> int:
+def step_of(checkpoint):
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def refusal(verb: Callable[[], Any]) -> str:
+def refusal(verb):
     """Return the message with which a verb stops; nothing where it does not."""
     try:
         verb()
@@ -69,7 +68,7 @@ def refusal(verb: Callable[[], Any]) -> str:
     return ""
 
 
-def bits2(driver: Driver) -> dict[str, Any]:
+def bits2(driver):
     """preprocess, train without merging, evaluate, inference, merge-lora, and merge-lora again."""
     block = {"bits": 2, "adapt": "both", "merge_on_finish": False}
     settings = driver.settings("bits2", qalora=block)
@@ -93,12 +92,12 @@ def bits2(driver: Driver) -> dict[str, Any]:
     return found
 
 
-def ask(driver: Driver, settings: dict[str, Any]) -> str:
+def ask(driver, settings):
     """Return what `axolotl inference` prints for one instruction on standard input."""
     config, printed = inference.GenerationConfig, io.StringIO()
     question = io.StringIO("### Task\nAdd two numbers.\nName: add\n### Answer\n")
 
-    def short(**options: Any) -> Any:
+    def short(**options):
         return config(**options | {"max_new_tokens": 4})
 
     with (
@@ -110,7 +109,7 @@ def ask(driver: Driver, settings: dict[str, Any]) -> str:
     return printed.getvalue()
 
 
-def packed(driver: Driver) -> dict[str, Any]:
+def packed(driver):
     """sample_packing, with reentrant gradient checkpointing."""
     return driver.train(
         "packed",
@@ -122,12 +121,12 @@ def packed(driver: Driver) -> dict[str, Any]:
     )
 
 
-def stock(driver: Driver) -> dict[str, Any]:
+def stock(driver):
     """A GPTQ checkpoint (asymmetric, act-order) that GPTQModel wrote."""
     return driver.train("stock", base_model=str(driver.stock), sequence_len=64)
 
 
-def dpo(driver: Driver) -> dict[str, Any]:
+def dpo(driver):
     """Preferences, made of the first rows: the trainer makes the adapter from a config."""
     rows = Path(driver.values["datasets"][0]["path"]).read_text().splitlines()[:12]
     pairs = [json.loads(row) for row in rows]
@@ -146,7 +145,7 @@ def dpo(driver: Driver) -> dict[str, Any]:
     return driver.train("dpo", rl="dpo", max_steps=2, val_set_size=0, qalora=block, datasets=[data])
 
 
-def resumed(driver: Driver) -> dict[str, Any]:
+def resumed(driver):
     """The run of `killed` in this directory goes on, from its newest complete checkpoint."""
     out = driver.work / "killed"
     last = max(map(step_of, out.glob("checkpoint-*")))
@@ -171,7 +170,7 @@ WRONG = {
 }
 
 
-def refused(driver: Driver) -> dict[str, str]:
+def refused(driver):
     """Configs that Axolotl must not load, or not train: their messages; no model is built."""
     found = {
         key: refusal(lambda c=changes: load_cfg(driver.recipe, **driver.settings("wrong", **c)))
@@ -185,7 +184,7 @@ def refused(driver: Driver) -> dict[str, str]:
 STEPS = {step.__name__: step for step in (refused, bits2, packed, stock, dpo, resumed)}
 
 
-def main() -> None:
+def main():
     """Run all steps, or those that are named."""
     recipe, stock, work = (Path(argument).absolute() for argument in sys.argv[1:4])
     names = sys.argv[4:] or list(STEPS)

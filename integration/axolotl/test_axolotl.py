@@ -15,7 +15,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 
 
-def check_merged(result: dict[str, Any], layers: int) -> None:
+def check_merged(result, layers):
     """Check that it is merged, proved by `verify`, and not the base again."""
     verified = result["verified"]
     assert verified["layers"] == layers
@@ -25,11 +25,11 @@ def check_merged(result: dict[str, Any], layers: int) -> None:
     assert verified["output_change"] > 2 * verified["output_error"]
 
 
-def losses(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def losses(log):
     return [row for row in log if "loss" in row]
 
 
-def test_quickstart_through_the_command_line(axolotl: Axolotl, work: Path) -> None:
+def test_quickstart_through_the_command_line(axolotl, work):
     """The recipe as it is, through the default launcher: loss falls, `qalora verify` proves it."""
     out = work / "quickstart"
     command = ["axolotl", "train", "recipes/quickstart.yaml", "--output-dir", out]
@@ -40,7 +40,7 @@ def test_quickstart_through_the_command_line(axolotl: Axolotl, work: Path) -> No
     assert axolotl.verify(out)["layers"] == 28
 
 
-def test_lm_eval_stops_on_the_adapter(axolotl: Axolotl, work: Path, driven: Driven) -> None:
+def test_lm_eval_stops_on_the_adapter(axolotl, work, driven):
     """`axolotl lm-eval` loads output_dir in a process without this package: never half a model."""
     script = (
         "import sys; from transformers import AutoModelForCausalLM as M\n"
@@ -52,13 +52,13 @@ def test_lm_eval_stops_on_the_adapter(axolotl: Axolotl, work: Path, driven: Driv
         assert "stopped" in axolotl.run("plain", axolotl.python, "-c", script, directory)
 
 
-def test_preprocess_and_two_bits(driven: Driven) -> None:
+def test_preprocess_and_two_bits(driven):
     found = driven["bits2"]
     assert found["prepared"] > 0
     check_merged(found, layers=28)
 
 
-def test_evaluate_and_inference(driven: Driven) -> None:
+def test_evaluate_and_inference(driven):
     """On the adapter, and on the merged directory; without either they say what to do."""
     found = driven["bits2"]
     rows = dict(row.split(",", 1) for row in found["evaluated"].splitlines())
@@ -70,33 +70,33 @@ def test_evaluate_and_inference(driven: Driven) -> None:
     assert "lora_model_dir" in found["no_base"]
 
 
-def test_merge_lora_merges_or_refuses(driven: Driven) -> None:
+def test_merge_lora_merges_or_refuses(driven):
     found = driven["bits2"]
     assert found["merge_exit"] == 0
     assert "qalora verify" in found["second_merge"]
     assert "earlier run" in found["second_train"]
 
 
-def test_sample_packing_and_gradient_checkpointing(driven: Driven) -> None:
+def test_sample_packing_and_gradient_checkpointing(driven):
     check_merged(driven["packed"], layers=28)
 
 
-def test_merge_formats(driven: Driven) -> None:
+def test_merge_formats(driven):
     assert {"merged", "merged-torchao", "merged-lora"} <= set(driven["packed"]["files"])
 
 
-def test_stock_gptq_base(driven: Driven) -> None:
+def test_stock_gptq_base(driven):
     check_merged(driven["stock"], layers=14)
 
 
-def test_dpo(driven: Driven) -> None:
+def test_dpo(driven):
     found = driven["dpo"]
     check_merged(found, layers=28)
     assert "model.safetensors" not in found["files"]
     assert any("rewards/margins" in row for row in found["log"])
 
 
-def test_resume_after_sigkill(driven: Driven) -> None:
+def test_resume_after_sigkill(driven):
     """From the newest complete checkpoint, and from one that is named."""
     found = driven["resumed"]
     for run, last in ((found, found["before"] + 2), (found["from_two"], 4)):
@@ -104,14 +104,14 @@ def test_resume_after_sigkill(driven: Driven) -> None:
         check_merged(run, layers=28)
 
 
-def test_the_scales_train_at_their_own_rate(driven: Driven) -> None:
+def test_the_scales_train_at_their_own_rate(driven):
     """`adapt: both`: two parameter groups. `zeros`: one."""
     rate, of_scales = driven["bits2"]["rates"]
     assert of_scales == pytest.approx(SCALE_LR_RATIO * rate)
     assert len(set(driven["stock"]["rates"])) == 1
 
 
-def test_our_figures_are_logged(driven: Driven) -> None:
+def test_our_figures_are_logged(driven):
     rows = losses(driven["bits2"]["log"])
     changes = [row["qalora/offset_change"] for row in rows]
     assert changes[0] == 0  # the rate warms up from 0
@@ -135,7 +135,7 @@ def test_our_figures_are_logged(driven: Driven) -> None:
         ("base_model", "model directory or Hub id"),
     ],
 )
-def test_wrong_configs_are_refused(driven: Driven, key: str, allowed: str) -> None:
+def test_wrong_configs_are_refused(driven, key, allowed):
     """While the config loads, before any model: the key, and what is allowed."""
     message = driven["refused"][key]
     assert key.rpartition(".")[2] in message
@@ -143,7 +143,7 @@ def test_wrong_configs_are_refused(driven: Driven, key: str, allowed: str) -> No
 
 
 @pytest.mark.parametrize("deepspeed", [None, "recipes/deepspeed/zero3.json"])
-def test_two_ranks(axolotl: Axolotl, work: Path, small: Path, deepspeed: str | None) -> None:
+def test_two_ranks(axolotl, work, small, deepspeed):
     """DDP and ZeRO-3: one quantized base, for both runs, and one merged directory each."""
     out = work / "ranks" / ("zero3" if deepspeed else "ddp")
     settings = json.dumps({"output_dir": str(out), "max_steps": 2, "deepspeed": deepspeed})
@@ -158,7 +158,7 @@ def test_two_ranks(axolotl: Axolotl, work: Path, small: Path, deepspeed: str | N
     axolotl.verify(out)
 
 
-def diff_lines(prefix: str) -> list[str]:
+def diff_lines(prefix):
     """Return the lines of the diff in docs/axolotl.md that begin with a sign."""
     text = (ROOT / "docs" / "axolotl.md").read_text()
     lines = text.split("```diff\n")[1].split("```")[0].splitlines()
@@ -174,7 +174,7 @@ RECIPES = sorted(
 
 
 @pytest.fixture(scope="session")
-def validated(axolotl: Axolotl, work: Path) -> dict[str, Any]:
+def validated(axolotl, work):
     """What Axolotl makes of every recipe and of its own example with our diff, in one process."""
     example = (HERE / "qlora_example.yaml").read_text().splitlines()
     removed = diff_lines("-")
@@ -186,14 +186,14 @@ def validated(axolotl: Axolotl, work: Path) -> dict[str, Any]:
     return json.loads(printed.strip().splitlines()[-1])
 
 
-def test_every_recipe_is_valid(validated: dict[str, Any]) -> None:
+def test_every_recipe_is_valid(validated):
     """By Axolotl's own validation, on one GPU and with both DeepSpeed configs."""
     assert len(RECIPES) == 17  # 14 models, 2 data sets of the paper, the quickstart
     assert len(validated) == 3 * (len(RECIPES) + 1)
     assert {name: result for name, result in validated.items() if "error" in result} == {}
 
 
-def test_axolotls_own_example_becomes_ours(validated: dict[str, Any], work: Path) -> None:
+def test_axolotls_own_example_becomes_ours(validated, work):
     """By the diff in docs/axolotl.md, of at most six lines."""
     result = validated[str(work / "from_qlora.yaml")]
     assert result["qalora"]["bits"] == 4

@@ -20,7 +20,7 @@ from qalora_plugin.axolotl.plugin import adapter_config
 GPU = {"bf16": True, "fp8": True, "tf32": True, "n_gpu": 1, "compute_capability": "sm_90"}
 
 
-def validate(path: str, deepspeed: str | None) -> dict[str, object]:
+def validate(path, deepspeed):
     """Return what Axolotl makes of one recipe.
 
     Raises:

@@ -12,7 +12,6 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +27,13 @@ MODES = [("one", 1, "ddp"), *((mode, 2, mode) for mode in SHARDED)]
 FORK = multiprocessing.get_context("fork")
 
 
-def free_port() -> int:
+def free_port():
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         return probe.getsockname()[1]
 
 
-def rank_main(number: int, ranks: int, port: int, log: Path, work: Callable[[], None]) -> None:
+def rank_main(number, ranks, port, log, work):
     """Run one rank with its environment, log and exit status; with port 0 it is alone."""
     place = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
     if port:
@@ -55,12 +54,10 @@ def rank_main(number: int, ranks: int, port: int, log: Path, work: Callable[[], 
 class Runs:
     """Starts ranks, and keeps what became of them."""
 
-    def __init__(self, dense: Path, base: Path, work: Path) -> None:
+    def __init__(self, dense, base, work):
         self.dense, self.base, self.work = dense, base, work
 
-    def launch(
-        self, name: str, ranks: int, work: Callable[[], None], *, grouped: bool = False
-    ) -> dict[str, Any]:
+    def launch(self, name, ranks, work, *, grouped=False):
         """Run `work` in every rank; return how each ended, and how long the last outlived a kill.
 
         One rank alone has no process group, unless it is `grouped`.
@@ -86,7 +83,7 @@ class Runs:
         codes = [process.exitcode for process in processes]
         return {"codes": codes, "hung": hung, "seconds_after_kill": seconds, "logs": texts}
 
-    def train(self, name: str, ranks: int, mode: str, *, must_end: bool = True, **job: Any) -> Any:
+    def train(self, name, ranks, mode, *, must_end=True, **job):
         """Train; return what result.json says, or how the ranks ended unless they `must_end`."""
         out = self.work / name
         settings = {"base": str(self.base), "out": str(out), "mode": mode, "steps": STEPS} | job
@@ -98,10 +95,10 @@ class Runs:
         ended["logs"] = [text[-20000:] for text in ended["logs"]]
         return ended
 
-    def adapter(self, name: str) -> dict[str, torch.Tensor]:
+    def adapter(self, name):
         return load_file(self.work / name / "adapter" / "adapter_model.safetensors")
 
-    def difference(self, one: str, other: str) -> float:
+    def difference(self, one, other):
         """Return the relative difference of two whole adapters, in Frobenius norm."""
         a, b = self.adapter(one), self.adapter(other)
         if a.keys() != b.keys():
@@ -109,13 +106,13 @@ class Runs:
         square = sum((a[key] - b[key]).double().square().sum() for key in a)
         return (square / sum(a[key].double().square().sum() for key in a)).sqrt().item()
 
-    def verified(self, name: str) -> int:
+    def verified(self, name):
         """Verify a merge; return the number of layers."""
         out = self.work / name
         return verify_merge(out / "merged", out / "adapter", self.base).layers
 
 
-def tensors(value: Any, path: str = "") -> dict[str, torch.Tensor]:
+def tensors(value, path=""):
     """Return every tensor in nested lists and dicts, by its path."""
     if isinstance(value, torch.Tensor):
         return {path: value}
@@ -127,7 +124,7 @@ def tensors(value: Any, path: str = "") -> dict[str, torch.Tensor]:
     return found
 
 
-def optimizer_states(checkpoint: Path) -> dict[str, torch.Tensor]:
+def optimizer_states(checkpoint):
     """Return every tensor of the optimizer that a Trainer saved, whole or in parts."""
     files = [*checkpoint.glob("optimizer.pt"), *checkpoint.glob("global_step*/*optim_states.pt")]
     if not files:
@@ -142,7 +139,7 @@ def optimizer_states(checkpoint: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-def largest(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+def largest(one, other):
     """Return the largest difference of two sets of tensors, relative to each one's maximum."""
     if one.keys() != other.keys() or not one:
         raise SystemExit(f"different states: {sorted(one.keys() ^ other.keys())[:4]}")
@@ -150,7 +147,7 @@ def largest(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> flo
     return max(((a - b).abs().max() / a.abs().max().clamp(min=1e-30)).item() for a, b in pairs)
 
 
-def straight(runs: Runs) -> dict[str, Any]:
+def straight(runs):
     """Train on the same data on one rank, and in every mode on two."""
     found: dict[str, Any] = {}
     for name, ranks, mode in MODES:
@@ -161,7 +158,7 @@ def straight(runs: Runs) -> dict[str, Any]:
     return found
 
 
-def same_bytes(runs: Runs) -> dict[str, Any]:
+def same_bytes(runs):
     """Compare the merge after sharded training with that of one rank with the same adapter.
 
     That rank trains a step with a learning rate of 0.
@@ -182,7 +179,7 @@ def same_bytes(runs: Runs) -> dict[str, Any]:
     return found
 
 
-def resumed(runs: Runs) -> dict[str, Any]:
+def resumed(runs):
     """Kill after step 13, resume from the checkpoint of step 10, and compare with `straight`."""
     found = {}
     for name, ranks, mode in MODES:
@@ -208,7 +205,7 @@ def resumed(runs: Runs) -> dict[str, Any]:
     return found
 
 
-def other_ranks(runs: Runs) -> dict[str, Any]:
+def other_ranks(runs):
     """Resume checkpoints of two ranks on four, where that is possible; and try a warm start."""
     found = {}
     for mode in ("zero2", "zero3", "fsdp2"):
@@ -221,7 +218,7 @@ def other_ranks(runs: Runs) -> dict[str, Any]:
     return found | {"warm": result["losses"], "cold": cold[:2]}
 
 
-def killed_merge(runs: Runs) -> dict[str, Any]:
+def killed_merge(runs):
     """Kill rank 0 when all of the merge is written but has not its name yet; then run again."""
     out = runs.work / "killed-merge"
     job = {"merged": str(out / "merged"), "save_steps": 10, "steps": 10}
@@ -234,7 +231,7 @@ def killed_merge(runs: Runs) -> dict[str, Any]:
     }
 
 
-def other_bases(runs: Runs) -> dict[str, Any]:
+def other_bases(runs):
     """Train on a base that is quantized while it loads, and on stock GPTQ with act-order."""
     found: dict[str, Any] = {}
     for base, path, bits in (("dense", runs.dense, 4), ("stock", STOCK, 0)):
@@ -253,7 +250,7 @@ STOCK = Path(__file__).resolve().parents[2] / "tests/fixtures/gptq_4bit_g128_act
 ALL = (straight, same_bytes, resumed, other_ranks, killed_merge, other_bases)
 
 
-def main() -> None:
+def main():
     """Run all steps, or those that are named; `straight` comes first, others compare with it."""
     dense, work = (Path(argument).absolute() for argument in sys.argv[1:3])
     runs = Runs(dense, work / "base", work)

@@ -14,14 +14,12 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
 from contextlib import contextmanager
 from ctypes import CDLL
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from drive import Runs
 from support.random_model import random_checkpoint
 from train import ROOT, Job, make_trainer, use_cpu_ranks
@@ -32,7 +30,7 @@ from qalora_plugin.layers.linear import QuantLinear
 TOKENIZER = ROOT / "qalora_plugin" / "quickstart" / "base_model"
 
 
-def make_base(out: Path, layers: int) -> None:
+def make_base(out, layers):
     """Write a quantized checkpoint of random numbers."""
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
     config = LlamaConfig(
@@ -49,7 +47,7 @@ def make_base(out: Path, layers: int) -> None:
     tokenizer.save_pretrained(random_checkpoint(config, out))
 
 
-def anonymous() -> int:
+def anonymous():
     """Return the bytes of this process's resident memory that no file backs."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon:"):
@@ -57,7 +55,7 @@ def anonymous() -> int:
     raise SystemExit("no RssAnon in /proc/self/status")
 
 
-def settled() -> int:
+def settled():
     """Return the same, after memory that was freed has gone back to the system."""
     gc.collect()
     CDLL("libc.so.6").malloc_trim(0)
@@ -65,11 +63,11 @@ def settled() -> int:
 
 
 @contextmanager
-def highest() -> Iterator[list[int]]:
+def highest():
     """Measure the highest value of `anonymous` for a while, every 5 ms."""
     found, done = [0], threading.Event()
 
-    def look() -> None:
+    def look():
         while not done.wait(0.005):
             found[0] = max(found[0], anonymous())
 
@@ -82,7 +80,7 @@ def highest() -> Iterator[list[int]]:
         thread.join()
 
 
-def held(model: torch.nn.Module) -> dict[str, int]:
+def held(model):
     """Return the bytes of the quantized layers on this rank: sharded, and whole on every rank."""
     found = {"sharded": 0, "whole": 0}
     for layer in model.modules():
@@ -95,7 +93,7 @@ def held(model: torch.nn.Module) -> dict[str, int]:
     return found
 
 
-def measure(base: Path, out: Path, ranks: int) -> None:
+def measure(base, out, ranks):
     """Load, adapt and train a step in one rank, and write the numbers to a file."""
     use_cpu_ranks("zero3")
     before = settled()
@@ -111,7 +109,7 @@ def measure(base: Path, out: Path, ranks: int) -> None:
     path.write_text(json.dumps(rows | tensors | {"ranks": ranks}))
 
 
-def main() -> None:
+def main():
     out, numbers = Path(sys.argv[1]), [int(argument) for argument in sys.argv[2:]]
     layers, counts = (numbers or [24])[0], numbers[1:] or [1, 2, 4]
     with tempfile.TemporaryDirectory() as folder:

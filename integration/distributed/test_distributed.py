@@ -2,7 +2,6 @@
 
 import json
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +16,12 @@ Found = dict[str, Any]
 
 
 @pytest.fixture(scope="session")
-def run_script(
-    env_python: Callable[[str], Path], run_json: Callable[..., Any], project_path: Path
-) -> Callable[..., Found]:
+def run_script(env_python, run_json, project_path):
     """`run_script(name, *arguments)` -> the last line that a script of this folder prints."""
     path = f"{project_path}:{ROOT / 'tests'}"
     environment = {"PYTHONPATH": path, "OMP_NUM_THREADS": 1, "OMP_WAIT_POLICY": "PASSIVE"}
 
-    def run(script: str, *arguments: object) -> Found:
+    def run(script, *arguments):
         command = [env_python("axolotl"), HERE / script, *arguments]
         return run_json(*command, timeout=900, **environment)
 
@@ -32,19 +29,19 @@ def run_script(
 
 
 @pytest.fixture(scope="session")
-def driven(run_script: Callable[..., Found], tmp_path_factory: pytest.TempPathFactory) -> Found:
+def driven(run_script, tmp_path_factory):
     """What each step of drive.py found."""
     return run_script("drive.py", BASE, tmp_path_factory.mktemp("distributed"))
 
 
-def step(driven: Found, name: str) -> Found:
+def step(driven, name):
     found = driven[name]
     assert "error" not in found, found["error"]
     return found
 
 
 @pytest.mark.parametrize("mode", SHARDED)
-def test_every_mode_trains_the_adapter_of_one_rank(driven: Found, mode: str) -> None:
+def test_every_mode_trains_the_adapter_of_one_rank(driven, mode):
     """20 steps of AdamW in fp32 on the same rows: within 1e-5 of the whole adapter's norm.
 
     Single elements differ more: where a gradient is as small as the rounding of the sum over rows,
@@ -61,14 +58,14 @@ def test_every_mode_trains_the_adapter_of_one_rank(driven: Found, mode: str) -> 
 
 
 @pytest.mark.parametrize("mode", ["zero3", "fsdp2"])
-def test_merging_after_sharded_training_writes_the_same_bytes(driven: Found, mode: str) -> None:
+def test_merging_after_sharded_training_writes_the_same_bytes(driven, mode):
     found = step(driven, "same_bytes")[mode]
     assert {"model.safetensors", "config.json", "qalora_manifest.json"} <= set(found["names"])
     assert found["again"] == found["names"]
     assert found["different"] == []
 
 
-def test_killed_and_resumed_on_one_rank_is_bit_equal(driven: Found) -> None:
+def test_killed_and_resumed_on_one_rank_is_bit_equal(driven):
     found = step(driven, "resumed")["one"]
     before, after = found["losses"]
     assert len(before) == 20
@@ -77,7 +74,7 @@ def test_killed_and_resumed_on_one_rank_is_bit_equal(driven: Found) -> None:
 
 
 @pytest.mark.parametrize("mode", SHARDED)
-def test_killed_and_resumed_on_two_ranks(driven: Found, mode: str) -> None:
+def test_killed_and_resumed_on_two_ranks(driven, mode):
     found = step(driven, "resumed")[mode]
     before, after = found["losses"]
     assert all(abs(one - two) <= 1e-6 * one for one, two in zip(before, after, strict=True))
@@ -87,14 +84,14 @@ def test_killed_and_resumed_on_two_ranks(driven: Found, mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", SHARDED)
-def test_a_rank_killed_in_training_stops_the_other(driven: Found, mode: str) -> None:
+def test_a_rank_killed_in_training_stops_the_other(driven, mode):
     """Gloo notices it, without any launcher."""
     found = step(driven, "resumed")[mode]["killed"]
     check_stopped(found, killed=1)
     assert "merged" not in found["left"]
 
 
-def check_stopped(ended: Found, killed: int) -> None:
+def check_stopped(ended, killed):
     """One of two ranks was killed, and the other stopped in time."""
     assert ended["codes"][killed] == -signal.SIGKILL
     assert ended["codes"][1 - killed] == 1
@@ -102,7 +99,7 @@ def check_stopped(ended: Found, killed: int) -> None:
     assert ended["seconds_after_kill"] < LIMIT
 
 
-def test_rank_0_killed_in_the_merge(driven: Found) -> None:
+def test_rank_0_killed_in_the_merge(driven):
     found = step(driven, "killed_merge")
     check_stopped(found, killed=0)
     assert "RankError: rank 0 stopped" in found["logs"][1]
@@ -113,7 +110,7 @@ def test_rank_0_killed_in_the_merge(driven: Found) -> None:
     assert [name for name in found["after"] if "merged" in name] == ["merged"]
 
 
-def test_checkpoints_on_another_number_of_ranks(driven: Found) -> None:
+def test_checkpoints_on_another_number_of_ranks(driven):
     """FSDP2's can be resumed, ZeRO's not; any adapter is a warm start."""
     found = step(driven, "other_ranks")
     assert found["fsdp2"]["resumed"], found["fsdp2"]["log"]
@@ -125,7 +122,7 @@ def test_checkpoints_on_another_number_of_ranks(driven: Found) -> None:
 
 @pytest.mark.parametrize("base", ["dense", "stock"])
 @pytest.mark.parametrize("mode", ["zero3", "fsdp2"])
-def test_other_bases(driven: Found, base: str, mode: str) -> None:
+def test_other_bases(driven, base, mode):
     """Quantized while it loads, and stock GPTQ with act-order: the same as on one rank."""
     found = step(driven, "other_bases")
     one, two = found[f"{base}-ddp"], found[f"{base}-{mode}"]
@@ -135,7 +132,7 @@ def test_other_bases(driven: Found, base: str, mode: str) -> None:
     assert all(abs(a - b) < 1e-5 for a, b in zip(one["losses"], two["losses"], strict=True))
 
 
-def check_memory(ranks: dict[str, list[Found]]) -> None:
+def check_memory(ranks):
     """What a rank holds of the quantized layers is its part of them."""
     (alone,) = ranks["1"]
     assert alone["whole"] == 0
@@ -146,15 +143,13 @@ def check_memory(ranks: dict[str, list[Found]]) -> None:
             assert part["sharded"] <= 1.01 * alone["sharded"] / int(count)
 
 
-def test_memory_of_a_rank_falls_with_their_number(
-    run_script: Callable[..., Found], tmp_path: Path
-) -> None:
+def test_memory_of_a_rank_falls_with_their_number(run_script, tmp_path):
     found = run_script("memory.py", tmp_path / "memory.json", 2, 1, 2)
     check_memory(found["ranks"])
     assert json.loads((tmp_path / "memory.json").read_text()) == found
 
 
-def test_committed_measurement() -> None:
+def test_committed_measurement():
     """What docs/multi_gpu.md states."""
     found = json.loads((HERE / "results" / "memory.json").read_text())
     check_memory(found["ranks"])

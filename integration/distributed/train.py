@@ -72,10 +72,10 @@ class Job:
 class Kill(TrainerCallback):
     """Kills one rank with SIGKILL after a step."""
 
-    def __init__(self, rank: int, step: int) -> None:
+    def __init__(self, rank, step):
         self.rank, self.step = rank, step
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == self.step and args.process_index == self.rank:
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -83,12 +83,12 @@ class Kill(TrainerCallback):
 class KilledMerge(MergeCallback):
     """Kills rank 0 with SIGKILL at the end of its merge."""
 
-    def _finish(self, partial: Path) -> None:
+    def _finish(self, partial):
         super()._finish(partial)
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def use_cpu_ranks(mode: str) -> None:
+def use_cpu_ranks(mode):
     """Let Accelerate run DeepSpeed and FSDP on CPU ranks over gloo."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 and mode == "ddp":
         return
@@ -97,7 +97,7 @@ def use_cpu_ranks(mode: str) -> None:
         return
     plain = accelerate.state.AcceleratorState.__init__
 
-    def with_fsdp(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
+    def with_fsdp(self, *args, fsdp_plugin=None, **kwargs):
         plain(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
         if fsdp_plugin is not None:
             self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
@@ -105,7 +105,7 @@ def use_cpu_ranks(mode: str) -> None:
     accelerate.state.AcceleratorState.__init__ = with_fsdp
 
 
-def mode_settings(mode: str) -> dict[str, Any]:
+def mode_settings(mode):
     """Return the settings of SFTConfig for a mode, from the recipes."""
     if mode in ZERO:
         config = json.loads((RECIPES / ZERO[mode]).read_text())
@@ -119,14 +119,14 @@ def mode_settings(mode: str) -> dict[str, Any]:
     return {}
 
 
-def rows() -> Dataset:
+def rows():
     """Return the first of the quickstart's pairs."""
     lines = (ROOT / "recipes" / "quickstart" / "pairs.jsonl").read_text().splitlines()[:128]
     pairs = [json.loads(line) for line in lines]
     return Dataset.from_list([{"text": pair["prompt"] + pair["completion"]} for pair in pairs])
 
 
-def make_trainer(job: Job) -> SFTTrainer:
+def make_trainer(job):
     world = int(os.environ.get("WORLD_SIZE", "1"))
     settings = {
         "output_dir": job.out,
@@ -170,7 +170,7 @@ def make_trainer(job: Job) -> SFTTrainer:
     )
 
 
-def run(job: Job) -> None:
+def run(job):
     """Train as the job says, in this rank."""
     use_cpu_ranks(job.mode)
     trainer = make_trainer(job)

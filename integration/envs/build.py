@@ -25,12 +25,12 @@ STAMP = "built-in-seconds"
 UNUSED_AFTER = 24 * 3600  # seconds; another checkout may be running in an older environment
 
 
-def names() -> list[str]:
+def names():
     """Return the names of the environments that can be built."""
     return sorted(p.stem for p in HERE.glob("*.txt") if not p.stem.endswith(".no-isolation"))
 
 
-def cache_dir() -> Path:
+def cache_dir():
     """Return the directory that holds the environments."""
     if own := os.environ.get("QALORA_ENV_CACHE"):
         return Path(own).expanduser().absolute()
@@ -38,13 +38,13 @@ def cache_dir() -> Path:
     return Path(base).expanduser().absolute() / "qalora-plugin" / "envs"
 
 
-def requirement_files(name: str) -> list[Path]:
+def requirement_files(name):
     """Return the requirement files of `name`, in the order of installation."""
     files = [HERE / f"{name}.txt", HERE / f"{name}.no-isolation.txt"]
     return [f for f in files if f.exists()]
 
 
-def contents(path: Path) -> str:
+def contents(path):
     """Return the text of a requirement file with that of the files it includes (`-r`, `-c`)."""
     text = path.read_text()
     for included in re.findall(r"^-[rc]\s+(\S+)", text, flags=re.MULTILINE):
@@ -52,14 +52,14 @@ def contents(path: Path) -> str:
     return text
 
 
-def environment_dir(name: str) -> Path:
+def environment_dir(name):
     """Return the directory of the environment `name` for this interpreter's version."""
     digest = hashlib.sha256("".join(contents(f) for f in requirement_files(name)).encode())
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     return cache_dir() / f"{name}-py{version}-{digest.hexdigest()[:12]}"
 
 
-def install(name: str, directory: Path) -> None:
+def install(name, directory):
     """Create the virtual environment in `directory`; raises CalledProcessError."""
     venv.create(directory, with_pip=True, symlinks=True)
     pip = [directory / "bin" / "python", "-m", "pip", "install", "--disable-pip-version-check"]
@@ -71,7 +71,7 @@ def install(name: str, directory: Path) -> None:
         subprocess.run(command, check=True, stdout=sys.stderr, env=environment)
 
 
-def remove_unused(keep: Path, name: str) -> None:
+def remove_unused(keep, name):
     """Remove environments of `name` with other requirements that nothing used for a day."""
     prefix = keep.name.rpartition("-")[0]
     for other in keep.parent.glob(f"{prefix}-*"):
@@ -81,7 +81,7 @@ def remove_unused(keep: Path, name: str) -> None:
             shutil.rmtree(other)
 
 
-def build(name: str) -> Path:
+def build(name):
     """Return the interpreter of environment `name`, building the environment if it is missing.
 
     A virtual environment cannot be renamed, so its stamp is written last: without one it is a

@@ -3,7 +3,6 @@
 import importlib.util
 import subprocess
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
@@ -11,7 +10,7 @@ SCRIPT = Path(__file__).resolve().parent / "build.py"
 
 
 @pytest.fixture
-def builder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def builder(tmp_path, monkeypatch):
     """The builder with its own requirement files, `empty` and its include, and its own cache."""
     spec = importlib.util.spec_from_file_location("build", SCRIPT)
     assert spec and spec.loader
@@ -26,7 +25,7 @@ def builder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
-def test_every_environment_is_pinned() -> None:
+def test_every_environment_is_pinned():
     for requirements in SCRIPT.parent.glob("*.txt"):
         lines = [line.partition("#")[0].strip() for line in requirements.read_text().splitlines()]
         included = any(line.startswith("-c") for line in lines)
@@ -34,13 +33,13 @@ def test_every_environment_is_pinned() -> None:
         assert included or not loose, f"{requirements.name} does not pin {loose}"
 
 
-def test_an_included_file_changes_the_directory(builder: ModuleType) -> None:
+def test_an_included_file_changes_the_directory(builder):
     before = builder.environment_dir("empty")
     (builder.HERE / "pins.constraints").write_text("numpy==2.3.4\n")
     assert builder.environment_dir("empty") != before
 
 
-def test_build_reuses_a_finished_environment_and_remakes_a_broken_one(builder: ModuleType) -> None:
+def test_build_reuses_a_finished_environment_and_remakes_a_broken_one(builder):
     python = builder.build("empty")
     assert subprocess.run([python, "-c", "import pip"]).returncode == 0
     marker = python.parents[1] / "marker"

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,23 +15,17 @@ RunExport = Callable[..., tuple[dict[str, Any], dict[str, torch.Tensor]]]
 
 
 @pytest.fixture
-def qalora(
-    env_python: Callable[[str], Path], run_python: Callable[..., str], project_path: Path
-) -> Callable[..., str]:
+def qalora(env_python, run_python, project_path):
     """`qalora("export", ...)` -> stdout of this project's command line in that environment."""
     command = [env_python("export"), "-P", "-m", "qalora_plugin"]
     return partial(run_python, *command, PYTHONPATH=project_path)
 
 
 @pytest.fixture
-def run_export(
-    env_python: Callable[[str], Path], run_python: Callable[..., str], tmp_path: Path
-) -> RunExport:
+def run_export(env_python, run_python, tmp_path):
     """`run_export(format, exported, ids, *more)` -> what the format's program printed and saved."""
 
-    def run(
-        format: str, exported: Path, ids: torch.Tensor, *more: object, environment: str = "export"
-    ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    def run(format, exported, ids, *more, environment="export"):
         given, out = tmp_path / "input.safetensors", tmp_path / "output.safetensors"
         save_file({"input_ids": ids}, given)
         arguments = [format_named(format).script, exported, given, out, *more]

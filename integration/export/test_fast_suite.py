@@ -1,12 +1,7 @@
 """tests/formats with every target's own library at hand; the pinned `.venv` holds none of them."""
 
-from collections.abc import Callable
-from pathlib import Path
 
-
-def test_exports_equal_ours_in_the_targets_own_libraries(
-    env_python: Callable[[str], Path], run_python: Callable[..., str], project_path: Path
-) -> None:
+def test_exports_equal_ours_in_the_targets_own_libraries(env_python, run_python, project_path):
     command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/formats"]
     environment = {"PYTHONPATH": project_path}
     printed = run_python(env_python("export"), *command, timeout=None, **environment)

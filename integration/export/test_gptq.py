@@ -1,9 +1,5 @@
 """Stock GPTQ directories that we write run in AutoGPTQ 0.7.1 and GPTQModel 5.8.0."""
 
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
 from support.random_adapter import random_adapter
@@ -21,9 +17,7 @@ TOLERANCE = {"autogptq": 1e-5, "gptqmodel": 2e-3}  # GPTQModel dequantizes to fp
 
 
 @pytest.mark.parametrize(("bits", "desc_act"), [(2, False), (4, False), (4, True), (8, False)])
-def test_engines_compute_what_we_compute(
-    bits: int, desc_act: bool, run_export: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_engines_compute_what_we_compute(bits, desc_act, run_export, tmp_path):
     stock = tmp_path / "stock"
     quantize_model(
         base_model_path(),
@@ -51,9 +45,7 @@ def test_engines_compute_what_we_compute(
 
 
 @pytest.mark.parametrize("bits", [2, 4])
-def test_requantized_offsets_run_in_gptqmodel(
-    bits: int, env_python: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_requantized_offsets_run_in_gptqmodel(bits, env_python, tmp_path):
     """An adapter has moved the offsets; what is written for it runs as we read it."""
     base = tmp_path / "base"
     model = AutoModelForCausalLM.from_pretrained(

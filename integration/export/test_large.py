@@ -6,8 +6,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 from support.random_adapter import random_adapter
@@ -33,7 +31,7 @@ CONFIG = LlamaConfig(
 )
 
 
-def write_tokenizer(out: Path) -> None:
+def write_tokenizer(out):
     """Write a byte-level tokenizer without merges."""
     vocab = {chr(0x4E00 + i) if i >= 256 else chr(256 + i): i for i in range(20000)}
     model = {"type": "BPE", "vocab": vocab, "merges": []}
@@ -42,7 +40,7 @@ def write_tokenizer(out: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def large(tmp_path_factory):
     """Return a folder with `model` and `adapter`."""
     folder = tmp_path_factory.mktemp("large")
     if shutil.disk_usage(folder).free < FREE_DISK:
@@ -57,12 +55,12 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("format", ["gguf", "mlx", "torchao", "lora"])
 def test_export_is_fast_and_small(
-    format: str,
-    large: Path,
-    env_python: Callable[[str], Path],
-    project_path: Path,
-    tmp_path: Path,
-) -> None:
+    format,
+    large,
+    env_python,
+    project_path,
+    tmp_path,
+):
     source = large / ("adapter" if format == "lora" else "model")
     out = tmp_path / "out.gguf"
     command = [env_python("export"), "-P", "-m", "qalora_plugin", "export", source]

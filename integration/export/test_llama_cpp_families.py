@@ -1,8 +1,6 @@
 """Every family that is written to GGUF computes in llama.cpp what it computes in transformers."""
 
 import shutil
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +12,6 @@ from transformers import (
     GemmaConfig,
     LlamaConfig,
     MistralConfig,
-    PreTrainedConfig,
     Qwen2Config,
     Qwen3Config,
 )
@@ -58,7 +55,7 @@ FAMILIES = {
 }
 
 
-def write_model(config: PreTrainedConfig, folder: Path) -> Path:
+def write_model(config, folder):
     """Write a quantized model of random weights, with the quickstart's tokenizer."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
@@ -76,9 +73,7 @@ def write_model(config: PreTrainedConfig, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_family(
-    family: str, qalora: Callable[..., str], run_export: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_family(family, qalora, run_export, tmp_path):
     model, out = write_model(FAMILIES[family], tmp_path), tmp_path / "model.gguf"
     qalora("export", model, "--format", "gguf", "--out", out)
     ids = torch.randint(3, 2048, (40,), generator=torch.Generator().manual_seed(0))

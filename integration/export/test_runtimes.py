@@ -2,7 +2,6 @@
 
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,7 +39,7 @@ class Model(NamedTuple):
     merged: Path
 
 
-def write_base(folder: Path, config: QALoRAQuantConfig) -> Path:
+def write_base(folder, config):
     """Write the quickstart's base, quantized."""
     base = folder / "base"
     load = AutoModelForCausalLM.from_pretrained
@@ -49,7 +48,7 @@ def write_base(folder: Path, config: QALoRAQuantConfig) -> Path:
     return base
 
 
-def write_model(folder: Path, config: QALoRAQuantConfig) -> Model:
+def write_model(folder, config):
     """Write the three below `folder`."""
     base, adapter = write_base(folder, config), folder / "adapter"
     random_adapter(open_quantized(base), adapter, rank=RANK, alpha=RANK, size=0.05)
@@ -58,27 +57,27 @@ def write_model(folder: Path, config: QALoRAQuantConfig) -> Model:
 
 
 @pytest.fixture(scope="module", params=[2, 3, 4, 8], ids="{}bit".format)
-def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
+def model(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(f"int{request.param}")
     return write_model(folder, QALoRAQuantConfig(bits=request.param, group_size=32))
 
 
-def load(directory: Path) -> Any:
+def load(directory):
     """Load a model in fp32."""
     return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
 
 
 @torch.no_grad()
-def logits(model: Any, ids: torch.Tensor = IDS) -> torch.Tensor:
+def logits(model, ids=IDS):
     """Return a model's logits."""
     return model(input_ids=ids).logits
 
 
-def assert_equal(saved: dict[str, torch.Tensor], expected: torch.Tensor) -> None:
+def assert_equal(saved, expected):
     torch.testing.assert_close(saved["logits"], expected, atol=1e-4, rtol=0)
 
 
-def test_mlx(model: Model, run_export: RunExport, tmp_path: Path) -> None:
+def test_mlx(model, run_export, tmp_path):
     export_model(model.merged, tmp_path / "mlx", "mlx")
     printed, saved = run_export("mlx", tmp_path / "mlx", IDS, PROMPT)
     ours = load(model.merged)
@@ -90,14 +89,14 @@ def test_mlx(model: Model, run_export: RunExport, tmp_path: Path) -> None:
     assert printed["text"].strip() == expected.strip()
 
 
-def test_torchao_in_stock_transformers(model: Model, run_export: RunExport, tmp_path: Path) -> None:
+def test_torchao_in_stock_transformers(model, run_export, tmp_path):
     export_model(model.merged, tmp_path / "torchao", "torchao")
     printed, saved = run_export("torchao", tmp_path / "torchao", IDS)
     assert "IntxUnpackedToInt8Tensor" in printed["weights"]
     assert_equal(saved, logits(load(model.merged)))
 
 
-def test_lora_in_stock_peft(model: Model, run_export: RunExport, tmp_path: Path) -> None:
+def test_lora_in_stock_peft(model, run_export, tmp_path):
     """The adapter as LoRA on the untouched base, which stock transformers holds through torchao."""
     export_model(model.base, tmp_path / "base", "torchao")
     export_model(model.adapter, tmp_path / "lora", "lora")
@@ -114,9 +113,7 @@ def test_lora_in_stock_peft(model: Model, run_export: RunExport, tmp_path: Path)
     assert_equal(saved, logits(expected))
 
 
-def test_onnx(
-    model: Model, qalora: Callable[..., str], run_export: RunExport, tmp_path: Path
-) -> None:
+def test_onnx(model, qalora, run_export, tmp_path):
     qalora("export", model.merged, "--format", "onnx", "--out", tmp_path / "onnx")
     _, saved = run_export("onnx", tmp_path / "onnx", IDS)
     ours = load(model.merged)
@@ -130,9 +127,7 @@ def test_onnx(
 LLAMA_CPP_ROUNDING = 0.2
 
 
-def run_llama_cpp(
-    model: Path, text: str, qalora: Callable[..., str], run_export: RunExport, folder: Path
-) -> tuple[list[int], dict[str, Any], torch.Tensor]:
+def run_llama_cpp(model, text, qalora, run_export, folder):
     """Export a model to GGUF and run it.
 
     Returns:
@@ -146,9 +141,7 @@ def run_llama_cpp(
     return ids, printed, saved["logprobs"][0]
 
 
-def test_llama_cpp(
-    model: Model, qalora: Callable[..., str], run_export: RunExport, tmp_path: Path
-) -> None:
+def test_llama_cpp(model, qalora, run_export, tmp_path):
     ids, printed, found = run_llama_cpp(model.merged, TEXT, qalora, run_export, tmp_path)
     assert printed["tokens"] == ids
     expected = logits(load(model.merged), torch.tensor([ids]))[0, -1].log_softmax(-1)
@@ -160,9 +153,7 @@ def test_llama_cpp(
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
-def test_gguf_of_minima_is_bit_for_bit(
-    bits: int, qalora: Callable[..., str], tmp_path: Path
-) -> None:
+def test_gguf_of_minima_is_bit_for_bit(bits, qalora, tmp_path):
     """As `qalora quickstart` quantizes: every weight that gguf-py dequantizes is the merged one."""
     merged = write_model(tmp_path, QALoRAQuantConfig(bits, 32, offsets_at="minimum")).merged
     out = tmp_path / "model.gguf"
@@ -172,7 +163,7 @@ def test_gguf_of_minima_is_bit_for_bit(
     assert report["runtime"]["not_run"] is None  # and what llama.cpp computes is within its bound
 
 
-def write_sentencepiece_like(out: Path) -> None:
+def write_sentencepiece_like(out):
     """A tokenizer of the kind of Llama 2 and Mistral: byte fallback, spaces as U+2581."""
     special = ["<unk>", "<s>", "</s>"]
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
@@ -191,9 +182,7 @@ def write_sentencepiece_like(out: Path) -> None:
     (out / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
-def test_llama_cpp_tokenizes_as_sentencepiece_models_do(
-    qalora: Callable[..., str], run_export: RunExport, tmp_path: Path
-) -> None:
+def test_llama_cpp_tokenizes_as_sentencepiece_models_do(qalora, run_export, tmp_path):
     base = write_base(tmp_path, QALoRAQuantConfig(bits=4, group_size=32))
     write_sentencepiece_like(base)
     text = "The quantized model's  weights: 4 bits,\n caf\u00e9 \u4f60 and an adapter."
@@ -203,7 +192,7 @@ def test_llama_cpp_tokenizes_as_sentencepiece_models_do(
 
 
 @pytest.mark.parametrize("engine", ["gptqmodel", "autogptq"])
-def test_gptq_of_merged_scales(engine: str, run_export: RunExport, tmp_path: Path) -> None:
+def test_gptq_of_merged_scales(engine, run_export, tmp_path):
     base = tmp_path / "base"
     options = ["--bits", "4", "--group-size", "32", "--method", "rtn", "--zero-points", "integer"]
     assert command_line(["quantize", str(base_model_path()), "--out", str(base), *options]) == 0
@@ -218,9 +207,7 @@ def test_gptq_of_merged_scales(engine: str, run_export: RunExport, tmp_path: Pat
     assert_equal(saved, expected)
 
 
-def test_the_environment_has_the_packages_alone(
-    env_python: Callable[[str], Path], run_python: Callable[..., str]
-) -> None:
+def test_the_environment_has_the_packages_alone(env_python, run_python):
     code = "import gguf, mlx_lm, onnxruntime_genai, peft, torchao, transformers, xllamacpp"
     code += "; import importlib.util; assert importlib.util.find_spec('qalora_plugin') is None"
     run_python(env_python("export"), "-P", "-c", code)  # -P: not from the current directory

@@ -9,7 +9,7 @@ from pathlib import Path
 RUN = Path(__file__).resolve().parents[2] / "kernels" / "benchmarks" / "gpu_run.py"
 
 
-def rehearse(out: Path, *options: str) -> subprocess.CompletedProcess[str]:
+def rehearse(out, *options):
     # the wheels of a GPU machine are not for this one
     command = [sys.executable, str(RUN), str(out), "--rehearse", "--wheels", str(out / "none")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -18,7 +18,7 @@ def rehearse(out: Path, *options: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_all_stages_on_the_cpu(tmp_path: Path) -> None:
+def test_all_stages_on_the_cpu(tmp_path):
     first = rehearse(tmp_path, "--only", "memcheck")
     assert first.returncode == 0, first.stdout + first.stderr
     done = rehearse(tmp_path)
@@ -61,14 +61,14 @@ def test_all_stages_on_the_cpu(tmp_path: Path) -> None:
     assert "failed: none" in summary
 
 
-def test_what_finds_no_time_is_named_and_left_for_the_next_call(tmp_path: Path) -> None:
+def test_what_finds_no_time_is_named_and_left_for_the_next_call(tmp_path):
     done = rehearse(tmp_path, "--stage", "1", "--budget", "0")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "no time left for: ['kernel tests', 'memcheck']" in done.stdout
     assert not (tmp_path / "units.jsonl").exists()
 
 
-def test_a_failing_unit_is_reported_and_run_again(tmp_path: Path) -> None:
+def test_a_failing_unit_is_reported_and_run_again(tmp_path):
     """A data file that cannot be written."""
     options = ("--only", "decoder layer 32")
     (tmp_path / "stage2.jsonl").symlink_to(tmp_path / "missing" / "stage2.jsonl")

@@ -1,8 +1,6 @@
 """Without the plugin, transformers must refuse our checkpoints: never a model of random layers."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,7 +14,7 @@ CLASSES = {auto.__name__: auto for auto in (AutoModelForCausalLM, AutoModel)}
 
 
 @pytest.fixture(scope="module")
-def quantized(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def quantized(tmp_path_factory):
     """The quickstart's base and a BERT-type encoder as INT4, by the class that loads them."""
     folder = tmp_path_factory.mktemp("guard")
     torch.manual_seed(0)
@@ -34,20 +32,18 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.mark.parametrize("environment", ["bare", "newest"])
 @pytest.mark.parametrize("auto_class", CLASSES)
 def test_stock_transformers_refuses(
-    environment: str,
-    auto_class: str,
-    quantized: dict[str, Path],
-    env_python: Callable[[str], Path],
-    run_json: Callable[..., Any],
-) -> None:
+    environment,
+    auto_class,
+    quantized,
+    env_python,
+    run_json,
+):
     result = run_json(env_python(environment), LOADER, quantized[auto_class], auto_class)
     assert result["raised"], f"transformers {result['transformers']} returned a model"
     assert "mismatch" in result["raised"], result["raised"]
 
 
-def test_a_dense_model_still_loads_there(
-    env_python: Callable[[str], Path], run_json: Callable[..., Any]
-) -> None:
+def test_a_dense_model_still_loads_there(env_python, run_json):
     # otherwise the refusals above could come from a broken environment
     result = run_json(env_python("bare"), LOADER, base_model_path(), "AutoModelForCausalLM")
     assert result["raised"] is None

@@ -1,7 +1,6 @@
 """A Llama of random weights in TinyLlama's 1.1B shape."""
 
 import os
-from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +8,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 
 @pytest.fixture
-def llama_1b(tmp_path: Path) -> Path:
+def llama_1b(tmp_path):
     """Directory of TinyLlama-1.1B's shape with random weights in bf16 shards, no tokenizer.
 
     Memory is bounded by one block and the embeddings, so a few blocks show it; all of them take

@@ -26,7 +26,7 @@ quantize_model(sys.argv[1], sys.argv[2], bits=4, group_size=32, calibration=ids,
 """
 
 
-def peak_of(step: str, *arguments: object) -> int:
+def peak_of(step, *arguments):
     """Run Python, print how long it took, and return its peak of resident bytes.
 
     The peak is read while it runs: what `wait4` says of a child is no less than what this process
@@ -45,7 +45,7 @@ def peak_of(step: str, *arguments: object) -> int:
     return peak
 
 
-def write_adapter(base: Path, out: Path) -> None:
+def write_adapter(base, out):
     """Write an adapter of random numbers for every quantized layer, as PEFT lays it out."""
     source, tensors = open_quantized(base), {}
     for name, spec in source.layers.items():
@@ -62,7 +62,7 @@ def write_adapter(base: Path, out: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
-def test_1b_is_quantized_and_merged_in_bounded_memory(tmp_path: Path, llama_1b: Path) -> None:
+def test_1b_is_quantized_and_merged_in_bounded_memory(tmp_path, llama_1b):
     quantized, adapter, merged = (tmp_path / name for name in ("int4", "adapter", "merged"))
     assert peak_of("quantize", "-c", QUANTIZE, llama_1b, quantized) <= QUANTIZE_LIMIT
     write_adapter(quantized, adapter)

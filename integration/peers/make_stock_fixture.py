@@ -64,7 +64,7 @@ FIXTURES = {
 }
 
 
-def base_model(fixture: Fixture) -> LlamaForCausalLM:
+def base_model(fixture):
     """Return a random Llama whose channels differ in size, so that act-order permutes them."""
     torch.manual_seed(0)
     hidden, intermediate, vocab = (256, 256, 128) if fixture.large else (64, 96, 32)
@@ -91,7 +91,7 @@ def base_model(fixture: Fixture) -> LlamaForCausalLM:
     return model.half()
 
 
-def base_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
+def base_tokenizer(vocab_size):
     """Return a tokenizer of the words t0, t1, ...: GPTQModel loads no model without one."""
     vocab = {f"t{i}": i for i in range(vocab_size)}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="t0"))
@@ -101,7 +101,7 @@ def base_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
     )
 
 
-def quantize(fixture: Fixture, source: Path, out: Path) -> None:
+def quantize(fixture, source, out):
     """Quantize the model in `source` and write GPTQModel's directory to `out`."""
     vocab = json.loads((source / "config.json").read_text())["vocab_size"]
     generator = torch.Generator().manual_seed(1)
@@ -125,7 +125,7 @@ def quantize(fixture: Fixture, source: Path, out: Path) -> None:
     model.save(str(out))
 
 
-def load_float32(directory: Path) -> torch.nn.Module:
+def load_float32(directory):
     """Return the quantized model on GPTQModel's torch kernel in float32."""
     # Left to itself it rounds the scales to bfloat16 on a CPU.
     loaded = GPTQModel.load(
@@ -134,13 +134,13 @@ def load_float32(directory: Path) -> torch.nn.Module:
     return loaded.model.float().eval()
 
 
-def save_reference(tensors: dict[str, torch.Tensor], directory: Path) -> None:
+def save_reference(tensors, directory):
     """Write `reference.safetensors`."""
     assert all(t.dtype in (torch.int64, torch.float32) for t in tensors.values())
     save_file({k: v.contiguous() for k, v in tensors.items()}, directory / "reference.safetensors")
 
 
-def write_reference(fixture: Fixture, directory: Path) -> None:
+def write_reference(fixture, directory):
     """Write the outputs of GPTQModel's own forward."""
     model = load_float32(directory)
     generator = torch.Generator().manual_seed(2)
@@ -154,7 +154,7 @@ def write_reference(fixture: Fixture, directory: Path) -> None:
     save_reference(tensors, directory)
 
 
-def make(name: str, out: Path) -> None:
+def make(name, out):
     """Make fixture `name` in `out / name`, replacing what was there."""
     fixture, target = FIXTURES[name], out / name
     with tempfile.TemporaryDirectory() as temporary:
@@ -171,7 +171,7 @@ def make(name: str, out: Path) -> None:
     print(f"{name}: {size} bytes, {sorted(f.name for f in target.iterdir())}", flush=True)
 
 
-def main() -> None:
+def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(FIXTURES)}")

@@ -17,14 +17,14 @@ os.environ["TORCH_COMPILE_DISABLE"] = "1"  # compiling takes minutes here, runni
 
 import torch
 from make_stock_fixture import load_float32, save_reference
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 
 STEPS = 20
 # PEFT's "all-linear" does not see GPTQModel's layers.
 TARGET_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def train(base: torch.nn.Module, group_size: int) -> PeftModel:
+def train(base, group_size):
     """Train a few Adam steps on random tokens, enough for lora_B to be far from zero."""
     config = LoraConfig(
         r=4,
@@ -51,7 +51,7 @@ def train(base: torch.nn.Module, group_size: int) -> PeftModel:
     return model.eval()
 
 
-def main() -> None:
+def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("base", type=Path)
     parser.add_argument("out", type=Path)

@@ -1,8 +1,6 @@
 """The committed stock checkpoints give the committed logits in the engines that own the format."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -27,12 +25,12 @@ FIXTURES = HERE.parents[1] / "tests" / "fixtures"
     ],
 )
 def test_engine_reproduces_reference_logits(
-    engine: str,
-    fixture: str,
-    env_python: Callable[[str], Path],
-    run_json: Callable[..., Any],
-    tmp_path: Path,
-) -> None:
+    engine,
+    fixture,
+    env_python,
+    run_json,
+    tmp_path,
+):
     reference = FIXTURES / fixture / "reference.safetensors"
     out = tmp_path / "logits.safetensors"
     script = format_named("gptq").script

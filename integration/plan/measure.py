@@ -27,7 +27,7 @@ from qalora_kernels import PackedWeight, QuantSpec
 from qalora_plugin import QALoRAConfig
 from qalora_plugin.architecture.selection import linears_in_blocks
 from qalora_plugin.layers.linear import QuantLinear
-from qalora_plugin.plan import ModelShape, PlanSettings, load_shape, plan_method
+from qalora_plugin.plan import PlanSettings, load_shape, plan_method
 
 RESULTS = Path(__file__).parent / "results" / "plan.json"
 STEPS = 3
@@ -51,7 +51,7 @@ RUNS = ["llama/lora", *(f"{model}/qalora" for model in MODELS)]
 NAMES = [run + more for run in RUNS for more in ("", "/checkpointing")]
 
 
-def load_case(name: str, device: str) -> tuple[str, ModelShape, PlanSettings]:
+def load_case(name, device):
     """Return a case's method, `ModelShape` and `PlanSettings`."""
     model, method, *checkpointing = name.split("/")
     values = dict(zip(CONFIG + RUN, MODELS[model], strict=True))
@@ -64,13 +64,13 @@ def load_case(name: str, device: str) -> tuple[str, ModelShape, PlanSettings]:
         return method, load_shape(directory, settings), settings
 
 
-def predict(name: str, device: str) -> int:
+def predict(name, device):
     """Return the allocated bytes that the plan expects; the CUDA context is not among them."""
     planned = plan_method(*load_case(name, device))
     return planned.total - planned.memory["runtime"]
 
 
-def make_trainer(name: str, device: str) -> Trainer:
+def make_trainer(name, device):
     """Return a Trainer of the case's model with random weights and data."""
     method, shape, settings = load_case(name, device)
     model = AutoModelForCausalLM.from_config(shape.config, dtype=settings.torch_dtype)
@@ -103,7 +103,7 @@ def make_trainer(name: str, device: str) -> Trainer:
     return Trainer(get_peft_model(model, config), arguments, train_dataset=data)
 
 
-def allocated_peak(trainer: Trainer, device: str) -> int:
+def allocated_peak(trainer, device):
     """Train; return the most bytes in tensors at one time, the model's among them."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -121,7 +121,7 @@ def allocated_peak(trainer: Trainer, device: str) -> int:
     return peak
 
 
-def run_case(name: str, device: str) -> dict[str, Any]:
+def run_case(name, device):
     """Measure a case in a process of its own, and compare it with the plan."""
     command = [sys.executable, __file__, "--device", device, "--in-this-process", name]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -131,7 +131,7 @@ def run_case(name: str, device: str) -> dict[str, Any]:
     return {"measured": measured, "predicted": predicted, "error": round(error, 4)}
 
 
-def main() -> None:
+def main():
     """Measure the cases that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("case", nargs="?", default="", help="start of the names of cases")

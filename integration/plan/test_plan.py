@@ -14,12 +14,12 @@ LIMIT = 0.03
 
 
 @pytest.mark.parametrize("name", ["llama/qalora", "gpt_neox/qalora/checkpointing"])
-def test_prediction_is_near_the_peak(name: str) -> None:
+def test_prediction_is_near_the_peak(name):
     found = measure.run_case(name, "cpu")
     assert abs(found["error"]) < LIMIT, found
 
 
-def test_predictions_are_near_the_recorded_peaks() -> None:
+def test_predictions_are_near_the_recorded_peaks():
     recorded = json.loads(measure.RESULTS.read_text())
     assert set(recorded) == set(measure.NAMES)
     for name, row in recorded.items():

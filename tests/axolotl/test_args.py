@@ -13,13 +13,13 @@ from qalora_plugin.errors import ConfigError
 from qalora_plugin.formats import FOLDERS
 
 
-def test_defaults_are_the_papers_mode() -> None:
+def test_defaults_are_the_papers_mode():
     block = QALoRAArgs().qalora
     assert (block.bits, block.group_size, block.adapt) == (4, 32, "zeros")
     assert block.merge_on_finish
 
 
-def test_an_unknown_key_is_named_with_what_is_allowed() -> None:
+def test_an_unknown_key_is_named_with_what_is_allowed():
     with pytest.raises(ValidationError, match=r"unknown key bitz; allowed are adapt, bits, "):
         QALoRABlock.model_validate({"bitz": 4})
 
@@ -33,7 +33,7 @@ def test_an_unknown_key_is_named_with_what_is_allowed() -> None:
         {"merge_formats": ["mlx"], "merge_on_finish": False},
     ],
 )
-def test_a_wrong_value_is_named(wrong: dict[str, object]) -> None:
+def test_a_wrong_value_is_named(wrong):
     with pytest.raises(ValidationError, match=next(iter(wrong))):
         QALoRABlock.model_validate(wrong)
 
@@ -54,7 +54,7 @@ def test_a_wrong_value_is_named(wrong: dict[str, object]) -> None:
         ),
     ],
 )
-def test_what_quantizing_refuses_is_said_in_keys(block: dict[str, object], message: str) -> None:
+def test_what_quantizing_refuses_is_said_in_keys(block, message):
     with pytest.raises(ValidationError, match=message):
         QALoRABlock.model_validate(block)
 
@@ -63,21 +63,21 @@ def test_what_quantizing_refuses_is_said_in_keys(block: dict[str, object], messa
     ("format", "adapt", "advice"),
     [("gptq", "zeros", "scales"), ("gptq", "both", "scales"), ("lora", "both", "zeros")],
 )
-def test_formats_that_cannot_hold_what_is_trained(format: str, adapt: str, advice: str) -> None:
+def test_formats_that_cannot_hold_what_is_trained(format, adapt, advice):
     with pytest.raises(ValidationError, match=rf"{format} does not go with.*Set adapt: {advice}"):
         QALoRABlock.model_validate({"merge_formats": ["qalora", format], "adapt": adapt})
     QALoRABlock.model_validate({"merge_formats": ["qalora", format], "adapt": advice})
 
 
 @pytest.mark.parametrize("format", ["qalora", *FOLDERS])
-def test_merge_formats_are_what_can_be_exported(format: str) -> None:
+def test_merge_formats_are_what_can_be_exported(format):
     adapt = {"gptq": "scales"}.get(format, "zeros")
     assert QALoRABlock(merge_formats=[format], adapt=adapt).merge_formats == [format]
     with pytest.raises(ValidationError, match=f"merge_formats: expected some of.* {format}.*'hqq'"):
         QALoRABlock(merge_formats=["hqq"])
 
 
-def test_every_key_has_a_help_text() -> None:
+def test_every_key_has_a_help_text():
     for name, field in QALoRABlock.model_fields.items():
         assert field.description, name
 
@@ -97,31 +97,31 @@ def test_every_key_has_a_help_text() -> None:
         ("peft_autocast_adapter_dtype", False),
     ],
 )
-def test_a_contradicting_key_is_refused_by_name(key: str, value: object) -> None:
+def test_a_contradicting_key_is_refused_by_name(key, value):
     with pytest.raises(ConfigError, match=key.removesuffix("_config").removesuffix("_tasks")):
         check_config({"adapter": "qalora", key: value})
 
 
-def test_switched_off_keys_are_no_contradiction() -> None:
+def test_switched_off_keys_are_no_contradiction():
     off = ("load_in_4bit", "load_in_8bit", "lora_mlp_kernel", "peft_use_dora", "relora")
     check_config({"adapter": "qalora", **dict.fromkeys(off, False)})
     check_config({"adapter": "qalora", "lm_eval_tasks": ["x"], "lm_eval_post_train": False})
 
 
-def test_the_block_needs_the_adapter() -> None:
+def test_the_block_needs_the_adapter():
     with pytest.raises(ConfigError, match="adapter: qalora"):
         check_config({"adapter": "lora", "qalora": {"bits": 4}})
     check_config({"adapter": "lora", "load_in_8bit": True})
 
 
-def test_dpo_cannot_start_from_an_adapter_but_can_be_merged() -> None:
+def test_dpo_cannot_start_from_an_adapter_but_can_be_merged():
     cfg = {"adapter": "qalora", "rl": "dpo", "lora_model_dir": "out"}
     with pytest.raises(ConfigError, match="lora_model_dir"):
         check_config(cfg)
     check_config(cfg | {"merge_lora": True})
 
 
-def test_the_settings_are_importable_without_axolotl(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_settings_are_importable_without_axolotl(monkeypatch):
     name = "qalora_plugin.axolotl"
     monkeypatch.setattr(qalora_plugin, "axolotl", qalora_plugin.axolotl)  # put back afterwards
     for loaded in [module for module in sys.modules if module.startswith(name)]:

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -20,18 +19,18 @@ from qalora_plugin.errors import CheckpointError, ConfigError, QuantizationError
 STOCK = Path(__file__).parent.parent / "fixtures" / "gptq_4bit_g128_actorder_asym"
 
 
-def tokenize(text: str) -> list[int]:
+def tokenize(text):
     return [ord(character) for character in text]
 
 
 @pytest.fixture(scope="module")
-def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def dense(tmp_path_factory):
     directory = tmp_path_factory.mktemp("base") / "dense"
     llama(hidden_size=32, intermediate_size=64, num_hidden_layers=1).save_pretrained(directory)
     return directory
 
 
-def cfg(dense: Path, tmp_path: Path, **block: Any) -> Any:
+def cfg(dense, tmp_path, **block):
     settings = QALoRABlock(**{"quantize_method": "rtn", **block}).model_dump()
     return SimpleNamespace(
         base_model=str(dense),
@@ -43,7 +42,7 @@ def cfg(dense: Path, tmp_path: Path, **block: Any) -> Any:
     )
 
 
-def test_kinds_of_bases(dense: Path, tmp_path: Path) -> None:
+def test_kinds_of_bases(dense, tmp_path):
     assert not is_quantized(str(dense))
     assert is_quantized(str(STOCK))
     (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "awq"}}')
@@ -53,7 +52,7 @@ def test_kinds_of_bases(dense: Path, tmp_path: Path) -> None:
         is_quantized(str(tmp_path))
 
 
-def test_an_unreadable_base_is_named(dense: Path, tmp_path: Path) -> None:
+def test_an_unreadable_base_is_named(dense, tmp_path):
     check_base(str(dense))
     check_base("org/name")  # a Hub id: not looked at, which would need the network
     with pytest.raises(CheckpointError, match="base_model"):
@@ -63,7 +62,7 @@ def test_an_unreadable_base_is_named(dense: Path, tmp_path: Path) -> None:
         check_base(str(tmp_path))
 
 
-def test_calibration_windows_from_tokenized_rows() -> None:
+def test_calibration_windows_from_tokenized_rows():
     rows = [{"input_ids": [row] * 5} for row in range(20)]
     windows = calibration_from_rows(rows, 4, 10, seed=3, tokenize=tokenize)
     assert windows.shape == (4, 10)
@@ -74,7 +73,7 @@ def test_calibration_windows_from_tokenized_rows() -> None:
     assert not torch.equal(windows, other)
 
 
-def test_a_small_set_gives_fewer_windows() -> None:
+def test_a_small_set_gives_fewer_windows():
     windows = calibration_from_rows([{"input_ids": [1, 2, 3]}], 8, 16, seed=0, tokenize=tokenize)
     assert windows.shape == (1, 3)
 
@@ -87,18 +86,18 @@ def test_a_small_set_gives_fewer_windows() -> None:
         {"prompt": "abcd"},
     ],
 )
-def test_calibration_from_texts(row: dict[str, Any]) -> None:
+def test_calibration_from_texts(row):
     windows = calibration_from_rows([row], 1, 4, seed=0, tokenize=tokenize)
     assert windows.tolist() == [tokenize("abcd")]
 
 
 @pytest.mark.parametrize("rows", [iter([]), [], [{"labels": [1, 2]}]])
-def test_rows_without_tokens_are_refused(rows: Any) -> None:
+def test_rows_without_tokens_are_refused(rows):
     with pytest.raises(QuantizationError, match="calibration: FILE"):
         calibration_from_rows(rows, 1, 4, seed=0, tokenize=tokenize)
 
 
-def test_a_base_is_quantized_once(dense: Path, tmp_path: Path) -> None:
+def test_a_base_is_quantized_once(dense, tmp_path):
     first = quantized_base(cfg(dense, tmp_path), [], tokenize)
     written = (first / "config.json").stat().st_mtime_ns
     assert first.parent == tmp_path / "quantized_bases"
@@ -109,7 +108,7 @@ def test_a_base_is_quantized_once(dense: Path, tmp_path: Path) -> None:
     assert quantized_base(chosen, [], tokenize) == tmp_path / "mine" / first.name
 
 
-def test_calibration_data_are_part_of_the_key(dense: Path, tmp_path: Path) -> None:
+def test_calibration_data_are_part_of_the_key(dense, tmp_path):
     gptq = cfg(dense, tmp_path, quantize_method="gptq", calibration_samples=2)
     rows = [{"input_ids": [1, 2, 3, 4] * 8}]
     first = quantized_base(gptq, rows, tokenize)

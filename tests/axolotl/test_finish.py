@@ -19,25 +19,25 @@ FIXTURES = Path(__file__).parents[1] / "fixtures"
 class Config(SimpleNamespace):
     """Axolotl's config: keys as attributes and as items, None where there is none."""
 
-    def __getattr__(self, key: str) -> Any:
+    def __getattr__(self, key):
         return None
 
-    def get(self, key: str) -> Any:
+    def get(self, key):
         return getattr(self, key)
 
     __getitem__ = get
 
-    def __setitem__(self, key: str, value: Any) -> None:
+    def __setitem__(self, key, value):
         setattr(self, key, value)
 
 
-def checkpoint(out: Path, step: int, state: str | None) -> None:
+def checkpoint(out, step, state):
     (out / f"checkpoint-{step}").mkdir(parents=True)
     if state is not None:
         (out / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
 
 
-def test_the_newest_complete_checkpoint_is_resumed_from(tmp_path: Path) -> None:
+def test_the_newest_complete_checkpoint_is_resumed_from(tmp_path):
     complete = json.dumps({"global_step": 1})
     for step, state in ((9, complete), (10, complete), (11, '{"global_'), (12, None)):
         checkpoint(tmp_path, step, state)
@@ -50,7 +50,7 @@ def test_the_newest_complete_checkpoint_is_resumed_from(tmp_path: Path) -> None:
     "settings",
     [{}, {"auto_resume_from_checkpoints": True, "resume_from_checkpoint": "checkpoint-1"}],
 )
-def test_what_the_user_says_is_left_alone(tmp_path: Path, settings: dict[str, Any]) -> None:
+def test_what_the_user_says_is_left_alone(tmp_path, settings):
     checkpoint(tmp_path, 1, json.dumps({"global_step": 1}))
     checkpoint(tmp_path, 2, None)
     cfg = Config(output_dir=str(tmp_path), **settings)
@@ -58,7 +58,7 @@ def test_what_the_user_says_is_left_alone(tmp_path: Path, settings: dict[str, An
     assert cfg.resume_from_checkpoint == settings.get("resume_from_checkpoint")
 
 
-def test_an_earlier_merge_is_never_overwritten(tmp_path: Path) -> None:
+def test_an_earlier_merge_is_never_overwritten(tmp_path):
     cfg = Config(
         output_dir=str(tmp_path), qalora={"merge_on_finish": True, "merge_formats": ["gguf"]}
     )
@@ -73,13 +73,13 @@ def test_an_earlier_merge_is_never_overwritten(tmp_path: Path) -> None:
     finish.check_free(Config(output_dir=str(tmp_path), qalora={"merge_on_finish": False}))
 
 
-def formats(tmp_path: Path, *names: str, **keys: Any) -> Config:
+def formats(tmp_path, *names, **keys):
     block = {"merge_on_finish": True, "zero_points": "real", "desc_act": False}
     block |= {"merge_formats": list(names), **keys}
     return Config(output_dir=str(tmp_path), qalora=block)
 
 
-def test_exports_that_would_fail_are_refused_before_training(tmp_path: Path) -> None:
+def test_exports_that_would_fail_are_refused_before_training(tmp_path):
     """By the settings while the base is a 16-bit model; by the layers of a quantized one."""
     for format, keys, why in (
         ("gptq", {}, "zero_points: integer"),
@@ -99,22 +99,20 @@ def test_exports_that_would_fail_are_refused_before_training(tmp_path: Path) -> 
     finish.check_formats(formats(tmp_path, "gptq", merge_on_finish=False), None)
 
 
-def test_a_missing_library_is_found_before_training(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_library_is_found_before_training(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(ConfigError, match=r"merge_formats: gguf .*pip install"):
         finish.check_formats(formats(tmp_path, "gguf"), None)
 
 
-def test_failed_exports_are_named_and_the_others_written(tmp_path: Path) -> None:
+def test_failed_exports_are_named_and_the_others_written(tmp_path):
     shutil.copytree(FIXTURES / "gptq_4bit_g32_sym_actorder", tmp_path / "merged")
     with pytest.raises(OutputError, match=r"^mlx: .*act-order"):
         finish.export(formats(tmp_path, "mlx", "gptq"), tmp_path)
     assert (tmp_path / "merged-gptq" / "config.json").is_file()
 
 
-def test_a_calibration_file_has_to_be_there(tmp_path: Path) -> None:
+def test_a_calibration_file_has_to_be_there(tmp_path):
     with pytest.raises(ConfigError, match=r"calibration: none\.txt: no such file"):
         check_calibration(Config(qalora={"calibration": "none.txt"}))
     (tmp_path / "text.txt").write_text("x")
@@ -122,11 +120,11 @@ def test_a_calibration_file_has_to_be_there(tmp_path: Path) -> None:
     check_calibration(Config(qalora={"calibration": None}))
 
 
-def test_pushing_needs_a_hub_model_id(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_pushing_needs_a_hub_model_id(monkeypatch, tmp_path):
     """The push itself is tested in tests/hub; here, when and where to."""
     pushed: list[tuple[Any, ...]] = []
 
-    def push_merged(directory: Path, repo_id: str, **facts: Any) -> str:
+    def push_merged(directory, repo_id, **facts):
         pushed.append((directory, repo_id, facts))
         return "address"
 

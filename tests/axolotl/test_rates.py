@@ -1,7 +1,5 @@
 """The scales' learning rate as one of Axolotl's `lr_groups`. Axolotl itself is not imported."""
 
-from typing import Any
-
 import pytest
 
 from qalora_plugin.axolotl import QALoRABlock
@@ -10,13 +8,13 @@ from qalora_plugin.errors import ConfigError
 from qalora_plugin.tuner.parameter_groups import SCALE_LR_RATIO
 
 
-def _config(block: dict[str, Any], **keys: Any) -> dict[str, Any]:
+def _config(block, **keys):
     qalora = QALoRABlock(**block).model_dump()
     return {"learning_rate": 2e-4, "optimizer": "adamw_torch", "qalora": qalora} | keys
 
 
 @pytest.mark.parametrize("adapt", ["scales", "both"])
-def test_a_group_for_the_scales(adapt: str) -> None:
+def test_a_group_for_the_scales(adapt):
     cfg = _config({"adapt": adapt})
     set_scale_rate(cfg)
     (group,) = cfg["lr_groups"]
@@ -24,7 +22,7 @@ def test_a_group_for_the_scales(adapt: str) -> None:
     assert group["lr"] == pytest.approx(2e-4 * SCALE_LR_RATIO)
 
 
-def test_the_recipes_own_groups_come_first_and_setting_twice_is_once() -> None:
+def test_the_recipes_own_groups_come_first_and_setting_twice_is_once():
     theirs = {"name": "attention", "modules": ["self_attn"], "lr": 1e-5}
     cfg = _config({"adapt": "both", "scale_learning_rate_ratio": 2}, lr_groups=[theirs])
     set_scale_rate(cfg)
@@ -41,7 +39,7 @@ def test_the_recipes_own_groups_come_first_and_setting_twice_is_once() -> None:
         ("both", {"optimizer": "muon"}, "optimizer: muon sets its own rates"),
     ],
 )
-def test_no_group_where_there_is_no_use(adapt: str, keys: dict[str, Any], reason: str) -> None:
+def test_no_group_where_there_is_no_use(adapt, keys, reason):
     cfg = _config({"adapt": adapt}, **keys)
     set_scale_rate(cfg)
     assert "lr_groups" not in cfg

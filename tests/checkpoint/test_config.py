@@ -27,7 +27,7 @@ WRITTEN = {
 }
 
 
-def test_is_written_and_read_as_transformers_does() -> None:
+def test_is_written_and_read_as_transformers_does():
     given: dict[str, Any] = {"modules_to_not_convert": ("lm_head",), "dynamic": WRITTEN["dynamic"]}
     config = QALoRAQuantConfig(3, 64, **given)
     assert config.to_dict() == WRITTEN  # releases that know no offsets_at read it too
@@ -56,12 +56,12 @@ def test_is_written_and_read_as_transformers_does() -> None:
         ({"dynamic": {"a": {"bits": 5}}}, r"dynamic\['a'\]: bits must be one of"),
     ],
 )
-def test_what_it_refuses(values: dict[str, Any], message: str) -> None:
+def test_what_it_refuses(values, message):
     with pytest.raises(ConfigError, match=message):
         QALoRAQuantConfig(**values)
 
 
-def test_merged_of_both_doors() -> None:
+def test_merged_of_both_doors():
     """The keys that earlier releases wrote, in memory and from files."""
     settings = {"peft_type": "QALORA", "convention": "sum", "adapt": "zeros", "r": 4}
     settings |= {"lora_alpha": 8, "modules_to_save": []}

@@ -1,7 +1,6 @@
 """An adapter belongs to the base that it was trained on."""
 
 import dataclasses
-from typing import Any
 
 import pytest
 
@@ -22,7 +21,7 @@ BASE = BaseIdentity(bits=4, group_size=32, fingerprint="f", base_merged=None)
         ({"bits": 3, "base_merged": {"adapter": "first"}}, "base_merged"),
     ],
 )
-def test_first_field_that_differs(changes: dict[str, Any], different: str | None) -> None:
+def test_first_field_that_differs(changes, different):
     other = dataclasses.replace(BASE, **changes)
     assert other.difference(BASE) == different
     assert BASE.difference(other) == different

@@ -1,8 +1,6 @@
 """`qalora inspect` and what it is made of."""
 
 import json
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
@@ -14,7 +12,7 @@ from qalora_plugin.files.manifest import file_sha256, write_manifest
 from .conftest import FIXTURES
 
 
-def test_a_quantized_base(base_dir: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_quantized_base(base_dir, capsys):
     assert main(["inspect", str(base_dir), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["kind"] == "quantized base" and found["valid"] and found["layers"] == 14
@@ -31,7 +29,7 @@ def test_a_quantized_base(base_dir: Path, capsys: pytest.CaptureFixture[str]):
     assert found["bits_per_weight"] == round(bits, 3)
 
 
-def test_table(base_dir: Path, capsys: pytest.CaptureFixture[str]):
+def test_table(base_dir, capsys):
     assert main(["inspect", str(base_dir), "--quick"]) == 0
     lines = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
     found = {key.strip(): value.strip() for key, value in lines.items()}
@@ -39,7 +37,7 @@ def test_table(base_dir: Path, capsys: pytest.CaptureFixture[str]):
     assert found["check"] == "passed" and found["size, total"].endswith("KB")
 
 
-def test_the_other_kinds(dense_dir: Path, base_dir: Path, altered: Callable[..., Path]):
+def test_the_other_kinds(dense_dir, base_dir, altered):
     assert describe(dense_dir)["kind"] == "16-bit model"
     stock = describe(FIXTURES / "gptq_4bit_g128_actorder_asym")
     assert stock["kind"] == "stock GPTQ model" and stock["desc_act"]
@@ -50,15 +48,13 @@ def test_the_other_kinds(dense_dir: Path, base_dir: Path, altered: Callable[...,
     assert describe(merged)["kind"] == "merged model"
 
 
-def test_problems_are_found(
-    base_dir: Path, altered: Callable[..., Path], capsys: pytest.CaptureFixture[str]
-):
+def test_problems_are_found(base_dir, altered, capsys):
     directory = altered(base_dir, bits=3)
     assert main(["inspect", str(directory)]) == 1
     assert "FAILED" in (out := capsys.readouterr().out) and "fit bits=4" in out
 
 
-def test_a_flipped_bit_is_found_by_its_hash(base_dir: Path, altered: Callable[..., Path]):
+def test_a_flipped_bit_is_found_by_its_hash(base_dir, altered):
     directory = altered(base_dir)
     path = directory / "model.safetensors"
     write_manifest(directory, {path.name: file_sha256(path)})
@@ -71,7 +67,7 @@ def test_a_flipped_bit_is_found_by_its_hash(base_dir: Path, altered: Callable[..
     assert not found["valid"] and "SHA-256" in found["problem"]
 
 
-def test_what_is_neither(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_what_is_neither(tmp_path, capsys):
     assert main(["inspect", str(tmp_path)]) == 1
     assert "no model.safetensors" in capsys.readouterr().err
     (tmp_path / "adapter_config.json").write_text("{}")

@@ -6,7 +6,6 @@ import resource
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -22,19 +21,19 @@ from qalora_plugin.files.safetensors import DTYPES
 FLOAT = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 
 
-def write(path: Path, header: dict[str, Any] | bytes, data: bytes, length: int | None = None):
+def write(path, header, data, length=None):
     raw = header if isinstance(header, bytes) else json.dumps(header).encode()
     size = len(raw) if length is None else length
     path.write_bytes(size.to_bytes(8, "little") + raw + data)
 
 
-def shards(directory: Path, weight_map: dict[str, str], files: dict[str, list[str]]) -> None:
+def shards(directory, weight_map, files):
     for file, names in files.items():
         save_file({name: torch.ones(2) for name in names}, directory / file)
     (directory / INDEX_FILE).write_text(json.dumps({"weight_map": weight_map}))
 
 
-def test_reads_every_dtype_as_safetensors_writes_it(tmp_path: Path):
+def test_reads_every_dtype_as_safetensors_writes_it(tmp_path):
     generator = torch.Generator().manual_seed(0)
     raw = torch.randint(0, 2, (4, 16), dtype=torch.uint8, generator=generator)
     tensors = {name: raw.view(dtype).clone() for name, dtype in DTYPES.items()}
@@ -51,7 +50,7 @@ def test_reads_every_dtype_as_safetensors_writes_it(tmp_path: Path):
     assert reader.get("scalar").item() == 3.5
 
 
-def test_chunks_are_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_chunks_are_pieces(tmp_path, monkeypatch):
     monkeypatch.setattr(reader_module, "_COPY_BYTES", 7)
     save_file({"w": torch.arange(5)}, tmp_path / "model.safetensors")
     pieces = [bytes(chunk) for chunk in CheckpointReader(tmp_path).chunks("w")]
@@ -59,7 +58,7 @@ def test_chunks_are_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert b"".join(pieces) == bytes(torch.arange(5).view(torch.uint8))
 
 
-def test_shards_and_links_as_in_the_hub_cache(tmp_path: Path):
+def test_shards_and_links_as_in_the_hub_cache(tmp_path):
     blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots"
     blobs.mkdir()
     snapshot.mkdir()
@@ -106,7 +105,7 @@ DAMAGED: dict[str, tuple[Callable[[Path], None], str]] = {
 
 
 @pytest.mark.parametrize("case", DAMAGED)
-def test_damaged_files_are_refused_by_name(case: str, tmp_path: Path):
+def test_damaged_files_are_refused_by_name(case, tmp_path):
     damage, message = DAMAGED[case]
     path = tmp_path / "model.safetensors"
     damage(path)
@@ -119,7 +118,7 @@ def test_damaged_files_are_refused_by_name(case: str, tmp_path: Path):
     "shard",
     ["../x.safetensors", "/etc/x.safetensors", "sub/x.safetensors", "..\\x.safetensors", 3],
 )
-def test_weight_map_cannot_leave_the_directory(shard: Any, tmp_path: Path):
+def test_weight_map_cannot_leave_the_directory(shard, tmp_path):
     inner = tmp_path / "model"
     inner.mkdir()
     save_file({"a": torch.ones(2)}, tmp_path / "x.safetensors")
@@ -128,7 +127,7 @@ def test_weight_map_cannot_leave_the_directory(shard: Any, tmp_path: Path):
         CheckpointReader(inner)
 
 
-def test_weight_map_to_a_pickle_is_refused(tmp_path: Path):
+def test_weight_map_to_a_pickle_is_refused(tmp_path):
     (tmp_path / INDEX_FILE).write_text(json.dumps({"weight_map": {"a": "model.bin"}}))
     with pytest.raises(CheckpointError, match=r"only \.safetensors"):
         CheckpointReader(tmp_path)
@@ -144,7 +143,7 @@ INDEXES = {
 
 
 @pytest.mark.parametrize("case", INDEXES)
-def test_index_must_agree_with_the_shards(case: str, tmp_path: Path):
+def test_index_must_agree_with_the_shards(case, tmp_path):
     weight_map, files, message = INDEXES[case]
     shards(
         tmp_path,
@@ -156,13 +155,13 @@ def test_index_must_agree_with_the_shards(case: str, tmp_path: Path):
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"weight_map": []}', '{"weight_map": {}}', "\xff"])
-def test_damaged_index(text: str, tmp_path: Path):
+def test_damaged_index(text, tmp_path):
     (tmp_path / INDEX_FILE).write_text(text, encoding="latin-1")
     with pytest.raises(CheckpointError, match=INDEX_FILE):
         CheckpointReader(tmp_path)
 
 
-def test_directories_without_weights_say_what_they_are(tmp_path: Path):
+def test_directories_without_weights_say_what_they_are(tmp_path):
     with pytest.raises(CheckpointError, match=r"no model\.safetensors"):
         CheckpointReader(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
@@ -175,7 +174,7 @@ def test_directories_without_weights_say_what_they_are(tmp_path: Path):
         CheckpointReader(tmp_path / "none")
 
 
-def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path):
+def test_a_file_that_shrinks_while_it_is_read(tmp_path):
     path = tmp_path / "model.safetensors"
     save_file({"a": torch.ones(100)}, path)
     reader = CheckpointReader(tmp_path)
@@ -186,7 +185,7 @@ def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path):
         reader.get("b")
 
 
-def test_resolve_model_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_resolve_model_dir(tmp_path, monkeypatch):
     assert resolve_model_dir(str(tmp_path)) == tmp_path
     (tmp_path / "file").write_text("")
     for name in (str(tmp_path / "file"), "./none", "a/b/c", tmp_path / "none"):
@@ -197,12 +196,12 @@ def test_resolve_model_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         resolve_model_dir("qalora-tests/no-such-model")
 
 
-def resident_mib() -> int:
+def resident_mib():
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() >> 20
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_memory_falls_after_every_tensor(tmp_path: Path):
+def test_memory_falls_after_every_tensor(tmp_path):
     save_file({f"w{i}": torch.ones(4 << 20) for i in range(8)}, tmp_path / "model.safetensors")
     reader = CheckpointReader(tmp_path)
     before = resident_mib()

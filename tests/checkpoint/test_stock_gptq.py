@@ -3,8 +3,6 @@
 import json
 import shutil
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +21,7 @@ from .conftest import FIXTURES, STOCK
 K, N = 96, 64
 
 
-def pack_bits(values: np.ndarray, bits: int) -> np.ndarray:
+def pack_bits(values, bits):
     """[K, N] -> int32 [K*bits/32, N] as one little-endian bit string a column."""
     planes = (values[:, None, :] >> np.arange(bits)[None, :, None]) & 1  # [K, bits, N]
     words = planes.reshape(-1, 32, values.shape[1]).astype(np.uint64)
@@ -31,7 +29,7 @@ def pack_bits(values: np.ndarray, bits: int) -> np.ndarray:
     return packed.astype(np.uint32).view(np.int32)
 
 
-def write_stock(directory: Path, bits: int, group_size: int, version: str, act: bool) -> np.ndarray:
+def write_stock(directory, bits, group_size, version, act):
     """One layer as AutoGPTQ writes it; returns its dense weight [N, K]."""
     rng = np.random.default_rng(bits * 1000 + group_size)
     size = K if group_size == -1 else group_size
@@ -62,7 +60,7 @@ def write_stock(directory: Path, bits: int, group_size: int, version: str, act: 
 @pytest.mark.parametrize("act", [False, True])
 @pytest.mark.parametrize("group_size", [16, 32, 64, 128, -1])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_weights_are_exact(bits: int, group_size: int, act: bool, version: str, tmp_path: Path):
+def test_weights_are_exact(bits, group_size, act, version, tmp_path):
     dense = write_stock(tmp_path, bits, group_size, version, act)
     checkpoint = open_quantized(tmp_path)
     assert checkpoint.config.desc_act == (act and group_size in (16, 32, 64))
@@ -74,7 +72,7 @@ def test_weights_are_exact(bits: int, group_size: int, act: bool, version: str, 
 
 
 @pytest.mark.parametrize("directory", STOCK, ids=lambda path: path.name)
-def test_gptqmodel_files_load_without_gptqmodel(directory: Path):
+def test_gptqmodel_files_load_without_gptqmodel(directory):
     reference = load_file(directory / "reference.safetensors")
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     with torch.no_grad():
@@ -97,10 +95,10 @@ def test_g_idx_is_kept_only_where_it_says_something():
 
 
 @pytest.fixture
-def stock(tmp_path: Path) -> Callable[..., Path]:
+def stock(tmp_path):
     """A changed copy of a fixture; `drop` leaves the config's quantization_config out."""
 
-    def make(name: str = "gptq_4bit_g32_asym", drop: bool = False, **config: Any) -> Path:
+    def make(name="gptq_4bit_g32_asym", drop=False, **config):
         target = tmp_path / name
         shutil.copytree(FIXTURES / name, target)
         path = target / "config.json"
@@ -114,7 +112,7 @@ def stock(tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
-def test_saved_again_in_our_format(tmp_path: Path):
+def test_saved_again_in_our_format(tmp_path):
     source = FIXTURES / "gptq_4bit_g128_actorder_asym"
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     model.save_pretrained(tmp_path / "ours")
@@ -129,7 +127,7 @@ def test_saved_again_in_our_format(tmp_path: Path):
     assert torch.equal(model(ids).logits, again(ids).logits)
 
 
-def test_our_config_beside_the_stored_one(stock: Callable[..., Path]):
+def test_our_config_beside_the_stored_one(stock):
     directory = stock()
     config = QALoRAQuantConfig(bits=4, group_size=32)
     model = AutoModelForCausalLM.from_pretrained(directory, quantization_config=config)
@@ -140,7 +138,7 @@ def test_our_config_beside_the_stored_one(stock: Callable[..., Path]):
         )
 
 
-def test_quantize_config_json_alone(stock: Callable[..., Path]):
+def test_quantize_config_json_alone(stock):
     directory = stock(drop=True)
     assert (
         open_quantized(directory).layers.keys()
@@ -155,7 +153,7 @@ def test_quantize_config_json_alone(stock: Callable[..., Path]):
         )
 
 
-def test_where_gptqmodel_is_installed_it_is_asked_first(monkeypatch: pytest.MonkeyPatch):
+def test_where_gptqmodel_is_installed_it_is_asked_first(monkeypatch):
     stored = {"quant_method": "gptq", "bits": 4, "group_size": 128}
     assert merge_configs(stored, None).group_size == 128
     monkeypatch.setattr("qalora_plugin.hf.routing.is_gptqmodel_available", lambda: True)
@@ -180,7 +178,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_is_not_read_is_refused_by_name(case: str, stock: Callable[..., Path]):
+def test_what_is_not_read_is_refused_by_name(case, stock):
     config, message = REFUSED[case]
     with pytest.raises(CheckpointError, match=message):
         open_quantized(stock(**config))
@@ -196,7 +194,7 @@ DAMAGE: dict[str, tuple[Callable[[dict], None], str]] = {
 
 
 @pytest.mark.parametrize("case", DAMAGE)
-def test_damaged_layers(case: str, tmp_path: Path):
+def test_damaged_layers(case, tmp_path):
     write_stock(tmp_path, 4, 32, "gptq", False)
     state = load_file(tmp_path / "model.safetensors")
     damage, message = DAMAGE[case]
@@ -206,7 +204,7 @@ def test_damaged_layers(case: str, tmp_path: Path):
         open_quantized(tmp_path)
 
 
-def test_scales_that_fp16_does_not_hold(tmp_path: Path):
+def test_scales_that_fp16_does_not_hold(tmp_path):
     write_stock(tmp_path, 4, 32, "gptq", False)
     state = load_file(tmp_path / "model.safetensors")
     state["a.scales"] = state["a.scales"].float()
@@ -218,7 +216,7 @@ def test_scales_that_fp16_does_not_hold(tmp_path: Path):
         open_quantized(tmp_path).layer("a")
 
 
-def test_dynamic_overrides(tmp_path: Path):
+def test_dynamic_overrides(tmp_path):
     dense = write_stock(tmp_path, 8, 16, "gptq_v2", False)
     path = tmp_path / "config.json"
     config = json.loads(path.read_text())
@@ -234,7 +232,7 @@ def test_dynamic_overrides(tmp_path: Path):
     assert dense.shape == (N, K)
 
 
-def test_all_zero_biases_that_the_model_does_not_have(tmp_path: Path, caplog: Any):
+def test_all_zero_biases_that_the_model_does_not_have(tmp_path, caplog):
     source = FIXTURES / "gptq_4bit_g32_asym"
     shutil.copytree(source, tmp_path / "m")
     state = load_file(tmp_path / "m" / "model.safetensors")

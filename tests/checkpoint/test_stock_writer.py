@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,7 +21,7 @@ from .conftest import FIXTURES, STOCK
 WITHOUT_ZERO = [path for path in STOCK if "zero0" not in path.name]
 
 
-def integer_base(directory: Path, bits: int = 4, tied: bool = False) -> Path:
+def integer_base(directory, bits=4, tied=False):
     """A base in our format with integer zero-points, of layers that stock GPTQ can hold."""
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -59,7 +57,7 @@ def integer_base(directory: Path, bits: int = 4, tied: bool = False) -> Path:
 
 @pytest.mark.parametrize("version", ["gptq", "gptq_v2"])
 @pytest.mark.parametrize("source", WITHOUT_ZERO, ids=lambda path: path.name)
-def test_stock_to_stock_is_exact(source: Path, version: str, tmp_path: Path):
+def test_stock_to_stock_is_exact(source, version, tmp_path):
     out = write_stock_gptq(source, tmp_path / "out", version)
     old, new = open_quantized(source), open_quantized(out)
     assert new.facts["checkpoint_format"] == version
@@ -75,7 +73,7 @@ def test_stock_to_stock_is_exact(source: Path, version: str, tmp_path: Path):
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_our_integer_base_gives_the_same_logits(bits: int, tmp_path: Path):
+def test_our_integer_base_gives_the_same_logits(bits, tmp_path):
     source = integer_base(tmp_path / "ours", bits)
     out = write_stock_gptq(source, tmp_path / "stock")
     ids = torch.arange(10)[None]
@@ -93,7 +91,7 @@ def test_our_integer_base_gives_the_same_logits(bits: int, tmp_path: Path):
     }
 
 
-def test_tied_embeddings_are_written_out(tmp_path: Path):
+def test_tied_embeddings_are_written_out(tmp_path):
     source = integer_base(tmp_path / "ours", tied=True)
     out = write_stock_gptq(source, tmp_path / "stock")
     state = load_file(out / "model.safetensors")
@@ -101,7 +99,7 @@ def test_tied_embeddings_are_written_out(tmp_path: Path):
     assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
 
 
-def test_real_valued_zero_points_are_refused(base_dir: Path, tmp_path: Path):
+def test_real_valued_zero_points_are_refused(base_dir, tmp_path):
     source = integer_base(tmp_path / "ours")
     state = load_file(source / "model.safetensors")
     name = "model.layers.0.self_attn.v_proj"
@@ -115,7 +113,7 @@ def test_real_valued_zero_points_are_refused(base_dir: Path, tmp_path: Path):
         write_stock_gptq(base_dir, tmp_path / "out")
 
 
-def test_zero_points_out_of_range_are_refused(tmp_path: Path):
+def test_zero_points_out_of_range_are_refused(tmp_path):
     source = integer_base(tmp_path / "ours")
     state = load_file(source / "model.safetensors")
     name = "model.layers.0.self_attn.v_proj"
@@ -125,7 +123,7 @@ def test_zero_points_out_of_range_are_refused(tmp_path: Path):
         write_stock_gptq(source, tmp_path / "out")
 
 
-def test_zero_points_of_zero_need_v2(tmp_path: Path):
+def test_zero_points_of_zero_need_v2(tmp_path):
     source = FIXTURES / "gptq_4bit_g32_asym_zero0"
     with pytest.raises(CheckpointError, match="zero-points of 0"):
         write_stock_gptq(source, tmp_path / "out")
@@ -135,7 +133,7 @@ def test_zero_points_of_zero_need_v2(tmp_path: Path):
     assert torch.equal(a.offsets, b.offsets)
 
 
-def test_other_refusals(tmp_path: Path):
+def test_other_refusals(tmp_path):
     source = integer_base(tmp_path / "ours")
     with pytest.raises(ConfigError, match="'awq'"):
         write_stock_gptq(source, tmp_path / "out", "awq")
@@ -147,10 +145,10 @@ def test_other_refusals(tmp_path: Path):
 
 
 @pytest.fixture
-def mixed(tmp_path: Path) -> Callable[[], Path]:
+def mixed(tmp_path):
     """An integer base whose `down_proj` has eight bits."""
 
-    def make() -> Path:
+    def make():
         four, eight = integer_base(tmp_path / "4"), integer_base(tmp_path / "8", bits=8)
         state, other = (load_file(d / "model.safetensors") for d in (four, eight))
         name = "model.layers.0.mlp.down_proj"
@@ -165,7 +163,7 @@ def mixed(tmp_path: Path) -> Callable[[], Path]:
     return make
 
 
-def test_mixed_widths_need_v2(mixed: Callable[[], Path], tmp_path: Path):
+def test_mixed_widths_need_v2(mixed, tmp_path):
     source = mixed()
     with pytest.raises(ConfigError, match="gptq_v2"):
         write_stock_gptq(source, tmp_path / "out")

@@ -2,8 +2,6 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,25 +21,25 @@ LAYER = "model.layers.0.mlp.down_proj"  # 172 inputs: six groups of 32, the last
 State = dict[str, torch.Tensor]
 
 
-def replace(part: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[State], None]:
-    def run(state: State) -> None:
+def replace(part, change):
+    def run(state):
         state[f"{LAYER}.{part}"] = change(state[f"{LAYER}.{part}"]).contiguous()
 
     return run
 
 
-def remove(part: str) -> Callable[[State], None]:
-    def run(state: State) -> None:
+def remove(part):
+    def run(state):
         del state[f"{LAYER}.{part}"]
 
     return run
 
 
-def add(part: str, tensor: torch.Tensor) -> Callable[[State], None]:
+def add(part, tensor):
     return lambda state: state.update({f"{LAYER}.{part}": tensor})
 
 
-def drop_all(state: State) -> None:
+def drop_all(state):
     for name in [n for n in state if n.endswith((".qweight", ".scales", ".offsets"))]:
         del state[name]
 
@@ -76,7 +74,7 @@ HEADERS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", HEADERS)
-def test_contradictions_are_refused(case: str, base_dir: Path, altered: Callable[..., Path]):
+def test_contradictions_are_refused(case, base_dir, altered):
     changes, message = HEADERS[case]
     directory = altered(base_dir, **changes)
     with pytest.raises(CheckpointError, match=message) as error:
@@ -85,7 +83,7 @@ def test_contradictions_are_refused(case: str, base_dir: Path, altered: Callable
 
 
 @pytest.mark.parametrize("case", ["bits", "group_size", "no scales", "no guard", "desc_act"])
-def test_transformers_refuses_them_too(case: str, base_dir: Path, altered: Callable[..., Path]):
+def test_transformers_refuses_them_too(case, base_dir, altered):
     changes, message = HEADERS[case]
     with pytest.raises((CheckpointError, ConfigError), match=message):
         AutoModelForCausalLM.from_pretrained(altered(base_dir, **changes))
@@ -100,8 +98,8 @@ VALUES = {
 }
 
 
-def test_minima_that_are_not_finite(base_dir: Path, altered: Callable[..., Path]):
-    def overflow(state: State) -> None:
+def test_minima_that_are_not_finite(base_dir, altered):
+    def overflow(state):
         state[f"{LAYER}.offsets"][2, 3:5] = -math.inf
 
     claimed = altered(base_dir, overflow, offsets_at="minimum")
@@ -112,16 +110,16 @@ def test_minima_that_are_not_finite(base_dir: Path, altered: Callable[..., Path]
         AutoModelForCausalLM.from_pretrained(claimed)
 
 
-def test_minima_with_offsets_in_fp32(base_dir: Path, altered: Callable[..., Path]):
+def test_minima_with_offsets_in_fp32(base_dir, altered):
     with pytest.raises(CheckpointError, match=r"config\.json.*stores minima as offsets_dtype"):
         QuantizedCheckpoint(altered(base_dir, offsets_at="minimum", offsets_dtype="float32"))
 
 
 @pytest.mark.parametrize("case", VALUES)
-def test_impossible_numbers_are_refused(case: str, base_dir: Path, altered: Callable[..., Path]):
+def test_impossible_numbers_are_refused(case, base_dir, altered):
     part, value, message = VALUES[case]
 
-    def damage(state: State) -> None:
+    def damage(state):
         state[f"{LAYER}.{part}"][0, 5] = value
 
     directory = altered(base_dir, damage)
@@ -133,8 +131,8 @@ def test_impossible_numbers_are_refused(case: str, base_dir: Path, altered: Call
 
 
 @pytest.mark.parametrize("bad", [-1, 6])
-def test_group_index_out_of_range(bad: int, base_dir: Path, altered: Callable[..., Path]):
-    def act_order(state: State) -> None:
+def test_group_index_out_of_range(bad, base_dir, altered):
+    def act_order(state):
         for name in [n for n in state if n.endswith(".qweight")]:
             layer = name.removesuffix(".qweight")
             k = int(state[f"{layer}.weight"].item())
@@ -148,12 +146,12 @@ def test_group_index_out_of_range(bad: int, base_dir: Path, altered: Callable[..
         AutoModelForCausalLM.from_pretrained(directory)
 
 
-def test_a_16_bit_model_is_not_a_base(dense_dir: Path):
+def test_a_16_bit_model_is_not_a_base(dense_dir):
     with pytest.raises(CheckpointError, match=r"not quantized.*qalora quantize"):
         open_quantized(dense_dir)
 
 
-def test_layers_and_plan(base_dir: Path):
+def test_layers_and_plan(base_dir):
     checkpoint = open_quantized(base_dir)
     assert len(checkpoint.layers) == 14 and not checkpoint.is_foreign
     spec = checkpoint.layers[LAYER]
@@ -168,7 +166,7 @@ def test_layers_and_plan(base_dir: Path):
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_pack_layer_and_read_layer_are_inverse(bits: int, tmp_path: Path):
+def test_pack_layer_and_read_layer_are_inverse(bits, tmp_path):
     torch.manual_seed(0)
     spec = QuantSpec(bits, 32, 172, 64)
     weight = rtn(torch.randn(64, 172), spec, name="w")

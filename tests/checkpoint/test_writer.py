@@ -5,7 +5,6 @@ import multiprocessing
 import os
 import stat
 import time
-from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import pytest
@@ -33,7 +32,7 @@ TENSORS = {
 PLAN = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in TENSORS.items()}
 
 
-def write_all(directory: Path, plans: list) -> CheckpointWriter:
+def write_all(directory, plans):
     writer = CheckpointWriter(directory, plans)
     for index, plan in enumerate(plans):
         with writer.shard(index) as shard:
@@ -43,7 +42,7 @@ def write_all(directory: Path, plans: list) -> CheckpointWriter:
     return writer
 
 
-def test_safetensors_reads_what_is_written(tmp_path: Path):
+def test_safetensors_reads_what_is_written(tmp_path):
     write_all(tmp_path, [PLAN])
     found = load_file(tmp_path / "model.safetensors")
     assert set(found) == set(TENSORS)
@@ -54,13 +53,13 @@ def test_safetensors_reads_what_is_written(tmp_path: Path):
     assert not (tmp_path / INDEX_FILE).exists()
 
 
-def test_every_tensor_is_aligned_to_its_dtype(tmp_path: Path):
+def test_every_tensor_is_aligned_to_its_dtype(tmp_path):
     write_all(tmp_path, [PLAN])
     for info in CheckpointReader(tmp_path).tensors.values():
         assert info.start % info.dtype.itemsize == 0, info
 
 
-def test_several_shards_get_an_index(tmp_path: Path):
+def test_several_shards_get_an_index(tmp_path):
     plans = split_plan(PLAN, max_bytes=40)
     assert len(plans) > 2 and [n for p in plans for n in p] == list(PLAN)
     write_all(tmp_path, plans)
@@ -73,7 +72,7 @@ def test_several_shards_get_an_index(tmp_path: Path):
     assert reader.files[0].name == f"model-00001-of-{len(plans):05d}.safetensors"
 
 
-def test_raw_copy(tmp_path: Path):
+def test_raw_copy(tmp_path):
     write_all(tmp_path, [PLAN])
     reader = CheckpointReader(tmp_path)
     shard = ShardWriter(tmp_path / "copy.safetensors", PLAN)
@@ -83,7 +82,7 @@ def test_raw_copy(tmp_path: Path):
     assert (tmp_path / "copy.safetensors").read_bytes() == reader.files[0].read_bytes()
 
 
-def test_the_plan_is_kept(tmp_path: Path):
+def test_the_plan_is_kept(tmp_path):
     shard = ShardWriter(tmp_path / "x.safetensors", {"a": (torch.float32, (2,))})
     for tensor in (torch.ones(3), torch.ones(2).half(), torch.ones(1, 2)):
         with pytest.raises(ValueError, match="planned"):
@@ -105,7 +104,7 @@ def test_the_plan_is_kept(tmp_path: Path):
         CheckpointWriter(tmp_path, [{"a": PLAN["odd"]}, {"a": PLAN["odd"]}])
 
 
-def test_a_finished_shard_is_recognised_and_kept(tmp_path: Path):
+def test_a_finished_shard_is_recognised_and_kept(tmp_path):
     plans = split_plan(PLAN, max_bytes=40)
     first = CheckpointWriter(tmp_path, plans)
     with first.shard(0) as shard:
@@ -128,7 +127,7 @@ def test_a_finished_shard_is_recognised_and_kept(tmp_path: Path):
     assert not list(tmp_path.glob("*.part"))
 
 
-def test_hashes_find_a_flipped_bit(tmp_path: Path):
+def test_hashes_find_a_flipped_bit(tmp_path):
     assert not check_manifest(tmp_path)
     write_all(tmp_path, [PLAN])
     assert check_manifest(tmp_path)
@@ -150,7 +149,7 @@ def test_hashes_find_a_flipped_bit(tmp_path: Path):
         check_manifest(tmp_path)
 
 
-def test_directory_appears_whole(tmp_path: Path):
+def test_directory_appears_whole(tmp_path):
     target = tmp_path / "new" / "model"
     with AtomicDirectory(target) as partial:
         assert partial.parent == target.parent and partial.name.startswith(".model.partial-")
@@ -161,7 +160,7 @@ def test_directory_appears_whole(tmp_path: Path):
     assert os.listdir(target.parent) == ["model"]
 
 
-def test_an_error_leaves_nothing(tmp_path: Path):
+def test_an_error_leaves_nothing(tmp_path):
     for error in (RuntimeError, KeyboardInterrupt):
         with pytest.raises(error), AtomicDirectory(tmp_path / "model") as partial:
             (partial / "file").write_text("x")
@@ -169,7 +168,7 @@ def test_an_error_leaves_nothing(tmp_path: Path):
         assert os.listdir(tmp_path) == []
 
 
-def test_taken_targets_are_refused_before_anything_is_written(tmp_path: Path):
+def test_taken_targets_are_refused_before_anything_is_written(tmp_path):
     full = tmp_path / "full"
     full.mkdir()
     (full / "precious").write_text("x")
@@ -180,7 +179,7 @@ def test_taken_targets_are_refused_before_anything_is_written(tmp_path: Path):
     assert os.listdir(tmp_path) == ["full"] and (full / "precious").read_text() == "x"
 
 
-def test_a_name_that_is_too_long_is_refused(tmp_path: Path):
+def test_a_name_that_is_too_long_is_refused(tmp_path):
     for length in (240, 300):
         with pytest.raises(OutputError, match=r"bytes too long: .* at most \d+ bytes"):
             AtomicDirectory(tmp_path / "x" / ("x" * length))
@@ -188,14 +187,14 @@ def test_a_name_that_is_too_long_is_refused(tmp_path: Path):
         pass
 
 
-def test_a_mount_point_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_mount_point_is_refused(tmp_path, monkeypatch):
     # mounting something needs root
     monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path)
     with pytest.raises(OutputError, match="mount point"):
         AtomicDirectory(tmp_path)
 
 
-def test_a_target_filled_meanwhile_is_not_overwritten(tmp_path: Path):
+def test_a_target_filled_meanwhile_is_not_overwritten(tmp_path):
     target = tmp_path / "model"
     with pytest.raises(OutputError, match="is not empty"), AtomicDirectory(target) as partial:
         (partial / "file").write_text("ours")
@@ -205,7 +204,7 @@ def test_a_target_filled_meanwhile_is_not_overwritten(tmp_path: Path):
     assert os.listdir(tmp_path) == ["model"]
 
 
-def test_an_empty_target_and_a_link_to_one_are_used(tmp_path: Path):
+def test_an_empty_target_and_a_link_to_one_are_used(tmp_path):
     real = tmp_path / "real"
     real.mkdir()
     (tmp_path / "link").symlink_to(real)
@@ -214,7 +213,7 @@ def test_an_empty_target_and_a_link_to_one_are_used(tmp_path: Path):
     assert (real / "file").read_text() == "x" and (tmp_path / "link").is_symlink()
 
 
-def test_resume_keeps_what_was_written(tmp_path: Path):
+def test_resume_keeps_what_was_written(tmp_path):
     target = tmp_path / "model"
     with pytest.raises(RuntimeError), AtomicDirectory(target, resume_tag="a1") as partial:
         (partial / "shard").write_text("x")
@@ -230,7 +229,7 @@ def test_resume_keeps_what_was_written(tmp_path: Path):
     assert (target / "shard").read_text() == "x"
 
 
-def test_umask_is_honoured(tmp_path: Path):
+def test_umask_is_honoured(tmp_path):
     old = os.umask(0o027)
     try:
         with AtomicDirectory(tmp_path / "model") as partial:
@@ -242,7 +241,7 @@ def test_umask_is_honoured(tmp_path: Path):
         assert stat.S_IMODE(file.stat().st_mode) == 0o640, file
 
 
-def write_slowly(kind: type[AtomicDirectory], target: Path, ready: Event) -> None:
+def write_slowly(kind, target, ready):
     with kind(target) as partial:
         (partial / "file").write_text("x")
         ready.set()
@@ -250,9 +249,7 @@ def write_slowly(kind: type[AtomicDirectory], target: Path, ready: Event) -> Non
 
 
 @pytest.mark.parametrize("kind", [AtomicDirectory, ScratchDirectory])
-def test_a_killed_writer_leaves_no_target_and_is_cleaned_up(
-    kind: type[AtomicDirectory], tmp_path: Path
-):
+def test_a_killed_writer_leaves_no_target_and_is_cleaned_up(kind, tmp_path):
     target = tmp_path / "mo[d]el"  # no pattern
     context = multiprocessing.get_context("fork")  # spawning would import torch again
     ready = context.Event()
@@ -271,7 +268,7 @@ def test_a_killed_writer_leaves_no_target_and_is_cleaned_up(
     assert os.listdir(tmp_path) == ["mo[d]el"]
 
 
-def test_scratch_directory_is_removed_and_left_alone_while_in_use(tmp_path: Path):
+def test_scratch_directory_is_removed_and_left_alone_while_in_use(tmp_path):
     target = tmp_path / "model"
     with ScratchDirectory(target) as scratch:
         (scratch / "file").write_text("x")

@@ -8,8 +8,6 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,7 +20,7 @@ from qalora_plugin.errors import OutputError
 FORK = multiprocessing.get_context("fork")  # importing everything again would take long
 
 
-def _run(number: int, folder: Path, port: int, work: Callable[[int], None], size: int) -> None:
+def _run(number, folder, port, work, size):
     place = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
     os.environ |= {key: str(value) for key, value in place.items()}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
@@ -39,9 +37,7 @@ def _run(number: int, folder: Path, port: int, work: Callable[[int], None], size
     os._exit(0)
 
 
-def _launch(
-    folder: Path, work: Callable[[int], None], size: int = 3
-) -> tuple[list[int], list[str]]:
+def _launch(folder, work, size=3):
     """Return exit status and stderr of every rank; fail where one has not ended after 40 s."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
@@ -64,12 +60,12 @@ def _launch(
     return codes, [(folder / f"{number}.log").read_text() for number in range(size)]
 
 
-def _group() -> None:
+def _group():
     torch.distributed.init_process_group("gloo")
 
 
-def test_one_rank_works_and_the_others_wait(tmp_path: Path) -> None:
-    def work(number: int) -> None:
+def test_one_rank_works_and_the_others_wait(tmp_path):
+    def work(number):
         ranks._REMIND = 0.8
         _group()
         for _ in range(2):
@@ -89,13 +85,13 @@ def test_one_rank_works_and_the_others_wait(tmp_path: Path) -> None:
         assert 4 <= lines.count(said) == len(lines) <= 6
 
 
-def _note(folder: Path, number: int) -> None:
+def _note(folder, number):
     with (folder / "notes").open("a") as file:
         file.write(str(number))
 
 
-def test_connected_ranks_meet_when_the_process_group_is_gone(tmp_path: Path) -> None:
-    def work(number: int) -> None:
+def test_connected_ranks_meet_when_the_process_group_is_gone(tmp_path):
+    def work(number):
         _group()
         ranks.connect()
         torch.distributed.barrier()
@@ -109,8 +105,8 @@ def test_connected_ranks_meet_when_the_process_group_is_gone(tmp_path: Path) -> 
     assert codes == [0, 0, 0], logs
 
 
-def test_ranks_without_a_process_group_make_one(tmp_path: Path) -> None:
-    def work(number: int) -> None:
+def test_ranks_without_a_process_group_make_one(tmp_path):
+    def work(number):
         PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_CPU)
         ranks.on_main_process(lambda: _note(tmp_path, number), "quantizing", "not quantized")
         assert (tmp_path / "notes").read_text() == "0"
@@ -120,13 +116,13 @@ def test_ranks_without_a_process_group_make_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [ValueError("the disk is full"), KeyboardInterrupt()])
-def test_a_failure_is_raised_on_every_rank(error: BaseException, tmp_path: Path) -> None:
+def test_a_failure_is_raised_on_every_rank(error, tmp_path):
     message = str(error) or "interrupted"
 
-    def fail() -> None:
+    def fail():
         raise error
 
-    def work(number: int) -> None:
+    def work(number):
         _group()
         own = type(error) if number == 0 and message == "interrupted" else OutputError
         with pytest.raises(own, match=None if own is not OutputError else f"lost: {message}"):
@@ -139,8 +135,8 @@ def test_a_failure_is_raised_on_every_rank(error: BaseException, tmp_path: Path)
     assert (tmp_path / "notes").read_text() == "0"
 
 
-def test_rank_0_is_killed_while_the_others_wait(tmp_path: Path) -> None:
-    def work(number: int) -> None:
+def test_rank_0_is_killed_while_the_others_wait(tmp_path):
+    def work(number):
         _group()
         ranks.connect()
         torch.distributed.barrier()
@@ -152,12 +148,10 @@ def test_rank_0_is_killed_while_the_others_wait(tmp_path: Path) -> None:
         assert "RankError: rank 0 stopped, or cannot be reached any more, while it was merg" in log
 
 
-def test_rank_0_does_not_wait_for_one_that_was_killed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rank_0_does_not_wait_for_one_that_was_killed(tmp_path, monkeypatch):
     monkeypatch.setattr(ranks, "_GRACE", 1.0)
 
-    def work(number: int) -> None:
+    def work(number):
         _group()
         ranks.connect()
         torch.distributed.barrier()
@@ -170,11 +164,11 @@ def test_rank_0_does_not_wait_for_one_that_was_killed(
     assert (tmp_path / "notes").read_text() == "0"
 
 
-def test_rank_0_that_cannot_be_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*args: object, **kwargs: object) -> None:
+def test_rank_0_that_cannot_be_reached(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
         raise RuntimeError("timed out")
 
-    def work(number: int) -> None:
+    def work(number):
         _group()
         if number == 1:
             monkeypatch.setattr(ranks, "TCPStore", refuse)
@@ -186,7 +180,7 @@ def test_rank_0_that_cannot_be_reached(tmp_path: Path, monkeypatch: pytest.Monke
     assert "connected to localhost, on any port (timed out)" in logs[1]
 
 
-def test_one_process_works_alone() -> None:
+def test_one_process_works_alone():
     done: list[int] = []
     ranks.on_main_process(lambda: done.append(ranks.rank()), "merging", "not merged")
     assert done == [0] and ranks.connect() is None

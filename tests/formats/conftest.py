@@ -1,13 +1,11 @@
 """Small quantized models on disk, one for each width."""
 
-from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
 from support.models import llama
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM
 
 from qalora_plugin import QALoRAQuantConfig
 from qalora_plugin.checkpoint.checkpoint import QuantizedCheckpoint
@@ -16,13 +14,13 @@ from .weights import with_tokenizer
 
 
 def _quantize(
-    dense: Path,
-    out: Path,
-    bits: int,
-    group_size: int = 32,
-    mixed: tuple[int, int] | None = None,
-    offsets_at: str = "middle",
-) -> Path:
+    dense,
+    out,
+    bits,
+    group_size=32,
+    mixed=None,
+    offsets_at="middle",
+):
     """Quantize a 16-bit model; `mixed` are other bits and another group size for the v_proj."""
     dynamic = {"*.v_proj": dict(zip(("bits", "group_size"), mixed, strict=True))} if mixed else {}
     config = QALoRAQuantConfig(
@@ -33,7 +31,7 @@ def _quantize(
 
 
 @pytest.fixture(scope="session")
-def dense_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def dense_dir(tmp_path_factory):
     """A 16-bit Llama of two layers; 172 inputs in one of its projections."""
     directory = tmp_path_factory.mktemp("dense") / "model"
     rope = {"rope_type": "default", "rope_theta": 50000.0}
@@ -42,13 +40,11 @@ def dense_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def quantized(
-    dense_dir: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., QuantizedCheckpoint]:
+def quantized(dense_dir, tmp_path_factory):
     """`quantized(bits, group_size)`: the same, quantized, with real-valued offsets."""
 
     @cache
-    def make(bits: int, group_size: int = 32) -> QuantizedCheckpoint:
+    def make(bits, group_size=32):
         out = tmp_path_factory.mktemp("base") / "quantized"
         return QuantizedCheckpoint(_quantize(dense_dir, out, bits, group_size))
 
@@ -56,16 +52,16 @@ def quantized(
 
 
 @pytest.fixture(scope="session")
-def family(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., QuantizedCheckpoint]:
+def family(tmp_path_factory):
     """`family(config, bits, ...)`: a quantized model of that config, with a tokenizer."""
 
     def make(
-        config: PreTrainedConfig,
-        bits: int = 4,
-        group_size: int = 32,
-        mixed: tuple[int, int] | None = None,
-        offsets_at: str = "middle",
-    ) -> QuantizedCheckpoint:
+        config,
+        bits=4,
+        group_size=32,
+        mixed=None,
+        offsets_at="middle",
+    ):
         folder = tmp_path_factory.mktemp("family")
         torch.manual_seed(0)
         AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(folder / "16")

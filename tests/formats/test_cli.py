@@ -2,21 +2,18 @@
 
 import json
 import sys
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
-from qalora_plugin.checkpoint.checkpoint import QuantizedCheckpoint
 from qalora_plugin.cli import main
 from qalora_plugin.formats.export import export_model
 
 
 def test_export(
-    quantized: Callable[..., QuantizedCheckpoint],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+    quantized,
+    tmp_path,
+    capsys,
+):
     source = str(quantized(4).directory)
     command = ["export", source, "--format", "mlx", "--out", str(tmp_path / "mlx")]
     assert main([*command, "--json"]) == 0
@@ -27,10 +24,10 @@ def test_export(
 
 
 def test_inspect_says_what_an_export_is(
-    quantized: Callable[..., QuantizedCheckpoint],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+    quantized,
+    tmp_path,
+    capsys,
+):
     out = export_model(quantized(4).directory, tmp_path / "out", "torchao").out
     assert main(["inspect", str(out), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -56,18 +53,16 @@ def test_inspect_says_what_an_export_is(
         (["--against", "m", "--no-run", "--python", "x"], "--python"),
     ],
 )
-def test_verify_refuses_options_of_the_other_comparison(
-    options: list[str], refused: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_verify_refuses_options_of_the_other_comparison(options, refused, capsys):
     assert main(["verify", "m", *options]) == 1
     assert f"error: {refused}" in capsys.readouterr().err
 
 
 def test_verify_takes_a_base_of_lora_alone(
-    quantized: Callable[..., QuantizedCheckpoint],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+    quantized,
+    tmp_path,
+    capsys,
+):
     source = quantized(4).directory
     export_model(source, tmp_path / "out", "torchao")
     command = ["verify", str(tmp_path / "out"), "--against", str(source), "--base", str(source)]
@@ -76,11 +71,11 @@ def test_verify_takes_a_base_of_lora_alone(
 
 
 def test_missing_library_names_the_extra(
-    quantized: Callable[..., QuantizedCheckpoint],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    quantized,
+    tmp_path,
+    capsys,
+    monkeypatch,
+):
     monkeypatch.setitem(sys.modules, "gguf", None)
     source = str(quantized(4).directory)
     assert main(["export", source, "--format", "gguf", "--out", str(tmp_path / "m.gguf")]) == 1

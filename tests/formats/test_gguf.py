@@ -2,9 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -45,32 +42,32 @@ PARTS = {
 }
 
 
-def read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def read(path):
     """Tensors and metadata of a file."""
     reader = gguf.GGUFReader(path)
     fields = {name: field.contents() for name, field in reader.fields.items()}
     return {tensor.name: tensor for tensor in reader.tensors}, fields
 
 
-def gguf_name(name: str) -> str:
+def gguf_name(name):
     """Name in the file of a layer."""
     _, _, block, part = name.split(".", 3)
     return f"blk.{block}.{PARTS[part]}.weight"
 
 
-def in_hf_order(weight: torch.Tensor, heads: int) -> torch.Tensor:
+def in_hf_order(weight, heads):
     """Rows of q_proj or k_proj back from rotary pairs to halves."""
     n = weight.shape[0]
     pairs = weight.reshape(heads, n // heads // 2, 2, -1)
     return pairs.transpose(1, 2).reshape(n, -1)
 
 
-def dequantized(tensor: Any) -> torch.Tensor:
+def dequantized(tensor):
     """A tensor in fp32, by gguf-py."""
     return torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
 
 
-def llama_layer(tensor: Any, name: str) -> torch.Tensor:
+def llama_layer(tensor, name):
     """A layer of a Llama of `SIZES` in fp32, its rows in Hugging Face's order."""
     heads = {"q_proj": 4, "k_proj": 2}.get(name.rpartition(".")[2])
     return in_hf_order(dequantized(tensor), heads) if heads else dequantized(tensor)
@@ -82,9 +79,7 @@ ROUNDING = {2: 2e-3, 3: 2e-3, 4: 4e-3}
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_weights_are_equal_to_the_stated_rounding(
-    bits: int, family: Callable[..., QuantizedCheckpoint], tmp_path: Path
-) -> None:
+def test_weights_are_equal_to_the_stated_rounding(bits, family, tmp_path):
     source = family(LlamaConfig(**SIZES), bits)
     result = export_model(source.directory, tmp_path / "model.gguf", "gguf")
     tensors, fields = read(result.out)
@@ -104,9 +99,7 @@ def test_weights_are_equal_to_the_stated_rounding(
     assert tensors["output_norm.weight"].tensor_type.name == "F32"
 
 
-def test_stated_rounding_is_the_measured_one(
-    family: Callable[..., QuantizedCheckpoint], tmp_path: Path
-) -> None:
+def test_stated_rounding_is_the_measured_one(family, tmp_path):
     source = family(Qwen3Config(**BLOCKS_OF_32))
     result = export_model(source.directory, tmp_path / "model.gguf", "gguf")
     tensors, _ = read(result.out)
@@ -121,7 +114,7 @@ def test_stated_rounding_is_the_measured_one(
     assert above and result.exactness.endswith(f"{share:.1f}% of groups above 0.002.")
 
 
-def trained_one_step(base: Path, folder: Path) -> Any:
+def trained_one_step(base, folder):
     """The base with an adapter of scales and offsets, one step of AdamW away from its start."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     config = QALoRAConfig(r=4, adapt="both", task_type="CAUSAL_LM")
@@ -135,9 +128,7 @@ def trained_one_step(base: Path, folder: Path) -> Any:
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
-def test_minima_make_it_bit_for_bit(
-    bits: int, family: Callable[..., QuantizedCheckpoint], tmp_path: Path
-) -> None:
+def test_minima_make_it_bit_for_bit(bits, family, tmp_path):
     base = family(Qwen3Config(**BLOCKS_OF_32), bits, offsets_at="minimum")
     trained = trained_one_step(base.directory, tmp_path / "adapter")
     merge_adapter(tmp_path / "adapter", tmp_path / "merged", base.directory)
@@ -161,9 +152,7 @@ def test_minima_make_it_bit_for_bit(
     assert EXACT in make_card(find_subject(result.out), "me/model", online=False).text
 
 
-def test_a_minimum_that_is_off_is_found(
-    family: Callable[..., QuantizedCheckpoint], tmp_path: Path
-) -> None:
+def test_a_minimum_that_is_off_is_found(family, tmp_path):
     """What verifying allows for the rounding of a minimum, it does not where nothing is rounded."""
     middle = family(Qwen3Config(**BLOCKS_OF_32))
     out = export_model(middle.directory, tmp_path / "model.gguf", "gguf").out
@@ -173,7 +162,7 @@ def test_a_minimum_that_is_off_is_found(
         verify_export(out, claimed.directory)
 
 
-def test_no_q4_1_block_holds_every_group_to_2e_3_of_a_step() -> None:
+def test_no_q4_1_block_holds_every_group_to_2e_3_of_a_step():
     """The example of docs/export.md: every f16 scale and minimum, both directions of codes."""
     s, o = 1.25, 2.0**-8
     q = torch.arange(16, dtype=torch.float64)
@@ -196,9 +185,7 @@ def test_no_q4_1_block_holds_every_group_to_2e_3_of_a_step() -> None:
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_exact_holds_every_layer_in_fp32(
-    bits: int, family: Callable[..., QuantizedCheckpoint], tmp_path: Path
-) -> None:
+def test_exact_holds_every_layer_in_fp32(bits, family, tmp_path):
     source = family(LlamaConfig(**SIZES), bits)
     result = export_model(source.directory, tmp_path / "model.gguf", "gguf", exact=True)
     assert (result.layers, set(result.dense)) == (0, set(source.layers))
@@ -212,7 +199,7 @@ def test_exact_holds_every_layer_in_fp32(
 
 
 @pytest.mark.parametrize("config", [Qwen2Config, Qwen3Config, Gemma2Config])
-def test_families(config: type, family: Callable[..., QuantizedCheckpoint], tmp_path: Path) -> None:
+def test_families(config, family, tmp_path):
     source = family(config(**SIZES))
     export_model(source.directory, tmp_path / "model.gguf", "gguf")
     tensors, fields = read(tmp_path / "model.gguf")
@@ -229,9 +216,7 @@ def test_families(config: type, family: Callable[..., QuantizedCheckpoint], tmp_
     assert bool(biases) == ("blk.0.attn_q.bias" in tensors) == (config is Qwen2Config)
 
 
-def test_tokenizer_is_the_models(
-    family: Callable[..., QuantizedCheckpoint], tmp_path: Path
-) -> None:
+def test_tokenizer_is_the_models(family, tmp_path):
     source = family(LlamaConfig(**SIZES))
     export_model(source.directory, tmp_path / "model.gguf", "gguf")
     _, fields = read(tmp_path / "model.gguf")
@@ -246,9 +231,7 @@ def test_tokenizer_is_the_models(
     assert fields["tokenizer.ggml.add_bos_token"] is False
 
 
-def test_unknown_split_is_refused(
-    family: Callable[..., QuantizedCheckpoint], tmp_path: Path
-) -> None:
+def test_unknown_split_is_refused(family, tmp_path):
     source = family(LlamaConfig(**SIZES))
     path = source.directory / "tokenizer.json"
     tokenizer = json.loads(path.read_text())
@@ -260,7 +243,7 @@ def test_unknown_split_is_refused(
     assert not any(tmp_path.iterdir())
 
 
-def test_act_order_becomes_f16(tmp_path: Path) -> None:
+def test_act_order_becomes_f16(tmp_path):
     source = open_quantized(with_tokenizer_of_its_size(tmp_path / "model"))
     result = export_model(source.directory, tmp_path / "model.gguf", "gguf")
     assert (result.layers, set(result.dense)) == (0, set(source.layers))
@@ -270,7 +253,7 @@ def test_act_order_becomes_f16(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found, exact_weight(source, name).float().half().float())
 
 
-def with_tokenizer_of_its_size(target: Path) -> Path:
+def with_tokenizer_of_its_size(target):
     """The act-order fixture, whose vocabulary is small, with a tokenizer that fits."""
     shutil.copytree(ACT_ORDER, target)
     vocab = {chr(97 + i): i for i in range(8)}
@@ -283,7 +266,7 @@ def with_tokenizer_of_its_size(target: Path) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["llama3", "linear"])
-def test_rope_scaling(kind: str, tmp_path: Path) -> None:
+def test_rope_scaling(kind, tmp_path):
     rope = {
         "rope_type": kind,
         "rope_theta": 5e5,
@@ -303,9 +286,7 @@ def test_rope_scaling(kind: str, tmp_path: Path) -> None:
     torch.testing.assert_close(plain / factors.double(), scaled, rtol=1e-6, atol=0)
 
 
-def test_places_that_are_taken_or_wrong(
-    quantized: Callable[..., QuantizedCheckpoint], tmp_path: Path
-) -> None:
+def test_places_that_are_taken_or_wrong(quantized, tmp_path):
     source = quantized(4).directory
     (tmp_path / "model.gguf").write_text("mine")
     with pytest.raises(OutputError, match="exists"):
@@ -318,7 +299,7 @@ def test_places_that_are_taken_or_wrong(
     assert (tmp_path / "model.gguf").read_text() == "mine"
 
 
-def test_model_card_of_a_file(family: Callable[..., QuantizedCheckpoint], tmp_path: Path) -> None:
+def test_model_card_of_a_file(family, tmp_path):
     source = family(LlamaConfig(**BLOCKS_OF_32))
     rounded = "7 matrices are Q4_1. Integers and scales are exact; minima are rounded to f16: by at"
     for exact, wanted in ((False, rounded), (True, "Exact to the rounding of fp32")):
@@ -332,10 +313,10 @@ def test_model_card_of_a_file(family: Callable[..., QuantizedCheckpoint], tmp_pa
 
 
 def test_inspect_reads_gguf(
-    family: Callable[..., QuantizedCheckpoint],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+    family,
+    tmp_path,
+    capsys,
+):
     source = family(LlamaConfig(**SIZES)).directory
     command = ["export", str(source), "--format", "gguf", "--exact", "--out"]
     assert main([*command, str(tmp_path / "m.gguf")]) == 0

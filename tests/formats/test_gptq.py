@@ -1,8 +1,6 @@
 """Stock GPTQ from a merged model: exact with adapt="scales", refused with changed offsets."""
 
 import json
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +18,7 @@ from qalora_plugin.quickstart.embedded import base_model_path
 from .weights import BLOCKS_OF_32, STOCK, error_in_steps, exact_weight
 
 
-def test_merged_scales_keep_integers_and_zero_points(tmp_path: Path) -> None:
+def test_merged_scales_keep_integers_and_zero_points(tmp_path):
     base = open_quantized(STOCK)
     adapter = random_adapter(base, tmp_path / "adapter", "scales")
     merge_adapter(adapter, tmp_path / "merged", STOCK)
@@ -38,7 +36,7 @@ def test_merged_scales_keep_integers_and_zero_points(tmp_path: Path) -> None:
         assert torch.equal(*zeros)
 
 
-def test_changed_offsets_are_refused_by_name(tmp_path: Path) -> None:
+def test_changed_offsets_are_refused_by_name(tmp_path):
     adapter = random_adapter(open_quantized(STOCK), tmp_path / "adapter")
     merge_adapter(adapter, tmp_path / "merged", STOCK)
     with pytest.raises(
@@ -49,9 +47,7 @@ def test_changed_offsets_are_refused_by_name(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def merged(
-    family: Callable[..., QuantizedCheckpoint], tmp_path_factory: pytest.TempPathFactory
-) -> QuantizedCheckpoint:
+def merged(family, tmp_path_factory):
     """A Llama with the quickstart's tokenizer and changed offsets; 8 bits in one projection."""
     folder = tmp_path_factory.mktemp("merged")
     base = family(LlamaConfig(**BLOCKS_OF_32), 4, 32, (8, 32))
@@ -60,13 +56,11 @@ def merged(
 
 
 @pytest.fixture(scope="module")
-def token_ids() -> torch.Tensor:
+def token_ids():
     return torch.randint(3, 2048, (20, 32), generator=torch.Generator().manual_seed(0))
 
 
-def test_requantized_weights_are_close_and_the_loss_is_measured(
-    merged: QuantizedCheckpoint, token_ids: torch.Tensor, tmp_path: Path
-) -> None:
+def test_requantized_weights_are_close_and_the_loss_is_measured(merged, token_ids, tmp_path):
     result = export_model(
         merged.directory,
         tmp_path / "gptq",
@@ -108,9 +102,7 @@ def test_requantized_weights_are_close_and_the_loss_is_measured(
     assert f"{measured['exact']:.4f} -> {measured['requantized']:.4f}" in result.exactness
 
 
-def test_requantize_command(
-    merged: QuantizedCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_requantize_command(merged, tmp_path, capsys):
     text = tmp_path / "text.txt"
     text.write_text((base_model_path() / "README.md").read_text())
     out = tmp_path / "gptq"
@@ -132,9 +124,7 @@ def test_requantize_command(
     assert main(["verify", str(out), "--against", str(out), "--no-run"]) == 0
 
 
-def test_requantize_is_refused_where_it_is_not_needed_or_not_possible(
-    merged: QuantizedCheckpoint, token_ids: torch.Tensor, tmp_path: Path
-) -> None:
+def test_requantize_is_refused_where_it_is_not_needed_or_not_possible(merged, token_ids, tmp_path):
     with pytest.raises(ConfigError, match="zero-points are integers"):
         export_model(STOCK, tmp_path / "gptq", "gptq", requantize=True)
     with pytest.raises(ConfigError, match="nothing is calibrated"):
@@ -147,7 +137,7 @@ def test_requantize_is_refused_where_it_is_not_needed_or_not_possible(
     assert not any(tmp_path.iterdir())
 
 
-def test_unknown_format_and_option(tmp_path: Path) -> None:
+def test_unknown_format_and_option(tmp_path):
     with pytest.raises(ConfigError, match=r"expected one of gptq, .* found 'hqq'"):
         export_model(STOCK, tmp_path / "out", "hqq")
     with pytest.raises(ConfigError, match="'mlx' has no option 'base'"):

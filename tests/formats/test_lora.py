@@ -1,8 +1,6 @@
 """An adapter that pools, as plain LoRA in PEFT's own LoRA code."""
 
 import json
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +10,7 @@ from safetensors.torch import load_file
 from support.random_adapter import PREFIX, random_adapter
 from transformers import AutoModelForCausalLM
 
-from qalora_plugin.checkpoint.checkpoint import QuantizedCheckpoint, open_quantized
+from qalora_plugin.checkpoint.checkpoint import open_quantized
 from qalora_plugin.cli import main
 from qalora_plugin.errors import AdapterError, OutputError
 from qalora_plugin.formats.export import export_model
@@ -23,9 +21,7 @@ RANK = 4
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_peft_computes_base_plus_adapter(
-    bits: int, quantized: Callable[..., QuantizedCheckpoint], dense_dir: Path, tmp_path: Path
-) -> None:
+def test_peft_computes_base_plus_adapter(bits, quantized, dense_dir, tmp_path):
     source = quantized(bits)
     adapter = random_adapter(source, tmp_path / "adapter")
     result = export_model(adapter, tmp_path / "lora", "lora")
@@ -51,9 +47,7 @@ def test_peft_computes_base_plus_adapter(
     torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
 
 
-def test_config_is_plain_lora(
-    quantized: Callable[..., QuantizedCheckpoint], tmp_path: Path
-) -> None:
+def test_config_is_plain_lora(quantized, tmp_path):
     source = quantized(4)
     adapter = random_adapter(source, tmp_path / "adapter")
     export_model(adapter, tmp_path / "lora", "lora")
@@ -65,7 +59,7 @@ def test_config_is_plain_lora(
     assert not {"adapt", "bits", "group_size", "fingerprint"} & set(raw)
 
 
-def test_act_order_pools_by_g_idx(tmp_path: Path) -> None:
+def test_act_order_pools_by_g_idx(tmp_path):
     source = open_quantized(ACT_ORDER)
     adapter = random_adapter(source, tmp_path / "adapter")
     export_model(adapter, tmp_path / "lora", "lora")
@@ -78,18 +72,14 @@ def test_act_order_pools_by_g_idx(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("adapt", ["scales", "both"])
-def test_changed_scales_are_refused(
-    adapt: str, quantized: Callable[..., QuantizedCheckpoint], tmp_path: Path
-) -> None:
+def test_changed_scales_are_refused(adapt, quantized, tmp_path):
     adapter = random_adapter(quantized(4), tmp_path / "adapter", adapt)
     with pytest.raises(AdapterError, match="no low-rank change"):
         export_model(adapter, tmp_path / "lora", "lora")
     assert not (tmp_path / "lora").exists()
 
 
-def test_nothing_is_overwritten(
-    quantized: Callable[..., QuantizedCheckpoint], tmp_path: Path
-) -> None:
+def test_nothing_is_overwritten(quantized, tmp_path):
     adapter = random_adapter(quantized(4), tmp_path / "adapter")
     (tmp_path / "lora").mkdir()
     (tmp_path / "lora" / "mine").write_text("kept")
@@ -99,11 +89,11 @@ def test_nothing_is_overwritten(
 
 
 def test_the_base_may_have_moved(
-    quantized: Callable[..., QuantizedCheckpoint],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+    quantized,
+    tmp_path,
+    monkeypatch,
+    capsys,
+):
     """The adapter's config has a path relative to where it was trained."""
     source = quantized(4)
     adapter = random_adapter(source, tmp_path / "adapter")

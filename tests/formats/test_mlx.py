@@ -1,14 +1,11 @@
 """What MLX itself makes of an exported directory."""
 
 import json
-from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from qalora_plugin.checkpoint.checkpoint import QuantizedCheckpoint
 from qalora_plugin.errors import CheckpointError
 from qalora_plugin.formats.export import export_model
 from qalora_plugin.formats.rope import with_legacy_rope
@@ -19,9 +16,7 @@ mx = pytest.importorskip("mlx.core", reason="needs MLX: pip install 'qalora-plug
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_weights_are_equal(
-    bits: int, quantized: Callable[..., QuantizedCheckpoint], tmp_path: Path
-) -> None:
+def test_weights_are_equal(bits, quantized, tmp_path):
     source = quantized(bits)
     result = export_model(source.directory, tmp_path / "out", "mlx")
     tensors = mx.load(str(result.out / "model.safetensors"))
@@ -36,18 +31,14 @@ def test_weights_are_equal(
         assert error_in_steps(found, source, name) <= 2.0 ** (bits - 23)
 
 
-def test_large_groups_are_cut(
-    quantized: Callable[..., QuantizedCheckpoint], tmp_path: Path
-) -> None:
+def test_large_groups_are_cut(quantized, tmp_path):
     export_model(quantized(4, -1).directory, tmp_path / "out", "mlx")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["quantization"]["group_size"] == 64  # of 64 inputs
     assert config["quantization"] == config["quantization_config"]
 
 
-def test_groups_of_16_and_act_order_are_refused(
-    quantized: Callable[..., QuantizedCheckpoint], tmp_path: Path
-) -> None:
+def test_groups_of_16_and_act_order_are_refused(quantized, tmp_path):
     with pytest.raises(CheckpointError, match=r"groups of 16 .* 32, 64 or 128"):
         export_model(quantized(4, 16).directory, tmp_path / "out", "mlx")
     with pytest.raises(CheckpointError, match="act-order"):
@@ -55,7 +46,7 @@ def test_groups_of_16_and_act_order_are_refused(
     assert not any(tmp_path.iterdir())
 
 
-def test_rope_is_written_as_older_readers_know_it() -> None:
+def test_rope_is_written_as_older_readers_know_it():
     scaled = {"rope_theta": 5e5, "rope_type": "llama3", "factor": 8.0}
     config = with_legacy_rope({"rope_parameters": scaled})
     assert config["rope_theta"] == 5e5

@@ -1,14 +1,10 @@
 """What ONNX Runtime makes of exported layers and of a whole exported model."""
 
-from collections.abc import Callable
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig
 
-from qalora_plugin.checkpoint.checkpoint import QuantizedCheckpoint
 from qalora_plugin.errors import CheckpointError
 from qalora_plugin.formats.export import export_model
 from qalora_plugin.formats.onnx.write import matmul_nbits
@@ -20,7 +16,7 @@ onnx = pytest.importorskip("onnx", reason=REASON)
 onnxruntime = pytest.importorskip("onnxruntime", reason=REASON)
 
 
-def run_node(node: tuple[dict[str, int], dict[str, torch.Tensor]]) -> torch.Tensor:
+def run_node(node):
     """W [N, K] of a MatMulNBits node: its product with the identity, by ONNX Runtime."""
     attributes, constants = node
     helper, types = onnx.helper, onnx.TensorProto
@@ -45,9 +41,7 @@ def run_node(node: tuple[dict[str, int], dict[str, torch.Tensor]]) -> torch.Tens
 @pytest.mark.parametrize(
     ("bits", "group_size"), [(2, 16), (3, 48), (4, 32), (4, -1), (8, 48), (8, -1)]
 )
-def test_weights_are_equal(
-    bits: int, group_size: int, quantized: Callable[..., QuantizedCheckpoint]
-) -> None:
+def test_weights_are_equal(bits, group_size, quantized):
     source = quantized(bits, group_size)
     for name in list(source.layers)[:7]:  # 64 and 172 inputs
         terms = matmul_nbits(source.layer(name))
@@ -56,9 +50,7 @@ def test_weights_are_equal(
         assert error_in_steps(found, source, name) <= 2.0 ** (bits - 22)
 
 
-def test_every_product_is_replaced(
-    family: Callable[..., QuantizedCheckpoint], tmp_path: Path
-) -> None:
+def test_every_product_is_replaced(family, tmp_path):
     pytest.importorskip("onnxruntime_genai", reason=REASON)
     pytest.importorskip("onnx_ir", reason=REASON)
     # one part of the fused q, k, v is different
@@ -72,9 +64,7 @@ def test_every_product_is_replaced(
     assert not (tmp_path / "out" / "build").exists()
 
 
-def test_what_blocks_cannot_hold_is_refused(
-    quantized: Callable[..., QuantizedCheckpoint], tmp_path: Path
-) -> None:
+def test_what_blocks_cannot_hold_is_refused(quantized, tmp_path):
     for module in ("onnxruntime_genai", "onnx_ir"):
         pytest.importorskip(module, reason=REASON)
     with pytest.raises(CheckpointError, match="groups of 8 cannot be cut into blocks"):

@@ -16,7 +16,7 @@ from qalora_plugin.formats import FOLDERS
 from .weights import ACT_ORDER, STOCK
 
 
-def test_importing_the_package_imports_records_alone() -> None:
+def test_importing_the_package_imports_records_alone():
     code = (
         "import sys, qalora_plugin.formats\n"
         "print(*(m for m in sys.modules if m.startswith('qalora_plugin.formats')))"
@@ -27,7 +27,7 @@ def test_importing_the_package_imports_records_alone() -> None:
 
 
 @pytest.mark.parametrize("name", FOLDERS)
-def test_folders_have_what_their_records_promise(name: str) -> None:
+def test_folders_have_what_their_records_promise(name):
     format = format_named(name)
     assert format.name == name and format in formats() and format.script.is_file()
     parts = {"write": True, "weights": True, "read": format.is_base, "record": format.suffix}
@@ -36,7 +36,7 @@ def test_folders_have_what_their_records_promise(name: str) -> None:
     assert "me/model" in format.usage.format(repo_id="me/model", file="model.gguf")
 
 
-def test_recognised_on_disk(tmp_path: Path) -> None:
+def test_recognised_on_disk(tmp_path):
     for directory in (STOCK, ACT_ORDER):
         kind = find_kind(directory)
         assert kind.format is kind.base is format_named("gptq") and not kind.is_16_bit
@@ -62,7 +62,7 @@ def test_recognised_on_disk(tmp_path: Path) -> None:
     assert kind.base is format_named("gptq")  # the model beside the adapter is read all the same
 
 
-def test_a_16_bit_model_has_no_sign_of_quantization(tmp_path: Path) -> None:
+def test_a_16_bit_model_has_no_sign_of_quantization(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     assert find_kind(tmp_path) == Kind(is_16_bit=True)
     (tmp_path / "quantize_config.json").write_text("{}")  # AutoGPTQ's
@@ -70,14 +70,12 @@ def test_a_16_bit_model_has_no_sign_of_quantization(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("format", "export"), [("mlx", "mlx"), ("gptq", None), ("lora", None)])
-def test_only_what_is_not_read_is_an_export(
-    format: str, export: str | None, tmp_path: Path
-) -> None:
+def test_only_what_is_not_read_is_an_export(format, export, tmp_path):
     (tmp_path / "qalora_export.json").write_text(json.dumps({"format": format}))
     assert find_kind(tmp_path).export == export
 
 
-def test_only_what_is_read_is_a_base() -> None:
+def test_only_what_is_read_is_a_base():
     config = {"quant_method": "gptq", "bits": 4, "group_size": 32}
     found = foreign_config(config, Path("config.json"))
     assert found is not None and (found.bits, found.group_size) == (4, 32)
@@ -98,7 +96,7 @@ def test_only_what_is_read_is_a_base() -> None:
         ("onnx", QuantSpec(4, 8, 64, 1), 0),
     ],
 )
-def test_groups_are_cut_into_blocks(name: str, spec: QuantSpec, block: int) -> None:
+def test_groups_are_cut_into_blocks(name, spec, block):
     grids = format_named(name).grids
     assert grids.block(spec) == block
     assert (grids.obstacle(spec, False) is None) == bool(block)

@@ -2,9 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +10,6 @@ from safetensors.torch import load_file, save_file
 from support.random_adapter import random_adapter
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from qalora_plugin.checkpoint.checkpoint import QuantizedCheckpoint
 from qalora_plugin.checkpoint.format import format_named
 from qalora_plugin.cli import main
 from qalora_plugin.errors import VerificationError
@@ -26,13 +23,13 @@ NAMES = ("mlx", "torchao", "onnx", "gguf", "lora")
 
 
 @pytest.fixture(scope="module")
-def sources(family: Callable[..., QuantizedCheckpoint]) -> list[QuantizedCheckpoint]:
+def sources(family):
     """Two models of the same shapes; one projection has 8 bits and groups of 16."""
     configs = (LlamaConfig(**BLOCKS_OF_32), LlamaConfig(**BLOCKS_OF_32, initializer_range=0.03))
     return [family(config, mixed=(8, 16)) for config in configs]
 
 
-def require(format: str) -> None:
+def require(format):
     """Skip where the runtime is not installed."""
     runtime = format_named(format).runtime
     for names in runtime.modules:
@@ -41,9 +38,7 @@ def require(format: str) -> None:
 
 
 @pytest.mark.parametrize("format", NAMES)
-def test_runtime_computes_what_we_compute_and_nothing_else(
-    format: str, sources: list[QuantizedCheckpoint], tmp_path: Path
-) -> None:
+def test_runtime_computes_what_we_compute_and_nothing_else(format, sources, tmp_path):
     require(format)
     models = [source.directory for source in sources]
     if format == "lora":
@@ -61,9 +56,7 @@ def test_runtime_computes_what_we_compute_and_nothing_else(
         check_runtime(out, models[1], format_named(format))
 
 
-def test_llama_cpp_computes_in_fp32_where_nothing_is_rounded(
-    sources: list[QuantizedCheckpoint], tmp_path: Path
-) -> None:
+def test_llama_cpp_computes_in_fp32_where_nothing_is_rounded(sources, tmp_path):
     require("gguf")
     export_model(sources[0].directory, tmp_path / "model.gguf", "gguf", exact=True)
     report = check_runtime(tmp_path / "model.gguf", sources[0].directory, format_named("gguf"))
@@ -71,9 +64,7 @@ def test_llama_cpp_computes_in_fp32_where_nothing_is_rounded(
     assert report.allowed == 1e-4
 
 
-def test_command_runs_it_and_a_crash_is_an_error(
-    sources: list[QuantizedCheckpoint], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_command_runs_it_and_a_crash_is_an_error(sources, tmp_path, capsys):
     require("torchao")
     source, out = str(sources[0].directory), tmp_path / "model"
     export_model(source, out, "torchao")
@@ -88,9 +79,7 @@ def test_command_runs_it_and_a_crash_is_an_error(
     assert "stock transformers cannot run it (exit status 1)" in capsys.readouterr().err
 
 
-def test_a_runtime_that_is_not_installed_is_named(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_runtime_that_is_not_installed_is_named(tmp_path, capsys):
     if find_spec("gptqmodel") or find_spec("auto_gptq"):
         pytest.skip("this environment has an engine for GPTQ")
     export_model(STOCK, tmp_path / "gptq", "gptq")
@@ -105,9 +94,7 @@ def test_a_runtime_that_is_not_installed_is_named(
     assert "cannot be run" in capsys.readouterr().err
 
 
-def test_rounding_of_activations_is_ggmls(
-    sources: list[QuantizedCheckpoint], tmp_path: Path
-) -> None:
+def test_rounding_of_activations_is_ggmls(sources, tmp_path):
     gguf = pytest.importorskip("gguf", reason="needs gguf: pip install 'qalora-plugin[export]'")
     x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
     x[0, :32] = 0

@@ -1,15 +1,12 @@
 """What torchao itself makes of an exported directory."""
 
 import json
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 from transformers import TorchAoConfig
 
-from qalora_plugin.checkpoint.checkpoint import QuantizedCheckpoint
 from qalora_plugin.errors import CheckpointError
 from qalora_plugin.formats.export import export_model
 
@@ -18,7 +15,7 @@ from .weights import ACT_ORDER, error_in_steps
 pytest.importorskip("torchao", reason="needs torchao: pip install 'qalora-plugin[export]'")
 
 
-def dequantized(directory: Path) -> dict[str, torch.Tensor]:
+def dequantized(directory):
     """Every tensor of a directory as torchao reads and dequantizes it."""
     from torchao.prototype.safetensors.safetensors_support import unflatten_tensor_state_dict
 
@@ -33,9 +30,7 @@ def dequantized(directory: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_weights_are_equal(
-    bits: int, quantized: Callable[..., QuantizedCheckpoint], tmp_path: Path
-) -> None:
+def test_weights_are_equal(bits, quantized, tmp_path):
     source = quantized(bits)
     result = export_model(source.directory, tmp_path / "out", "torchao")
     assert (result.layers, result.dense) == (14, {})
@@ -46,15 +41,13 @@ def test_weights_are_equal(
         assert torch.equal(weights[name], source.reader.get(name))
 
 
-def test_act_order_is_refused(tmp_path: Path) -> None:
+def test_act_order_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="act-order"):
         export_model(ACT_ORDER, tmp_path / "out", "torchao")
     assert not any(tmp_path.iterdir())
 
 
-def test_quant_config_is_what_torchao_writes(
-    quantized: Callable[..., QuantizedCheckpoint], tmp_path: Path
-) -> None:
+def test_quant_config_is_what_torchao_writes(quantized, tmp_path):
     export_model(quantized(3).directory, tmp_path / "out", "torchao")
     written = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     parsed = TorchAoConfig.from_dict(dict(written)).to_dict()

@@ -1,8 +1,6 @@
 """`verify_export`: an export passes, a changed one does not."""
 
 import json
-from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +9,6 @@ from safetensors.torch import load_file, save_file
 from support.random_adapter import random_adapter
 from transformers import LlamaConfig, Qwen2Config
 
-from qalora_plugin.checkpoint.checkpoint import QuantizedCheckpoint
 from qalora_plugin.cli import main
 from qalora_plugin.errors import CheckpointError, VerificationError
 from qalora_plugin.formats.export import export_model
@@ -24,15 +21,13 @@ LIBRARIES = {"mlx": "mlx.core", "torchao": "torchao", "gguf": "gguf", "onnx": "o
 
 
 @pytest.fixture(scope="module")
-def source(family: Callable[..., QuantizedCheckpoint]) -> QuantizedCheckpoint:
+def source(family):
     """A Qwen2, which has biases; 172 inputs in one projection."""
     return family(Qwen2Config(**SIZES), 3, 32, (4, 32))
 
 
 @pytest.mark.parametrize("format", ["mlx", "torchao", "gguf"])
-def test_export_is_verified_and_a_change_is_found(
-    format: str, source: QuantizedCheckpoint, tmp_path: Path
-) -> None:
+def test_export_is_verified_and_a_change_is_found(format, source, tmp_path):
     pytest.importorskip(LIBRARIES[format], reason=REASON)
     out = tmp_path / ("model.gguf" if format == "gguf" else "model")
     export_model(source.directory, out, format)
@@ -45,7 +40,7 @@ def test_export_is_verified_and_a_change_is_found(
         verify_export(out, source.directory)
 
 
-def change_one_code(out: Path, format: str) -> None:
+def change_one_code(out, format):
     """Flip the lowest bit of one integer of a layer."""
     if format == "gguf":
         from gguf import GGUFReader
@@ -65,7 +60,7 @@ def change_one_code(out: Path, format: str) -> None:
     save_file(tensors, path, metadata)
 
 
-def test_onnx(source: QuantizedCheckpoint, tmp_path: Path) -> None:
+def test_onnx(source, tmp_path):
     pytest.importorskip(LIBRARIES["onnx"], reason=REASON)
     export_model(source.directory, tmp_path / "model", "onnx")
     report = verify_export(tmp_path / "model", source.directory)
@@ -78,9 +73,7 @@ def test_onnx(source: QuantizedCheckpoint, tmp_path: Path) -> None:
         verify_export(tmp_path / "model", source.directory)
 
 
-def test_another_models_tensors_are_found(
-    family: Callable[..., QuantizedCheckpoint], source: QuantizedCheckpoint, tmp_path: Path
-) -> None:
+def test_another_models_tensors_are_found(family, source, tmp_path):
     pytest.importorskip(LIBRARIES["torchao"], reason=REASON)
     export_model(source.directory, tmp_path / "model", "torchao")
     path = tmp_path / "model" / "model.safetensors"
@@ -95,7 +88,7 @@ def test_another_models_tensors_are_found(
         verify_export(tmp_path / "model", source.directory)
 
 
-def test_gptq_and_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_gptq_and_command(tmp_path, capsys):
     export_model(STOCK, tmp_path / "gptq", "gptq")
     command = ["verify", str(tmp_path / "gptq"), "--against", str(STOCK)]
     assert main([*command, "--json"]) == 0
@@ -109,7 +102,7 @@ def test_gptq_and_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "differ by more than the rounding of gptq" in capsys.readouterr().err
 
 
-def test_lora(family: Callable[..., QuantizedCheckpoint], tmp_path: Path) -> None:
+def test_lora(family, tmp_path):
     adapter = random_adapter(family(LlamaConfig(**SIZES)), tmp_path / "adapter")
     export_model(adapter, tmp_path / "lora", "lora")
     report = verify_export(tmp_path / "lora", adapter)
@@ -123,6 +116,6 @@ def test_lora(family: Callable[..., QuantizedCheckpoint], tmp_path: Path) -> Non
         verify_export(tmp_path / "lora", adapter)
 
 
-def test_a_model_is_no_export(source: QuantizedCheckpoint) -> None:
+def test_a_model_is_no_export(source):
     with pytest.raises(CheckpointError, match="not what `qalora export` writes"):
         verify_export(source.directory, source.directory)

@@ -4,11 +4,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from support.models import SIZES as _LLAMA
 
 from qalora_kernels.groups import expand
-from qalora_plugin.checkpoint.checkpoint import QuantizedCheckpoint
 from qalora_plugin.quickstart.embedded import base_model_path
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -23,26 +21,26 @@ SIZES: dict[str, Any] = {
 BLOCKS_OF_32 = SIZES | {"intermediate_size": 96}
 
 
-def exact_weight(source: QuantizedCheckpoint, name: str) -> torch.Tensor:
+def exact_weight(source, name):
     """Return W [N, K] in float64: scales * (q - mid) + offsets."""
     layer = source.layer(name)
     codes = layer.codes().double() - layer.spec.mid
     return codes * _of_inputs(layer.scales, source, name) + _of_inputs(layer.offsets, source, name)
 
 
-def error_in_steps(found: torch.Tensor, source: QuantizedCheckpoint, name: str) -> float:
+def error_in_steps(found, source, name):
     """Return the largest difference from the source's weights, in steps of the own group."""
     step = _of_inputs(source.layer(name).scales, source, name)
     return float(((found.double() - exact_weight(source, name)).abs() / step).max())
 
 
-def _of_inputs(values: torch.Tensor, source: QuantizedCheckpoint, name: str) -> torch.Tensor:
+def _of_inputs(values, source, name):
     """[G, N] of groups -> float64 [N, K]."""
     layer = source.layer(name)
     return expand(values, layer.g_idx, layer.spec.group_size, layer.spec.in_features).t().double()
 
 
-def with_tokenizer(source: Path, target: Path) -> Path:
+def with_tokenizer(source, target):
     """Copy a model, with the quickstart's tokenizer (2048 tokens) beside it."""
     shutil.copytree(source, target)
     for path in base_model_path().glob("*token*"):

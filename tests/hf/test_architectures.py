@@ -1,7 +1,6 @@
 """Every kind of architecture: quantize while loading, save, load, same numbers."""
 
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -67,13 +66,13 @@ LAYERS = {
 }  # fmt: skip
 
 
-def make(name: str) -> Any:
+def make(name):
     torch.manual_seed(0)
     return MADE[name]().eval()
 
 
 @pytest.mark.parametrize("name", MADE)
-def test_round_trip(name: str, tmp_path: Path) -> None:
+def test_round_trip(name, tmp_path):
     dense, layers = make(name), LAYERS[name]
     kind = type(dense)
     for key, parameter in dense.named_parameters():
@@ -109,7 +108,7 @@ def test_round_trip(name: str, tmp_path: Path) -> None:
         torch.testing.assert_close(again(ids)[0], found, rtol=1e-5, atol=1e-6)
 
 
-def test_a_backbone_from_a_model_with_a_head_and_the_other_way_round(tmp_path: Path) -> None:
+def test_a_backbone_from_a_model_with_a_head_and_the_other_way_round(tmp_path):
     make("bert_classifier").save_pretrained(tmp_path / "dense")
     model = AutoModelForSequenceClassification.from_pretrained(
         tmp_path / "dense", quantization_config=QALoRAQuantConfig(bits=4, group_size=16)
@@ -127,7 +126,7 @@ def test_a_backbone_from_a_model_with_a_head_and_the_other_way_round(tmp_path: P
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_a_model_that_asks_for_the_dtype_of_weights(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_a_model_that_asks_for_the_dtype_of_weights(dtype, tmp_path):
     torch.manual_seed(0)
     config = T5Config(
         vocab_size=64, d_model=64, d_kv=16, d_ff=96, num_layers=2, num_heads=4, dropout_rate=0.0
@@ -157,7 +156,7 @@ def test_a_model_that_asks_for_the_dtype_of_weights(dtype: torch.dtype, tmp_path
         assert torch.equal(adapted(**inputs).logits, found)  # B is zero
 
 
-def test_a_layer_whose_parent_initialises_it_and_has_no_tensor(tmp_path: Path) -> None:
+def test_a_layer_whose_parent_initialises_it_and_has_no_tensor(tmp_path):
     torch.manual_seed(0)
     config = T5Config(vocab_size=64, d_model=64, d_kv=16, d_ff=96, num_layers=1, num_heads=4)
     T5ForConditionalGeneration(config).save_pretrained(tmp_path / "small")
@@ -188,9 +187,7 @@ def test_a_layer_whose_parent_initialises_it_and_has_no_tensor(tmp_path: Path) -
     ],
     ids=["mamba", "rwkv"],
 )
-def test_a_model_that_computes_with_weights_itself(
-    config: Any, kept: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_model_that_computes_with_weights_itself(config, kept, tmp_path, monkeypatch):
     torch.manual_seed(0)
     dense = AutoModelForCausalLM.from_config(config).eval()
     dense.save_pretrained(tmp_path / "dense")
@@ -220,9 +217,7 @@ def test_a_model_that_computes_with_weights_itself(
 
 
 @pytest.mark.parametrize("name", ["gpt_j", "modernbert"])
-def test_loading_layer_by_layer_initialises_the_parents_too(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_loading_layer_by_layer_initialises_the_parents_too(name, tmp_path, monkeypatch):
     dense = make(name)
     kind = type(dense)
     dense.save_pretrained(tmp_path / "dense")

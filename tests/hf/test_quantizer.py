@@ -7,9 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -35,12 +32,12 @@ LAYER = "model.layers.0.mlp.down_proj"
 IDS = torch.arange(12)[None]
 
 
-def logits(model: Any) -> torch.Tensor:
+def logits(model):
     with torch.no_grad():
         return model(IDS).logits
 
 
-def test_quantized_while_loading_is_rtn_of_the_weights(dense_dir: Path, base_dir: Path) -> None:
+def test_quantized_while_loading_is_rtn_of_the_weights(dense_dir, base_dir):
     dense = load_file(dense_dir / "model.safetensors")
     checkpoint = open_quantized(base_dir)
     for name, spec in checkpoint.layers.items():
@@ -52,7 +49,7 @@ def test_quantized_while_loading_is_rtn_of_the_weights(dense_dir: Path, base_dir
         assert torch.equal(checkpoint.reader.get(name), dense[name]), name
 
 
-def test_saved_and_loaded_bit_for_bit(base_dir: Path, tmp_path: Path) -> None:
+def test_saved_and_loaded_bit_for_bit(base_dir, tmp_path):
     model, info = AutoModelForCausalLM.from_pretrained(base_dir, output_loading_info=True)
     assert not any(info.values())
     assert model.is_quantized and model.quantization_method == "qalora"
@@ -63,7 +60,7 @@ def test_saved_and_loaded_bit_for_bit(base_dir: Path, tmp_path: Path) -> None:
         assert (tmp_path / "again" / file).read_bytes() == (base_dir / file).read_bytes()
 
 
-def test_shards_load_too(base_dir: Path, tmp_path: Path) -> None:
+def test_shards_load_too(base_dir, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(base_dir)
     model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
     assert len(list((tmp_path / "shards").glob("model-*.safetensors"))) > 2
@@ -77,9 +74,7 @@ def test_shards_load_too(base_dir: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("dtype", "device_map"), [(torch.float32, None), (torch.bfloat16, "cpu"), (torch.float16, None)]
 )
-def test_dtype_is_that_of_the_rest(
-    dtype: torch.dtype, device_map: str | None, base_dir: Path
-) -> None:
+def test_dtype_is_that_of_the_rest(dtype, device_map, base_dir):
     model = AutoModelForCausalLM.from_pretrained(base_dir, dtype=dtype, device_map=device_map)
     assert {p.dtype for p in model.parameters()} == {dtype, torch.int32}
     layer = model.get_submodule(LAYER)
@@ -87,7 +82,7 @@ def test_dtype_is_that_of_the_rest(
     assert model.dtype == dtype and logits(model).dtype == dtype
 
 
-def test_dtype_while_quantizing_and_without_a_head(dense_dir: Path, base_dir: Path) -> None:
+def test_dtype_while_quantizing_and_without_a_head(dense_dir, base_dir):
     config = QALoRAQuantConfig(bits=3, group_size=16)
     for kind, source, options in (
         (
@@ -105,7 +100,7 @@ def test_dtype_while_quantizing_and_without_a_head(dense_dir: Path, base_dir: Pa
         assert all(not tensor.is_meta for tensor in model.state_dict().values())
 
 
-def test_other_options(dense_dir: Path, tmp_path: Path) -> None:
+def test_other_options(dense_dir, tmp_path):
     config = QALoRAQuantConfig(
         bits=2,
         group_size=-1,
@@ -134,9 +129,7 @@ def test_other_options(dense_dir: Path, tmp_path: Path) -> None:
         ("layers.0.ml", None),
     ],
 )
-def test_an_entry_names_modules_and_what_is_below_them(
-    entry: str, left: int | None, dense_dir: Path
-) -> None:
+def test_an_entry_names_modules_and_what_is_below_them(entry, left, dense_dir):
     config = QALoRAQuantConfig(modules_to_not_convert=[entry])
     if left is None:
         with pytest.raises(ConfigError, match=f"'{re.escape(entry)}' matches no module"):
@@ -160,14 +153,14 @@ def test_an_entry_names_modules_and_what_is_below_them(
     ],
 )
 def test_what_needs_calibration_or_fits_no_layer_is_refused_while_loading(
-    settings: dict[str, Any], message: str, dense_dir: Path
-) -> None:
+    settings, message, dense_dir
+):
     config = QALoRAQuantConfig(**settings)
     with pytest.raises(ConfigError, match=message):
         AutoModelForCausalLM.from_pretrained(dense_dir, quantization_config=config)
 
 
-def test_settings_that_name_nothing(dense_dir: Path, base_dir: Path) -> None:
+def test_settings_that_name_nothing(dense_dir, base_dir):
     config = QALoRAQuantConfig(dynamic={"down_proj": {"bits": 8}, "nonsense": {"bits": 2}})
     with pytest.raises(ConfigError, match="'nonsense' matches none of the layers to quantize"):
         AutoModelForCausalLM.from_pretrained(dense_dir, quantization_config=config)
@@ -181,9 +174,7 @@ def test_settings_that_name_nothing(dense_dir: Path, base_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("shards", [1, 2])
-def test_a_variant_of_the_files(
-    shards: int, dense_dir: Path, base_dir: Path, tmp_path: Path
-) -> None:
+def test_a_variant_of_the_files(shards, dense_dir, base_dir, tmp_path):
     dense = AutoModelForCausalLM.from_pretrained(dense_dir)
     size = "1GB" if shards == 1 else "150KB"
     dense.save_pretrained(tmp_path / "m", variant="fp16", max_shard_size=size)
@@ -197,9 +188,7 @@ def test_a_variant_of_the_files(
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_minima_are_saved_and_loaded_bit_for_bit(
-    bits: int, dense_dir: Path, tmp_path: Path
-) -> None:
+def test_minima_are_saved_and_loaded_bit_for_bit(bits, dense_dir, tmp_path):
     config = QALoRAQuantConfig(bits, 32, offsets_at="minimum")
     model = AutoModelForCausalLM.from_pretrained(dense_dir, quantization_config=config)
     model.save_pretrained(tmp_path / "first")
@@ -212,7 +201,7 @@ def test_minima_are_saved_and_loaded_bit_for_bit(
         assert first.read_bytes() == second.read_bytes()
 
 
-def test_dequantized_again(base_dir: Path, tmp_path: Path) -> None:
+def test_dequantized_again(base_dir, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32)
     expected = logits(model)
     model.dequantize().save_pretrained(tmp_path / "dense")
@@ -221,7 +210,7 @@ def test_dequantized_again(base_dir: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(logits(dense), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_registering_twice_changes_nothing() -> None:
+def test_registering_twice_changes_nothing():
     from transformers.quantizers.auto import AutoHfQuantizer
 
     before = AutoHfQuantizer.merge_quantization_configs
@@ -243,7 +232,7 @@ assert "qalora_plugin" not in sys.modules
 """
 
 
-def test_without_our_package_it_never_loads(base_dir: Path, tmp_path: Path) -> None:
+def test_without_our_package_it_never_loads(base_dir, tmp_path):
     llama(num_hidden_layers=1, tie_word_embeddings=True).save_pretrained(tmp_path / "dense")
     tied = AutoModelForCausalLM.from_pretrained(
         tmp_path / "dense", quantization_config=QALoRAQuantConfig(bits=4, group_size=32)
@@ -258,7 +247,7 @@ def test_without_our_package_it_never_loads(base_dir: Path, tmp_path: Path) -> N
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(paths[1])), logits(tied))
 
 
-def test_requested_settings_that_contradict_the_directory(base_dir: Path) -> None:
+def test_requested_settings_that_contradict_the_directory(base_dir):
     for config in (QALoRAQuantConfig(bits=3, group_size=32), QALoRAQuantConfig(4, 64)):
         with pytest.raises(ConfigError, match="but quantization_config asks for"):
             AutoModelForCausalLM.from_pretrained(base_dir, quantization_config=config)
@@ -269,12 +258,12 @@ def test_requested_settings_that_contradict_the_directory(base_dir: Path) -> Non
     AutoModelForCausalLM.from_pretrained(base_dir, quantization_config=same)
 
 
-def edit_config(directory: Path, **values: Any) -> None:
+def edit_config(directory, **values):
     path = directory / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
-def test_another_architecture_is_refused(base_dir: Path, altered: Callable[..., Path]) -> None:
+def test_another_architecture_is_refused(base_dir, altered):
     directory = altered(base_dir)
     edit_config(directory, intermediate_size=128)
     with pytest.raises(CheckpointError, match="down_proj is a linear layer with 172 inputs"):
@@ -287,7 +276,7 @@ def test_another_architecture_is_refused(base_dir: Path, altered: Callable[..., 
         AutoModelForCausalLM.from_pretrained(directory)
 
 
-def test_the_config_of_a_loaded_model_loads_it_again(base_dir: Path) -> None:
+def test_the_config_of_a_loaded_model_loads_it_again(base_dir):
     model = AutoModelForCausalLM.from_pretrained(base_dir)
     again = AutoModelForCausalLM.from_pretrained(base_dir, config=model.config)
     assert torch.equal(logits(model), logits(again))
@@ -297,7 +286,7 @@ def test_the_config_of_a_loaded_model_loads_it_again(base_dir: Path) -> None:
         AutoModelForCausalLM.from_pretrained(base_dir, config=config)
 
 
-def test_a_truncated_file_is_refused(base_dir: Path, altered: Callable[..., Path]) -> None:
+def test_a_truncated_file_is_refused(base_dir, altered):
     directory = altered(base_dir)
     path = directory / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
@@ -305,7 +294,7 @@ def test_a_truncated_file_is_refused(base_dir: Path, altered: Callable[..., Path
         AutoModelForCausalLM.from_pretrained(directory)
 
 
-def test_a_broken_16_bit_base_is_refused(dense_dir: Path, tmp_path: Path) -> None:
+def test_a_broken_16_bit_base_is_refused(dense_dir, tmp_path):
     shutil.copytree(dense_dir, tmp_path / "m")
     state = load_file(tmp_path / "m" / "model.safetensors")
     state[f"{LAYER}.weight"][1, 1] = math.nan
@@ -316,7 +305,7 @@ def test_a_broken_16_bit_base_is_refused(dense_dir: Path, tmp_path: Path) -> Non
         )
 
 
-def test_nothing_to_quantize_is_an_error(dense_dir: Path, tmp_path: Path) -> None:
+def test_nothing_to_quantize_is_an_error(dense_dir, tmp_path):
     config = GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2, n_positions=32)
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
     with pytest.raises(ConfigError, match=r"GPT2LMHeadModel.*nn\.Linear.*4 transformers Conv1D"):
@@ -329,7 +318,7 @@ def test_nothing_to_quantize_is_an_error(dense_dir: Path, tmp_path: Path) -> Non
         )
 
 
-def test_disk_offload_and_state_dicts_are_refused(base_dir: Path) -> None:
+def test_disk_offload_and_state_dicts_are_refused(base_dir):
     with pytest.raises(ConfigError, match="'disk' is not supported"):
         AutoModelForCausalLM.from_pretrained(base_dir, device_map={"": "disk"})
     config = AutoModelForCausalLM.from_pretrained(base_dir).config
@@ -337,9 +326,7 @@ def test_disk_offload_and_state_dicts_are_refused(base_dir: Path) -> None:
         LlamaForCausalLM.from_pretrained(None, config=config, state_dict={"x": torch.ones(1)})
 
 
-def test_a_model_that_carries_an_adapter_is_not_saved_as_a_base(
-    base_dir: Path, tmp_path: Path
-) -> None:
+def test_a_model_that_carries_an_adapter_is_not_saved_as_a_base(base_dir, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(base_dir)
     wrapper = torch.nn.Module()
     wrapper.base_layer = model.get_submodule(LAYER)

@@ -4,10 +4,7 @@ import base64
 import hashlib
 import json
 import threading
-from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
-from typing import Any
 
 import pytest
 from huggingface_hub import constants
@@ -28,7 +25,7 @@ _REFUSED = {"unauthorized": 401, "forbidden": 403, "missing": 404}
 class Hub(ThreadingHTTPServer):
     """Repositories that were made, and the files that were committed to them."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.repos: dict[str, str] = {}
         self.objects: dict[str, bytes] = {}
@@ -38,7 +35,7 @@ class Hub(ThreadingHTTPServer):
         self.tokens: set[str | None] = set()
 
     @property
-    def url(self) -> str:
+    def url(self):
         return f"http://127.0.0.1:{self.server_port}"
 
 
@@ -46,10 +43,10 @@ class _Handler(BaseHTTPRequestHandler):
     server: Hub
     protocol_version = "HTTP/1.1"
 
-    def log_message(self, *args: Any) -> None:
+    def log_message(self, *args):
         pass
 
-    def _reply(self, value: Any, status: int = 200) -> None:
+    def _reply(self, value, status=200):
         body = json.dumps(value).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(body)))
@@ -57,20 +54,20 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(body)
 
-    def _body(self) -> bytes:
+    def _body(self):
         return self.rfile.read(int(self.headers.get("Content-Length", 0)))
 
-    def do_GET(self) -> None:
+    def do_GET(self):
         self._reply({"error": "not found"}, 404)
 
     do_HEAD = do_GET
 
-    def do_PUT(self) -> None:
+    def do_PUT(self):
         data = self._body()
         self.server.objects[hashlib.sha256(data).hexdigest()] = data
         self._reply({})
 
-    def do_POST(self) -> None:
+    def do_POST(self):
         hub, body = self.server, self._body()
         hub.tokens.add(self.headers.get("authorization"))
         if self.path == "/api/repos/create":
@@ -104,7 +101,7 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._reply({"error": f"no {self.path}"}, 404)
 
-    def _commit(self, lines: list[dict[str, Any]]) -> None:
+    def _commit(self, lines):
         hub = self.server
         for line in lines:
             value = line["value"]
@@ -118,7 +115,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+def hub(monkeypatch):
     server = Hub()
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setattr(constants, "ENDPOINT", server.url)
@@ -132,7 +129,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
 
 @pytest.fixture(scope="session")
-def base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def base_dir(tmp_path_factory):
     """A quantized base; the 16-bit model that it names lies beside it."""
     root = tmp_path_factory.mktemp("hub")
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
@@ -146,7 +143,7 @@ def base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def merged_dir(base_dir: Path, tmp_path: Path) -> Path:
+def merged_dir(base_dir, tmp_path):
     """The base with an adapter merged in."""
     base = open_quantized(base_dir)
     adapter = random_adapter(base, tmp_path / "adapter", rank=2, alpha=16)
@@ -154,6 +151,6 @@ def merged_dir(base_dir: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def exported_dir(merged_dir: Path) -> Path:
+def exported_dir(merged_dir):
     """An export that needs no library to be written."""
     return export_model(merged_dir, merged_dir.parent / "export", "torchao").out

@@ -17,17 +17,17 @@ from qalora_plugin.files.hub import public_name
 from qalora_plugin.hub.card import find_subject, make_card, subject_of
 from qalora_plugin.hub.push import push, push_merged
 
-from .conftest import OWNER, TOKEN, Hub
+from .conftest import OWNER, TOKEN
 
 LOSSES = [{"loss": 2.5, "step": 10}, {"eval_loss": 1.25, "step": 10}, {"train_loss": 2.0}]
 
 
 def test_push(
-    hub: Hub,
-    merged_dir: Path,
-    capfd: pytest.CaptureFixture[str],
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+    hub,
+    merged_dir,
+    capfd,
+    caplog,
+):
     caplog.set_level(logging.DEBUG)
     url = push_merged(merged_dir, "my-model", data="gsm8k", log_history=LOSSES)
     assert url == f"{hub.url}/{OWNER}/my-model"
@@ -43,16 +43,14 @@ def test_push(
     assert not any(TOKEN.encode() in content for content in hub.files.values())
 
 
-def test_public_repository_of_an_organisation_and_a_card_that_is_there(
-    hub: Hub, merged_dir: Path
-) -> None:
+def test_public_repository_of_an_organisation_and_a_card_that_is_there(hub, merged_dir):
     (merged_dir / "README.md").write_text("mine")
     push_merged(merged_dir, "org/my-model", private=False)
     assert hub.repos == {"org/my-model": "public"}
     assert hub.files["README.md"] == b"mine"
 
 
-def test_card(hub: Hub, merged_dir: Path) -> None:
+def test_card(hub, merged_dir):
     subject = subject_of(open_quantized(merged_dir))
     card = make_card(subject, f"{OWNER}/my-model", "gsm8k", LOSSES)
     assert card.data.base_model == "org/tiny-base"
@@ -74,9 +72,7 @@ def test_card(hub: Hub, merged_dir: Path) -> None:
     assert not re.search(r"[{}]", card.text)
 
 
-def test_card_of_a_base_on_disk_has_its_licence_and_not_its_path(
-    hub: Hub, merged_dir: Path, base_dir: Path
-) -> None:
+def test_card_of_a_base_on_disk_has_its_licence_and_not_its_path(hub, merged_dir, base_dir):
     checkpoint = open_quantized(merged_dir)
     directory = base_dir.parent / "tiny-base"
     checkpoint.config.base["name_or_path"] = str(directory)
@@ -85,9 +81,7 @@ def test_card_of_a_base_on_disk_has_its_licence_and_not_its_path(
     assert "| base | tiny-base |" in card.text and str(directory) not in str(card)
 
 
-def test_licence_of_a_base_without_a_card_is_that_of_its_config(
-    hub: Hub, merged_dir: Path, tmp_path: Path
-) -> None:
+def test_licence_of_a_base_without_a_card_is_that_of_its_config(hub, merged_dir, tmp_path):
     checkpoint = open_quantized(merged_dir)
     (tmp_path / "base-2").mkdir()
     (tmp_path / "base-2" / "config.json").write_text('{"license": "mit"}')
@@ -100,9 +94,7 @@ def test_licence_of_a_base_without_a_card_is_that_of_its_config(
     assert card.data.license == "other"
 
 
-def test_refusals(
-    hub: Hub, merged_dir: Path, base_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_refusals(hub, merged_dir, base_dir, monkeypatch):
     with pytest.raises(OutputError, match=r"is not a merged checkpoint\. Nothing was pushed"):
         push_merged(base_dir, "my-model")
     assert hub.repos == {}
@@ -120,9 +112,7 @@ def test_refusals(
         push_merged(merged_dir, "my-model")
 
 
-def test_command_pushes_an_export_to_a_branch(
-    hub: Hub, exported_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_command_pushes_an_export_to_a_branch(hub, exported_dir, tmp_path, capsys):
     state = tmp_path / "trainer_state.json"
     state.write_text(json.dumps({"log_history": LOSSES}))
     command = ["push", str(exported_dir), "org/my-export", "--branch", "int3", "--no-private"]
@@ -141,9 +131,7 @@ def test_command_pushes_an_export_to_a_branch(
     assert "base_model: org/tiny-base" in card and "base_model_relation: quantized" in card
 
 
-def test_dry_run_asks_nobody(
-    hub: Hub, merged_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_dry_run_asks_nobody(hub, merged_dir, capsys, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
     assert main(["push", str(merged_dir), "my-model", "--dry-run"]) == 0
     out = capsys.readouterr().out
@@ -154,9 +142,7 @@ def test_dry_run_asks_nobody(
     assert hub.tokens == set() and not (merged_dir / "README.md").exists()
 
 
-def test_what_is_no_model_of_ours_is_not_pushed(
-    hub: Hub, base_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_is_no_model_of_ours_is_not_pushed(hub, base_dir, tmp_path, capsys):
     stock = Path(__file__).parents[1] / "fixtures" / "gptq_4bit_g32_asym"
     (tmp_path / "empty").mkdir()
     for path in (base_dir.parent / "tiny-base", stock, tmp_path / "empty"):
@@ -165,7 +151,7 @@ def test_what_is_no_model_of_ours_is_not_pushed(
     assert hub.tokens == set()
 
 
-def test_a_base_and_its_exports_are_not_called_fine_tuned(base_dir: Path, tmp_path: Path) -> None:
+def test_a_base_and_its_exports_are_not_called_fine_tuned(base_dir, tmp_path):
     export_model(base_dir, tmp_path / "export", "torchao")
     for path in (base_dir, tmp_path / "export"):
         card = push(path, "someone/base", dry_run=True).card
@@ -175,7 +161,7 @@ def test_a_base_and_its_exports_are_not_called_fine_tuned(base_dir: Path, tmp_pa
             push(path, "someone/base", data="gsm8k", dry_run=True)
 
 
-def test_several_merged_adapters_are_fine_tuning_too(merged_dir: Path) -> None:
+def test_several_merged_adapters_are_fine_tuning_too(merged_dir):
     """What `merge_and_unload` of two adapters records."""
     checkpoint = open_quantized(merged_dir)
     adapters = [{"adapter": name, "adapt": "zeros", "r": 2} for name in "ab"]
@@ -184,9 +170,7 @@ def test_several_merged_adapters_are_fine_tuning_too(merged_dir: Path) -> None:
     assert "fine-tuned with" in card.text and "fine-tuning is in the offsets." in card.text
 
 
-def test_a_relative_path_is_no_repository(
-    hub: Hub, merged_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_relative_path_is_no_repository(hub, merged_dir, tmp_path, monkeypatch):
     """`models/base` is one if such a directory is there, and then its last part is recorded."""
     assert public_name("models/base") == "models/base"
     (tmp_path / "models" / "base").mkdir(parents=True)
@@ -199,7 +183,7 @@ def test_a_relative_path_is_no_repository(
     assert card.data.base_model is None and "| base | base |" in card.text
 
 
-def test_a_damaged_checkpoint_is_not_pushed(hub: Hub, merged_dir: Path, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_not_pushed(hub, merged_dir, tmp_path):
     damaged = shutil.copytree(merged_dir, tmp_path / "damaged")
     path = damaged / "model.safetensors"
     data = bytearray(path.read_bytes())
@@ -212,21 +196,19 @@ def test_a_damaged_checkpoint_is_not_pushed(hub: Hub, merged_dir: Path, tmp_path
 
 
 @pytest.mark.parametrize("name", ["bad//name", "a/b/c", "na me"])
-def test_names_that_are_no_repository(name: str, merged_dir: Path) -> None:
+def test_names_that_are_no_repository(name, merged_dir):
     with pytest.raises(OutputError, match="expected NAME or ORG/NAME"):
         push(merged_dir, name, dry_run=True)
 
 
-def test_trainer_state_has_to_be_one(
-    merged_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_trainer_state_has_to_be_one(merged_dir, tmp_path, capsys):
     command = ["push", str(merged_dir), "my-model", "--dry-run", "--trainer-state"]
     for path in (merged_dir / "config.json", tmp_path / "none.json"):
         assert main([*command, str(path)]) == 1
         assert "takes the trainer_state.json" in capsys.readouterr().err
 
 
-def test_card_of_an_inexact_export_says_what_it_costs(merged_dir: Path, exported_dir: Path) -> None:
+def test_card_of_an_inexact_export_says_what_it_costs(merged_dir, exported_dir):
     """As `qalora export --format gptq --requantize` leaves it."""
     loss = {"exact": 2.0, "requantized": 2.25, "divergence": 0.01, "tokens": 99, "text": "t"}
     path = exported_dir / "qalora_export.json"
@@ -240,7 +222,7 @@ def test_card_of_an_inexact_export_says_what_it_costs(merged_dir: Path, exported
     assert "| KL divergence from the exact model | 1.00e-02 (" in card.text
 
 
-def test_result_of_a_push(hub: Hub, merged_dir: Path) -> None:
+def test_result_of_a_push(hub, merged_dir):
     result = push(merged_dir, "my-model")
     assert result.as_text().startswith(f"{hub.url}/{OWNER}/my-model: pushed ")
     assert result.card.encode() == hub.files["README.md"]

@@ -6,14 +6,13 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 pytest.importorskip("triton", reason="triton is not installed")
 
 
-def compile_with(runs: list[list[str]], cache: Path) -> list[dict[str, Any]]:
+def compile_with(runs, cache):
     """What `compile_for_gpu.py` says of each kernel; the runs go on at the same time."""
     from triton.backends import backends
 
@@ -22,7 +21,7 @@ def compile_with(runs: list[list[str]], cache: Path) -> list[dict[str, Any]]:
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(cache)}
     script = Path(__file__).with_name("compile_for_gpu.py")
 
-    def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    def run(arguments):
         command = [sys.executable, str(script), *arguments]
         return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
 

@@ -1,7 +1,6 @@
 """`QuantLinear.weight`: what models may ask of it, and what they may not."""
 
 import copy
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -12,11 +11,11 @@ from qalora_plugin.errors import ConfigError
 from qalora_plugin.layers.linear import QuantLinear
 
 
-def layer() -> QuantLinear:
+def layer():
     return quant_layer(in_features=64, bias=False)
 
 
-def test_weight_has_shape_dtype_and_device_and_follows_casts() -> None:
+def test_weight_has_shape_dtype_and_device_and_follows_casts():
     weight = layer().weight
     assert isinstance(weight, torch.Tensor) and weight.shape == (24, 64)
     assert weight.dtype == torch.float32 and weight.device.type == "cpu"
@@ -25,7 +24,7 @@ def test_weight_has_shape_dtype_and_device_and_follows_casts() -> None:
     assert layer().to("meta").weight.device.type == "meta"
 
 
-def test_numbers_are_taken_over_as_they_are_stored() -> None:
+def test_numbers_are_taken_over_as_they_are_stored():
     given = quant_layer(bits=3, act_order=True).packed
     wide = replace(given, scales=given.scales.double(), g_idx=given.g_idx.long())
     for minimum in (False, True):
@@ -41,7 +40,7 @@ def test_numbers_are_taken_over_as_they_are_stored() -> None:
     assert torch.equal(below, below.half().float())
 
 
-def test_casting_the_model_keeps_the_numbers() -> None:
+def test_casting_the_model_keeps_the_numbers():
     made = quant_layer()
     before = copy.deepcopy(made.state_dict())
     for dtype in (torch.bfloat16, torch.float64):
@@ -52,7 +51,7 @@ def test_casting_the_model_keeps_the_numbers() -> None:
             assert found.dtype == before[name].dtype and torch.equal(found, before[name])
 
 
-def test_weight_is_nothing_that_is_saved_or_trained() -> None:
+def test_weight_is_nothing_that_is_saved_or_trained():
     made = layer()
     assert made.weight.data_ptr() == 0  # no memory
     assert set(made.state_dict()) == {"qweight", "scales", "offsets"}
@@ -72,6 +71,6 @@ def test_weight_is_nothing_that_is_saved_or_trained() -> None:
         lambda weight: weight.mul_(2),
     ],
 )
-def test_the_numbers_of_weight_are_refused(use: Callable[[torch.Tensor], object]) -> None:
+def test_the_numbers_of_weight_are_refused(use):
     with pytest.raises(ConfigError, match="modules_to_not_convert"):
         use(layer().weight)

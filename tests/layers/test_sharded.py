@@ -6,9 +6,8 @@ import pytest
 import torch
 from support.layers import quant_layer
 
-from qalora_kernels import LowRank, QuantSpec
+from qalora_kernels import LowRank
 from qalora_plugin.layers import sharded
-from qalora_plugin.layers.linear import QuantLinear
 from qalora_plugin.layers.sharded import ShardedQuantLinear, unpack_grid
 
 K, N, R = 80, 24, 4
@@ -18,14 +17,12 @@ K, N, R = 80, 24, 4
 STORED = [(torch.float16, "middle", 1), (torch.float32, "middle", 2), (torch.float32, "minimum", 1)]
 
 
-def _layer(
-    offsets_dtype: torch.dtype = torch.float16, offsets_at: str = "middle", act_order: bool = False
-) -> QuantLinear:
+def _layer(offsets_dtype=torch.float16, offsets_at="middle", act_order=False):
     grid = {"offsets_dtype": offsets_dtype, "offsets_at": offsets_at}
     return quant_layer(in_features=K, out_features=N, act_order=act_order, **grid)
 
 
-def _sharded(layer: QuantLinear) -> ShardedQuantLinear:
+def _sharded(layer):
     return ShardedQuantLinear.from_packed(layer.packed, layer.bias)
 
 
@@ -34,8 +31,8 @@ def _sharded(layer: QuantLinear) -> ShardedQuantLinear:
     ("adapt", "act_order"), [("zeros", True), ("scales", False), ("both", True), (None, False)]
 )
 def test_outputs_and_gradients_are_the_same_bits(
-    offsets_dtype: torch.dtype, offsets_at: str, words: int, adapt: str | None, act_order: bool
-) -> None:
+    offsets_dtype, offsets_at, words, adapt, act_order
+):
     plain = _layer(offsets_dtype, offsets_at, act_order)
     other = _sharded(copy.deepcopy(plain))
     assert not dict(other.named_buffers())
@@ -63,11 +60,11 @@ def test_outputs_and_gradients_are_the_same_bits(
         assert (one is None and two is None) or torch.equal(one, two)
 
 
-def test_the_backward_unpacks_the_grid_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_backward_unpacks_the_grid_again(monkeypatch):
     """Otherwise every layer would keep fp32 copies of what is sharded until its backward."""
     calls = []
 
-    def counted(grid: torch.Tensor, spec: QuantSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    def counted(grid, spec):
         calls.append(grid)
         return unpack_grid(grid, spec)
 
@@ -81,7 +78,7 @@ def test_the_backward_unpacks_the_grid_again(monkeypatch: pytest.MonkeyPatch) ->
     assert len(calls) == before + 2
 
 
-def test_casting_the_model_leaves_the_grid_alone() -> None:
+def test_casting_the_model_leaves_the_grid_alone():
     layer = _sharded(_layer(act_order=True))
     before = layer.grid.clone(), layer.scales
     layer.to(torch.bfloat16)
@@ -90,7 +87,7 @@ def test_casting_the_model_leaves_the_grid_alone() -> None:
     assert torch.equal(layer.scales, before[1])
 
 
-def test_an_empty_layer_has_the_parameters_of_a_loaded_one() -> None:
+def test_an_empty_layer_has_the_parameters_of_a_loaded_one():
     """Ranks that FSDP sends their part make the layer without numbers; the shards have to match."""
     loaded = _sharded(_layer(act_order=True))
     empty = ShardedQuantLinear(loaded.spec, bias=True, desc_act=True, device="meta")

@@ -1,9 +1,5 @@
 """Small quantized bases on disk, and adapters for them written as files."""
 
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
 from support.adapters import PREFIX, RANK, qalora_tensors, write_adapter
@@ -14,10 +10,10 @@ from qalora_plugin.checkpoint.checkpoint import open_quantized
 
 
 @pytest.fixture(scope="session")
-def quantize(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+def quantize(tmp_path_factory):
     """Write a model beside its quantized copy, of which the directory is returned."""
 
-    def write(model: Any, **options: Any) -> Path:
+    def write(model, **options):
         out = tmp_path_factory.mktemp("base") / "quantized"
         dense = out.with_name("dense")
         model.save_pretrained(dense)
@@ -29,7 +25,7 @@ def quantize(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
-def base_dir(quantize: Callable[..., Path]) -> Path:
+def base_dir(quantize):
     """A Llama in 4 bits, groups of 32, the last one of 172 inputs short; with side files."""
     out = quantize(llama().to(torch.bfloat16), group_size=32)
     (out / "tokenizer_config.json").write_text('{"from": "base"}')
@@ -41,29 +37,29 @@ def base_dir(quantize: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture(scope="session")
-def dense_dir(base_dir: Path) -> Path:
+def dense_dir(base_dir):
     """The 16-bit Llama that `base_dir` was made from."""
     return base_dir.with_name("dense")
 
 
 @pytest.fixture(scope="session")
-def tied_base_dir(quantize: Callable[..., Path]) -> Path:
+def tied_base_dir(quantize):
     """A quantized base whose output embeddings are its input embeddings."""
     return quantize(llama(tie_word_embeddings=True).to(torch.bfloat16), group_size=32)
 
 
 @pytest.fixture
-def make_adapter(tmp_path: Path) -> Callable[..., Path]:
+def make_adapter(tmp_path):
     """Write a QALORA adapter for a base; keywords go into its config."""
 
     def make(
-        base: Path,
+        base,
         *,
-        layers: Callable[[str], bool] = lambda name: True,
-        name: str = "adapter",
-        extra: dict[str, torch.Tensor] | None = None,
-        **config: Any,
-    ) -> Path:
+        layers=lambda name: True,
+        name="adapter",
+        extra=None,
+        **config,
+    ):
         chosen = {n: spec for n, spec in open_quantized(base).layers.items() if layers(n)}
         values = {
             "peft_type": "QALORA",
@@ -81,10 +77,10 @@ def make_adapter(tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture
-def make_foreign(tmp_path: Path) -> Callable[..., Path]:
+def make_foreign(tmp_path):
     """Write a LoRA adapter with pooling over `pool` inputs; `use_qalora` as PEFT saves it."""
 
-    def make(base: Path, pool: int, use_qalora: bool, name: str = "foreign", **more: Any) -> Path:
+    def make(base, pool, use_qalora, name="foreign", **more):
         gen = torch.Generator().manual_seed(2)
         tensors, names = {}, []
         for layer, spec in open_quantized(base).layers.items():

@@ -20,13 +20,11 @@ B = f"base_model.model.{Q_PROJ}.qalora_B.weight"
 
 
 @pytest.fixture
-def adapter_dir(base_dir: Path, make_adapter: Make) -> Path:
+def adapter_dir(base_dir, make_adapter):
     return make_adapter(base_dir)
 
 
-def test_a_directory_without_an_adapter_says_what_it_is(
-    base_dir: Path, adapter_dir: Path, tmp_path: Path
-) -> None:
+def test_a_directory_without_an_adapter_says_what_it_is(base_dir, adapter_dir, tmp_path):
     with pytest.raises(AdapterError, match=r"this is a model, not an adapter\. Give the"):
         open_adapter(base_dir)
     (tmp_path / "run").mkdir()
@@ -37,7 +35,7 @@ def test_a_directory_without_an_adapter_says_what_it_is(
         open_adapter(tmp_path / "run")
 
 
-def test_reads_layers_ranks_and_scaling(base_dir: Path, make_adapter: Make) -> None:
+def test_reads_layers_ranks_and_scaling(base_dir, make_adapter):
     plain = open_adapter(make_adapter(base_dir))
     assert len(plain.layers) == 14
     assert plain.layers[Q_PROJ].rank == 4
@@ -49,7 +47,7 @@ def test_reads_layers_ranks_and_scaling(base_dir: Path, make_adapter: Make) -> N
     assert patterned[Q_PROJ.replace("q_proj", "k_proj")].scaling == 6 / 2
 
 
-def test_is_not_changed_after_it_was_read(adapter_dir: Path) -> None:
+def test_is_not_changed_after_it_was_read(adapter_dir):
     with pytest.raises(dataclasses.FrozenInstanceError):
         open_adapter(adapter_dir).layers = {}  # type: ignore[misc]
 
@@ -72,14 +70,14 @@ BAD_TENSORS: dict[str, tuple[Callable[[dict], Any], str]] = {
 
 
 @pytest.mark.parametrize("case", BAD_TENSORS)
-def test_bad_tensors(case: str, adapter_dir: Path) -> None:
+def test_bad_tensors(case, adapter_dir):
     change, message = BAD_TENSORS[case]
     edit_tensors(adapter_dir, change)
     with pytest.raises(AdapterError, match=message):
         open_adapter(adapter_dir)
 
 
-def test_parts_that_differ_in_shape(base_dir: Path, make_adapter: Make) -> None:
+def test_parts_that_differ_in_shape(base_dir, make_adapter):
     adapter = make_adapter(base_dir, adapt="both")
     edit_tensors(adapter, lambda t: t.update({A: torch.ones(4, 3)}))
     with pytest.raises(AdapterError, match=r"q_proj.*differ in shape"):
@@ -99,28 +97,28 @@ BAD_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", BAD_CONFIGS)
-def test_bad_config(case: str, adapter_dir: Path) -> None:
+def test_bad_config(case, adapter_dir):
     changes, message = BAD_CONFIGS[case]
     edit_json(adapter_dir, **changes)
     with pytest.raises(AdapterError, match=f"adapter_config.json: .*{message}"):
         open_adapter(adapter_dir)
 
 
-def test_truncated_file(adapter_dir: Path) -> None:
+def test_truncated_file(adapter_dir):
     weights = adapter_dir / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(CheckpointError, match=r"adapter_model.safetensors: truncated"):
         open_adapter(adapter_dir)
 
 
-def test_pickle_is_never_read(adapter_dir: Path) -> None:
+def test_pickle_is_never_read(adapter_dir):
     weights = adapter_dir / "adapter_model.safetensors"
     weights.rename(adapter_dir / "adapter_model.bin")
     with pytest.raises(AdapterError, match="a pickle, which can run code"):
         open_adapter(adapter_dir)
 
 
-def test_conventions(base_dir: Path, adapter_dir: Path, make_foreign: Make) -> None:
+def test_conventions(base_dir, adapter_dir, make_foreign):
     ours = open_adapter(adapter_dir)
     assert ours.convention() == "sum"
     with pytest.raises(AdapterError, match="trained with the convention 'sum'"):

@@ -33,14 +33,12 @@ Make = Callable[..., Path]
 ATTENTION = "self_attn"
 
 
-def _bytes(directory: Path, name: str) -> bytes:
+def _bytes(directory, name):
     return b"".join(bytes(piece) for piece in CheckpointReader(directory).chunks(name))
 
 
 @pytest.mark.parametrize("adapt", ["zeros", "scales", "both"])
-def test_equals_peft_merge_and_unload(
-    adapt: str, base_dir: Path, make_adapter: Make, tmp_path: Path
-) -> None:
+def test_equals_peft_merge_and_unload(adapt, base_dir, make_adapter, tmp_path):
     adapter = make_adapter(base_dir, adapt=adapt)
     merge_adapter(adapter, tmp_path / "merged")
     model = AutoModelForCausalLM.from_pretrained(base_dir)
@@ -53,7 +51,7 @@ def test_equals_peft_merge_and_unload(
         assert torch.equal(ours.get(name), theirs.get(name)), name
 
 
-def test_only_scales_and_offsets_change(base_dir: Path, make_adapter: Make, tmp_path: Path) -> None:
+def test_only_scales_and_offsets_change(base_dir, make_adapter, tmp_path):
     adapter = make_adapter(base_dir, layers=lambda name: ATTENTION in name)
     result = merge_adapter(adapter, tmp_path / "merged")
     assert result.layers == 8 and result.convention == "sum"
@@ -65,7 +63,7 @@ def test_only_scales_and_offsets_change(base_dir: Path, make_adapter: Make, tmp_
     assert changed == {f"{layer}.offsets" for layer in open_adapter(adapter).layers}
 
 
-def test_result_is_a_model_directory(base_dir: Path, make_adapter: Make, tmp_path: Path) -> None:
+def test_result_is_a_model_directory(base_dir, make_adapter, tmp_path):
     adapter = make_adapter(base_dir)
     (adapter / "tokenizer_config.json").write_text('{"from": "training"}')
     (adapter / "additional_chat_templates").mkdir()
@@ -85,7 +83,7 @@ def test_result_is_a_model_directory(base_dir: Path, make_adapter: Make, tmp_pat
     assert not adapter.with_name(".merged").exists()
 
 
-def test_act_order_stock_base(make_adapter: Make, tmp_path: Path) -> None:
+def test_act_order_stock_base(make_adapter, tmp_path):
     base = FIXTURES / "gptq_4bit_g128_actorder_asym"
     out = merge_adapter(make_adapter(base), tmp_path / "merged").out
     stock, merged = open_quantized(base), open_quantized(out)
@@ -98,9 +96,7 @@ def test_act_order_stock_base(make_adapter: Make, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("pool", [16, 64])
-def test_pooling_groups_that_differ_from_the_bases(
-    pool: int, make_foreign: Make, tmp_path: Path
-) -> None:
+def test_pooling_groups_that_differ_from_the_bases(pool, make_foreign, tmp_path):
     base = FIXTURES / "gptq_4bit_g32_asym"
     out = merge_adapter(make_foreign(base, pool, use_qalora=True), tmp_path / "merged").out
     config = open_quantized(out).config
@@ -111,7 +107,7 @@ def test_pooling_groups_that_differ_from_the_bases(
     assert verify_merge(out, tmp_path / "foreign", base).output_error <= 1
 
 
-def test_split_groups_only_where_adapted(make_foreign: Make, tmp_path: Path) -> None:
+def test_split_groups_only_where_adapted(make_foreign, tmp_path):
     adapter = make_foreign(FIXTURES / "gptq_4bit_g32_asym", 16, use_qalora=True)
     edit_tensors(adapter, lambda t: [t.pop(key) for key in list(t) if ATTENTION not in key])
     edit_json(adapter, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
@@ -122,9 +118,7 @@ def test_split_groups_only_where_adapted(make_foreign: Make, tmp_path: Path) -> 
     AutoModelForCausalLM.from_pretrained(out)
 
 
-def test_modules_to_save_replaces_whole_tensors(
-    base_dir: Path, make_adapter: Make, tmp_path: Path
-) -> None:
+def test_modules_to_save_replaces_whole_tensors(base_dir, make_adapter, tmp_path):
     head = torch.randn(64, 64)
     adapter = make_adapter(
         base_dir, modules_to_save=["lm_head"], extra={f"{PREFIX}lm_head.weight": head}
@@ -135,9 +129,7 @@ def test_modules_to_save_replaces_whole_tensors(
     assert verify_merge(result.out, adapter).modules_to_save == 1
 
 
-def test_trained_head_of_a_tied_base_is_untied(
-    tied_base_dir: Path, make_adapter: Make, tmp_path: Path
-) -> None:
+def test_trained_head_of_a_tied_base_is_untied(tied_base_dir, make_adapter, tmp_path):
     head = torch.randn(64, 64)
     adapter = make_adapter(
         tied_base_dir, modules_to_save=["lm_head"], extra={f"{PREFIX}lm_head.weight": head}
@@ -187,8 +179,8 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("case", REFUSALS)
 def test_what_does_not_fit_is_refused_before_anything_is_written(
-    case: str, base_dir: Path, make_adapter: Make, tmp_path: Path
-) -> None:
+    case, base_dir, make_adapter, tmp_path
+):
     config, message = REFUSALS[case]
     adapter = make_adapter(base_dir, **config)
     with pytest.raises(AdapterError, match=message):
@@ -196,7 +188,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
-def test_wrong_width_is_refused(base_dir: Path, make_adapter: Make, tmp_path: Path) -> None:
+def test_wrong_width_is_refused(base_dir, make_adapter, tmp_path):
     key = f"{PREFIX}model.layers.0.self_attn.q_proj.qalora_"
     for changed, message in (
         ({f"{key}A.weight": torch.ones(4, 3)}, "A has 3 columns, the base's layer 2 groups"),
@@ -207,7 +199,7 @@ def test_wrong_width_is_refused(base_dir: Path, make_adapter: Make, tmp_path: Pa
             merge_adapter(adapter, tmp_path / "merged")
 
 
-def test_merging_twice_is_refused(base_dir: Path, make_adapter: Make, tmp_path: Path) -> None:
+def test_merging_twice_is_refused(base_dir, make_adapter, tmp_path):
     adapter = make_adapter(base_dir)
     merge_adapter(adapter, tmp_path / "merged")
     with pytest.raises(AdapterError, match=r"'\w+' is merged into it already, .* with nothing"):
@@ -215,9 +207,7 @@ def test_merging_twice_is_refused(base_dir: Path, make_adapter: Make, tmp_path: 
     assert not (tmp_path / "again").exists()
 
 
-def test_adapter_trained_on_a_merged_base_merges_into_it(
-    base_dir: Path, make_adapter: Make, tmp_path: Path
-) -> None:
+def test_adapter_trained_on_a_merged_base_merges_into_it(base_dir, make_adapter, tmp_path):
     first = merge_adapter(make_adapter(base_dir), tmp_path / "first").out
     before = open_quantized(first).config.merged
     second = merge_adapter(make_adapter(first, name="b", base_merged=before), tmp_path / "second")
@@ -225,7 +215,7 @@ def test_adapter_trained_on_a_merged_base_merges_into_it(
     assert after is not None and after["base_merged"] == before
 
 
-def test_non_empty_output_is_refused(base_dir: Path, make_adapter: Make, tmp_path: Path) -> None:
+def test_non_empty_output_is_refused(base_dir, make_adapter, tmp_path):
     (tmp_path / "merged").mkdir()
     (tmp_path / "merged" / "precious").write_text("x")
     with pytest.raises(OutputError, match="is not empty"):
@@ -233,26 +223,20 @@ def test_non_empty_output_is_refused(base_dir: Path, make_adapter: Make, tmp_pat
     assert [p.name for p in (tmp_path / "merged").iterdir()] == ["precious"]
 
 
-def test_16_bit_base_is_refused_with_the_way_out(
-    base_dir: Path, dense_dir: Path, make_adapter: Make, tmp_path: Path
-) -> None:
+def test_16_bit_base_is_refused_with_the_way_out(base_dir, dense_dir, make_adapter, tmp_path):
     adapter = make_adapter(base_dir, bits=4, group_size=32)
     message = r"--method rtn --bits 4 --group-size 32"
     with pytest.raises(AdapterError, match=message):
         merge_adapter(adapter, tmp_path / "merged", dense_dir)
 
 
-def test_16_bit_base_of_a_foreign_adapter_is_refused(
-    base_dir: Path, dense_dir: Path, make_foreign: Make, tmp_path: Path
-) -> None:
+def test_16_bit_base_of_a_foreign_adapter_is_refused(base_dir, dense_dir, make_foreign, tmp_path):
     adapter = make_foreign(base_dir, 4, use_qalora=True)
     with pytest.raises(CheckpointError, match="a model that is not quantized"):
         merge_adapter(adapter, tmp_path / "merged", dense_dir)
 
 
-def test_overflowing_change_is_refused_and_leaves_nothing(
-    base_dir: Path, make_adapter: Make, tmp_path: Path
-) -> None:
+def test_overflowing_change_is_refused_and_leaves_nothing(base_dir, make_adapter, tmp_path):
     adapter = make_adapter(base_dir)
     edit_tensors(adapter, lambda t: t.update({key: 1e4 * value for key, value in t.items()}))
     with pytest.raises(AdapterError, match="folded in, offsets: expected finite numbers"):
@@ -271,9 +255,7 @@ merge_adapter(sys.argv[1], sys.argv[2], progress=progress)
 """
 
 
-def test_killed_merge_leaves_nothing_that_looks_finished(
-    base_dir: Path, make_adapter: Make, tmp_path: Path
-) -> None:
+def test_killed_merge_leaves_nothing_that_looks_finished(base_dir, make_adapter, tmp_path):
     adapter, out = make_adapter(base_dir), tmp_path / "out" / "merged"
     process = subprocess.Popen(
         [sys.executable, "-c", _KILLED_MERGE, str(adapter), str(out)], stdout=subprocess.PIPE
@@ -290,9 +272,7 @@ def test_killed_merge_leaves_nothing_that_looks_finished(
     assert [p.name for p in out.parent.iterdir()] == ["merged"]
 
 
-def test_shards(
-    base_dir: Path, make_adapter: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_shards(base_dir, make_adapter, tmp_path, monkeypatch):
     from qalora_plugin.files import writer
 
     adapter = make_adapter(base_dir)
@@ -308,8 +288,8 @@ def test_shards(
 
 @pytest.mark.parametrize("checkpoint_has_head", [False, True])
 def test_encoder_trained_in_another_class_than_it_was_saved_from(
-    checkpoint_has_head: bool, quantize: Make, tmp_path: Path
-) -> None:
+    checkpoint_has_head, quantize, tmp_path
+):
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
     config = BertConfig(vocab_size=50, num_hidden_layers=1, **sizes)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import get_peft_model
 from safetensors.torch import load_file
 from support.adapters import PREFIX, edit_json, edit_tensors
 from support.models import llama
@@ -43,7 +43,7 @@ SIZES: dict[str, Any] = {
 }
 
 
-def _trained(model: Any, out: Path, **config: Any) -> PeftModel:
+def _trained(model, out, **config):
     """Adapt a model, change all that can be trained, and save the adapter."""
     torch.manual_seed(1)
     trained = get_peft_model(model, QALoRAConfig(r=2, init_lora_weights=False, **config)).eval()
@@ -55,16 +55,16 @@ def _trained(model: Any, out: Path, **config: Any) -> PeftModel:
 
 
 @torch.no_grad()
-def _output(model: Any) -> torch.Tensor:
+def _output(model):
     return model.eval()(input_ids=IDS)[0]
 
 
-def _assert_same(model: Any, trained: Any) -> None:
+def _assert_same(model, trained):
     # not equal: dense layers that lie unaligned in a file may round differently
     torch.testing.assert_close(_output(model), _output(trained), rtol=0, atol=1e-6)
 
 
-def _config(directory: Path) -> dict[str, Any]:
+def _config(directory):
     return json.loads((directory / "config.json").read_text())
 
 
@@ -90,7 +90,7 @@ TIED: dict[str, tuple[Callable[[], PreTrainedModel], list[str]]] = {
 
 
 @pytest.mark.parametrize("name", TIED)
-def test_trained_half_of_a_tied_pair_is_untied(name: str, quantize: Make, tmp_path: Path) -> None:
+def test_trained_half_of_a_tied_pair_is_untied(name, quantize, tmp_path):
     make, modules_to_save = TIED[name]
     torch.manual_seed(0)
     model = make()
@@ -107,7 +107,7 @@ def test_trained_half_of_a_tied_pair_is_untied(name: str, quantize: Make, tmp_pa
     assert report.logits is not None and report.logits.equal and report.modules_to_save == 1
 
 
-def test_model_that_cannot_be_untied_is_refused(quantize: Make, tmp_path: Path) -> None:
+def test_model_that_cannot_be_untied_is_refused(quantize, tmp_path):
     config = T5Config(vocab_size=48, d_model=32, d_kv=16, d_ff=64, num_layers=1, num_heads=2)
     base = quantize(T5ForConditionalGeneration(config))
     model = T5ForConditionalGeneration.from_pretrained(base)
@@ -118,9 +118,7 @@ def test_model_that_cannot_be_untied_is_refused(quantize: Make, tmp_path: Path) 
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("modules_to_save", [None, ["embed_tokens", "lm_head"], ["embed_tokens"]])
-def test_resized_vocabulary(
-    modules_to_save: list[str] | None, tied: bool, quantize: Make, tmp_path: Path
-) -> None:
+def test_resized_vocabulary(modules_to_save, tied, quantize, tmp_path):
     base = quantize(llama(**SIZES, tie_word_embeddings=tied))
     model = AutoModelForCausalLM.from_pretrained(base)
     model.resize_token_embeddings(56, mean_resizing=False)
@@ -141,9 +139,7 @@ def test_resized_vocabulary(
 
 
 @pytest.mark.parametrize("modules_to_save", [None, ["word_embeddings"]])
-def test_resized_vocabulary_with_a_tied_bias(
-    modules_to_save: list[str] | None, quantize: Make, tmp_path: Path
-) -> None:
+def test_resized_vocabulary_with_a_tied_bias(modules_to_save, quantize, tmp_path):
     # of the two names of its bias the base stores one, the adapter the other
     base = quantize(BertForMaskedLM(BertConfig(**SIZES)))
     model = BertForMaskedLM.from_pretrained(base)
@@ -160,7 +156,7 @@ def test_resized_vocabulary_with_a_tied_bias(
     )
 
 
-def test_embeddings_that_are_the_bases_are_not_replaced(base_dir: Path, tmp_path: Path) -> None:
+def test_embeddings_that_are_the_bases_are_not_replaced(base_dir, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32)
     get_peft_model(model, QALoRAConfig(r=2)).save_pretrained(
         tmp_path / "adapter", save_embedding_layers=True
@@ -171,18 +167,14 @@ def test_embeddings_that_are_the_bases_are_not_replaced(base_dir: Path, tmp_path
     assert torch.equal(head, CheckpointReader(base_dir).get("lm_head.weight"))
 
 
-def test_tensor_that_belongs_to_nothing_is_refused(
-    base_dir: Path, make_adapter: Make, tmp_path: Path
-) -> None:
+def test_tensor_that_belongs_to_nothing_is_refused(base_dir, make_adapter, tmp_path):
     adapter = make_adapter(base_dir, extra={f"{PREFIX}model.norm.weight": torch.ones(64)})
     with pytest.raises(AdapterError, match=r"extra key .*norm\.weight: .*modules_to_save"):
         merge_adapter(adapter, tmp_path / "merged")
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_lost_tensor_is_noticed(
-    tied: bool, base_dir: Path, tied_base_dir: Path, make_adapter: Make, tmp_path: Path
-) -> None:
+def test_lost_tensor_is_noticed(tied, base_dir, tied_base_dir, make_adapter, tmp_path):
     # a tied base has no lm_head.weight of its own: the class knows that there is one
     adapter = make_adapter(tied_base_dir if tied else base_dir, modules_to_save=["lm_head"])
     with pytest.raises(AdapterError, match=r"missing key base_model\.model\.lm_head\.weight"):
@@ -190,7 +182,7 @@ def test_lost_tensor_is_noticed(
 
 
 @pytest.mark.parametrize("num_labels", [1, 2, 5])
-def test_classifier_on_a_causal_base(num_labels: int, base_dir: Path, tmp_path: Path) -> None:
+def test_classifier_on_a_causal_base(num_labels, base_dir, tmp_path):
     model = AutoModelForSequenceClassification.from_pretrained(base_dir, num_labels=num_labels)
     trained = _trained(model, tmp_path / "adapter", task_type="SEQ_CLS")
     result = merge_adapter(tmp_path / "adapter", tmp_path / "merged")
@@ -203,7 +195,7 @@ def test_classifier_on_a_causal_base(num_labels: int, base_dir: Path, tmp_path: 
     assert report.logits is not None and report.logits.equal
 
 
-def test_token_classifier_on_a_causal_base(base_dir: Path, tmp_path: Path) -> None:
+def test_token_classifier_on_a_causal_base(base_dir, tmp_path):
     model = AutoModelForTokenClassification.from_pretrained(base_dir, num_labels=3)
     trained = _trained(model, tmp_path / "adapter", task_type="TOKEN_CLS")
     result = merge_adapter(tmp_path / "adapter", tmp_path / "merged")
@@ -213,7 +205,7 @@ def test_token_classifier_on_a_causal_base(base_dir: Path, tmp_path: Path) -> No
     _assert_same(merged, trained)
 
 
-def test_lost_head_is_noticed(base_dir: Path, tmp_path: Path) -> None:
+def test_lost_head_is_noticed(base_dir, tmp_path):
     model = AutoModelForSequenceClassification.from_pretrained(base_dir, num_labels=3)
     _trained(model, tmp_path / "adapter", task_type="SEQ_CLS")
     edit_tensors(tmp_path / "adapter", lambda t: t.pop(f"{PREFIX}score.weight"))
@@ -222,7 +214,7 @@ def test_lost_head_is_noticed(base_dir: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("saved", [False, True])
-def test_layer_that_stayed_random_is_refused(saved: bool, quantize: Make, tmp_path: Path) -> None:
+def test_layer_that_stayed_random_is_refused(saved, quantize, tmp_path):
     # a masked LM has no pooler, and PEFT saves the one of the classifier only if it is told to
     base = quantize(BertForMaskedLM(BertConfig(**SIZES)))
     model = BertForSequenceClassification.from_pretrained(base)
@@ -243,9 +235,7 @@ def test_layer_that_stayed_random_is_refused(saved: bool, quantize: Make, tmp_pa
 
 
 @pytest.mark.parametrize("tied", [None, False])
-def test_class_that_transformers_does_not_know(
-    tied: bool | None, base_dir: Path, make_adapter: Make, tmp_path: Path
-) -> None:
+def test_class_that_transformers_does_not_know(tied, base_dir, make_adapter, tmp_path):
     base = shutil.copytree(base_dir, tmp_path / "base")
     changes = {"model_type": "its-own", "architectures": ["ItsOwnForCausalLM"]}
     edit_json(base / "config.json", **changes, tie_word_embeddings=tied)

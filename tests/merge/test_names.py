@@ -48,7 +48,7 @@ VISION = {
 }
 
 
-def _gemma() -> PreTrainedModel:
+def _gemma():
     config = Gemma3Config(
         text_config=TEXT,
         vision_config={"model_type": "siglip_vision_model", **VISION},
@@ -58,7 +58,7 @@ def _gemma() -> PreTrainedModel:
     return Gemma3ForConditionalGeneration(config)
 
 
-def _llava() -> PreTrainedModel:
+def _llava():
     config = LlavaConfig(
         text_config={"model_type": "llama", **TEXT},
         vision_config={"model_type": "clip_vision_model", "projection_dim": 32, **VISION},
@@ -67,7 +67,7 @@ def _llava() -> PreTrainedModel:
     return LlavaForConditionalGeneration(config)
 
 
-def _qwen() -> PreTrainedModel:
+def _qwen():
     config = Qwen2VLConfig(
         text_config=TEXT | {"rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}},
         vision_config={"depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 2},
@@ -96,9 +96,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("name", "quantized", "modules_to_save"), CASES)
-def test_vision_language_model(
-    name: str, quantized: str, modules_to_save: list[str] | None, quantize: Make, tmp_path: Path
-) -> None:
+def test_vision_language_model(name, quantized, modules_to_save, quantize, tmp_path):
     torch.manual_seed(0)
     model = MODELS[name]()
     base = quantize(model)
@@ -126,7 +124,7 @@ def test_vision_language_model(
     assert (report.layers, report.unadapted_layers) == (result.layers, 0)
 
 
-def test_other_base_of_renamed_layers_is_refused(quantize: Make, tmp_path: Path) -> None:
+def test_other_base_of_renamed_layers_is_refused(quantize, tmp_path):
     bases = []
     for seed in range(2):
         torch.manual_seed(seed)

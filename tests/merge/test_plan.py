@@ -1,8 +1,6 @@
 """Planning: one value from an adapter and a base, neither of which it changes."""
 
 import copy
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +16,7 @@ from qalora_plugin.merge.plan import make_plan
 
 
 @pytest.fixture
-def adapter(quantize: Callable[..., Path], tmp_path: Path) -> Path:
+def adapter(quantize, tmp_path):
     """An adapter that resizes the vocabulary of a tied base, and unties it."""
     base = quantize(llama(tie_word_embeddings=True))
     model = AutoModelForCausalLM.from_pretrained(base)
@@ -30,11 +28,11 @@ def adapter(quantize: Callable[..., Path], tmp_path: Path) -> Path:
     return tmp_path / "adapter"
 
 
-def test_changes_nothing_that_it_is_given(adapter: Path) -> None:
+def test_changes_nothing_that_it_is_given(adapter):
     opened = open_adapter(adapter)
     base = open_base(opened, None)
 
-    def state() -> Any:
+    def state():
         own = (opened.config, opened.layers, opened.saved, opened.reader.tensors)
         return copy.deepcopy((own, base.reader.config, base.plan()))
 
@@ -48,14 +46,12 @@ def test_changes_nothing_that_it_is_given(adapter: Path) -> None:
     assert plan.tensors["lm_head.weight"] == (torch.float32, (70, 64))
 
 
-def test_builds_the_trained_model_once_and_the_result_once(
-    adapter: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_builds_the_trained_model_once_and_the_result_once(adapter, monkeypatch):
     built = []
     for module in (names, modules_to_save):
         original = module.read_architecture
 
-        def count(*args: Any, original: Any = original) -> Any:
+        def count(*args, original=original):
             built.append(args[0].get("vocab_size"))
             return original(*args)
 

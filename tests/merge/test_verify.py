@@ -25,12 +25,12 @@ STOCK = "gptq_4bit_g32_asym"
 
 
 @pytest.fixture
-def adapter_dir(base_dir: Path, make_adapter: Make) -> Path:
+def adapter_dir(base_dir, make_adapter):
     return make_adapter(base_dir, layers=lambda name: "gate_proj" not in name)
 
 
 @pytest.fixture
-def merged_dir(adapter_dir: Path, tmp_path: Path) -> Path:
+def merged_dir(adapter_dir, tmp_path):
     """A merged checkpoint without a manifest, so that tests can tamper with it."""
     out = merge_adapter(adapter_dir, tmp_path / "merged").out
     (out / "qalora_manifest.json").unlink()
@@ -38,7 +38,7 @@ def merged_dir(adapter_dir: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("adapt", ["zeros", "scales", "both"])
-def test_a_good_merge(adapt: str, base_dir: Path, make_adapter: Make, tmp_path: Path) -> None:
+def test_a_good_merge(adapt, base_dir, make_adapter, tmp_path):
     adapter = make_adapter(base_dir, layers=lambda name: "gate_proj" not in name, adapt=adapt)
     merge_adapter(adapter, tmp_path / "merged")
     report = verify_merge(tmp_path / "merged", adapter, logits=True)
@@ -52,8 +52,8 @@ def test_a_good_merge(adapt: str, base_dir: Path, make_adapter: Make, tmp_path: 
     assert json.loads(json.dumps(report.as_dict()))["logits"]["equal"] is True
 
 
-def _flip(name: str) -> Callable[[dict[str, torch.Tensor]], None]:
-    def change(tensors: dict[str, torch.Tensor]) -> None:
+def _flip(name):
+    def change(tensors):
         flat = tensors[name].view(-1).view(torch.int16)
         flat[5] ^= 1
 
@@ -79,28 +79,26 @@ TAMPERED: dict[str, tuple[Callable[[dict], Any], str]] = {
 
 
 @pytest.mark.parametrize("what", TAMPERED)
-def test_tampered_tensors(what: str, merged_dir: Path, adapter_dir: Path) -> None:
+def test_tampered_tensors(what, merged_dir, adapter_dir):
     change, message = TAMPERED[what]
     edit_tensors(merged_dir / "model.safetensors", change)
     with pytest.raises(VerificationError, match=message):
         verify_merge(merged_dir, adapter_dir)
 
 
-def test_hashes(adapter_dir: Path, tmp_path: Path) -> None:
+def test_hashes(adapter_dir, tmp_path):
     out = merge_adapter(adapter_dir, tmp_path / "merged").out
     edit_tensors(out / "model.safetensors", _flip("model.norm.weight"))
     with pytest.raises(CheckpointError, match=r"qalora_manifest\.json says"):
         verify_merge(out, adapter_dir)
 
 
-def test_a_base_is_not_merged(base_dir: Path, adapter_dir: Path) -> None:
+def test_a_base_is_not_merged(base_dir, adapter_dir):
     with pytest.raises(VerificationError, match="says nothing of a merge"):
         verify_merge(base_dir, adapter_dir, base_dir)
 
 
-def test_another_adapter(
-    merged_dir: Path, base_dir: Path, adapter_dir: Path, tmp_path: Path
-) -> None:
+def test_another_adapter(merged_dir, base_dir, adapter_dir, tmp_path):
     other = shutil.copytree(adapter_dir, tmp_path / "other")
     edit_tensors(other, lambda t: t.update({key: 1.01 * value for key, value in t.items()}))
     with pytest.raises(VerificationError, match=r"merged from another adapter"):
@@ -108,7 +106,7 @@ def test_another_adapter(
 
 
 @pytest.mark.parametrize("act_order", [False, True])
-def test_peft_adapter_on_a_stock_base(act_order: bool, make_foreign: Make, tmp_path: Path) -> None:
+def test_peft_adapter_on_a_stock_base(act_order, make_foreign, tmp_path):
     # with act-order only pools that hold whole groups merge: here one pool of all 256 inputs
     base = FIXTURES / ("gptq_4bit_g128_actorder_asym" if act_order else STOCK)
     inputs = next(iter(open_quantized(base).layers.values())).in_features
@@ -123,8 +121,8 @@ def test_peft_adapter_on_a_stock_base(act_order: bool, make_foreign: Make, tmp_p
 
 @pytest.mark.parametrize("wrong", ["mean", "sum"])
 def test_wrongly_declared_convention_is_caught_by_the_adapters_config(
-    wrong: str, make_foreign: Make, tmp_path: Path
-) -> None:
+    wrong, make_foreign, tmp_path
+):
     base = FIXTURES / STOCK
     adapter = make_foreign(base, 32, use_qalora=True)
     stripped = shutil.copytree(adapter, tmp_path / "stripped")
@@ -140,7 +138,7 @@ def test_wrongly_declared_convention_is_caught_by_the_adapters_config(
         verify_merge(out, adapter)
 
 
-def _authors_logits(base: Path, adapter: Path, ids: torch.Tensor, group: int) -> torch.Tensor:
+def _authors_logits(base, adapter, ids, group):
     """Logits as the QA-LoRA authors' code gives them: an AvgPool1d in front of lora_A."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     opened = open_adapter(adapter)
@@ -149,13 +147,13 @@ def _authors_logits(base: Path, adapter: Path, ids: torch.Tensor, group: int) ->
         a, b = opened.get_pair(layer.keys["zeros"])
 
         def add(
-            module: nn.Module,
-            args: tuple[torch.Tensor],
-            y: torch.Tensor,
-            a: torch.Tensor = a,
-            b: torch.Tensor = b,
-            scaling: float = layer.scaling,
-        ) -> torch.Tensor:
+            module,
+            args,
+            y,
+            a=a,
+            b=b,
+            scaling=layer.scaling,
+        ):
             return y + pool(args[0]) @ a.t() @ b.t() * scaling
 
         model.get_submodule(name).register_forward_hook(add)
@@ -164,8 +162,8 @@ def _authors_logits(base: Path, adapter: Path, ids: torch.Tensor, group: int) ->
 
 
 def test_reference_logits_prove_the_convention_that_the_config_does_not_state(
-    make_foreign: Make, tmp_path: Path
-) -> None:
+    make_foreign, tmp_path
+):
     base = FIXTURES / STOCK
     adapter = make_foreign(base, 32, use_qalora=False)
     edit_tensors(adapter, lambda t: t.update({k: v * 8 for k, v in t.items() if "lora_B" in k}))
@@ -192,7 +190,7 @@ def test_reference_logits_prove_the_convention_that_the_config_does_not_state(
         verify_merge(right, adapter, reference=reference)
 
 
-def test_command_line(base_dir: Path, make_adapter: Make, tmp_path: Path, capsys: Any) -> None:
+def test_command_line(base_dir, make_adapter, tmp_path, capsys):
     adapter, out = make_adapter(base_dir), tmp_path / "merged"
     assert main(["merge", str(adapter), "--out", str(out), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["layers"] == 14
@@ -208,7 +206,7 @@ def test_command_line(base_dir: Path, make_adapter: Make, tmp_path: Path, capsys
 
 
 @pytest.mark.parametrize("name", ["use_qalora_adapter", "use_qalora_adapter_g16"])
-def test_adapter_that_pefts_own_code_trained(name: str, tmp_path: Path) -> None:
+def test_adapter_that_pefts_own_code_trained(name, tmp_path):
     # `reference` holds the logits that PEFT gave, on the same base, where it was trained
     base, adapter = FIXTURES / "gptq_4bit_g32_sym", FIXTURES / name
     reference = adapter / "reference.safetensors"

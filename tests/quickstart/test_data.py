@@ -5,11 +5,10 @@ import importlib.util
 import math
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qalora_plugin.errors import QALoRAError
 from qalora_plugin.quantize import stdlib_text
@@ -22,27 +21,27 @@ Pairs = list[dict[str, str]]
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizer:
+def tokenizer():
     return AutoTokenizer.from_pretrained(base_model_path())
 
 
 @pytest.fixture(scope="module")
-def model() -> PreTrainedModel:
+def model():
     return AutoModelForCausalLM.from_pretrained(base_model_path(), dtype=torch.float32).eval()
 
 
 @pytest.fixture(scope="module")
-def train_pairs() -> Pairs:
+def train_pairs():
     return load_pairs("train")
 
 
 @pytest.fixture(scope="module")
-def eval_pairs() -> Pairs:
+def eval_pairs():
     return load_pairs("eval")
 
 
 @pytest.fixture
-def small_stdlib(tmp_path: Path) -> Path:
+def small_stdlib(tmp_path):
     """A directory laid out as a standard library: one held-out module, one not, one excluded."""
     functions = "\n".join(
         f'def f{i}(a, b=2):\n    """Return number {i}.\n\n    More.\n    """\n    return a + {i}\n'
@@ -55,9 +54,7 @@ def small_stdlib(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_there_are_enough_pairs_and_they_fit_the_context(
-    train_pairs: Pairs, eval_pairs: Pairs, tokenizer: PreTrainedTokenizer
-) -> None:
+def test_there_are_enough_pairs_and_they_fit_the_context(train_pairs, eval_pairs, tokenizer):
     # 500 even where tkinter is packaged apart.
     assert len(train_pairs) >= 500
     assert len(eval_pairs) >= 60
@@ -67,13 +64,13 @@ def test_there_are_enough_pairs_and_they_fit_the_context(
         ast.parse(pair["completion"])
 
 
-def test_splits_do_not_overlap(train_pairs: Pairs, eval_pairs: Pairs) -> None:
+def test_splits_do_not_overlap(train_pairs, eval_pairs):
     for key in ("prompt", "completion"):
         values = [pair[key] for pair in train_pairs + eval_pairs]
         assert len(set(values)) == len(values)
 
 
-def test_calibration_texts_are_the_training_split(small_stdlib: Path) -> None:
+def test_calibration_texts_are_the_training_split(small_stdlib):
     texts = stdlib_text.calibration_texts(small_stdlib)
     train = load_pairs("train", stdlib=small_stdlib)
     assert texts == [pair["prompt"] + pair["completion"] for pair in train]
@@ -95,7 +92,7 @@ def test_held_out_modules_are_not_pretrained_on():
             assert part not in {"test", "tests", "site-packages", "lib2to3", "idlelib"}
 
 
-def test_pair_of_a_known_function(small_stdlib: Path) -> None:
+def test_pair_of_a_known_function(small_stdlib):
     pairs = load_pairs("train", stdlib=small_stdlib) + load_pairs("eval", stdlib=small_stdlib)
     assert len(pairs) == 60  # those of calendar.py alone
     assert {
@@ -104,7 +101,7 @@ def test_pair_of_a_known_function(small_stdlib: Path) -> None:
     } in pairs
 
 
-def test_split_does_not_depend_on_the_other_functions(small_stdlib: Path) -> None:
+def test_split_does_not_depend_on_the_other_functions(small_stdlib):
     before = load_pairs("eval", stdlib=small_stdlib)
     source = small_stdlib / "calendar.py"
     functions = source.read_text().split("\n\ndef ")
@@ -114,7 +111,7 @@ def test_split_does_not_depend_on_the_other_functions(small_stdlib: Path) -> Non
     assert sorted(map(str, after)) == sorted(map(str, before))
 
 
-def test_long_functions_are_left_out(small_stdlib: Path) -> None:
+def test_long_functions_are_left_out(small_stdlib):
     every = load_pairs("train", stdlib=small_stdlib)
     shortest = min(max(map(len, pair.values())) for pair in every)
     pairs = load_pairs("train", max_chars=shortest, stdlib=small_stdlib)
@@ -122,7 +119,7 @@ def test_long_functions_are_left_out(small_stdlib: Path) -> None:
     assert all(max(map(len, pair.values())) == shortest for pair in pairs)
 
 
-def test_missing_source_is_one_clear_error(tmp_path: Path) -> None:
+def test_missing_source_is_one_clear_error(tmp_path):
     with pytest.raises(QALoRAError, match=r"expected the Python sources.*--dataset"):
         load_pairs(stdlib=tmp_path)
     (tmp_path / "calendar.py").write_text("x = 1\n")
@@ -130,24 +127,24 @@ def test_missing_source_is_one_clear_error(tmp_path: Path) -> None:
         load_pairs(stdlib=tmp_path)
 
 
-def test_unknown_split_is_refused() -> None:
+def test_unknown_split_is_refused():
     with pytest.raises(QALoRAError, match="found 'test'"):
         load_pairs("test")
 
 
-def test_incomplete_installation_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_incomplete_installation_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(embedded, "__file__", str(tmp_path / "embedded.py"))
     with pytest.raises(QALoRAError, match=r"lacks config\.json, model\.safetensors"):
         base_model_path()
 
 
-def test_base_model_size(model: PreTrainedModel) -> None:
+def test_base_model_size(model):
     assert sum(p.numel() for p in model.parameters()) == 3_672_320
     files = [path for path in base_model_path().rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 8.0e6
 
 
-def test_tokenizer_round_trips(tokenizer: PreTrainedTokenizer) -> None:
+def test_tokenizer_round_trips(tokenizer):
     text = "def f(x):\n\tif x > 1:\n        return 'ü€😀'  # déjà vu\n\n\n"
     ids = tokenizer(text)["input_ids"]
     assert tokenizer.decode(ids) == text
@@ -157,9 +154,7 @@ def test_tokenizer_round_trips(tokenizer: PreTrainedTokenizer) -> None:
     assert len(set(special)) == 3 and None not in special
 
 
-def test_chat_template_writes_the_pairs_format(
-    tokenizer: PreTrainedTokenizer, train_pairs: Pairs
-) -> None:
+def test_chat_template_writes_the_pairs_format(tokenizer, train_pairs):
     pair = train_pairs[0]
     instruction = pair["prompt"].removeprefix("### Task\n").removesuffix("\n### Answer\n")
     messages = [{"role": "user", "content": instruction}]
@@ -181,7 +176,7 @@ def test_base_model_has_learned_python(model, tokenizer):
 
 
 @pytest.fixture(scope="module")
-def train_base() -> ModuleType:
+def train_base():
     path = ROOT / "recipes" / "quickstart" / "train_base.py"
     spec = importlib.util.spec_from_file_location("train_base", path)
     module = importlib.util.module_from_spec(spec)

@@ -21,7 +21,7 @@ ROWS = [
 ]
 
 
-def test_the_loss_is_that_of_each_row_alone() -> None:
+def test_the_loss_is_that_of_each_row_alone():
     """Rows of different lengths in a batch: completions and plain texts count, prompts do not."""
     tokenizer = AutoTokenizer.from_pretrained(base_model_path())
     model = llama(vocab_size=2048, max_position_embeddings=MAX_LENGTH)
@@ -39,7 +39,7 @@ def test_the_loss_is_that_of_each_row_alone() -> None:
     assert model.training
 
 
-def test_rows_without_a_token_to_predict_are_refused() -> None:
+def test_rows_without_a_token_to_predict_are_refused():
     tokenizer = AutoTokenizer.from_pretrained(base_model_path())
     ids, labels = encode(tokenizer, ROWS[-1])
     assert len(ids) == MAX_LENGTH
@@ -48,7 +48,7 @@ def test_rows_without_a_token_to_predict_are_refused() -> None:
         held_out_loss(llama(vocab_size=2048), tokenizer, ROWS[-1:])
 
 
-def test_the_result_is_a_table_and_the_same_as_json() -> None:
+def test_the_result_is_a_table_and_the_same_as_json():
     names = ("16-bit base", "INT4 base", "INT4 + adapter", "merged")
     rows = [Row(name, 3 - n / 4, (n + 1) * 10**6, 16 - n) for n, name in enumerate(names)]
     paths, seconds = {"adapter": "out/adapter"}, {"quantize": 1.4, "train": 2.6}

@@ -1,8 +1,5 @@
 """What `qalora quickstart` refuses, it refuses before the first model is loaded."""
 
-from pathlib import Path
-from typing import Any
-
 import pytest
 from support.models import llama
 from transformers import AutoTokenizer
@@ -15,7 +12,7 @@ from qalora_plugin.quickstart.run import Settings, run
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def models(tmp_path_factory):
     """A 16-bit model that takes 64 tokens, and one that is quantized."""
     directory = tmp_path_factory.mktemp("models")
     llama(vocab_size=2048, max_position_embeddings=64).save_pretrained(directory / "short")
@@ -34,9 +31,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"seed": -1}, "--seed: expected 0 to"),
     ],
 )
-def test_a_number_out_of_range_names_its_option(
-    settings: dict[str, Any], message: str, tmp_path: Path
-) -> None:
+def test_a_number_out_of_range_names_its_option(settings, message, tmp_path):
     with pytest.raises(ConfigError, match=message):
         Settings(out=tmp_path / "out", **settings)
 
@@ -51,9 +46,7 @@ def test_a_number_out_of_range_names_its_option(
         ({"dataset": "few.jsonl"}, QuantizationError, "fewer than one window of 512"),
     ],
 )
-def test_refused_before_anything_is_loaded_or_written(
-    settings: dict[str, Any], error: type[Exception], message: str, models: Path, tmp_path: Path
-) -> None:
+def test_refused_before_anything_is_loaded_or_written(settings, error, message, models, tmp_path):
     (models / "few.jsonl").write_text("".join(f'{{"text": "{n}"}}\n' for n in range(60)))
     places = {key: models / settings[key] for key in ("model", "dataset") if key in settings}
     said: list[str] = []

@@ -1,6 +1,5 @@
 """Accelerate itself reads each file of recipes/accelerate, and the number of GPUs is an option."""
 
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -17,20 +16,20 @@ KINDS = {
 }
 
 
-def launch(mode: str, *options: str) -> Namespace:
+def launch(mode, *options):
     """What `accelerate launch` makes of a file and of the options beside it."""
     path = str(ROOT / "recipes" / "accelerate" / f"{mode}.yaml")
     arguments = ["--config_file", path, *options, "train.py"]
     return _validate_launch_command(launch_command_parser().parse_args(arguments))[0]
 
 
-def test_there_is_one_file_a_mode() -> None:
+def test_there_is_one_file_a_mode():
     files = (ROOT / "recipes" / "accelerate").glob("*.yaml")
     assert {path.stem for path in files} == set(KINDS)
 
 
 @pytest.mark.parametrize("mode", KINDS)
-def test_accelerate_reads_it(mode: str) -> None:
+def test_accelerate_reads_it(mode):
     path = f"recipes/accelerate/{mode}.yaml"
     command = f"accelerate launch --num_processes GPUS --config_file {path} train.py"
     assert command in (ROOT / path).read_text()
@@ -47,7 +46,7 @@ def test_accelerate_reads_it(mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", KINDS)
-def test_num_processes_is_said_by_the_command(mode: str) -> None:
+def test_num_processes_is_said_by_the_command(mode):
     for number in (1, 2, 4, 8):
         found = launch(mode, "--num_processes", str(number))
         assert found.num_processes == number

@@ -2,7 +2,6 @@
 
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -17,21 +16,21 @@ PAPER = sorted((ROOT / "recipes" / "paper").glob("*.yaml"))
 RECIPES = [*MODELS, *PAPER, ROOT / "recipes" / "quickstart.yaml"]
 
 
-def paper_models() -> list[dict[str, Any]]:
+def paper_models():
     """Rows of the table in recipes/README.md, each the keys of a recipe."""
     rows = re.findall(r"^\| `(.+?)` \|.*?\| (\d+) \| (\d+) \| ([\d.]+) \|$", README, re.MULTILINE)
     keys = "base_model", "micro_batch_size", "gradient_accumulation_steps", "learning_rate"
     return [dict(zip(keys, (row[0], *map(yaml.safe_load, row[1:])), strict=True)) for row in rows]
 
 
-def test_there_is_one_file_a_model_and_a_data_set() -> None:
+def test_there_is_one_file_a_model_and_a_data_set():
     assert len(MODELS) == 14
     assert [path.stem for path in PAPER] == ["alpaca", "flanv2"]
     assert len(paper_models()) == 7
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_recipe_is_valid_at_every_width(path: Path) -> None:
+def test_recipe_is_valid_at_every_width(path):
     text = path.read_text()
     recipe = yaml.safe_load(text)
     assert recipe["plugins"] == ["qalora_plugin.axolotl.QALoRAPlugin"]
@@ -43,7 +42,7 @@ def test_recipe_is_valid_at_every_width(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", [*MODELS, *PAPER], ids=lambda path: path.stem)
-def test_recipe_says_how_to_change_the_width(path: Path) -> None:
+def test_recipe_says_how_to_change_the_width(path):
     text = path.read_text()
     assert re.search(r"^  bits: 4 +# for 3 or 2 bits .*change this and output_dir", text, re.M)
     recipe = yaml.safe_load(text)
@@ -52,7 +51,7 @@ def test_recipe_says_how_to_change_the_width(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", PAPER, ids=lambda path: path.stem)
-def test_the_papers_recipe_is_the_first_row_of_its_table(path: Path) -> None:
+def test_the_papers_recipe_is_the_first_row_of_its_table(path):
     recipe = yaml.safe_load(path.read_text())
     rows = paper_models()
     assert recipe | rows[0] == recipe

@@ -1,14 +1,11 @@
 """Adapters written as files, and files of any directory changed for a test."""
 
 import json
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from qalora_kernels import QuantSpec
 from qalora_plugin.tuner.names import MATRICES
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -16,7 +13,7 @@ PREFIX = "base_model.model."
 RANK = 4
 
 
-def qalora_tensors(layers: Mapping[str, QuantSpec], adapt: str = "zeros") -> dict[str, Any]:
+def qalora_tensors(layers, adapt="zeros"):
     """Return random matrices of rank `RANK` for these layers, by an adapter's keys."""
     gen = torch.Generator().manual_seed(1)
     tensors = {}
@@ -29,7 +26,7 @@ def qalora_tensors(layers: Mapping[str, QuantSpec], adapt: str = "zeros") -> dic
     return tensors
 
 
-def write_adapter(directory: Path, config: dict, tensors: dict[str, torch.Tensor]) -> Path:
+def write_adapter(directory, config, tensors):
     """Write an adapter directory."""
     directory.mkdir(parents=True)
     save_file(tensors, directory / "adapter_model.safetensors")
@@ -37,7 +34,7 @@ def write_adapter(directory: Path, config: dict, tensors: dict[str, torch.Tensor
     return directory
 
 
-def edit_tensors(path: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+def edit_tensors(path, change):
     """Change the tensors of a safetensors file, or of an adapter, with a function of the dict."""
     path = path / "adapter_model.safetensors" if path.is_dir() else path
     tensors = load_file(path)
@@ -45,7 +42,7 @@ def edit_tensors(path: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -
     save_file(tensors, path, metadata={"format": "pt"})
 
 
-def edit_json(path: Path, **changes: Any) -> None:
+def edit_json(path, **changes):
     """Change keys of a JSON file, or of an adapter's config; a value of None removes the key."""
     path = path / "adapter_config.json" if path.is_dir() else path
     values = json.loads(path.read_text()) | changes

@@ -1,7 +1,5 @@
 """Tiny models of many architectures, built from config with random weights."""
 
-from pathlib import Path
-
 import torch
 import transformers as tf
 
@@ -49,7 +47,7 @@ ARCHITECTURES = {
 }
 
 
-def save(name: str, directory: Path, dtype: torch.dtype = torch.float32, **kwargs) -> Path:
+def save(name, directory, dtype=torch.float32, **kwargs):
     """Write a tiny model of the architecture `name`; every parameter is random, biases too."""
     torch.manual_seed(0)
     model = ARCHITECTURES[name]()
@@ -60,6 +58,6 @@ def save(name: str, directory: Path, dtype: torch.dtype = torch.float32, **kwarg
     return directory
 
 
-def token_ids(samples: int = 2, seq_len: int = 12) -> torch.Tensor:
+def token_ids(samples=2, seq_len=12):
     """Calibration token ids."""
     return torch.randint(0, 90, (samples, seq_len), generator=torch.Generator().manual_seed(1))

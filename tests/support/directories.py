@@ -2,9 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,7 +13,7 @@ from support.models import llama
 
 
 @pytest.fixture(scope="session")
-def dense_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def dense_dir(tmp_path_factory):
     """A 16-bit Llama of two layers; 172 inputs in one of its projections."""
     directory = tmp_path_factory.mktemp("dense") / "model"
     llama().to(torch.bfloat16).save_pretrained(directory)
@@ -24,7 +21,7 @@ def dense_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def base_dir(dense_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def base_dir(dense_dir, tmp_path_factory):
     """The same, quantized while loading and saved: 4 bits, groups of 32."""
     directory = tmp_path_factory.mktemp("base") / "model"
     config = QALoRAQuantConfig(bits=4, group_size=32)
@@ -34,14 +31,14 @@ def base_dir(dense_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def altered(tmp_path: Path) -> Callable[..., Path]:
+def altered(tmp_path):
     """Copy a directory; `tensors` changes its state dict, `config` its quantization_config."""
 
     def alter(
-        source: Path,
-        tensors: Callable[[dict[str, torch.Tensor]], None] | None = None,
-        **config: Any,
-    ) -> Path:
+        source,
+        tensors=None,
+        **config,
+    ):
         target = tmp_path / "altered"
         shutil.copytree(source, target)
         if tensors is not None:

@@ -1,9 +1,6 @@
 """Quantized layers of random numbers, and models that are quantized in memory."""
 
-from typing import Any
-
 import torch
-from transformers import PreTrainedModel
 
 from qalora_kernels import PackedWeight, QuantSpec
 from qalora_plugin.architecture.selection import linears_in_blocks
@@ -12,16 +9,16 @@ from qalora_plugin.quantize.rtn import rtn
 
 
 def quant_layer(
-    bits: int = 4,
-    group_size: int = 32,
-    in_features: int = 172,
-    out_features: int = 24,
+    bits=4,
+    group_size=32,
+    in_features=172,
+    out_features=24,
     *,
-    act_order: bool = False,
-    grid: torch.dtype | None = None,
-    bias: bool = True,
-    **spec: Any,
-) -> QuantLinear:
+    act_order=False,
+    grid=None,
+    bias=True,
+    **spec,
+):
     """Return a layer of random integers, scales, offsets and bias.
 
     Args:
@@ -46,12 +43,12 @@ def quant_layer(
 
 
 def quantize(
-    model: PreTrainedModel,
-    bits: int = 4,
-    group_size: int = 16,
-    act_order: bool = False,
-    grid: torch.dtype | None = None,
-) -> PreTrainedModel:
+    model,
+    bits=4,
+    group_size=16,
+    act_order=False,
+    grid=None,
+):
     """Replace the linear layers of a model's blocks by their rounded weights; `grid` as above."""
     dtype = grid or torch.float16
     for index, (name, linear) in enumerate(linears_in_blocks(model).items()):

@@ -16,12 +16,12 @@ SIZES: dict[str, Any] = {
 }
 
 
-def llama_config(**changes: Any) -> LlamaConfig:
+def llama_config(**changes):
     """Return the config of a Llama of two layers; keywords replace entries of `SIZES`."""
     return LlamaConfig(**SIZES | changes)
 
 
-def llama(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
+def llama(seed=0, **changes):
     """Return a Llama of random weights; keywords as `llama_config` takes them."""
     torch.manual_seed(seed)
     return LlamaForCausalLM(llama_config(**changes))

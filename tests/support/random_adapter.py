@@ -1,26 +1,23 @@
 """An adapter of random numbers for every quantized layer of a base, as training saves one."""
 
-from pathlib import Path
-
 import torch
 from safetensors.torch import save_file
 
 from qalora_plugin import QALoRAConfig
-from qalora_plugin.checkpoint.checkpoint import QuantizedCheckpoint
 
 PREFIX = "base_model.model."
 _PARTS = {"zeros": "qalora_", "scales": "qalora_scale_"}
 
 
 def random_adapter(
-    source: QuantizedCheckpoint,
-    out: Path,
-    adapt: str = "zeros",
+    source,
+    out,
+    adapt="zeros",
     *,
-    rank: int = 4,
-    alpha: int = 8,
-    size: float = 0.02,
-) -> Path:
+    rank=4,
+    alpha=8,
+    size=0.02,
+):
     """Write the adapter; `size` is that of B's numbers. Returns `out`."""
     generator = torch.Generator().manual_seed(0)
     tensors = {}

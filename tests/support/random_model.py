@@ -1,9 +1,7 @@
 """A quantized checkpoint of random numbers, of any size, written tensor by tensor."""
 
-from pathlib import Path
-
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM
 
 from qalora_plugin import QALoRAQuantConfig
 from qalora_plugin.architecture.selection import linears_to_quantize
@@ -11,7 +9,7 @@ from qalora_plugin.checkpoint.layout import TensorPlan, guard_tensor, layer_plan
 from qalora_plugin.files.writer import CheckpointWriter, split_plan
 
 
-def random_checkpoint(config: PreTrainedConfig, out: Path) -> Path:
+def random_checkpoint(config, out):
     """Write a causal LM in bf16 with INT-4 layers in groups of 32, and return its directory."""
     grid = QALoRAQuantConfig(bits=4, group_size=32)
     with torch.device("meta"):

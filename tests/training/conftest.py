@@ -1,6 +1,5 @@
 """Tiny trainings: a Llama of two layers, byte-like tokens, a few steps."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ from transformers import (
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
-    PreTrainedTokenizerBase,
 )
 from trl import SFTConfig, SFTTrainer
 
@@ -22,18 +20,18 @@ STOCK = Path(__file__).parent.parent / "fixtures" / "gptq_4bit_g128_actorder_asy
 
 
 @pytest.fixture(autouse=True)
-def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+def offline(monkeypatch):
     """A base that is not on disk must not be looked for on the network."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
 @pytest.fixture(scope="session")
-def tokenizer() -> PreTrainedTokenizerBase:
+def tokenizer():
     return AutoTokenizer.from_pretrained(STOCK)
 
 
 @pytest.fixture(scope="session")
-def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def bases(tmp_path_factory):
     """Directories of a base: 16-bit, quantized by us, and stock GPTQ (act-order, asymmetric)."""
     root = tmp_path_factory.mktemp("bases")
     torch.manual_seed(0)
@@ -56,19 +54,19 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture
-def make_trainer(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> Callable[..., SFTTrainer]:
+def make_trainer(tokenizer, tmp_path):
     """Build an SFTTrainer; keywords of SFTConfig, and `data`, `callbacks`, `adapter`, `run`."""
 
     def make(
-        model: Any,
+        model,
         *,
-        data: Dataset | None = None,
-        eval_data: Dataset | None = None,
-        callbacks: list[Any] | None = None,
-        adapter: Any = "default",
-        run: str = "run",
-        **settings: Any,
-    ) -> SFTTrainer:
+        data=None,
+        eval_data=None,
+        callbacks=None,
+        adapter="default",
+        run="run",
+        **settings,
+    ):
         if adapter == "default":
             adapter = QALoRAConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM")
         defaults: dict[str, Any] = {
@@ -98,19 +96,19 @@ def make_trainer(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> Callable
     return make
 
 
-def texts(rows: int) -> Dataset:
+def texts(rows):
     """Rows of text."""
     return Dataset.from_dict({"text": [f"row {i}: one two three four" for i in range(rows)]})
 
 
 @pytest.fixture
-def text_rows() -> Callable[[int], Dataset]:
+def text_rows():
     """`texts`."""
     return texts
 
 
 @pytest.fixture
-def pairs() -> Dataset:
+def pairs():
     """Rows of prompt and completion."""
     return Dataset.from_dict(
         {

@@ -1,8 +1,5 @@
 """How far the offsets have moved, in what a Trainer logs."""
 
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
 from datasets import Dataset
@@ -23,20 +20,20 @@ from qalora_plugin.training.figures import FiguresCallback, layer_changes
 class Report(TensorBoardCallback):
     """A reporter like wandb's, that keeps what it is sent."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         self.rows: list[dict[str, float]] = []
 
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, *args, **kwargs):
         pass
 
     on_train_end = on_train_begin
 
-    def on_log(self, *args: Any, **kwargs: Any) -> None:
+    def on_log(self, *args, **kwargs):
         self.rows.append(dict(kwargs["logs"]))
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def base(tmp_path_factory):
     directory = tmp_path_factory.mktemp("base")
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -51,13 +48,13 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def adapted(base: Path, **settings: Any) -> Any:
+def adapted(base, **settings):
     quantization = QALoRAQuantConfig(bits=4, group_size=16)
     model = AutoModelForCausalLM.from_pretrained(base, quantization_config=quantization)
     return get_peft_model(model, QALoRAConfig(r=4, task_type="CAUSAL_LM", **settings))
 
 
-def test_the_change_is_in_steps_of_the_grid(base: Path) -> None:
+def test_the_change_is_in_steps_of_the_grid(base):
     model = adapted(base, target_modules=["q_proj"], lora_alpha=8)
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
     assert layer_changes(model) == {"offset_change": {"layers.0.self_attn.q_proj": 0.0}}
@@ -70,7 +67,7 @@ def test_the_change_is_in_steps_of_the_grid(base: Path) -> None:
     assert found == pytest.approx(expected, rel=1e-4)
 
 
-def test_rows_of_the_log(base: Path, tmp_path: Path) -> None:
+def test_rows_of_the_log(base, tmp_path):
     model = adapted(base, adapt="both")
     rows = Dataset.from_list([{"input_ids": [1, 2, 3, 4], "labels": [1, 2, 3, 4]}] * 4)
     report = Report()

@@ -1,12 +1,10 @@
 """`merge_last_checkpoint` when a training does not get to its end."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, TrainerCallback
 
@@ -14,15 +12,13 @@ from qalora_plugin import MergeCallback, QALoRAConfig, QALoRAQuantConfig, verify
 
 
 class _Interrupt(TrainerCallback):
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step == 3:
             raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("kind", ["ours", "dense"])
-def test_interrupted_training_merges_the_last_checkpoint(
-    kind: str, bases: dict[str, Path], make_trainer: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_interrupted_training_merges_the_last_checkpoint(kind, bases, make_trainer, tmp_path):
     kwargs: dict[str, Any] = {"dtype": "float32"}
     if kind == "dense":
         kwargs["quantization_config"] = QALoRAQuantConfig(bits=4, group_size=32)
@@ -45,11 +41,11 @@ def test_interrupted_training_merges_the_last_checkpoint(
 
 
 def test_interrupted_training_merges_the_best_checkpoint(
-    bases: dict[str, Path],
-    make_trainer: Callable[..., Any],
-    text_rows: Callable[[int], Dataset],
-    tmp_path: Path,
-) -> None:
+    bases,
+    make_trainer,
+    text_rows,
+    tmp_path,
+):
     callback = MergeCallback(tmp_path / "merged")
     trainer = make_trainer(
         bases["ours"],
@@ -72,11 +68,11 @@ def test_interrupted_training_merges_the_best_checkpoint(
 
 
 def test_nothing_saved_before_the_interrupt(
-    bases: dict[str, Path],
-    make_trainer: Callable[..., Any],
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+    bases,
+    make_trainer,
+    tmp_path,
+    caplog,
+):
     callback = MergeCallback(tmp_path / "merged")
     trainer = make_trainer(bases["ours"], callbacks=[callback, _Interrupt()], max_steps=5)
     with pytest.raises(KeyboardInterrupt):
@@ -87,13 +83,11 @@ def test_nothing_saved_before_the_interrupt(
 
 
 @pytest.mark.parametrize("told", [False, True])
-def test_interrupted_before_the_first_new_checkpoint(
-    told: bool, bases: dict[str, Path], make_trainer: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_interrupted_before_the_first_new_checkpoint(told, bases, make_trainer, tmp_path):
     """After resuming, the checkpoint that was resumed from is the last; of an adapter with a name
     of its own it lies one directory below."""
 
-    def trainer(callbacks: list[Any], **settings: Any) -> Any:
+    def trainer(callbacks, **settings):
         model = AutoModelForCausalLM.from_pretrained(bases["ours"], dtype=torch.float32)
         config = QALoRAConfig(r=4, task_type="CAUSAL_LM")
         model = get_peft_model(model, config, adapter_name="tuned")
@@ -113,8 +107,8 @@ def test_interrupted_before_the_first_new_checkpoint(
 
 
 def test_checkpoint_of_another_training_is_not_taken_for_the_resumed_one(
-    bases: dict[str, Path], make_trainer: Callable[..., Any], tmp_path: Path
-) -> None:
+    bases, make_trainer, tmp_path
+):
     saving = {"max_steps": 3, "save_strategy": "steps", "save_steps": 3}
     make_trainer(bases["ours"], run="first", **saving).train()
     make_trainer(bases["ours"], learning_rate=1e-3, **saving).train()

@@ -2,13 +2,11 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
@@ -33,16 +31,14 @@ from qalora_plugin.errors import ConfigError, OutputError
 IDS = torch.arange(5, 25)[None]
 
 
-def _assert_same_model(merged: Path, trained: Any) -> None:
+def _assert_same_model(merged, trained):
     model = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32).eval()
     with torch.no_grad():
         assert torch.equal(model(IDS).logits, trained.eval()(input_ids=IDS).logits)
 
 
 @pytest.mark.parametrize("kind", ["ours", "stock", "dense"])
-def test_model_as_path(
-    kind: str, bases: dict[str, Path], make_trainer: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_model_as_path(kind, bases, make_trainer, tmp_path):
     kwargs: dict[str, Any] = {"dtype": "float32"}
     if kind == "dense":
         kwargs["quantization_config"] = QALoRAQuantConfig(bits=4, group_size=32)
@@ -62,8 +58,8 @@ def test_model_as_path(
 
 @pytest.mark.parametrize("offsets_at", ["middle", "minimum"])
 def test_base_that_was_quantized_while_loading_can_be_written_down_later(
-    offsets_at: str, bases: dict[str, Path], make_trainer: Callable[..., Any], tmp_path: Path
-) -> None:
+    offsets_at, bases, make_trainer, tmp_path
+):
     grid: dict[str, Any] = {"bits": 3, "group_size": 16, "offsets_at": offsets_at}
     kwargs = {"quantization_config": QALoRAQuantConfig(**grid), "dtype": "float32"}
     trainer = make_trainer(
@@ -80,9 +76,7 @@ def test_base_that_was_quantized_while_loading_can_be_written_down_later(
 
 
 @pytest.mark.parametrize("kind", ["ours", "dense"])
-def test_loaded_model(
-    kind: str, bases: dict[str, Path], make_trainer: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_loaded_model(kind, bases, make_trainer, tmp_path):
     config = {"quantization_config": QALoRAQuantConfig(bits=3, group_size=16)}
     model = AutoModelForCausalLM.from_pretrained(
         bases[kind], dtype=torch.float32, **(config if kind == "dense" else {})
@@ -95,9 +89,7 @@ def test_loaded_model(
     assert open_quantized(tmp_path / "merged").config.bits == (3 if kind == "dense" else 4)
 
 
-def test_whole_modules_beside_the_adapter(
-    bases: dict[str, Path], make_trainer: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_whole_modules_beside_the_adapter(bases, make_trainer, tmp_path):
     config = QALoRAConfig(r=4, modules_to_save=["lm_head"], task_type="CAUSAL_LM")
     kwargs = {"quantization_config": QALoRAQuantConfig(bits=4, group_size=32), "dtype": "float32"}
     callback = MergeCallback(tmp_path / "merged")
@@ -110,13 +102,11 @@ def test_whole_modules_beside_the_adapter(
 
 
 class _MergeInMemory(TrainerCallback):
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_end(self, args, state, control, **kwargs):
         kwargs["model"].merge_adapter()
 
 
-def test_what_is_merged_in_memory_is_not_merged_twice(
-    bases: dict[str, Path], make_trainer: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_what_is_merged_in_memory_is_not_merged_twice(bases, make_trainer, tmp_path):
     """An on-the-fly base is written from memory: without the adapter that is merged there."""
     kwargs = {"quantization_config": QALoRAQuantConfig(bits=4, group_size=32), "dtype": "float32"}
     trainer = make_trainer(
@@ -131,9 +121,7 @@ def test_what_is_merged_in_memory_is_not_merged_twice(
     verify_merge(tmp_path / "merged", tmp_path / "run" / "adapter", bases["ours"])
 
 
-def test_second_adapter_on_a_model_merged_in_memory(
-    bases: dict[str, Path], make_trainer: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_second_adapter_on_a_model_merged_in_memory(bases, make_trainer, tmp_path):
     """The directory that the model came from is not the second adapter's base."""
     model = AutoModelForCausalLM.from_pretrained(bases["ours"], dtype=torch.float32)
     config = QALoRAConfig(r=4, init_lora_weights=False, lora_alpha=1, task_type="CAUSAL_LM")
@@ -145,9 +133,7 @@ def test_second_adapter_on_a_model_merged_in_memory(
 
 
 @pytest.mark.parametrize("kind", ["ours", "dense"])
-def test_generation_config_that_transformers_refuses_to_save(
-    kind: str, bases: dict[str, Path], make_trainer: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_generation_config_that_transformers_refuses_to_save(kind, bases, make_trainer, tmp_path):
     """from_pretrained takes it with a warning, so it must not fail after the training."""
     stored = {"temperature": 0.6, "top_p": 0.9, "do_sample": False, "eos_token_id": 2}
     base = shutil.copytree(bases[kind], tmp_path / "base")
@@ -163,11 +149,11 @@ def test_generation_config_that_transformers_refuses_to_save(
 
 
 def test_packing_with_evaluation(
-    bases: dict[str, Path],
-    make_trainer: Callable[..., Any],
-    text_rows: Callable[[int], Dataset],
-    tmp_path: Path,
-) -> None:
+    bases,
+    make_trainer,
+    text_rows,
+    tmp_path,
+):
     trainer = make_trainer(
         bases["ours"],
         callbacks=[MergeCallback(tmp_path / "merged")],
@@ -182,9 +168,7 @@ def test_packing_with_evaluation(
     _assert_same_model(tmp_path / "merged", trainer.model)
 
 
-def test_completion_only_loss(
-    bases: dict[str, Path], make_trainer: Callable[..., Any], pairs: Dataset, tmp_path: Path
-) -> None:
+def test_completion_only_loss(bases, make_trainer, pairs, tmp_path):
     trainer = make_trainer(
         bases["ours"],
         data=pairs,
@@ -198,11 +182,11 @@ def test_completion_only_loss(
 
 
 def test_early_stopping_merges_the_best_adapter(
-    bases: dict[str, Path],
-    make_trainer: Callable[..., Any],
-    text_rows: Callable[[int], Dataset],
-    tmp_path: Path,
-) -> None:
+    bases,
+    make_trainer,
+    text_rows,
+    tmp_path,
+):
     trainer = make_trainer(
         bases["ours"],
         callbacks=[MergeCallback(tmp_path / "merged"), EarlyStoppingCallback(1)],
@@ -224,9 +208,7 @@ def test_early_stopping_merges_the_best_adapter(
     _assert_same_model(tmp_path / "merged", trainer.model)
 
 
-def test_resumed_training_merges_what_an_uninterrupted_one_merges(
-    bases: dict[str, Path], make_trainer: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_resumed_training_merges_what_an_uninterrupted_one_merges(bases, make_trainer, tmp_path):
     saving = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     make_trainer(
         bases["ours"], callbacks=[MergeCallback(tmp_path / "whole")], run="whole-run", **saving
@@ -241,17 +223,15 @@ def test_resumed_training_merges_what_an_uninterrupted_one_merges(
 class _FillTarget(TrainerCallback):
     """Somebody else writes to the target while training runs."""
 
-    def __init__(self, target: Path) -> None:
+    def __init__(self, target):
         self.target = target
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args, state, control, **kwargs):
         self.target.mkdir(exist_ok=True)
         (self.target / "precious").write_text("x")
 
 
-def test_a_merge_that_fails_says_where_the_adapter_is(
-    bases: dict[str, Path], make_trainer: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_a_merge_that_fails_says_where_the_adapter_is(bases, make_trainer, tmp_path):
     target = tmp_path / "merged"
     trainer = make_trainer(bases["ours"], callbacks=[MergeCallback(target), _FillTarget(target)])
     with pytest.raises(OutputError, match=r"adapter is safe in .*run/adapter, .* is not empty"):
@@ -262,9 +242,7 @@ def test_a_merge_that_fails_says_where_the_adapter_is(
         trainer.train()
 
 
-def test_refused_before_training(
-    bases: dict[str, Path], make_trainer: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_refused_before_training(bases, make_trainer, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("x")
     with pytest.raises(OutputError, match="is not empty"):
@@ -280,8 +258,8 @@ def test_refused_before_training(
 
 @pytest.mark.parametrize("out", ["run", "run/adapter", "."])
 def test_target_that_the_training_fills_is_refused_before_it_starts(
-    out: str, bases: dict[str, Path], make_trainer: Callable[..., Any], tmp_path: Path
-) -> None:
+    out, bases, make_trainer, tmp_path
+):
     callback = MergeCallback(tmp_path / "here" / out)
     trainer = make_trainer(bases["ours"], callbacks=[callback], run="here/run", save_steps=1)
     with pytest.raises(ConfigError, match=r"is where the training writes .*run/merged"):
@@ -290,11 +268,11 @@ def test_target_that_the_training_fills_is_refused_before_it_starts(
 
 
 def test_target_below_the_home_directory(
-    bases: dict[str, Path],
-    make_trainer: Callable[..., Any],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    bases,
+    make_trainer,
+    tmp_path,
+    monkeypatch,
+):
     """Also the temporary base; a later change of the working directory does not move them."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (tmp_path / "elsewhere").mkdir()
@@ -311,19 +289,19 @@ def test_target_below_the_home_directory(
 
 @pytest.mark.parametrize("sharded", [False, True])
 def test_base_from_memory_is_where_the_next_run_cleans_up(
-    bases: dict[str, Path],
-    make_trainer: Callable[..., Any],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    sharded: bool,
-) -> None:
+    bases,
+    make_trainer,
+    tmp_path,
+    monkeypatch,
+    sharded,
+):
     """A killed merge leaves the whole base behind: AtomicDirectory removes siblings so named, but
     not this one while it is in use. With sharded parameters the base is quantized again."""
     if sharded:
         monkeypatch.setattr("qalora_plugin.training.save.is_sharded", lambda tensor: True)
     found: list[Path] = []
 
-    def look(adapter: Path, out: Path, base: Path, **options: Any) -> Any:
+    def look(adapter, out, base, **options):
         found.extend(out.parent.glob(f".{out.name}.partial-tmp-*"))
         assert found == [base.parent]
         return merge_adapter(adapter, out, base, **options)
@@ -335,7 +313,7 @@ def test_base_from_memory_is_where_the_next_run_cleans_up(
     assert callback.result is not None and not found[0].exists()
 
 
-def test_classifier_keeps_its_labels(bases: dict[str, Path], tmp_path: Path) -> None:
+def test_classifier_keeps_its_labels(bases, tmp_path):
     model = AutoModelForSequenceClassification.from_pretrained(
         bases["ours"],
         dtype=torch.float32,

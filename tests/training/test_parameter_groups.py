@@ -1,9 +1,5 @@
 """`parameter_groups`: every trained parameter once, at its part's rate, decayed as Trainer does."""
 
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -12,12 +8,12 @@ from qalora_plugin import QALoRAConfig, QALoRAError, parameter_groups
 from qalora_plugin.tuner.parameter_groups import SCALE_LR_RATIO
 
 
-def _names(model: torch.nn.Module, group: dict[str, Any]) -> set[str]:
+def _names(model, group):
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return {names[id(parameter)] for parameter in group["params"]}
 
 
-def test_the_scales_train_at_their_own_rate(bases: dict[str, Path], make_trainer: Callable) -> None:
+def test_the_scales_train_at_their_own_rate(bases, make_trainer):
     """Through SFTTrainer: its schedule multiplies each group's rate, its log shows the first's."""
     adapter = QALoRAConfig(r=4, adapt="both", modules_to_save=["norm"], task_type="CAUSAL_LM")
     trainer = make_trainer(
@@ -42,13 +38,11 @@ def test_the_scales_train_at_their_own_rate(bases: dict[str, Path], make_trainer
     assert trainer.optimizer.param_groups[2]["initial_lr"] == pytest.approx(0.03)
 
 
-def test_the_trainers_own_groups_decay_the_same(
-    bases: dict[str, Path], make_trainer: Callable
-) -> None:
+def test_the_trainers_own_groups_decay_the_same(bases, make_trainer):
     adapter = QALoRAConfig(r=4, adapt="both", modules_to_save=["norm"], task_type="CAUSAL_LM")
     trainer = make_trainer(bases["ours"], adapter=adapter, weight_decay=0.1)
 
-    def decays(groups: list[dict[str, Any]]) -> dict[str, float]:
+    def decays(groups):
         return {n: g["weight_decay"] for g in groups for n in _names(trainer.model, g)}
 
     theirs = decays(trainer.create_optimizer().param_groups)
@@ -56,13 +50,13 @@ def test_the_trainers_own_groups_decay_the_same(
 
 
 @pytest.mark.parametrize(("adapt", "rates"), [("zeros", [1.0]), ("scales", [SCALE_LR_RATIO])])
-def test_one_part_is_one_group(bases: dict[str, Path], adapt: str, rates: list[float]) -> None:
+def test_one_part_is_one_group(bases, adapt, rates):
     model = AutoModelForCausalLM.from_pretrained(bases["ours"])
     model.add_adapter(QALoRAConfig(r=4, adapt=adapt))
     assert [group["lr"] for group in parameter_groups(model, lr=1.0)] == rates
 
 
-def test_nothing_to_train_or_a_wrong_ratio_is_an_error(bases: dict[str, Path]) -> None:
+def test_nothing_to_train_or_a_wrong_ratio_is_an_error(bases):
     model = AutoModelForCausalLM.from_pretrained(bases["ours"]).requires_grad_(False)
     with pytest.raises(QALoRAError, match=r"found none\. Add an adapter first"):
         parameter_groups(model, lr=1.0)

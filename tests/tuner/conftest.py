@@ -1,20 +1,16 @@
 """Quantized models with adapters that are not a no-op."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import get_peft_model
 from support.layers import quant_layer, quantize
 from support.models import llama
-from torch import nn
-from transformers import PreTrainedModel
 
 from qalora_plugin import QALoRAConfig
 from qalora_plugin.tuner import QALoRALinear
 
 
-def fill(module: nn.Module, std: float = 0.05, seed: int = 0) -> None:
+def fill(module, std=0.05, seed=0):
     """Random A and B for every adapter below `module`, as after training."""
     gen = torch.Generator().manual_seed(seed)
     for layer in module.modules():
@@ -26,16 +22,16 @@ def fill(module: nn.Module, std: float = 0.05, seed: int = 0) -> None:
 
 
 @pytest.fixture
-def fill_adapters() -> Callable[..., None]:
+def fill_adapters():
     """`fill`."""
     return fill
 
 
 @pytest.fixture
-def make_adapted() -> Callable[..., QALoRALinear]:
+def make_adapted():
     """Build a QALoRALinear with random A and B; `adapter` are QALoRAConfig's settings."""
 
-    def make(adapter: dict | None = None, **layer: object) -> QALoRALinear:
+    def make(adapter=None, **layer):
         config = QALoRAConfig(**({"r": 4, "lora_alpha": 6} | (adapter or {})))
         adapted = QALoRALinear(quant_layer(**layer), "default", config, "layer")
         fill(adapted)
@@ -45,16 +41,16 @@ def make_adapted() -> Callable[..., QALoRALinear]:
 
 
 @pytest.fixture
-def make_llama() -> Callable[..., PreTrainedModel]:
+def make_llama():
     """Build a quantized Llama of two layers; keywords go to `quantize`."""
     return lambda **options: quantize(llama(), **options)
 
 
 @pytest.fixture
-def make_peft(make_llama: Callable[..., PreTrainedModel]) -> Callable[..., PeftModel]:
+def make_peft(make_llama):
     """Build a Llama with a filled adapter; keywords are QALoRAConfig's settings."""
 
-    def make(model: PreTrainedModel | None = None, **adapter: object) -> PeftModel:
+    def make(model=None, **adapter):
         config = QALoRAConfig(**({"r": 4, "task_type": "CAUSAL_LM"} | adapter))  # type: ignore[arg-type]
         peft_model = get_peft_model(model or make_llama(), config)
         fill(peft_model)
@@ -64,6 +60,6 @@ def make_peft(make_llama: Callable[..., PreTrainedModel]) -> Callable[..., PeftM
 
 
 @pytest.fixture
-def ids() -> torch.Tensor:
+def ids():
     """Token ids [2, 9]."""
     return torch.randint(64, (2, 9), generator=torch.Generator().manual_seed(1))

@@ -8,11 +8,10 @@ from support.layers import quant_layer
 from torch.autograd.graph import saved_tensors_hooks
 
 from qalora_plugin import QALoRAConfig
-from qalora_plugin.layers.linear import QuantLinear
 from qalora_plugin.tuner import QALoRALinear
 
 
-def _new(layer: QuantLinear, name: str = "layer", **settings: object) -> QALoRALinear:
+def _new(layer, name="layer", **settings):
     return QALoRALinear(layer, "default", QALoRAConfig(r=4, **settings), name)  # type: ignore[arg-type]
 
 
@@ -68,7 +67,7 @@ def test_size_and_saved_activations(adapt, act_order):
     own = {t.data_ptr() for t in [*layer.parameters(), *layer.buffers()]}
     saved: list[torch.Tensor] = []
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
+    def pack(tensor):
         if tensor.data_ptr() not in own:
             saved.append(tensor)
         return tensor

@@ -12,7 +12,7 @@ from qalora_plugin.tuner import QALoRALinear
 PER_BLOCK = ("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj")
 
 
-def _adapted(model) -> set[str]:
+def _adapted(model):
     return {
         name.removeprefix("base_model.model.")
         for name, module in model.named_modules()
@@ -20,7 +20,7 @@ def _adapted(model) -> set[str]:
     }
 
 
-def _leaves(model) -> set[str]:
+def _leaves(model):
     return {name.rpartition(".")[2] for name in _adapted(model)}
 
 
