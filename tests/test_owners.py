@@ -62,7 +62,7 @@ def test_a_literal_has_one_owner(text, owner):
         ("os.rename", {"qalora_plugin/files/atomic.py"}),
         ("indent=2", {"qalora_plugin/files/json.py"}),
         ("init_empty_weights(", {"qalora_plugin/architecture/model.py"}),
-        ("fnmatchcase(", {"qalora_plugin/architecture/names.py"}),
+        ("fnmatchcase(", {"kernels/qalora_kernels/stored.py"}),
         ("snapshot_download(", {"qalora_plugin/files/hub.py"}),
     ],
 )

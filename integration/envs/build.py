@@ -2,10 +2,15 @@
 
     python integration/envs/build.py gptqmodel     -> prints the path of its python
 
-An environment is described by `NAME.txt` and, for packages whose build must see what is already
-installed (`pip install --no-build-isolation`), `NAME.no-isolation.txt`. It lives under
-`${QALORA_ENV_CACHE:-~/.cache/qalora-plugin/envs}/NAME-py<version>-<hash>`; the hash covers both
-files and those that they include. Standard library only.
+An environment is described by `NAME.txt` and, where there are such files, by
+
+    NAME.no-isolation.txt   packages whose build must see what is already installed
+                            (`pip install --no-build-isolation`)
+    NAME.uninstall.txt      packages that are removed again
+    NAME.metadata.txt       distributions (name==version) of which only the metadata is made
+
+It lives under `${QALORA_ENV_CACHE:-~/.cache/qalora-plugin/envs}/NAME-py<version>-<hash>`; the hash
+covers these files and those that they include. Standard library only.
 """
 
 import argparse
@@ -27,7 +32,7 @@ UNUSED_AFTER = 24 * 3600  # seconds; another checkout may be running in an older
 
 def names():
     """Return the names of the environments that can be built."""
-    return sorted(p.stem for p in HERE.glob("*.txt") if not p.stem.endswith(".no-isolation"))
+    return sorted(p.stem for p in HERE.glob("*.txt") if "." not in p.stem)
 
 
 def cache_dir():
@@ -44,6 +49,13 @@ def requirement_files(name):
     return [f for f in files if f.exists()]
 
 
+def listed(name, kind):
+    """Return the lines of `NAME.KIND.txt` without comments; none where there is no such file."""
+    path = HERE / f"{name}.{kind}.txt"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+
+
 def contents(path):
     """Return the text of a requirement file with that of the files it includes (`-r`, `-c`)."""
     text = path.read_text()
@@ -54,7 +66,10 @@ def contents(path):
 
 def environment_dir(name):
     """Return the directory of the environment `name` for this interpreter's version."""
-    digest = hashlib.sha256("".join(contents(f) for f in requirement_files(name)).encode())
+    text = "".join(contents(f) for f in requirement_files(name))
+    for kind in ("uninstall", "metadata"):
+        text += "".join(f"{kind} {line}\n" for line in listed(name, kind))
+    digest = hashlib.sha256(text.encode())
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     return cache_dir() / f"{name}-py{version}-{digest.hexdigest()[:12]}"
 
@@ -69,6 +84,20 @@ def install(name, directory):
         isolation = ["--no-build-isolation"] if "no-isolation" in requirements.name else []
         command = [*pip, "--quiet", *isolation, "-r", requirements]
         subprocess.run(command, check=True, stdout=sys.stderr, env=environment)
+    if unwanted := listed(name, "uninstall"):
+        uninstall = [*pip[:3], "uninstall", "--quiet", "--yes", *unwanted]
+        subprocess.run(uninstall, check=True, stdout=sys.stderr)
+    for line in listed(name, "metadata"):
+        add_metadata(directory, *line.split("=="))
+
+
+def add_metadata(directory, distribution, version):
+    """Make the metadata of a distribution that is not installed, for those who ask its version."""
+    (packages,) = directory.glob("lib/python*/site-packages")
+    folder = packages / f"{distribution}-{version}.dist-info"
+    folder.mkdir()
+    text = f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n"
+    (folder / "METADATA").write_text(text)
 
 
 def remove_unused(keep, name):

@@ -27,6 +27,8 @@ def builder(tmp_path, monkeypatch):
 
 def test_every_environment_is_pinned():
     for requirements in SCRIPT.parent.glob("*.txt"):
+        if requirements.stem.endswith(".uninstall"):
+            continue
         lines = [line.partition("#")[0].strip() for line in requirements.read_text().splitlines()]
         included = any(line.startswith("-c") for line in lines)
         loose = [x for x in lines if x and not x.startswith("-") and "==" not in x]
@@ -49,3 +51,14 @@ def test_build_reuses_a_finished_environment_and_remakes_a_broken_one(builder):
     (python.parents[1] / builder.STAMP).unlink()
     assert builder.build("empty") == python
     assert not marker.exists()
+
+
+def test_packages_are_removed_and_metadata_made(builder):
+    (builder.HERE / "empty.uninstall.txt").write_text("# too much\nsetuptools\n")
+    (builder.HERE / "empty.metadata.txt").write_text("engine==1.2\n")
+    assert builder.names() == ["empty"]
+    python = builder.build("empty")
+    ask = "import importlib.metadata as m; print(m.version('engine')); m.version('setuptools')"
+    done = subprocess.run([python, "-c", ask], capture_output=True, text=True)
+    assert done.stdout == "1.2\n"
+    assert "PackageNotFoundError" in done.stderr

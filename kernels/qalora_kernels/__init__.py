@@ -2,7 +2,7 @@
 
 No transformers, no peft, no device touched at import. `packed` is a layer's numbers as one value,
 `ops` the operators, `autograd` the differentiable layers, `fold` the merge formula, `packing` the
-bit order, `reference` the oracle.
+bit order, `stored` what a checkpoint says, `reference` the oracle.
 """
 
 from .autograd import folded_linear, quantized_linear

@@ -1,25 +1,10 @@
-"""The names of modules and tensors: a checkpoint's, a model's, and those that a user writes."""
+"""The names of modules and tensors: a checkpoint's and a model's."""
 
 from collections.abc import Iterable
-from fnmatch import fnmatchcase
 
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
-
-
-def matches(name: str, entry: str) -> bool:
-    """Say whether the module `name` is the one that `entry` names, or lies below it.
-
-    `entry` is a whole name or the last parts of one, and may hold the wildcards of `fnmatch`.
-    """
-    patterns = (entry, f"{entry}.*", f"*.{entry}", f"*.{entry}.*")
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def is_excluded(name: str, entries: Iterable[str]) -> bool:
-    """Say whether the module `name` is among those that `modules_to_not_convert` lists."""
-    return any(matches(name, entry) for entry in entries)
 
 
 class LayerNames:

@@ -5,8 +5,9 @@ from collections.abc import Iterable
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from qalora_kernels.stored import is_excluded, matches
+
 from ..errors import ConfigError
-from .names import is_excluded, matches
 
 # parents whose forward computes with the `weight` of these layers instead of calling them, by
 # class name; what is missing here is refused by `AbsentWeight` when it happens

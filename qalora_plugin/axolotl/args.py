@@ -5,7 +5,8 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from ..checkpoint.config import QUANT_METHOD
+from qalora_kernels.stored import QUANT_METHOD
+
 from ..checkpoint.format import format_named, formats
 from ..quantize.options import OptionError, QuantizeOptions
 from ..tuner.parameter_groups import SCALE_LR_RATIO

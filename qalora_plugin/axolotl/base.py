@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from ..checkpoint.config import QUANT_METHOD
+from qalora_kernels.stored import QUANT_METHOD
+
 from ..checkpoint.kind import find_kind
 from ..distributed.ranks import on_main_process
 from ..errors import CheckpointError, ConfigError, QuantizationError

@@ -4,7 +4,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.config import QUANT_METHOD
+from qalora_kernels.stored import QUANT_METHOD
+
 from ..checkpoint.format import Format, format_named
 from ..errors import CheckpointError, ConfigError, OutputError, QALoRAError
 from ..files.json import read_json

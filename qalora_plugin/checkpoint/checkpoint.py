@@ -4,14 +4,15 @@ from pathlib import Path
 from typing import Any
 
 from qalora_kernels import PackedWeight, QuantSpec
+from qalora_kernels.stored import QUANT_METHOD, QUANTIZED_TENSORS, TensorPlan, layer_plan
 
 from ..errors import CheckpointError, ConfigError
 from ..files.hub import resolve_model_dir
 from ..files.names import CONFIG_FILE
 from ..files.reader import CheckpointReader
-from .config import QUANT_METHOD, QALoRAQuantConfig
+from .config import QALoRAQuantConfig
 from .kind import find_kind
-from .layout import QUANTIZED_TENSORS, TensorPlan, layer_plan, read_layer
+from .layout import read_layer
 from .validate import check_layers, check_values
 
 

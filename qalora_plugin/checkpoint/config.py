@@ -2,20 +2,16 @@
 
 import dataclasses
 import functools
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from qalora_kernels import OFFSETS_AT, SUPPORTED_BITS, QuantSpec
+from qalora_kernels import OFFSETS_AT, SUPPORTED_BITS
+from qalora_kernels.stored import OFFSETS_DTYPES, QUANT_METHOD, StoredConfig
 
-from ..architecture.names import matches
 from ..errors import ConfigError
 
-QUANT_METHOD = "qalora"
-FORMAT_VERSION = 1
-OFFSETS_DTYPES = {"float16": torch.float16, "float32": torch.float32}
 METHODS = ("rtn", "gptq")
 _LAYER_KEYS = {"bits", "group_size"}
 
@@ -54,7 +50,7 @@ def _refuse_unknown_keys(cls: type) -> type:
 
 @_refuse_unknown_keys
 @dataclass(repr=False)
-class QALoRAQuantConfig(QuantizationConfigMixin):
+class QALoRAQuantConfig(StoredConfig, QuantizationConfigMixin):
     """`quantization_config` of an INT-n base with real-valued offsets.
 
     Give it to `from_pretrained` to quantize a 16-bit base while it loads (data-free); `qalora
@@ -83,30 +79,14 @@ class QALoRAQuantConfig(QuantizationConfigMixin):
         ConfigError: a value is out of range, or of a format version that is newer than ours.
     """
 
-    quant_method: str = field(default=QUANT_METHOD, init=False)
-    bits: int = 4
-    group_size: int = 32
-    desc_act: bool = False
-    offsets_dtype: str = "float16"
-    modules_to_not_convert: list[str] | None = None
-    dynamic: dict[str, dict[str, int]] = field(default_factory=dict)
-    method: str = "rtn"
-    base: dict[str, Any] = field(default_factory=dict)
-    merged: dict[str, Any] | None = None
-    format_version: int = FORMAT_VERSION
-    offsets_at: str = "middle"
-
     def __post_init__(self) -> None:
         self.quant_method = QUANT_METHOD  # transformers writes an object's own attributes
         self.dynamic = dict(self.dynamic or {})
         self.base = dict(self.base or {})
         if isinstance(self.modules_to_not_convert, tuple):
             self.modules_to_not_convert = list(self.modules_to_not_convert)
-        if self.format_version != FORMAT_VERSION:
-            raise ConfigError(
-                f"quantization_config: format_version {self.format_version!r} is not the one that "
-                f"this release reads ({FORMAT_VERSION}); update qalora-plugin"
-            )
+        if (problem := self.version_problem()) is not None:
+            raise ConfigError(problem)
         self._check_choices()
         self._check_layers()
 
@@ -158,19 +138,3 @@ class QALoRAQuantConfig(QuantizationConfigMixin):
         """The group sizes that this config names, those of `dynamic` included."""
         overrides = (override.get("group_size") for override in self.dynamic.values())
         return [self.group_size, *(size for size in overrides if size is not None)]
-
-    def spec_for(self, name: str, in_features: int, out_features: int) -> QuantSpec:
-        """Return the grid of the module `name`, with the override of `dynamic` that matches."""
-        computed = self.offsets_at == "minimum"  # from minima, which are stored; needs fp32
-        override: dict[str, int] = {}
-        for pattern, values in self.dynamic.items():
-            if matches(name, pattern):
-                override = values
-        return QuantSpec(
-            bits=override.get("bits", self.bits),
-            group_size=override.get("group_size", self.group_size),
-            in_features=in_features,
-            out_features=out_features,
-            offsets_dtype=torch.float32 if computed else OFFSETS_DTYPES[self.offsets_dtype],
-            offsets_at=self.offsets_at,
-        )

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from qalora_kernels.stored import GUARD
+
 from ..errors import CheckpointError
 from ..files.json import read_json
 from ..files.manifest import check_manifest
@@ -14,7 +16,7 @@ from ..files.reader import CheckpointReader
 from ..files.safetensors import read_header
 from .checkpoint import QuantizedCheckpoint, open_quantized
 from .kind import find_kind
-from .layout import GUARD, quantized_layers
+from .layout import quantized_layers
 
 _ADAPTER_KEYS = ("peft_type", "adapt", "r", "lora_alpha", "bits", "group_size", "fingerprint")
 _CONFIG_KEYS = ("desc_act", "offsets_dtype", "offsets_at", "method")

@@ -1,18 +1,6 @@
-"""What a quantized linear layer is in a checkpoint: tensor names, dtypes, shapes, and the guard.
+"""A quantized linear layer's tensors: written, and read back.
 
-K inputs, N outputs, G groups. Per layer `<name>`:
-
-    <name>.qweight  int32 [ceil(K/32)*bits, N]   GPTQ's bit order, see qalora_kernels.packing
-    <name>.scales   fp16  [G, N]
-    <name>.offsets  fp16  [G, N]                 fp32 with offsets_dtype "float32"; with offsets_at
-                                                 "minimum" minima: offsets - 2^(bits-1) * scales
-    <name>.g_idx    int32 [K]                    only with desc_act
-    <name>.bias     as in the base               only where the base has one
-    <name>.weight   fp32  [1]                    the guard
-
-The guard makes loading without this package fail: transformers only warns of an unknown
-quant_method and would fill the layers with random numbers, but a `weight` of shape [1] is a size
-mismatch that it raises. Its one value is K, which the packed shape gives only up to 32.
+`qalora_kernels.stored` says which they are.
 """
 
 from collections.abc import Iterable
@@ -20,29 +8,10 @@ from collections.abc import Iterable
 import torch
 
 from qalora_kernels import PackedWeight, QuantSpec, load_offsets, store_offsets
+from qalora_kernels.stored import GUARD, GUARD_DTYPE
 
 from ..errors import CheckpointError
 from ..files.reader import CheckpointReader
-
-GUARD = "weight"
-GUARD_DTYPE = torch.float32
-QUANTIZED_TENSORS = ("qweight", "scales", "offsets", "g_idx", GUARD)
-
-TensorPlan = dict[str, tuple[torch.dtype, tuple[int, ...]]]
-
-
-def layer_plan(name: str, spec: QuantSpec, desc_act: bool) -> TensorPlan:
-    """Return names, dtypes and shapes of a quantized layer's tensors, the bias left out."""
-    grid = (spec.num_groups, spec.out_features)
-    plan: TensorPlan = {
-        f"{name}.qweight": (torch.int32, (spec.packed_rows, spec.out_features)),
-        f"{name}.scales": (spec.scales_dtype, grid),
-        f"{name}.offsets": (spec.stored_dtype, grid),
-        f"{name}.{GUARD}": (GUARD_DTYPE, (1,)),
-    }
-    if desc_act:
-        plan[f"{name}.g_idx"] = (torch.int32, (spec.in_features,))
-    return plan
 
 
 def guard_tensor(in_features: int) -> torch.Tensor:

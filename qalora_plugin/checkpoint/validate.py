@@ -6,13 +6,13 @@ Shapes and dtypes come from the file headers alone; values are checked when a la
 import torch
 
 from qalora_kernels import SUPPORTED_BITS, PackedWeight, QuantSpec
+from qalora_kernels.stored import GUARD, is_excluded, layer_plan
 
-from ..architecture.names import is_excluded
 from ..errors import CheckpointError
 from ..files.names import CONFIG_FILE
 from ..files.reader import CheckpointReader
 from .config import QALoRAQuantConfig
-from .layout import GUARD, layer_plan, quantized_layers, read_in_features
+from .layout import quantized_layers, read_in_features
 
 _LAYER_TENSORS = {"qweight", "scales", "offsets", "g_idx", "bias", GUARD}
 _INCOMPLETE = "The checkpoint is incomplete: write or copy it again."

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from qalora_kernels import PackedWeight, QuantSpec
+from qalora_kernels.stored import TensorPlan
 
 from ..checkpoint.checkpoint import QuantizedCheckpoint
-from ..checkpoint.layout import TensorPlan
 from ..checkpoint.side_files import copy_side_files
 from ..files.atomic import AtomicDirectory
 from ..files.json import write_json

@@ -8,11 +8,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from qalora_kernels import QuantSpec, load_offsets
+from qalora_kernels.stored import GUARD
 
 from ..architecture.names import LayerNames
 from ..architecture.selection import linears_in_blocks, refuse_read_weights
 from ..checkpoint.checkpoint import QuantizedCheckpoint
-from ..checkpoint.layout import GUARD
 from ..checkpoint.validate import check_values
 from ..errors import CheckpointError
 from ..layers.absent import is_loaded, mark_loaded

@@ -21,10 +21,11 @@ from transformers.quantizers.auto import (
 )
 
 from qalora_kernels import store_offsets
+from qalora_kernels.stored import GUARD, QUANT_METHOD
 
 from ..checkpoint.checkpoint import QuantizedCheckpoint, open_quantized
-from ..checkpoint.config import QUANT_METHOD, QALoRAQuantConfig
-from ..checkpoint.layout import GUARD, guard_tensor, quantized_layers
+from ..checkpoint.config import QALoRAQuantConfig
+from ..checkpoint.layout import guard_tensor, quantized_layers
 from ..errors import CheckpointError, ConfigError
 from ..files.reader import CheckpointReader
 from ..files.safetensors import read_header

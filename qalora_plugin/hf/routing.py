@@ -13,7 +13,9 @@ from typing import Any
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils import is_gptqmodel_available, is_optimum_available
 
-from ..checkpoint.config import QUANT_METHOD, QALoRAQuantConfig
+from qalora_kernels.stored import QUANT_METHOD
+
+from ..checkpoint.config import QALoRAQuantConfig
 from ..checkpoint.format import foreign_config
 from ..errors import ConfigError
 from ..files.names import CONFIG_FILE

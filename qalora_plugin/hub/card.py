@@ -8,8 +8,9 @@ from typing import Any, cast
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+from qalora_kernels.stored import QUANT_METHOD
+
 from ..checkpoint.checkpoint import QuantizedCheckpoint, open_quantized
-from ..checkpoint.config import QUANT_METHOD
 from ..checkpoint.format import format_named
 from ..errors import OutputError, QALoRAError
 from ..files.hub import public_name

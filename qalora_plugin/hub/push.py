@@ -10,7 +10,8 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from ..checkpoint.config import QUANT_METHOD
+from qalora_kernels.stored import QUANT_METHOD
+
 from ..errors import OutputError, QALoRAError
 from ..files.manifest import check_manifest
 from .card import CARD_FILE, HUB_FAILURES, Subject, find_subject, make_card

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 
 from qalora_kernels import PackedWeight
+from qalora_kernels.stored import TensorPlan, layer_plan
 
 from ..checkpoint.checkpoint import QuantizedCheckpoint
 from ..checkpoint.config import QALoRAQuantConfig
-from ..checkpoint.layout import TensorPlan, layer_plan, pack_layer
+from ..checkpoint.layout import pack_layer
 from ..checkpoint.merged import MergedAdapter, merged_from_files
 from ..checkpoint.validate import bad_values
 from ..files.manifest import file_sha256

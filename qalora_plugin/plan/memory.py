@@ -5,7 +5,8 @@ from typing import Any
 
 from peft import PeftModel
 
-from ..checkpoint.layout import GUARD_DTYPE
+from qalora_kernels.stored import GUARD_DTYPE
+
 from ..layers.linear import QuantLinear
 from .settings import PlanSettings
 from .shapes import METHODS, ModelShape, NF4Linear, TensorShape, build_model, tensor_shapes

@@ -11,8 +11,10 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
+from qalora_kernels.stored import QUANT_METHOD
+
 from ..architecture.selection import check_group_sizes, linears_in_blocks, linears_to_quantize
-from ..checkpoint.config import QUANT_METHOD, QALoRAQuantConfig
+from ..checkpoint.config import QALoRAQuantConfig
 from ..checkpoint.format import foreign_config
 from ..errors import CheckpointError, ConfigError
 from ..files.json import read_json

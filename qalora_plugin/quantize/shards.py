@@ -4,9 +4,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from qalora_kernels import PackedWeight, QuantSpec
+from qalora_kernels.stored import TensorPlan, layer_plan
 
 from ..checkpoint.fingerprint import combine, mark
-from ..checkpoint.layout import TensorPlan, layer_plan, pack_layer, read_layer
+from ..checkpoint.layout import pack_layer, read_layer
 from ..files.atomic import replace_text
 from ..files.json import json_text, read_json
 from ..files.names import REPORT_FILE

@@ -9,7 +9,9 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import nn
 
-from ..checkpoint.config import QUANT_METHOD, QALoRAQuantConfig
+from qalora_kernels.stored import QUANT_METHOD
+
+from ..checkpoint.config import QALoRAQuantConfig
 from ..checkpoint.fingerprint import fingerprint
 from ..checkpoint.identity import BaseIdentity
 from ..errors import AdapterError, ConfigError

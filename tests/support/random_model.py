@@ -3,9 +3,10 @@
 import torch
 from transformers import AutoModelForCausalLM
 
+from qalora_kernels.stored import TensorPlan, layer_plan
 from qalora_plugin import QALoRAQuantConfig
 from qalora_plugin.architecture.selection import linears_to_quantize
-from qalora_plugin.checkpoint.layout import TensorPlan, guard_tensor, layer_plan
+from qalora_plugin.checkpoint.layout import guard_tensor
 from qalora_plugin.files.writer import CheckpointWriter, split_plan
 
 

@@ -18,11 +18,11 @@ from typing import Any, Literal
 import torch
 
 from qalora_kernels.packing import pack_columns
+from qalora_kernels.stored import TensorPlan
 
 from ..._version import __version__
 from ...architecture.model import read_architecture
 from ...checkpoint.checkpoint import QuantizedCheckpoint, open_quantized
-from ...checkpoint.layout import TensorPlan
 from ...checkpoint.side_files import copy_side_files
 from ...errors import CheckpointError, ConfigError
 from ...files.atomic import AtomicDirectory

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from qalora_kernels.groups import group_index
+from qalora_kernels.stored import TensorPlan
 
-from ...checkpoint.layout import TensorPlan
 from ...checkpoint.side_files import TOKENIZER_FILES, copy_side_files
 from ...errors import AdapterError
 from ...files.atomic import AtomicDirectory

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 
 from qalora_kernels import PackedWeight, QuantSpec
+from qalora_kernels.stored import TensorPlan
 
 from ...checkpoint.checkpoint import QuantizedCheckpoint, open_quantized
-from ...checkpoint.layout import TensorPlan
 from ...files.safetensors import TensorInfo
 from ..directory import DenseLayers, dense_config, regroup, write_directory
 from ..export import ExportResult, Progress, obstacles
