@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from qalora_kernels import PackedWeight, QuantSpec
 from qalora_kernels.stored import QUANT_METHOD, QUANTIZED_TENSORS, TensorPlan, layer_plan
 
@@ -30,6 +32,8 @@ class QuantizedCheckpoint:
     """
 
     format = QUANT_METHOD
+    integers = "qweight"
+    """Last part of the name of the tensor that holds a layer's integers, which every layer has."""
     foreign_parts: tuple[str, ...] = ()
     """Names of tensors of a quantized layer that only the foreign format has, such as "qzeros"."""
 
@@ -86,9 +90,13 @@ class QuantizedCheckpoint:
     def _read_layer(self, name: str) -> PackedWeight:
         return read_layer(self.reader, name, self.layers[name])
 
+    def qweight(self, name: str) -> torch.Tensor:
+        """Return one layer's integers in our packing, int32 [ceil(K/32)*bits, N]."""
+        return self.reader.get(f"{name}.{self.integers}")
+
     def where(self, name: str) -> str:
         """Return file and name of a layer, for messages."""
-        return f"{self.reader.info(f'{name}.qweight').file}: {name}"
+        return f"{self.reader.info(f'{name}.{self.integers}').file}: {name}"
 
     @property
     def packed_parts(self) -> tuple[str, ...]:
@@ -115,7 +123,7 @@ class QuantizedCheckpoint:
 
         def place(tensor: str) -> int:  # a layer's parts side by side, in the order of the files
             layer = tensor.rpartition(".")[0]
-            return order[f"{layer}.qweight" if layer in self.layers else tensor]
+            return order[f"{layer}.{self.integers}" if layer in self.layers else tensor]
 
         return {name: plan[name] for name in sorted(plan, key=place)}
 

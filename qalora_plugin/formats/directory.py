@@ -97,7 +97,7 @@ def write_directory(
         name, _, part = tensor.rpartition(".")
         if tensor in copies:
             plan[tensor] = (layers.dense_dtype(info), info.shape)
-        elif part == "qweight":
+        elif part == source.integers and name in held:
             plan |= held[name].plan(name, source.layers[name])
 
     def convert(name: str) -> Mapping[str, torch.Tensor]:
