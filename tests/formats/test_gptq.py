@@ -12,7 +12,8 @@ from qalora_plugin.checkpoint.checkpoint import QuantizedCheckpoint, open_quanti
 from qalora_plugin.cli import main
 from qalora_plugin.errors import CheckpointError, ConfigError, QuantizationError
 from qalora_plugin.formats.export import export_model
-from qalora_plugin.formats.gptq.limits import integer_zeros
+from qalora_plugin.formats.gptq import FORMAT
+from qalora_plugin.formats.zero_points import integer_zeros
 from qalora_plugin.quickstart.embedded import base_model_path
 
 from .weights import BLOCKS_OF_32, STOCK, error_in_steps, exact_weight
@@ -32,7 +33,7 @@ def test_merged_scales_keep_integers_and_zero_points(tmp_path):
         assert torch.equal(found.scales, wanted.scales)
         assert torch.equal(found.offsets, wanted.offsets)
         assert not torch.equal(found.scales, before.scales)
-        zeros = [integer_zeros(name, layer) for layer in (before, found)]
+        zeros = [integer_zeros(name, layer, FORMAT) for layer in (before, found)]
         assert torch.equal(*zeros)
 
 
@@ -77,7 +78,7 @@ def test_requantized_weights_are_close_and_the_loss_is_measured(merged, token_id
     for name, spec in merged.layers.items():
         assert (exported.layers[name].bits, spec.bits) == (spec.bits, spec.bits)
         layer = exported.layer(name)
-        integer_zeros(name, layer)  # raises where they are not
+        integer_zeros(name, layer, FORMAT)  # raises where they are not
         integers_changed |= not torch.equal(layer.qweight, merged.layer(name).qweight)
         before, after = exact_weight(merged, name), exact_weight(exported, name)
         assert (after - before).norm() < (0.02 if spec.bits == 8 else 0.15) * before.norm()

@@ -28,8 +28,12 @@ def test_importing_the_package_imports_records_alone():
 
 @pytest.mark.parametrize("name", FOLDERS)
 def test_folders_have_what_their_records_promise(name):
-    format = format_named(name)
-    assert format.name == name and format in formats() and format.script.is_file()
+    format = format_named(name.replace("_", "-"))
+    assert (
+        format.package == f"qalora_plugin.formats.{name}"
+        and format in formats()
+        and format.script.is_file()
+    )
     parts = {"write": True, "weights": True, "read": format.is_base, "record": format.suffix}
     for part, wanted in parts.items():
         assert bool(importlib.util.find_spec(f"{format.package}.{part}")) == bool(wanted), part

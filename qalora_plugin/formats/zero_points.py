@@ -1,0 +1,46 @@
+"""Integer zero-points, for the formats that store no others."""
+
+import torch
+
+from qalora_kernels import PackedWeight
+
+from ..checkpoint.checkpoint import QuantizedCheckpoint
+from ..checkpoint.format import Format
+from ..errors import CheckpointError
+
+
+def integer_zeros(where: str, weight: PackedWeight, format: Format) -> torch.Tensor:
+    """Return the zero-points z = mid - offsets / scales of the layer at `where`, int32 [G, N].
+
+    Raises:
+        CheckpointError: one of them is not exactly an integer from 0 to 2^bits - 1.
+    """
+    mid, scales, offsets = weight.spec.mid, weight.scales.double(), weight.offsets.double()
+    exact, top = mid - offsets / scales, 2 * mid - 1
+    zeros = exact.round()
+    wrong = scales * (mid - zeros) != offsets
+    if wrong.any():
+        distance = (exact - zeros).abs().amax().item()
+        raise CheckpointError(
+            f"{where}: {int(wrong.sum())} of {wrong.numel()} zero-points are not integers (up to "
+            f"{distance:.3g} away), and {format.grids.holder} stores integers only. Quantize with "
+            "`--zero-points integer` and adapt with adapt='scales', export to a format with "
+            "real-valued offsets, or accept a measured loss: `qalora export MERGED --format "
+            f"{format.name} --requantize --calibration FILE`."
+        )
+    if zeros.amin() < 0 or zeros.amax() > top:
+        raise CheckpointError(
+            f"{where}: zero-points from {int(zeros.amin())} to {int(zeros.amax())}; "
+            f"{format.grids.holder} stores 0 to {top}. Export to a format with real-valued offsets."
+        )
+    return zeros.to(torch.int32)
+
+
+def has_integer_zeros(checkpoint: QuantizedCheckpoint, format: Format) -> bool:
+    """Say whether every zero-point of a model is one that `integer_zeros` returns."""
+    try:
+        for name in checkpoint.layers:
+            integer_zeros(name, checkpoint.layer(name), format)
+    except CheckpointError:
+        return False
+    return True
