@@ -23,6 +23,7 @@ from transformers.quantizers.auto import (
 from qalora_kernels import store_offsets
 from qalora_kernels.stored import GUARD, QUANT_METHOD
 
+from ..architecture.places import places_problem
 from ..checkpoint.checkpoint import QuantizedCheckpoint, open_quantized
 from ..checkpoint.config import QALoRAQuantConfig
 from ..checkpoint.layout import guard_tensor, quantized_layers
@@ -73,8 +74,14 @@ class QALoRAQuantizer(HfQuantizer):
                 "A quantized model is loaded from a directory or the Hub, not from a state_dict."
             )
         self._dtype = dtype or torch.get_default_dtype()
-        checkpoint = self._open([Path(file) for file in checkpoint_files])
+        files = [Path(file) for file in checkpoint_files]
+        checkpoint = self._open(files)
         if checkpoint is None:
+            problem = places_problem(
+                model, _tensor_names(files), architectures=model.config.architectures
+            )
+            if problem is not None:
+                raise CheckpointError(f"{files[0].parent}: {problem}.")
             self._layers = LayerQuantizer(model, self.quantization_config)
             return
         directory = str(checkpoint.directory)

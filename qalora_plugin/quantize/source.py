@@ -15,6 +15,7 @@ from qalora_kernels import QuantSpec
 from ..architecture.blocks import find_blocks
 from ..architecture.model import empty_model
 from ..architecture.names import LayerNames
+from ..architecture.places import places_problem
 from ..architecture.selection import check_group_sizes, check_overrides, linears_to_quantize
 from ..checkpoint.config import QALoRAQuantConfig
 from ..checkpoint.kind import find_kind
@@ -76,14 +77,11 @@ class ModelSource:
                     f"{type(self.model).__name__} computes with (fused experts); such models "
                     "cannot be quantized yet"
                 )
-        known = self.stored.keys() | self.model.all_tied_weights_keys
-        lost = [name for name, _ in self.model.named_parameters() if name not in known]
-        if lost:
-            raise CheckpointError(
-                f"{self.reader.directory}: no tensor for {lost[0]} ({len(lost)} such) of "
-                f"{type(self.model).__name__}, which {CONFIG_FILE} names. The checkpoint is "
-                "incomplete, or its architecture is another"
-            )
+        problem = places_problem(
+            self.model, self.reader.tensors, architectures=self.reader.config.get("architectures")
+        )
+        if problem is not None:
+            raise CheckpointError(f"{self.reader.directory}: {problem}")
         for name, parameter in self.model.named_parameters():
             info = self.reader.tensors.get(self.stored.get(name, ""))
             if info is not None and info.shape != tuple(parameter.shape):
