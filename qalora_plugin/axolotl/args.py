@@ -39,8 +39,10 @@ class QALoRABlock(BaseModel):
         default="gptq", description="How a 16-bit base is quantized: calibrated, or data-free."
     )
     desc_act: bool = Field(default=False, description="Quantize with act-order (g_idx).")
-    zero_points: Literal["real", "integer"] = Field(
-        default="real", description="integer: a base that stock GPTQ can hold (for adapt: scales)."
+    zero_points: Literal["real", "integer", "none"] = Field(
+        default="real",
+        description="integer: a base that stock GPTQ can hold (for adapt: scales); none: likewise, "
+        "symmetric.",
     )
     offsets_at: Literal["middle", "minimum"] = Field(
         default="middle",

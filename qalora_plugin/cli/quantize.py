@@ -68,9 +68,12 @@ def add_parser(subparsers: Any) -> None:
     add = parser.add_argument_group("result").add_argument
     about = (
         "real is more exact; integer can also be written as stock GPTQ, and merged exactly with "
-        "adapt=scales (default: real; integer with --format gptq)"
+        "adapt=scales; none (symmetric) also where a runtime takes only sym: true (default: real; "
+        "integer with --format gptq)"
     )
-    add("--zero-points", choices=("real", "integer"), help=about)
+    add("--zero-points", choices=("real", "integer", "none"), help=about)
+    about = "the same as --zero-points none"
+    add("--sym", dest="zero_points", action="store_const", const="none", help=about)
     about = (
         "which weight of a group fp16 holds, the one at the middle code or at code 0; "
         f"{OFFSETS_AT_HELP}. Takes 2 bytes a group more in memory {default}"

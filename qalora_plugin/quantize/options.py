@@ -7,7 +7,7 @@ options in an `OptionError` in its own way, such as `--offsets-at minimum`.
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -15,9 +15,10 @@ from ..checkpoint.config import QALoRAQuantConfig
 from ..errors import ConfigError
 from .calibration import DEFAULT_SEQ_LEN, Calibration, check_sizes
 from .gptq import GPTQSettings
+from .grid import ZeroPoints
 
 _CHOICES = {
-    "zero_points": (None, "real", "integer"),
+    "zero_points": (None, *get_args(ZeroPoints)),
     "format": ("qalora", "gptq", "gptq_v2"),
     "ordering": (None, "groups", "none"),
 }
@@ -53,8 +54,9 @@ class QuantizeOptions:
         samples: calibration windows.
         seq_len: tokens in a window; by default 512, or the model's limit where that is less.
         seed: of the choice of windows.
-        zero_points: "real" offsets, or "integer" zero-points, which stock formats need; by default
-            what `format` holds.
+        zero_points: "real" offsets; "integer" zero-points, which stock formats need; or "none":
+            the middle code is the weight 0 (symmetric, `sym`), as some engines' kernels need. By
+            default what `format` holds.
         offsets_at: which weight of a group fp16 holds: "middle", the one at the middle code, or
             "minimum", the one at code 0: for models that will be run by llama.cpp, whose Q4_1
             then holds what was trained bit for bit. In memory offsets take 4 bytes, not 2.
@@ -87,7 +89,7 @@ class QuantizeOptions:
     samples: int = 128
     seq_len: int | None = None
     seed: int = 0
-    zero_points: Literal["real", "integer"] | None = None
+    zero_points: ZeroPoints | None = None
     offsets_at: Literal["middle", "minimum"] = "middle"
     format: Literal["qalora", "gptq", "gptq_v2"] = "qalora"
     desc_act: bool = False
@@ -122,8 +124,8 @@ class QuantizeOptions:
                 f"{{format={self.format}}} holds integer zero-points only: use "
                 "{zero_points=integer}, or {format=qalora}"
             )
-        if self.integer_zeros and self.offsets_at == "minimum":
-            cause = "zero_points=integer" if self.zero_points else f"format={self.format}"
+        if self.zeros != "real" and self.offsets_at == "minimum":
+            cause = f"zero_points={self.zeros}" if self.zero_points else f"format={self.format}"
             yield (
                 f"{{offsets_at=minimum}} needs real-valued offsets: with {{{cause}}} the minimum "
                 "is a multiple of the scale, in general no fp16 number. Leave out one of the two"
@@ -149,9 +151,9 @@ class QuantizeOptions:
             )
 
     @property
-    def integer_zeros(self) -> bool:
-        """True if zero-points are integers."""
-        return self.zero_points == "integer" or self.format != "qalora"
+    def zeros(self) -> ZeroPoints:
+        """What zero-points may be: `zero_points`, or what follows from the format."""
+        return self.zero_points or ("real" if self.format == "qalora" else "integer")
 
     @property
     def solver(self) -> GPTQSettings:
@@ -165,7 +167,7 @@ class QuantizeOptions:
             bits=self.bits,
             group_size=self.group_size,
             desc_act=self.desc_act,
-            offsets_dtype="float32" if self.integer_zeros else "float16",
+            offsets_dtype="float32" if self.zeros == "integer" else "float16",
             offsets_at=self.offsets_at,
             modules_to_not_convert=self.modules_to_not_convert,
             dynamic=self.dynamic or {},

@@ -134,8 +134,7 @@ def _windows(source: ModelSource, options: QuantizeOptions) -> torch.Tensor:
 
 def _origin(name: str, options: QuantizeOptions, windows: torch.Tensor | None) -> dict[str, Any]:
     """Return the checkpoint's record of where its integers came from."""
-    zeros = "integer" if options.integer_zeros else "real"
-    made: dict[str, Any] = {"name_or_path": name, "zero_points": zeros}
+    made: dict[str, Any] = {"name_or_path": name, "zero_points": options.zeros}
     if windows is not None:
         made |= dataclasses.asdict(options.solver)
         made |= {"samples": len(windows), "seq_len": windows.shape[1], "seed": options.seed}

@@ -26,7 +26,7 @@ def round_layers(
             source.tensor(f"{layer}.weight"),
             specs[layer],
             name=source.layer_name(layer),
-            integer_zeros=options.integer_zeros,
+            zero_points=options.zeros,
             search=options.mse,
         )
         yield layer, weight, None
@@ -103,7 +103,7 @@ class Walk:
                     weight,
                     hessian,
                     self._specs[layer],
-                    integer_zeros=self._options.integer_zeros,
+                    zero_points=self._options.zeros,
                     settings=self._options.solver,
                     name=self._source.layer_name(layer),
                 )

@@ -7,7 +7,7 @@ import torch
 from support.random_adapter import random_adapter
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from qalora_plugin import merge_adapter
+from qalora_plugin import merge_adapter, quantize_model
 from qalora_plugin.checkpoint.checkpoint import QuantizedCheckpoint, open_quantized
 from qalora_plugin.cli import main
 from qalora_plugin.errors import CheckpointError, ConfigError, QuantizationError
@@ -35,6 +35,29 @@ def test_merged_scales_keep_integers_and_zero_points(tmp_path):
         assert not torch.equal(found.scales, before.scales)
         zeros = [integer_zeros(name, layer, FORMAT) for layer in (before, found)]
         assert torch.equal(*zeros)
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+@pytest.mark.parametrize("bits", [2, 4])
+def test_a_symmetric_base_merges_into_sym_true(method, bits, tmp_path):
+    text = {"calibration": torch.arange(512).view(8, 64) % 2000} if method == "gptq" else {}
+    base = tmp_path / "base"
+    quantize_model(base_model_path(), base, bits=bits, method=method, zero_points="none", **text)
+    layers = open_quantized(base)
+    assert layers.config.offsets_dtype == "float16"
+    assert layers.config.base["zero_points"] == "none"
+    adapter = random_adapter(layers, tmp_path / "adapter", "scales")
+    merge_adapter(adapter, tmp_path / "merged", base)
+    merged = open_quantized(tmp_path / "merged")
+    result = export_model(tmp_path / "merged", tmp_path / "gptq", "gptq")
+    config = json.loads((result.out / "config.json").read_text())["quantization_config"]
+    assert (config["sym"], config["desc_act"], config["bits"]) == (True, False, bits)
+    exported = open_quantized(result.out)
+    for name in layers.layers:
+        found = exported.layer(name)
+        assert torch.equal(found.qweight, layers.layer(name).qweight)
+        assert torch.equal(found.scales, merged.layer(name).scales)
+        assert not found.offsets.any()
 
 
 def test_changed_offsets_are_refused_by_name(tmp_path):
