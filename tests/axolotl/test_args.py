@@ -69,9 +69,9 @@ def test_formats_that_cannot_hold_what_is_trained(format, adapt, advice):
     QALoRABlock.model_validate({"merge_formats": ["qalora", format], "adapt": advice})
 
 
-@pytest.mark.parametrize("format", ["qalora", *FOLDERS])
+@pytest.mark.parametrize("format", ["qalora", *(name.replace("_", "-") for name in FOLDERS)])
 def test_merge_formats_are_what_can_be_exported(format):
-    adapt = {"gptq": "scales"}.get(format, "zeros")
+    adapt = "scales" if format in ("gptq", "compressed-tensors") else "zeros"
     assert QALoRABlock(merge_formats=[format], adapt=adapt).merge_formats == [format]
     with pytest.raises(ValidationError, match=f"merge_formats: expected some of.* {format}.*'hqq'"):
         QALoRABlock(merge_formats=["hqq"])
