@@ -8,7 +8,17 @@ from collections.abc import Sequence
 
 from qalora_plugin.errors import QALoRAError
 
-COMMANDS = ("quickstart", "quantize", "merge", "verify", "export", "push", "inspect", "plan")
+COMMANDS = (
+    "quickstart",
+    "quantize",
+    "import",
+    "merge",
+    "verify",
+    "export",
+    "push",
+    "inspect",
+    "plan",
+)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -8,7 +8,7 @@ import importlib
 
 from ..checkpoint.format import Option, register_format
 
-FOLDERS = ("gptq", "compressed_tensors", "gguf", "mlx", "onnx", "torchao", "lora")
+FOLDERS = ("gptq", "compressed_tensors", "gguf", "mlx", "onnx", "torchao", "lora", "original")
 
 REQUANTIZE = (
     Option(

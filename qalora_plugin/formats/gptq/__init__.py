@@ -19,6 +19,9 @@ model = GPTQModel.load("{repo_id}")
     marker=QUANTIZE_CONFIG_FILE,
     quant_methods=("gptq",),
     is_base=True,
+    takes_back=("scales",),
+    keeps_within=False,
+    back_note="its zero-points are integers",
     adapts=("scales",),
     advice="stock GPTQ stores integer zero-points, and training the offsets makes them "
     "real-valued. Set adapt: scales and zero_points: integer; or remove gptq, and quantize the "
