@@ -16,7 +16,8 @@ def integer_zeros(where: str, weight: PackedWeight, format: Format) -> torch.Ten
         CheckpointError: one of them is not exactly an integer from 0 to 2^bits - 1.
     """
     mid, scales, offsets = weight.spec.mid, weight.scales.double(), weight.offsets.double()
-    exact, top = mid - offsets / scales, 2 * mid - 1
+    # a scale of 0 holds no offset but 0, with any zero-point
+    exact, top = mid - (offsets / scales).where(scales != 0, 0.0), 2 * mid - 1
     zeros = exact.round()
     wrong = scales * (mid - zeros) != offsets
     if wrong.any():

@@ -4,6 +4,7 @@ from functools import cache
 
 import pytest
 import torch
+from support.directories import sign_scales
 from support.models import llama
 from transformers import AutoModelForCausalLM
 
@@ -27,6 +28,7 @@ def _quantize(
         bits=bits, group_size=group_size, dynamic=dynamic, offsets_at=offsets_at
     )
     AutoModelForCausalLM.from_pretrained(dense, quantization_config=config).save_pretrained(out)
+    sign_scales(out)
     return out
 
 

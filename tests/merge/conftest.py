@@ -3,6 +3,7 @@
 import pytest
 import torch
 from support.adapters import PREFIX, RANK, qalora_tensors, write_adapter
+from support.directories import sign_scales
 from support.models import llama
 
 from qalora_plugin import QALoRAQuantConfig
@@ -19,6 +20,7 @@ def quantize(tmp_path_factory):
         model.save_pretrained(dense)
         config = QALoRAQuantConfig(**{"bits": 4, "group_size": 16} | options)
         type(model).from_pretrained(dense, quantization_config=config).save_pretrained(out)
+        sign_scales(out)
         return out
 
     return write

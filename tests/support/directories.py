@@ -51,3 +51,14 @@ def altered(tmp_path):
         return target
 
     return alter
+
+
+def sign_scales(directory):
+    """Make half of a quantized model's scales negative, as in MLX, and one of each layer 0."""
+    path = directory / "model.safetensors"
+    tensors = load_file(path)
+    for name in tensors:
+        if name.endswith(".scales"):
+            tensors[name][:, 1::2] *= -1
+            tensors[name][-1, -2] = 0
+    save_file(tensors, path, metadata={"format": "pt"})

@@ -47,6 +47,7 @@ def least_rounding(weight: PackedWeight) -> Placement:
     """
     spec = weight.spec
     scales, offsets = weight.scales.double(), weight.offsets.double()
+    steps = scales.abs().where(scales != 0, 1.0)  # without one, the minimum is the weight
     top = (1 << spec.bits) - 1
     best: Placement | None = None
     for sign in (1, -1):
@@ -54,7 +55,7 @@ def least_rounding(weight: PackedWeight) -> Placement:
             start = shift if sign > 0 else top + shift
             exact = offsets - scales * (sign * start + spec.mid)
             minimum = exact.to(torch.float16)
-            error = (minimum.double() - exact).abs() / scales
+            error = (minimum.double() - exact).abs() / steps
             code, step = (torch.full_like(minimum, n, dtype=torch.int8) for n in (start, sign))
             found = Placement(minimum, code, step, error)
             if best is not None:
