@@ -1,11 +1,9 @@
 """One view of a quantized model on disk, in our format or a foreign one, layer by layer."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from qalora_kernels import PackedWeight, QuantSpec
+from qalora_kernels import QuantSpec
 from qalora_kernels.stored import QUANT_METHOD, QUANTIZED_TENSORS, TensorPlan, layer_plan
 
 from ..errors import CheckpointError, ConfigError
@@ -18,6 +16,11 @@ from .layout import read_layer
 from .side_files import copy_side_files
 from .source import SOURCE_KEY, describe_location
 from .validate import check_layers, check_values
+
+if TYPE_CHECKING:
+    import torch
+
+    from qalora_kernels import PackedWeight
 
 
 class QuantizedCheckpoint:
@@ -99,7 +102,7 @@ class QuantizedCheckpoint:
         """Write what belongs to the model beside weights and config: tokenizer, licence, ..."""
         copy_side_files(self.directory, target)
 
-    def layer(self, name: str) -> PackedWeight:
+    def layer(self, name: str) -> "PackedWeight":
         """Read one layer, its values checked.
 
         Returns:
@@ -114,10 +117,10 @@ class QuantizedCheckpoint:
         check_values(self.where(name), weight)
         return weight
 
-    def _read_layer(self, name: str) -> PackedWeight:
+    def _read_layer(self, name: str) -> "PackedWeight":
         return read_layer(self.reader, name, self.layers[name])
 
-    def qweight(self, name: str) -> torch.Tensor:
+    def qweight(self, name: str) -> "torch.Tensor":
         """Return one layer's integers in our packing, int32 [ceil(K/32)*bits, N]."""
         return self.reader.get(f"{name}.{self.integers}")
 

@@ -1,11 +1,14 @@
-"""`QALoRAQuantConfig`: how a base is quantized, as config.json's `quantization_config` says it."""
+"""`QALoRAQuantConfig`: how a base is quantized, as config.json's `quantization_config` says it.
 
+Files are read with this class, which needs neither torch nor transformers; `hf.config` has the one
+that transformers takes.
+"""
+
+import copy
 import dataclasses
 import functools
 from dataclasses import dataclass
 from typing import Any
-
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qalora_kernels import OFFSETS_AT, SUPPORTED_BITS
 from qalora_kernels.stored import OFFSETS_DTYPES, QUANT_METHOD, StoredConfig
@@ -50,7 +53,7 @@ def _refuse_unknown_keys(cls: type) -> type:
 
 @_refuse_unknown_keys
 @dataclass(repr=False)
-class QALoRAQuantConfig(StoredConfig, QuantizationConfigMixin):
+class QALoRAQuantConfig(StoredConfig):
     """`quantization_config` of an INT-n base with real-valued offsets.
 
     Give it to `from_pretrained` to quantize a 16-bit base while it loads (data-free); `qalora
@@ -92,7 +95,7 @@ class QALoRAQuantConfig(StoredConfig, QuantizationConfigMixin):
 
     def _check_choices(self) -> None:
         for name, choices in (
-            ("offsets_dtype", tuple(OFFSETS_DTYPES)),
+            ("offsets_dtype", OFFSETS_DTYPES),
             ("offsets_at", OFFSETS_AT),
             ("method", METHODS),
         ):
@@ -124,7 +127,7 @@ class QALoRAQuantConfig(StoredConfig, QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """Return what config.json holds; `offsets_at` is left out where older releases read it."""
-        written = super().to_dict()
+        written = copy.deepcopy(self.__dict__)
         if self.offsets_at == "middle":
             del written["offsets_at"]
         return written

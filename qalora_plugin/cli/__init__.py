@@ -6,7 +6,11 @@ import os
 import sys
 from collections.abc import Sequence
 
+import qalora_plugin
 from qalora_plugin.errors import QALoRAError
+
+_FILES_ONLY = ("inspect", "push")
+"""Commands that load no model, and need neither transformers nor PEFT to know us."""
 
 COMMANDS = (
     "quickstart",
@@ -30,7 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
         "whole way on an embedded model.",
     )
     parser.add_argument("--version", action="store_true", help="print the version and exit")
-    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND")
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
     for name in COMMANDS:
         importlib.import_module(f".{name}", __name__).add_parser(subparsers)
     return parser
@@ -49,6 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help(sys.stderr)
         return 2
     try:
+        if args.command not in _FILES_ONLY:
+            qalora_plugin.register()
         return int(args.func(args) or 0)
     except QALoRAError as error:
         if os.environ.get("QALORA_TRACEBACK"):

@@ -25,7 +25,6 @@ from qalora_kernels.stored import GUARD, QUANT_METHOD
 
 from ..architecture.places import places_problem
 from ..checkpoint.checkpoint import QuantizedCheckpoint, open_quantized
-from ..checkpoint.config import QALoRAQuantConfig
 from ..checkpoint.layout import guard_tensor, quantized_layers
 from ..errors import CheckpointError, ConfigError
 from ..files.reader import CheckpointReader
@@ -33,6 +32,7 @@ from ..files.safetensors import read_header
 from ..layers.linear import QuantLinear
 from ..layers.sharded import ShardedQuantLinear
 from . import routing
+from .config import QALoRAQuantConfig
 from .loading import StoredLayers
 from .on_the_fly import LayerQuantizer, QuantizeOnLoad
 from .sharded_loading import loads_sharded
@@ -86,7 +86,8 @@ class QALoRAQuantizer(HfQuantizer):
             return
         directory = str(checkpoint.directory)
         routing.check_request(self.quantization_config, checkpoint.config, directory)
-        self.quantization_config = checkpoint.config
+        # one object: loading may add the fingerprint
+        checkpoint.config = self.quantization_config = QALoRAQuantConfig.of(checkpoint.config)
         self._layers = StoredLayers(model, checkpoint, pending=loads_sharded())
 
     def _open(self, files: list[Path]) -> QuantizedCheckpoint | None:

@@ -15,17 +15,16 @@ from transformers.utils import is_gptqmodel_available, is_optimum_available
 
 from qalora_kernels.stored import QUANT_METHOD
 
-from ..checkpoint.config import QALoRAQuantConfig
+from ..checkpoint.config import QALoRAQuantConfig as StoredConfig
 from ..checkpoint.format import foreign_config
 from ..errors import ConfigError
 from ..files.names import CONFIG_FILE
+from .config import QALoRAQuantConfig
 
 _INSTALLED = "_qalora_original"
 
 
-def check_request(
-    requested: QALoRAQuantConfig, stored: QALoRAQuantConfig, where: str = CONFIG_FILE
-) -> None:
+def check_request(requested: StoredConfig, stored: StoredConfig, where: str = CONFIG_FILE) -> None:
     """Refuse to load the quantized directory `where` as something that it is not.
 
     Raises:
@@ -58,7 +57,8 @@ def merge_configs(stored: Any, requested: Any) -> QALoRAQuantConfig | None:
     if ours and stored.get("quant_method") == QUANT_METHOD:
         config = QALoRAQuantConfig(**stored)
     elif ours or (requested is None and not gptqmodel_loads):
-        config = foreign_config(stored, Path(CONFIG_FILE))
+        foreign = foreign_config(stored, Path(CONFIG_FILE))
+        config = None if foreign is None else QALoRAQuantConfig.of(foreign)
     if ours and config is not None:
         check_request(requested, config)
     return config

@@ -12,13 +12,13 @@ from torch import nn
 
 from qalora_kernels.stored import QUANT_METHOD, is_excluded
 
-from ..checkpoint.config import QALoRAQuantConfig
 from ..checkpoint.fingerprint import fingerprint
 from ..checkpoint.format import Format, format_named, formats
 from ..checkpoint.identity import BaseIdentity
 from ..checkpoint.source import SOURCE_KEY
 from ..errors import AdapterError, ConfigError
 from ..files.names import ADAPTER_CONFIG_FILE
+from ..hf.config import QALoRAQuantConfig
 from ..layers.linear import QuantLinear
 from .config import ALL_LINEAR, QALoRAConfig
 
