@@ -54,7 +54,7 @@ class QuantSpec:
         in_features: K.
         out_features: N.
         offsets_dtype: dtype of the offsets in memory, or its name; folding rounds to it.
-        scales_dtype: likewise for the scales; checkpoints hold fp16, float64 serves exact checks.
+        scales_dtype: likewise for the scales; float64 serves exact checks.
         offsets_at: which weight of a group folding rounds. "middle": the offset itself, to
             `offsets_dtype`. "minimum": the weight at code 0, offset - mid * scale, to
             `scales_dtype`; checkpoints store that, and the offset is computed from it and needs

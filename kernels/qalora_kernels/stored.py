@@ -5,9 +5,10 @@ The plugin for transformers and the one for vLLM both read checkpoints by this m
 K inputs, N outputs, G groups. Per layer `<name>`:
 
     <name>.qweight  int32 [ceil(K/32)*bits, N]   GPTQ's bit order, see `packing`
-    <name>.scales   fp16  [G, N]
+    <name>.scales   fp16  [G, N]                 bf16 or fp32 as scales_dtype says
     <name>.offsets  fp16  [G, N]                 fp32 with offsets_dtype "float32"; with offsets_at
-                                                 "minimum" minima: offsets - 2^(bits-1) * scales
+                                                 "minimum" minima, in the scales' dtype:
+                                                 offsets - 2^(bits-1) * scales
     <name>.g_idx    int32 [K]                    only with desc_act
     <name>.bias     as in the base               only where the base has one
     <name>.weight   fp32  [1]                    the guard
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 QUANT_METHOD = "qalora"
 FORMAT_VERSION = 1
 OFFSETS_DTYPES = ("float16", "float32")
+SCALES_DTYPES = (*OFFSETS_DTYPES, "bfloat16")
 
 GUARD = "weight"
 GUARD_DTYPE_NAME = "float32"
@@ -72,6 +74,7 @@ class StoredConfig:
     merged: dict[str, Any] | None = None
     format_version: int = FORMAT_VERSION
     offsets_at: str = "middle"
+    scales_dtype: str = "float16"
 
     def version_problem(self) -> str | None:
         """Say why this release cannot read the format version, or None."""
@@ -95,6 +98,7 @@ class StoredConfig:
             in_features=in_features,
             out_features=out_features,
             offsets_dtype="float32" if computed else self.offsets_dtype,
+            scales_dtype=self.scales_dtype,
             offsets_at=self.offsets_at,
         )
 

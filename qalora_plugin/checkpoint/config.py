@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qalora_kernels import OFFSETS_AT, SUPPORTED_BITS
-from qalora_kernels.stored import OFFSETS_DTYPES, QUANT_METHOD, StoredConfig
+from qalora_kernels.stored import OFFSETS_DTYPES, QUANT_METHOD, SCALES_DTYPES, StoredConfig
 
 from ..errors import ConfigError
 
@@ -77,6 +77,8 @@ class QALoRAQuantConfig(StoredConfig):
         offsets_at: which weight of a group fp16 holds: "middle", the one at the middle code (more
             exact), or "minimum", the one at code 0, as llama.cpp's files do: a model that was
             trained so is exported to GGUF bit for bit. The `offsets` tensors hold these weights.
+        scales_dtype: of the `scales` tensors, and of minima: "float16", or "bfloat16" or "float32"
+            of a base from elsewhere.
 
     Raises:
         ConfigError: a value is out of range, or of a format version that is newer than ours.
@@ -96,6 +98,7 @@ class QALoRAQuantConfig(StoredConfig):
     def _check_choices(self) -> None:
         for name, choices in (
             ("offsets_dtype", OFFSETS_DTYPES),
+            ("scales_dtype", SCALES_DTYPES),
             ("offsets_at", OFFSETS_AT),
             ("method", METHODS),
         ):
@@ -126,10 +129,11 @@ class QALoRAQuantConfig(StoredConfig):
             _check_grid(f"{where}: ", **grid)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what config.json holds; `offsets_at` is left out where older releases read it."""
+        """Return what config.json holds, without newer keys where older releases read it all."""
         written = copy.deepcopy(self.__dict__)
-        if self.offsets_at == "middle":
-            del written["offsets_at"]
+        for key, usual in (("offsets_at", "middle"), ("scales_dtype", "float16")):
+            if written[key] == usual:
+                del written[key]
         return written
 
     def get(self, key: str, default: Any = None) -> Any:

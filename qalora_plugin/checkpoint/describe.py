@@ -19,7 +19,7 @@ from .kind import find_kind
 from .layout import quantized_layers
 
 _ADAPTER_KEYS = ("peft_type", "adapt", "r", "lora_alpha", "bits", "group_size", "fingerprint")
-_CONFIG_KEYS = ("desc_act", "offsets_dtype", "offsets_at", "method")
+_CONFIG_KEYS = ("desc_act", "scales_dtype", "offsets_dtype", "offsets_at", "method")
 _PARTS = {
     "qweight": "integers",
     "scales": "scales",

@@ -2,7 +2,7 @@
 
 import torch
 
-from qalora_kernels import PackedWeight
+from qalora_kernels import SCALES_DTYPE, PackedWeight
 
 from ..checkpoint.checkpoint import QuantizedCheckpoint
 from ..checkpoint.format import Format
@@ -15,6 +15,11 @@ def integer_zeros(where: str, weight: PackedWeight, format: Format) -> torch.Ten
     Raises:
         CheckpointError: one of them is not exactly an integer from 0 to 2^bits - 1.
     """
+    if not torch.equal(weight.scales.to(SCALES_DTYPE).to(weight.scales), weight.scales):
+        raise CheckpointError(
+            f"{where}: has scales that float16 does not hold exactly, and {format.grids.holder} "
+            "stores float16. Export to another format."
+        )
     mid, scales, offsets = weight.spec.mid, weight.scales.double(), weight.offsets.double()
     # a scale of 0 holds no offset but 0, with any zero-point
     exact, top = mid - (offsets / scales).where(scales != 0, 0.0), 2 * mid - 1

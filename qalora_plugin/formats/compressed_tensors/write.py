@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qalora_kernels import PackedWeight, QuantSpec
+from qalora_kernels import SCALES_DTYPE, PackedWeight, QuantSpec
 from qalora_kernels.packing import pack
 from qalora_kernels.stored import TensorPlan
 
@@ -45,7 +45,7 @@ class PackedLayers(DenseLayers):
         blocks = k // FORMAT.grids.block(spec)
         plan: TensorPlan = {
             f"{name}.{WEIGHT}": (torch.int32, (n, words(k, bits))),
-            f"{name}.{SCALE}": (spec.scales_dtype, (n, blocks)),
+            f"{name}.{SCALE}": (SCALES_DTYPE, (n, blocks)),
             f"{name}.{SHAPE}": (SHAPE_DTYPE, (2,)),
         }
         if not self._symmetric:
@@ -63,7 +63,7 @@ class PackedLayers(DenseLayers):
         packed = weight.qweight
         if lift:
             packed = pack(weight.codes().t() + lift, bits)
-        scales = weight.scales.to(spec.scales_dtype)
+        scales = weight.scales.to(SCALES_DTYPE)
         tensors = {
             f"{name}.{WEIGHT}": packed.t()[:, : words(spec.in_features, bits)].contiguous(),
             f"{name}.{SCALE}": regroup(scales, spec, block),

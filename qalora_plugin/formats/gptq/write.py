@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 
+from qalora_kernels import SCALES_DTYPE
 from qalora_kernels.packing import pack_columns
 from qalora_kernels.stored import TensorPlan
 
@@ -134,7 +135,7 @@ def _plan(
         n, groups = spec.out_features, spec.num_groups
         plan[f"{name}.qweight"] = (torch.int32, (spec.packed_rows, n))
         plan[f"{name}.qzeros"] = (torch.int32, (groups, n * spec.bits // 32))
-        plan[f"{name}.scales"] = (spec.scales_dtype, (groups, n))
+        plan[f"{name}.scales"] = (SCALES_DTYPE, (groups, n))
         plan[f"{name}.g_idx"] = (torch.int32, (spec.in_features,))
     return plan, copies
 
@@ -148,7 +149,7 @@ def _stock_layer(source: QuantizedCheckpoint, name: str, version: str) -> dict[s
     return {
         f"{name}.qweight": weight.qweight,
         f"{name}.qzeros": pack_columns(zeros - 1 if version == "gptq" else zeros, spec.bits),
-        f"{name}.scales": weight.scales.to(spec.scales_dtype),
+        f"{name}.scales": weight.scales.to(SCALES_DTYPE),
         f"{name}.g_idx": g_idx,
     }
 
