@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from .spec import OFFSETS_AT, SUPPORTED_BITS, QuantSpec
 
 if TYPE_CHECKING:
-    from .autograd import folded_linear, quantized_linear
+    from .autograd import folded_linear, grid_linear, quantized_linear
     from .backends import get_backend
     from .fold import LowRank, load_offsets, round_minimum, store_offsets
     from .packed import SCALES_DTYPE, PackedWeight
@@ -24,6 +24,7 @@ _LAZY = {
     "SCALES_DTYPE": ".packed",
     "folded_linear": ".autograd",
     "get_backend": ".backends",
+    "grid_linear": ".autograd",
     "load_offsets": ".fold",
     "pack": ".packing",
     "quantized_linear": ".autograd",
@@ -41,6 +42,7 @@ __all__ = [
     "QuantSpec",
     "folded_linear",
     "get_backend",
+    "grid_linear",
     "load_offsets",
     "pack",
     "quantized_linear",

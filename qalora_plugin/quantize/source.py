@@ -50,13 +50,14 @@ class ModelSource:
             ConfigError: an architecture that cannot be quantized block by block.
         """
         self.reader = CheckpointReader(directory)
-        config, kind = self.reader.config, find_kind(directory)
+        kind = find_kind(directory)
         if not kind.is_16_bit or quantized_layers(self.reader.tensors):
             raise CheckpointError(
                 f"{directory}: is quantized already ({kind.method or 'unknown method'}). Quantize "
                 "the 16-bit model that it came from"
             )
-        self.model = _empty_model(directory, config, trust_remote_code)
+        self._trust_remote_code = trust_remote_code
+        self.model = self.empty_copy()
         prefix, self.blocks = find_blocks(self.model)
         self.block_names = [f"{prefix}.{index}" for index in range(len(self.blocks))]
         self.device = torch.device(device)
@@ -65,6 +66,11 @@ class ModelSource:
         self.dtype = dtype or (torch.float32 if slow else self.model.dtype)
         self.stored = LayerNames(self.model).stored(self.reader.tensors)
         self._check_complete()
+
+    def empty_copy(self) -> transformers.PreTrainedModel:
+        """Return another model of the same architecture, parameters on meta."""
+        reader = self.reader
+        return _empty_model(reader.directory, reader.config, self._trust_remote_code)
 
     def _check_complete(self) -> None:
         mapping = get_model_conversion_mapping(self.model)
@@ -110,6 +116,13 @@ class ModelSource:
                 self._put(name, tensor.to(self.dtype) if tensor.is_floating_point() else tensor)
             else:
                 owner._buffers[leaf] = tensor.to(owner.get_buffer(leaf).dtype)
+
+    def move_buffers(self) -> None:
+        """Move the model's buffers, which are not on meta, to the device."""
+        for module in self.model.modules():
+            for leaf, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[leaf] = buffer.to(self.device)
 
     def empty(self, names: Iterable[str]) -> None:
         """Drop these parameters' numbers again."""

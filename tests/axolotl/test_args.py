@@ -52,6 +52,13 @@ def test_a_wrong_value_is_named(wrong):
             {"offsets_at": "minimum", "zero_points": "integer"},
             "offsets_at: minimum needs real-valued offsets: with zero_points: integer",
         ),
+        ({"bits": "auto"}, "bits: auto and target_bits go together"),
+        ({"target_bits": 3.0}, "bits: auto and target_bits go together"),
+        (
+            {"refine": True, "quantize_method": "rtn"},
+            "refine does not go with quantize_method: rtn",
+        ),
+        ({"refine": True, "refine_rate": 2.0}, "refine_rate must lie between 0 and 1"),
     ],
 )
 def test_what_quantizing_refuses_is_said_in_keys(block, message):

@@ -83,5 +83,7 @@ def test_keywords_are_the_options_or_replace_some():
 
 
 def test_an_unknown_keyword_is_named_with_the_known_ones(tmp_path):
-    with pytest.raises(ConfigError, match=r"no option is called bitz; the options are bits, group"):
+    with pytest.raises(
+        ConfigError, match=r"no option is called bitz; the options are bits, target_bits, group"
+    ):
         quantize_model(tmp_path / "model", tmp_path / "out", bitz=4)
