@@ -21,10 +21,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from qalora_kernels import SUPPORTED_BITS, QuantSpec
 
+from ..files.progress import progress_meter
 from .gptq import gptq
 from .options import QuantizeOptions
 from .source import ModelSource
@@ -154,12 +154,9 @@ class BitChooser:
         """
         assert self._options.target_bits is not None
         layers: dict[str, list[Candidate]] = {}
-        with tqdm(
-            total=len(self._specs),
-            unit="layer",
-            desc="measuring layers",
-            disable=not self._options.progress,
-        ) as bar:
+        hidden = not self._options.progress
+        total = len(self._specs)
+        with progress_meter("measuring layers", "layer", total=total, disable=hidden) as bar:
             for name, candidates in self._measure(fixed):
                 layers[name] = candidates
                 bar.update()

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import transformers
-from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedModel
 
 from qalora_kernels import QuantSpec
@@ -23,6 +22,7 @@ from ..files.atomic import AtomicDirectory, ScratchDirectory, replace_text
 from ..files.hub import resolve_model_dir
 from ..files.json import json_text, read_json, write_json
 from ..files.names import CHOSEN_BITS_FILE, CONFIG_FILE, REFINE_STATE_FILE, REPORT_FILE
+from ..files.progress import progress_meter
 from .allocate import BitChooser, grids_by_layer
 from .calibration import calibration_windows, fitting_length
 from .divergence import check_predicts
@@ -265,7 +265,7 @@ class _Job:
         if self.windows is not None and not all(shards.finished):
             walk = Walk(source, specs, options, _calibrating(self.windows, options))
         hidden = not options.progress
-        with tqdm(total=len(specs), unit="layer", desc="quantizing", disable=hidden) as bar:
+        with progress_meter("quantizing", "layer", total=len(specs), disable=hidden) as bar:
             for index, finished in enumerate(shards.finished):
                 layers = shards.layers(index)
                 if walk:

@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from qalora_kernels import PackedWeight
 
 from ..errors import ConfigError, QuantizationError
 from ..files.names import REFINE_STATE_FILE
+from ..files.progress import progress_meter
 from ..files.reader import CheckpointReader
 from ..files.writer import ShardWriter
 from .divergence import divergence
@@ -193,11 +193,11 @@ class Refiner:
         if self._before is None:
             self._before = self.heldout(held)
         saved = time.monotonic()
-        bar = tqdm(
+        bar = progress_meter(
+            f"refining (held-out KL {self._before:.4f})",
+            "step",
             total=settings.steps,
             initial=self._step,
-            desc=f"refining (held-out KL {self._before:.4f})",
-            unit="step",
             disable=not progress,
         )
         with bar:
