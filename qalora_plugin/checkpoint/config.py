@@ -15,7 +15,7 @@ from qalora_kernels.stored import OFFSETS_DTYPES, QUANT_METHOD, SCALES_DTYPES, S
 
 from ..errors import ConfigError
 
-METHODS = ("rtn", "gptq")
+METHODS = ("rtn", "gptq", "other")
 _LAYER_KEYS = {"bits", "group_size"}
 
 
@@ -71,7 +71,8 @@ class QALoRAQuantConfig(StoredConfig):
             other heads always do.
         dynamic: other `bits` and `group_size` for some modules: {name, its last parts, or pattern:
             {...}}; the last one that matches counts.
-        method: "rtn" or "gptq": how the integers were found; while loading, "rtn" only.
+        method: how the integers were found: "rtn", "gptq", or "other" of a base from elsewhere;
+            while loading, "rtn" only.
         base: where the integers came from (name, revision, calibration, seed); free form.
         merged: what was merged into the offsets (adapter, factor, mode); None for a base.
         offsets_at: which weight of a group fp16 holds: "middle", the one at the middle code (more

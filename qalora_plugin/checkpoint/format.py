@@ -138,6 +138,8 @@ class Format:
         marker: a file that marks a directory; beside `quant_methods` only if config.json is silent.
         config_key: a key that only its config.json has.
         is_base: whether models in this format are read, as bases.
+        owners: of a base: the modules with which transformers loads it itself; where all are
+            installed it does, unless it is told to load it as a base of ours.
         takes_back: the modes of `adapt` whose merged result a base in this format takes back, so
             that a copy of it is patched (`qalora export --format original`). Single layers may
             take back less, see `QuantizedCheckpoint.takes_back`. Empty: nothing.
@@ -168,6 +170,7 @@ class Format:
     quant_methods: tuple[str, ...] = ()
     config_key: str | None = None
     is_base: bool = False
+    owners: tuple[str, ...] = ()
     takes_back: tuple[str, ...] = ()
     keeps_within: bool = True
     back_note: str = ""
@@ -248,6 +251,12 @@ def format_named(name: str) -> Format:
     if name not in _FORMATS:
         raise ConfigError(f"format: expected one of {', '.join(_FORMATS)}, found {name!r}")
     return _FORMATS[name]
+
+
+def owners_of(quantization_config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the modules with which transformers loads a directory that says this, without us."""
+    config = {"quantization_config": quantization_config}
+    return next((f.owners for f in formats() if f.is_base and f.marks(config)), ())
 
 
 def foreign_config(quantization_config: Any, path: Path) -> QALoRAQuantConfig | None:

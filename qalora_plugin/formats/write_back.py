@@ -15,9 +15,11 @@ import torch
 from qalora_kernels import PackedWeight
 
 from ..checkpoint.checkpoint import QuantizedCheckpoint
+from ..checkpoint.format import Format
 from ..errors import CheckpointError
 from ..files.atomic import AtomicDirectory, cannot_write
 from ..files.reader import CheckpointReader
+from .export import ExportResult, Progress
 
 _TUNED_ANOTHER = "It was merged into another base, or its base was quantized again."
 
@@ -97,6 +99,57 @@ def _frozen(merged: QuantizedCheckpoint, name: str, part: str) -> CheckpointErro
         f"{merged.directory}: {name}: its {part} have changed, and the source's format cannot take "
         "that back. Train with QALoRAConfig(write_back=True), or export to another format."
     )
+
+
+def write_scales_back(
+    source: QuantizedCheckpoint,
+    merged: QuantizedCheckpoint,
+    out: Path,
+    format: Format,
+    progress: Progress | None,
+    *,
+    part: str = "scales",
+    transposed: bool = False,
+) -> ExportResult:
+    """Patch the scales of a source with integer zero-points, which stay.
+
+    Args:
+        source: the base.
+        merged: what became of it.
+        out: the directory to make.
+        format: of the source.
+        progress: called with (layers written, layers in all).
+        part: last part of the name of a layer's scales.
+        transposed: whether they are stored as [N, G].
+
+    Raises:
+        CheckpointError: an offset is not scale * (mid - z) with the source's zero-point z, or the
+            dtype of the source's scales does not hold the merged ones.
+    """
+    check_same_model(source, merged)
+    with patched_directory(source, out) as patch:
+        for done, name in enumerate(source.layers, start=1):
+            before, after = changed_layer(source, merged, name)
+            zeros = before.offsets / before.scales  # mid - z: exact, they are small integers
+            zeros = zeros.where(before.scales != 0, 0.0)
+            if not torch.equal(after.scales * zeros, after.offsets):
+                raise CheckpointError(
+                    f"{merged.directory}: {name}: its zero-points have changed, and "
+                    f"{format.grids.holder} stores integers. Train with adapt='scales', or export "
+                    "to another format."
+                )
+            scales = after.scales.to(source.reader.info(f"{name}.{part}").dtype)
+            if not torch.equal(scales.float(), after.scales):
+                raise CheckpointError(
+                    f"{source.where(name)}.{part}: {scales.dtype} does not hold the merged scales "
+                    "exactly. Export to another format."
+                )
+            if not torch.equal(before.scales, after.scales):
+                patch.write(f"{name}.{part}", scales.t() if transposed else scales)
+            if progress is not None:
+                progress(done, len(source.layers))
+    exactness = "Exact: scales are written back, integers and zero-points are the source's."
+    return ExportResult(out, format.name, len(source.layers), exactness)
 
 
 class Patch:

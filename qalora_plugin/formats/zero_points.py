@@ -2,7 +2,7 @@
 
 import torch
 
-from qalora_kernels import SCALES_DTYPE, PackedWeight
+from qalora_kernels import SCALES_DTYPE, PackedWeight, QuantSpec
 
 from ..checkpoint.checkpoint import QuantizedCheckpoint
 from ..checkpoint.format import Format
@@ -40,6 +40,36 @@ def integer_zeros(where: str, weight: PackedWeight, format: Format) -> torch.Ten
             f"{format.grids.holder} stores 0 to {top}. Export to a format with real-valued offsets."
         )
     return zeros.to(torch.int32)
+
+
+def layer_of_zeros(
+    where: str,
+    spec: QuantSpec,
+    qweight: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor,
+    g_idx: torch.Tensor | None,
+) -> PackedWeight:
+    """Return the layer W = scales * (q - zeros); its scales and offsets are exact in fp32.
+
+    Args:
+        where: of the scales, for messages.
+        spec: the layer's grid, with offsets in fp32.
+        qweight: int32 [ceil(K/32)*bits, N].
+        scales: [G, N], as stored.
+        zeros: integers [G, N].
+        g_idx: int32 [K], or None.
+
+    Raises:
+        CheckpointError: a scale that the spec's dtype does not hold.
+    """
+    held = scales.to(spec.scales_dtype).float()
+    if not torch.equal(held, scales.float()):
+        raise CheckpointError(
+            f"{where}: {scales.dtype} values that {spec.scales_dtype} does not hold exactly. "
+            "Quantize the 16-bit model again with `qalora quantize`."
+        )
+    return PackedWeight(qweight, held, held * (spec.mid - zeros.int()).float(), g_idx, spec)
 
 
 def has_integer_zeros(checkpoint: QuantizedCheckpoint, format: Format) -> bool:

@@ -22,6 +22,10 @@ generate = pipeline("text-generation", "{repo_id}", dtype=torch.float16)
 print(generate("Once upon a time")[0])
 ```""",
     quant_methods=("compressed-tensors",),
+    is_base=True,
+    takes_back=("scales",),
+    back_note="its zero-points are integers",
+    owners=("compressed_tensors",),
     adapts=("scales",),
     advice="compressed-tensors stores integer zero-points, and training the offsets makes them "
     "real-valued. Set adapt: scales and zero_points: integer; or remove compressed-tensors, and "

@@ -20,18 +20,26 @@ from qalora_kernels.packing import pack_columns, unpack_columns
 WEIGHT, SCALE, ZERO_POINT = "weight_packed", "weight_scale", "weight_zero_point"
 SHAPE, G_IDX = "weight_shape", "weight_g_idx"
 SHAPE_DTYPE = torch.int64
+PARTS = (WEIGHT, SCALE, ZERO_POINT, SHAPE, G_IDX)
 
 
 def words(columns: int, bits: int) -> int:
-    """Return the int32 words that hold so many codes of 2, 4 or 8 bits."""
+    """Return the int32 words that hold so many codes, as GPTQ packs them."""
     return -(-columns * bits // 32)
+
+
+def unpack_columns_of(packed: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
+    """Return the codes along the last axis, int32 [rows, words] -> uint8 [rows, columns].
+
+    3 bits are dense, or 10 in a word as versions before 0.20 pack them: the width tells.
+    """
+    if packed.shape[1] == words(columns, bits):
+        return unpack_columns(packed, bits, columns)
+    shifts = torch.arange(32 // bits, dtype=torch.int32) * bits
+    codes = packed.unsqueeze(-1) >> shifts & (1 << bits) - 1  # the sign's bits are masked away
+    return codes.flatten(1)[:, :columns].to(torch.uint8)
 
 
 def pack_zeros(zeros: torch.Tensor, bits: int) -> torch.Tensor:
     """Pack zero-points, integers [G, N] -> int32 [ceil(N * bits / 32), G]."""
     return pack_columns(zeros, bits).t().contiguous()
-
-
-def unpack_zeros(packed: torch.Tensor, bits: int, out_features: int) -> torch.Tensor:
-    """Undo `pack_zeros`: int32 [ceil(N * bits / 32), G] -> int32 [G, N]."""
-    return unpack_columns(packed.t().contiguous(), bits, out_features).to(torch.int32)

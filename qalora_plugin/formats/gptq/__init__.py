@@ -19,6 +19,7 @@ model = GPTQModel.load("{repo_id}")
     marker=QUANTIZE_CONFIG_FILE,
     quant_methods=("gptq",),
     is_base=True,
+    owners=("gptqmodel", "optimum"),
     takes_back=("scales",),
     keeps_within=False,
     back_note="its zero-points are integers",
