@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("qalora_plugin", "kernels/qalora_kernels")
+PACKAGES = ("qalora_plugin", "kernels/qalora_kernels", "kernels/qalora_vllm")
 # programs that run in other environments, where this package is not installed
 STANDALONE = ("run.py",)
 
@@ -72,7 +72,7 @@ def test_an_operation_has_one_owner(code, owners):
 
 def test_no_module_is_loose():
     loose = {path.name for path in (ROOT / "qalora_plugin").glob("*.py")}
-    assert loose == {"__init__.py", "__main__.py", "_lazy.py", "_version.py", "errors.py"}
+    assert loose == {"__init__.py", "__main__.py", "_version.py", "errors.py"}
 
 
 def test_no_file_is_too_long():

@@ -1,5 +1,6 @@
 """`PackedWeight`: one quantized weight matrix, the value that every layer here passes on."""
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -7,9 +8,6 @@ import torch
 from . import packing
 from .fold import LowRank, fold
 from .spec import QuantSpec
-
-SCALES_DTYPE = torch.float16
-"""dtype of `scales` in a checkpoint, the one of the GPTQ layout."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +73,41 @@ class PackedWeight:
         qweight = self.qweight[:, part].contiguous()
         spec = replace(self.spec, out_features=qweight.shape[1])
         return PackedWeight(qweight, self.scales[:, part], self.offsets[:, part], self.g_idx, spec)
+
+    def inputs(self, start: int, stop: int) -> "PackedWeight":
+        """Return the weight of the inputs from `start` up to `stop`, for a layer cut along K.
+
+        The integers and the numbers of each weight stay the same; the grid may not. A cut inside
+        of a group makes the groups smaller (or lists each input's group, with act-order), and one
+        inside of 32 packed inputs packs the integers anew.
+
+        Raises:
+            ValueError: not 0 <= start < stop <= K.
+        """
+        k, bits = self.spec.in_features, self.spec.bits
+        if not 0 <= start < stop <= k:
+            raise ValueError(f"expected a range within 0 to {k}, found {start} to {stop}")
+        if start % 32 == 0 and (stop % 32 == 0 or stop == k):
+            qweight = self.qweight[start // 32 * bits : -(-stop // 32) * bits].contiguous()
+        else:
+            codes = packing.unpack(self.qweight, bits, k)[start:stop]
+            qweight = packing.pack(codes, bits)
+        used, group_size, g_idx = self._groups_of(start, stop)
+        scales, offsets = (values[used].contiguous() for values in (self.scales, self.offsets))
+        spec = replace(self.spec, in_features=stop - start, group_size=group_size)
+        return PackedWeight(qweight, scales, offsets, g_idx, spec)
+
+    def _groups_of(self, start: int, stop: int) -> tuple[torch.Tensor, int, torch.Tensor | None]:
+        """Return the groups that a range of inputs needs, their size, and each input's place."""
+        if self.g_idx is None:
+            group_size = math.gcd(self.spec.group_size, start)
+            starts = torch.arange(start, stop, group_size, device=self.qweight.device)
+            return starts // self.spec.group_size, group_size, None
+        used, g_idx = torch.unique(self.g_idx[start:stop].long(), return_inverse=True)
+        # a spec counts ceil(inputs / group_size) groups: what that is too many is never looked at
+        group_size = max(1, (stop - start - 1) // max(1, len(used) - 1))
+        spare = used[-1:].expand(-(-(stop - start) // group_size) - len(used))
+        return torch.cat((used, spare)), group_size, g_idx.to(torch.int32)
 
     def fold(self, zeros: LowRank | None, scale: LowRank | None) -> "PackedWeight":
         """Return the merged weight, see `fold.fold`: this one where there is no change."""

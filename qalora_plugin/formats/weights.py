@@ -31,8 +31,8 @@ class ExactWeight:
 
     @cached_property
     def steps(self) -> torch.Tensor:
-        """The size of the scale of each weight, float64 [N, K]; 0 where a group has one weight."""
-        return self._of_inputs(self._weight.scales.abs())
+        """The scale of each weight, float64 [N, K]."""
+        return self._of_inputs(self._weight.scales)
 
     @cached_property
     def offsets(self) -> torch.Tensor:

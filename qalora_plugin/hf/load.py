@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ..checkpoint.checkpoint import QuantizedCheckpoint
-from .config import QALoRAQuantConfig
+from ..checkpoint.config import QALoRAQuantConfig
 
 
 def load_model(

@@ -4,24 +4,8 @@ The modules in the order of the work: `settings` (the run), `shapes` (the models
 `simulate` (live bytes of one training step), `memory` (bytes by part), `table` (the plan as text).
 """
 
-from typing import TYPE_CHECKING
-
-from .._lazy import lazy_names
+from .memory import MethodPlan, plan, plan_method
 from .settings import PlanSettings
-
-if TYPE_CHECKING:
-    from .memory import MethodPlan, plan, plan_method
-    from .shapes import ModelShape, load_shape
+from .shapes import ModelShape, load_shape
 
 __all__ = ["MethodPlan", "ModelShape", "PlanSettings", "load_shape", "plan", "plan_method"]
-
-__getattr__ = lazy_names(
-    __name__,
-    {
-        "MethodPlan": ".memory",
-        "ModelShape": ".shapes",
-        "load_shape": ".shapes",
-        "plan": ".memory",
-        "plan_method": ".memory",
-    },
-)

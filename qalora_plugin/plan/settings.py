@@ -1,13 +1,11 @@
 """The settings of the training run that is planned, checked."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+import torch
 
 from ..errors import ConfigError
 from ..tuner.names import ADAPT_PARTS
-
-if TYPE_CHECKING:
-    import torch
 
 CHOICES = {
     "adapt": tuple(ADAPT_PARTS),
@@ -77,9 +75,6 @@ class PlanSettings:
             )
 
     @property
-    def torch_dtype(self) -> "torch.dtype":
+    def torch_dtype(self) -> torch.dtype:
         """Return the torch dtype that `dtype` names."""
-        import torch
-
-        dtype: torch.dtype = getattr(torch, self.dtype)
-        return dtype
+        return getattr(torch, self.dtype)

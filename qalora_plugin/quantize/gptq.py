@@ -29,15 +29,7 @@ import torch
 from qalora_kernels import PackedWeight, QuantSpec
 
 from ..errors import ConfigError, QuantizationError
-from .grid import (
-    Grid,
-    ZeroPoints,
-    check_weight,
-    fit_groups,
-    round_codes,
-    round_offsets,
-    round_scales,
-)
+from .grid import Grid, check_weight, fit_groups, round_codes, round_offsets, round_scales
 
 Ordering = Literal["none", "groups", "act"]
 _BLOCK = 128  # inputs whose updates are applied one by one before the next matrix product
@@ -114,7 +106,7 @@ def gptq(
     hessian: torch.Tensor,
     spec: QuantSpec,
     *,
-    zero_points: ZeroPoints = "real",
+    integer_zeros: bool = False,
     settings: GPTQSettings | None = None,
     name: str = "weight",
 ) -> PackedWeight:
@@ -124,7 +116,7 @@ def gptq(
         weight: [N, K], any float dtype.
         hessian: mean of x x^T over the calibration inputs, fp32 [K, K].
         spec: the grid, which the result carries.
-        zero_points: what they may be (see `grid`).
+        integer_zeros: restrict zero-points to integers (see `grid`).
         settings: ordering, damping, clipping, sweeps.
         name: of the layer, for error messages.
 
@@ -136,7 +128,7 @@ def gptq(
     """
     check_weight(weight, name)
     settings = settings or GPTQSettings()
-    grid = Grid.of(spec, zero_points)
+    grid = Grid.of(spec, integer_zeros)
     order, bounds = _order(hessian.diagonal(), spec.group_size, settings.ordering)
     h = hessian[order][:, order]
     w = weight.detach().float().t()[order]
@@ -311,11 +303,11 @@ def _refit(state: _State, group: int, start: int, stop: int, pull: torch.Tensor)
     """
     grid, c, h_gg = state.grid, state.codes[start:stop], state.h[start:stop, start:stop]
     s, o = state.scales[group], state.offsets[group]
-    if grid.through_zero:
+    if grid.integer_zeros:
         c = c + o / s  # q - z: the offset follows the scale
     hc = h_gg @ c
     b_c, a_cc = (c * pull).sum(0), (c * hc).sum(0)
-    if grid.through_zero:
+    if grid.integer_zeros:
         new_s = round_scales(torch.where(a_cc > 0, s + b_c / a_cc, s))
         step = new_s - s
         gain = step * (2 * b_c - step * a_cc)

@@ -1,16 +1,10 @@
-"""The PEFT method QALORA; `register` makes it known to PEFT."""
+"""The PEFT method QALORA. Importing this package registers it."""
 
-from typing import TYPE_CHECKING
+from .config import QALoRAConfig
+from .layer import QALoRALinear
+from .model import QALoRAModel
+from .register import register
 
-from .._lazy import lazy_names
+__all__ = ["QALoRAConfig", "QALoRALinear", "QALoRAModel", "register"]
 
-if TYPE_CHECKING:
-    from .config import QALoRAConfig
-    from .layer import QALoRALinear
-    from .model import QALoRAModel
-
-__all__ = ["QALoRAConfig", "QALoRALinear", "QALoRAModel"]
-
-__getattr__ = lazy_names(
-    __name__, {"QALoRAConfig": ".config", "QALoRALinear": ".layer", "QALoRAModel": ".model"}
-)
+register()

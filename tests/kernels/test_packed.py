@@ -1,5 +1,7 @@
 """`PackedWeight` outside of the operators: codes, columns, folding; and what a spec refuses."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -24,6 +26,40 @@ def test_some_outputs(make_weight):
     assert part.spec.out_features == 32 and part.spec.in_features == 172
     fp32 = torch.float32
     assert torch.equal(part.dequantize(fp32), weight.dequantize(fp32)[:, 5:])
+
+
+@pytest.mark.parametrize("layout", ["even", "short_last_group", "group_across_words", "one_group"])
+@pytest.mark.parametrize("cuts", [(0, 64, 96, 128), (0, 43, 86, 128), (0, 1, 33, 50, 128)])
+def test_cut_along_the_inputs(bits, layout, cuts, make_weight):
+    weight = make_weight(bits, layout)
+    dense = weight.dequantize()
+    for start, stop in itertools.pairwise((*cuts, weight.spec.in_features)):
+        if start < stop:
+            part = weight.inputs(start, stop)
+            assert part.spec.in_features == stop - start and part.g_idx is None
+            assert torch.equal(part.dequantize(), dense[start:stop])
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 43])
+def test_cut_along_the_inputs_with_act_order(bits, ranks, make_weight):
+    weight = make_weight(bits, "act_order")
+    dense, width = weight.dequantize(), weight.spec.in_features // ranks
+    for rank in range(ranks):
+        start, stop = rank * width, (rank + 1) * width
+        part = weight.inputs(start, stop)
+        assert part.qweight.shape[0] == part.spec.packed_rows
+        assert torch.equal(part.dequantize(), dense[start:stop])
+
+
+def test_an_aligned_cut_keeps_the_groups(make_weight):
+    part = make_weight(4, "even").inputs(64, 128)
+    assert (part.spec.group_size, part.scales.shape[0]) == (32, 2)
+
+
+@pytest.mark.parametrize("cut", [(-1, 5), (5, 5), (0, 173)])
+def test_a_cut_that_cannot_be(cut, make_weight):
+    with pytest.raises(ValueError, match="expected a range within 0 to 172"):
+        make_weight(4, "act_order").inputs(*cut)
 
 
 def test_folding_nothing_changes_nothing(make_weight):

@@ -21,13 +21,7 @@ from qalora_kernels import PackedWeight, QuantSpec
 from qalora_kernels.stored import TensorPlan
 
 from ...checkpoint.checkpoint import QuantizedCheckpoint, open_quantized
-from ..directory import (
-    DenseLayers,
-    dense_config,
-    regroup,
-    without_zero_scales,
-    write_directory,
-)
+from ..directory import DenseLayers, dense_config, regroup, write_directory
 from ..export import ExportResult, Progress, obstacles
 from . import FORMAT
 
@@ -52,8 +46,7 @@ class TorchAOLayers(DenseLayers):
 
     def convert(self, name: str, weight: PackedWeight) -> dict[str, torch.Tensor]:
         """Return these tensors."""
-        weight, spec = without_zero_scales(weight), weight.spec
-        block = FORMAT.grids.block(spec)
+        spec, block = weight.spec, FORMAT.grids.block(weight.spec)
         zeros = -(weight.offsets.double() / weight.scales.double()).float()
         centred = weight.codes().to(torch.int16) - spec.mid
         return {

@@ -1,3 +1,0 @@
-"""Small models on disk."""
-
-from support.directories import altered, base_dir, dense_dir  # noqa: F401

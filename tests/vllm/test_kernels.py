@@ -1,0 +1,79 @@
+"""The kernels of the vLLM plugin that need torch only, and the choice between them."""
+
+import pytest
+import torch
+from support.layers import quant_layer
+
+from qalora_kernels import PackedWeight
+from qalora_vllm.kernels import (
+    ENVIRONMENT_VARIABLE,
+    INT4PACK_ROWS,
+    Int4PackKernel,
+    QALoRAKernel,
+    join,
+    make_kernel,
+)
+
+
+def weight(bits=4, **changes):
+    return quant_layer(bits, in_features=128, out_features=32, **changes).packed
+
+
+def inputs(rows, dtype):
+    return torch.randn(rows, 128, generator=torch.Generator().manual_seed(rows)).to(dtype)
+
+
+def reordered(source):
+    return PackedWeight(*source.tensors[:3], source.g_idx.flip(0), source.spec)
+
+
+def test_neighbours_with_one_grid_are_joined():
+    parts = [weight(), weight(), weight(3), weight(4, group_size=16), weight(4, group_size=16)]
+    found = join(parts)
+    assert [part.spec.out_features for part in found] == [64, 32, 64]
+    dense = torch.cat([part.dequantize() for part in parts], dim=1)
+    assert torch.equal(torch.cat([part.dequantize() for part in found], dim=1), dense)
+
+
+def test_orders_of_groups_are_joined_where_they_are_the_same():
+    one = weight(act_order=True)
+    assert [part.spec.out_features for part in join([one, one])] == [64]
+    assert len(join([one, reordered(one)])) == 2
+    assert len(join([one, weight()])) == 2
+
+
+@pytest.mark.parametrize("rows", [1, INT4PACK_ROWS, INT4PACK_ROWS + 1, 40])
+def test_int4pack_is_as_close_as_bf16_is(rows):
+    packed, x = weight(), inputs(rows, torch.bfloat16)
+    found = Int4PackKernel(packed)(x)
+    exact = x.double() @ packed.dequantize(torch.float64)
+    dense = x @ packed.dequantize(torch.bfloat16)
+    assert found.dtype == torch.bfloat16
+    error, bound = (found - exact).pow(2).mean().sqrt(), (dense - exact).pow(2).mean().sqrt()
+    assert error < 1.5 * bound
+
+
+@pytest.mark.parametrize("changes", [{}, {"bits": 3}, {"act_order": True}, {"group_size": -1}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_our_operators_serve_everything(changes, dtype):
+    packed, x = weight(**changes), inputs(5, dtype)
+    exact = x.double() @ packed.dequantize(torch.float64)
+    found = QALoRAKernel(packed)(x)
+    torch.testing.assert_close(found.double(), exact, rtol=0, atol=32 * torch.finfo(dtype).eps)
+
+
+def test_the_environment_variable_overrides_the_choice(monkeypatch):
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "int4pack")
+    assert type(make_kernel(weight(), torch.bfloat16)) is Int4PackKernel
+    for other, dtype in (
+        (weight(), torch.float32),
+        (weight(3), torch.bfloat16),
+        (weight(act_order=True), torch.bfloat16),
+        (weight(group_size=16), torch.bfloat16),
+    ):
+        assert type(make_kernel(other, dtype)) is QALoRAKernel
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "qalora")
+    assert type(make_kernel(weight(), torch.bfloat16)) is QALoRAKernel
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "marlin")
+    with pytest.raises(ValueError, match=r"QALORA_VLLM_KERNEL must be one of .*'marlin'"):
+        make_kernel(weight(), torch.bfloat16)
