@@ -17,9 +17,10 @@ quickstart: $(VENV)/.installed-core
 test: $(VENV)/.installed-dev
 	@OMP_NUM_THREADS=1 $(BIN)/pytest tests -n 2 --dist worksteal $(ARGS)
 
+# Two files at a time: most of the time goes into starting single-threaded programs.
 # Each test builds the environment that it needs (integration/envs/build.py) and finds it cached later.
 integration: $(VENV)/.installed-dev
-	@$(BIN)/pytest integration $(ARGS)
+	@$(BIN)/pytest integration -n 2 --dist loadfile $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	@$(BIN)/ruff check .

@@ -34,7 +34,7 @@ def project_path(tmp_path_factory):
     the PYTHONPATH of an environment that has the dependencies."""
     source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("project")
     # A copy, because setuptools leaves build/ behind, and takes from it what was removed since.
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "qalora_command.py"):
         shutil.copy(ROOT / name, source)
     for name in ("qalora_plugin", "kernels"):
         shutil.copytree(ROOT / name, source / name)

@@ -1,4 +1,4 @@
-"""What a user gets from the wheel: every file of both packages, and no other top-level name."""
+"""What a user gets from the wheel: every file of the packages, and no other top-level name."""
 
 from pathlib import Path
 
@@ -18,4 +18,4 @@ def test_wheel_holds_both_packages_entirely(project_path):
 
 def test_wheel_claims_no_other_name(project_path):
     [record] = project_path.glob("*.dist-info/top_level.txt")
-    assert set(record.read_text().split()) == {"qalora_kernels", "qalora_plugin"}
+    assert set(record.read_text().split()) == {"qalora_command", "qalora_kernels", "qalora_plugin"}

@@ -1,16 +1,37 @@
 """INT-n operators of QA-LoRA: packing, dequantizing, the folded linear and its gradients.
 
-No transformers, no peft, no device touched at import. `packed` is a layer's numbers as one value,
-`ops` the operators, `autograd` the differentiable layers, `fold` the merge formula, `packing` the
-bit order, `stored` what a checkpoint says, `reference` the oracle.
+No transformers, no peft, no device touched at import; torch is imported with the first name that
+needs it. `packed` is a layer's numbers as one value, `ops` the operators, `autograd` the
+differentiable layers, `fold` the merge formula, `packing` the bit order, `stored` what a checkpoint
+says, `reference` the oracle.
 """
 
-from .autograd import folded_linear, quantized_linear
-from .backends import get_backend
-from .fold import LowRank, load_offsets, round_minimum, store_offsets
-from .packed import PackedWeight
-from .packing import pack, unpack
-from .spec import OFFSETS_AT, SCALES_DTYPE, SUPPORTED_BITS, QuantSpec
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from .spec import OFFSETS_AT, SUPPORTED_BITS, QuantSpec
+
+if TYPE_CHECKING:
+    from .autograd import folded_linear, grid_linear, quantized_linear
+    from .backends import get_backend
+    from .fold import LowRank, load_offsets, round_minimum, store_offsets
+    from .packed import SCALES_DTYPE, PackedWeight
+    from .packing import pack, unpack
+
+_LAZY = {
+    "LowRank": ".fold",
+    "PackedWeight": ".packed",
+    "SCALES_DTYPE": ".packed",
+    "folded_linear": ".autograd",
+    "get_backend": ".backends",
+    "grid_linear": ".autograd",
+    "load_offsets": ".fold",
+    "pack": ".packing",
+    "quantized_linear": ".autograd",
+    "round_minimum": ".fold",
+    "store_offsets": ".fold",
+    "unpack": ".packing",
+}
 
 __all__ = [
     "OFFSETS_AT",
@@ -21,6 +42,7 @@ __all__ = [
     "QuantSpec",
     "folded_linear",
     "get_backend",
+    "grid_linear",
     "load_offsets",
     "pack",
     "quantized_linear",
@@ -28,3 +50,13 @@ __all__ = [
     "store_offsets",
     "unpack",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use, the operators with it: `PackedWeight` calls them."""
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    importlib.import_module(".ops", __name__)
+    value = getattr(importlib.import_module(_LAZY[name], __name__), name)
+    globals()[name] = value
+    return value

@@ -16,6 +16,7 @@ and `LowRank.gradients` of both. The zeros mode keeps pool(x), K/g numbers a tok
 mode keeps x.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -104,6 +105,76 @@ def folded_linear(
     else:  # evaluation: a Function costs as much as a small product
         y = ops.linear(rows, folded, bias)
     return y.view(*x.shape[:-1], spec.out_features)
+
+
+class _GridLinear(torch.autograd.Function):
+    """Compute y = x W^T + bias, differentiable in scales and offsets [G, N]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        scales: torch.Tensor,
+        offsets: torch.Tensor,
+        bias: torch.Tensor | None,
+        weight: PackedWeight,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x, weight.qweight, scales, offsets, weight.g_idx)
+        ctx.spec = weight.spec
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return ops.linear(x, replace(weight, scales=scales, offsets=offsets), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, qweight, scales, offsets, g_idx = ctx.saved_tensors
+        weight = PackedWeight(qweight, scales, offsets, g_idx, ctx.spec)
+        dy = dy.contiguous()
+        grads: list[torch.Tensor | None] = [None] * 5
+        if ctx.needs_input_grad[0]:
+            grads[0] = ops.grad_input(dy, weight)
+        if ctx.needs_input_grad[1]:
+            ones, nothing = torch.ones_like(scales), torch.zeros_like(offsets)
+            codes = replace(weight, scales=ones, offsets=nothing)  # W = q - mid
+            grads[1] = ops.weighted_group_grad(dy, x, codes).to(scales.dtype)
+        if ctx.needs_input_grad[2]:
+            pooled = ops.pool(x, g_idx, ctx.spec.group_size)
+            grads[2] = ops.pooled_grad(dy, pooled).to(offsets.dtype)
+        if ctx.needs_input_grad[3]:
+            grads[3] = dy.sum(0).to(ctx.bias_dtype)
+        return tuple(grads)
+
+
+def grid_linear(
+    x: torch.Tensor,
+    weight: PackedWeight,
+    scales: torch.Tensor,
+    offsets: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """Run a linear layer whose scales and offsets are trained themselves, the integers frozen.
+
+    With dy [M, N]:
+
+        D_scales[g, n]  = sum_{k in g} (x^T dy)[k, n] (q[n, k] - mid)        [G, N]
+        D_offsets       = pool(x)^T dy                                       [G, N]
+
+    Args:
+        x: [..., K], any float dtype.
+        weight: its integers and groups; its own scales and offsets are not used.
+        scales: [G, N], fp32 or fp64; gradients flow to it, and to `offsets` [G, N].
+        offsets: likewise.
+        bias: [N] or None; gradients flow to it.
+
+    Returns:
+        [..., N] in the dtype of x.
+
+    Raises:
+        ValueError: a tensor's shape, dtype, device or values do not fit (`checks`).
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    y = _GridLinear.apply(rows, scales, offsets, bias, weight)
+    return y.view(*x.shape[:-1], weight.spec.out_features)
 
 
 def quantized_linear(

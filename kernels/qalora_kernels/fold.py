@@ -3,6 +3,10 @@
     offsets' = offsets + factor * (B A)^T            adapt="zeros" (arXiv 2309.14717, eq. 7)
     scales'  = scales * (1 + factor * (B A)^T)       adapt="scales": the zero-point stays
     offsets' = scales' * (offsets / scales) [+ zeros' change]  since offsets = scales * (mid - z)
+               offsets * (1 + factor * (B A)^T)  where a scale is 0: the change is one of the weight
+
+Scales are signed: MLX's files have about as many negative ones as positive ones, and GGUF's have
+zeros, of groups whose weights are all the same.
 
 Training and merging call this one function, so what was trained is what is shipped, to the bit.
 It computes in float64 and rounds once: then a GPU and a laptop round to the same fp16 number, and
@@ -67,9 +71,11 @@ def fold(weight: "PackedWeight", zeros: LowRank | None, scale: LowRank | None) -
     spec, scales, offsets = weight.spec, weight.scales, weight.offsets
     change = None if zeros is None else zeros.delta()
     if scale is not None:
-        scales = (scales.double() * (1 + scale.delta())).to(spec.scales_dtype).to(scales.dtype)
+        share = 1 + scale.delta()
+        scales = (scales.double() * share).to(spec.scales_dtype).to(scales.dtype)
         # (offsets / scales) is the exact mid - z of a stock base, so its integer z survives
-        offsets = scales.double() * (offsets / weight.scales.double())
+        kept = scales.double() * (offsets / weight.scales.double())
+        offsets = torch.where(weight.scales == 0, offsets * share, kept)
     if spec.minimum_below is not None:
         exact = offsets.double() if change is None else offsets + change
         offsets = round_minimum(exact, scales, spec.minimum_below, spec.scales_dtype)
@@ -84,7 +90,9 @@ def fold(weight: "PackedWeight", zeros: LowRank | None, scale: LowRank | None) -
 def round_minimum(
     offsets: torch.Tensor, scales: torch.Tensor, steps: int, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Return offsets such that `dtype` holds the weight `steps` scales below: the minimum.
+    """Return offsets such that `dtype` holds the weight `steps` scales below: that at code 0.
+
+    It is called the minimum, as in GGUF; with a negative scale it is the largest weight.
 
     The minimum is rounded, and that plus steps * scale returned. Rounding again changes nothing.
     With fp16 minima and scales the returned fp32 number is exact, unless a group's weights are all
@@ -92,7 +100,7 @@ def round_minimum(
 
     Args:
         offsets: [G, N].
-        scales: [G, N], positive.
+        scales: [G, N], of any sign.
         steps: `QuantSpec.minimum_below`, a power of two.
         dtype: of the minimum.
 

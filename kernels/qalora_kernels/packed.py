@@ -9,6 +9,9 @@ from . import packing
 from .fold import LowRank, fold
 from .spec import QuantSpec
 
+SCALES_DTYPE = torch.float16
+"""dtype of `scales` in a checkpoint, the one of the GPTQ layout."""
+
 
 @dataclass(frozen=True, eq=False)
 class PackedWeight:

@@ -1,18 +1,46 @@
-"""`QuantSpec`: shape and grid of a quantized linear layer, without its numbers."""
+"""`QuantSpec`: shape and grid of a quantized linear layer, without its numbers.
+
+A header is checked against a spec before any tensor is read, and `qalora inspect` does no more than
+that: so torch is not imported here until somebody asks for a dtype.
+"""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 SUPPORTED_BITS = (2, 3, 4, 8)
 OFFSETS_AT = ("middle", "minimum")
-SCALES_DTYPE = torch.float16
-"""dtype of `scales` in a checkpoint, the one of the GPTQ layout."""
+_FLOATS = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}  # bytes
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
+def wide(dtype: "torch.dtype") -> "torch.dtype":
     """Return the dtype to compute and accumulate in: fp32, but fp64 for fp64."""
+    import torch
+
     return torch.promote_types(dtype, torch.float32)
+
+
+class _DType:
+    """A field of a dataclass that is set to a dtype or its name, kept by name, read as a dtype."""
+
+    def __init__(self, default: str) -> None:
+        self._default = default
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._key = f"{name}_name"
+
+    def __set__(self, instance: Any, value: "torch.dtype | str") -> None:
+        instance.__dict__[self._key] = str(value).removeprefix("torch.")
+
+    def __get__(self, instance: Any, owner: type) -> "torch.dtype":
+        if instance is None:  # the dataclass asks for the default
+            return self._default  # type: ignore[return-value]
+        import torch
+
+        dtype: torch.dtype = getattr(torch, instance.__dict__[self._key])
+        return dtype
 
 
 @dataclass(frozen=True)
@@ -25,8 +53,8 @@ class QuantSpec:
             -1 means one group for all inputs and is normalised to `in_features`.
         in_features: K.
         out_features: N.
-        offsets_dtype: dtype of the offsets in memory; folding rounds to it.
-        scales_dtype: likewise for the scales; checkpoints hold fp16, float64 serves exact checks.
+        offsets_dtype: dtype of the offsets in memory, or its name; folding rounds to it.
+        scales_dtype: likewise for the scales; float64 serves exact checks.
         offsets_at: which weight of a group folding rounds. "middle": the offset itself, to
             `offsets_dtype`. "minimum": the weight at code 0, offset - mid * scale, to
             `scales_dtype`; checkpoints store that, and the offset is computed from it and needs
@@ -40,8 +68,8 @@ class QuantSpec:
     group_size: int
     in_features: int
     out_features: int
-    offsets_dtype: torch.dtype = torch.float16
-    scales_dtype: torch.dtype = SCALES_DTYPE
+    offsets_dtype: _DType = _DType("float16")
+    scales_dtype: _DType = _DType("float16")
     offsets_at: str = "middle"
 
     def __post_init__(self) -> None:
@@ -56,16 +84,16 @@ class QuantSpec:
             object.__setattr__(self, "group_size", self.in_features)
         if self.group_size < 1:
             raise ValueError(f"group_size must be positive or -1, found {self.group_size}")
-        for name in ("offsets_dtype", "scales_dtype"):
-            dtype = getattr(self, name)
-            if not dtype.is_floating_point:
-                raise ValueError(f"{name} must be a float dtype, found {dtype}")
+        for field in ("offsets_dtype", "scales_dtype"):
+            name = self.__dict__[f"{field}_name"]
+            if name not in _FLOATS:
+                raise ValueError(f"{field} must be a float dtype, found {name}")
         if self.offsets_at not in OFFSETS_AT:
             raise ValueError(f"offsets_at must be one of {OFFSETS_AT}, found {self.offsets_at!r}")
-        if self.offsets_at == "minimum" and self.offsets_dtype.itemsize < 4:
+        offsets = self.__dict__["offsets_dtype_name"]
+        if self.offsets_at == "minimum" and _FLOATS[offsets] < 4:
             raise ValueError(
-                "offsets_at 'minimum' needs offsets_dtype float32 (or wider), found "
-                f"{self.offsets_dtype}"
+                f"offsets_at 'minimum' needs offsets_dtype float32 (or wider), found {offsets}"
             )
 
     @property
@@ -84,9 +112,15 @@ class QuantSpec:
         return self.mid if self.offsets_at == "minimum" else None
 
     @property
-    def stored_dtype(self) -> torch.dtype:
+    def stored_dtype(self) -> "torch.dtype":
         """Return the dtype of a checkpoint's `offsets`, or of its minima; see `store_offsets`."""
         return self.scales_dtype if self.offsets_at == "minimum" else self.offsets_dtype
+
+    @property
+    def stored_names(self) -> tuple[str, str]:
+        """Return the names of the dtypes of a checkpoint's `scales` and `offsets`."""
+        stored = "scales" if self.offsets_at == "minimum" else "offsets"
+        return self.__dict__["scales_dtype_name"], self.__dict__[f"{stored}_dtype_name"]
 
     @property
     def packed_rows(self) -> int:

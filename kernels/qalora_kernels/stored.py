@@ -5,9 +5,10 @@ The plugin for transformers and the one for vLLM both read checkpoints by this m
 K inputs, N outputs, G groups. Per layer `<name>`:
 
     <name>.qweight  int32 [ceil(K/32)*bits, N]   GPTQ's bit order, see `packing`
-    <name>.scales   fp16  [G, N]
+    <name>.scales   fp16  [G, N]                 bf16 or fp32 as scales_dtype says
     <name>.offsets  fp16  [G, N]                 fp32 with offsets_dtype "float32"; with offsets_at
-                                                 "minimum" minima: offsets - 2^(bits-1) * scales
+                                                 "minimum" minima, in the scales' dtype:
+                                                 offsets - 2^(bits-1) * scales
     <name>.g_idx    int32 [K]                    only with desc_act
     <name>.bias     as in the base               only where the base has one
     <name>.weight   fp32  [1]                    the guard
@@ -20,21 +21,24 @@ mismatch that it raises. Its one value is K, which the packed shape gives only u
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from .spec import QuantSpec
 
+if TYPE_CHECKING:
+    import torch  # what a header says is checked without it
+
 QUANT_METHOD = "qalora"
 FORMAT_VERSION = 1
-OFFSETS_DTYPES = {"float16": torch.float16, "float32": torch.float32}
+OFFSETS_DTYPES = ("float16", "float32")
+SCALES_DTYPES = (*OFFSETS_DTYPES, "bfloat16")
 
 GUARD = "weight"
-GUARD_DTYPE = torch.float32
+GUARD_DTYPE_NAME = "float32"
+GUARD_BYTES = 4
 QUANTIZED_TENSORS = ("qweight", "scales", "offsets", "g_idx", GUARD)
 
-TensorPlan = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+TensorPlan = dict[str, tuple["torch.dtype", tuple[int, ...]]]
 
 
 def matches(name: str, entry: str) -> bool:
@@ -70,6 +74,7 @@ class StoredConfig:
     merged: dict[str, Any] | None = None
     format_version: int = FORMAT_VERSION
     offsets_at: str = "middle"
+    scales_dtype: str = "float16"
 
     def version_problem(self) -> str | None:
         """Say why this release cannot read the format version, or None."""
@@ -92,20 +97,32 @@ class StoredConfig:
             group_size=override.get("group_size", self.group_size),
             in_features=in_features,
             out_features=out_features,
-            offsets_dtype=torch.float32 if computed else OFFSETS_DTYPES[self.offsets_dtype],
+            offsets_dtype="float32" if computed else self.offsets_dtype,
+            scales_dtype=self.scales_dtype,
             offsets_at=self.offsets_at,
         )
 
 
-def layer_plan(name: str, spec: QuantSpec, desc_act: bool) -> TensorPlan:
-    """Return names, dtypes and shapes of a quantized layer's tensors, the bias left out."""
+def layer_header(
+    name: str, spec: QuantSpec, desc_act: bool
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Return a quantized layer's tensors, the bias left out: names of dtypes, and shapes."""
     grid = (spec.num_groups, spec.out_features)
-    plan: TensorPlan = {
-        f"{name}.qweight": (torch.int32, (spec.packed_rows, spec.out_features)),
-        f"{name}.scales": (spec.scales_dtype, grid),
-        f"{name}.offsets": (spec.stored_dtype, grid),
-        f"{name}.{GUARD}": (GUARD_DTYPE, (1,)),
+    scales, offsets = spec.stored_names
+    header: dict[str, tuple[str, tuple[int, ...]]] = {
+        f"{name}.qweight": ("int32", (spec.packed_rows, spec.out_features)),
+        f"{name}.scales": (scales, grid),
+        f"{name}.offsets": (offsets, grid),
+        f"{name}.{GUARD}": (GUARD_DTYPE_NAME, (1,)),
     }
     if desc_act:
-        plan[f"{name}.g_idx"] = (torch.int32, (spec.in_features,))
-    return plan
+        header[f"{name}.g_idx"] = ("int32", (spec.in_features,))
+    return header
+
+
+def layer_plan(name: str, spec: QuantSpec, desc_act: bool) -> TensorPlan:
+    """Return the same as `layer_header` with torch's dtypes, as writers take it."""
+    import torch
+
+    header = layer_header(name, spec, desc_act)
+    return {tensor: (getattr(torch, dtype), shape) for tensor, (dtype, shape) in header.items()}

@@ -1,10 +1,28 @@
 """The names of modules and tensors: a checkpoint's and a model's."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+)
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where a tensor of a checkpoint goes in a model.
+
+    Args:
+        targets: names of parameters or buffers, which the model may have or not.
+        is_converted: whether it is fused with others or split, instead of put there as it is.
+    """
+
+    targets: tuple[str, ...]
+    is_converted: bool
 
 
 class LayerNames:
@@ -19,6 +37,7 @@ class LayerNames:
         self._state = model.state_dict()
         mapping = get_model_conversion_mapping(model)
         self._renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        self._converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
         self.are_converted = len(self._renamings) < len(mapping)
 
     def parameter(self, name: str) -> str:
@@ -26,6 +45,19 @@ class LayerNames:
         if name in self._state:
             return name
         return rename_source_key(name, self._renamings, [], self._prefix, self._state)[0]
+
+    def places(self, name: str) -> Places:
+        """Return where transformers puts a tensor of the checkpoint."""
+        state, pattern = self._state, None
+        if name not in state:
+            found, pattern = rename_source_key(
+                name, self._renamings, self._converters, self._prefix, state
+            )
+        if pattern is None:
+            return Places((self.parameter(name),), is_converted=False)
+        used = next(entry for entry in self._converters if pattern in entry.source_patterns)
+        first, *others = used.target_patterns
+        return Places((found, *(found.replace(first, other) for other in others)), True)
 
     def unknown(self, name: str) -> str:
         """Return the name by which transformers reports a tensor that the model does not have."""

@@ -1,6 +1,7 @@
 """The `qalora:` block of an Axolotl recipe, as pydantic models that Axolotl validates."""
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -9,6 +10,7 @@ from qalora_kernels.stored import QUANT_METHOD
 
 from ..checkpoint.format import format_named, formats
 from ..quantize.options import OptionError, QuantizeOptions
+from ..quantize.refine import RefineSettings
 from ..tuner.parameter_groups import SCALE_LR_RATIO
 
 
@@ -17,8 +19,13 @@ class QALoRABlock(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    bits: Literal[2, 3, 4, 8] = Field(
-        default=4, description="Width of the base's integers. Ignored for a quantized base."
+    bits: Literal[2, 3, 4, 8, "auto"] = Field(
+        default=4,
+        description="Width of the base's integers; auto: of each layer by measured sensitivity. "
+        "Ignored for a quantized base.",
+    )
+    target_bits: float | None = Field(
+        default=None, description="With bits: auto, the size: as so many bits everywhere."
     )
     group_size: int = Field(
         default=32,
@@ -39,8 +46,10 @@ class QALoRABlock(BaseModel):
         default="gptq", description="How a 16-bit base is quantized: calibrated, or data-free."
     )
     desc_act: bool = Field(default=False, description="Quantize with act-order (g_idx).")
-    zero_points: Literal["real", "integer"] = Field(
-        default="real", description="integer: a base that stock GPTQ can hold (for adapt: scales)."
+    zero_points: Literal["real", "integer", "none"] = Field(
+        default="real",
+        description="integer: a base that stock GPTQ can hold (for adapt: scales); none: likewise, "
+        "symmetric.",
     )
     offsets_at: Literal["middle", "minimum"] = Field(
         default="middle",
@@ -56,6 +65,19 @@ class QALoRABlock(BaseModel):
     calibration_seq_len: int | None = Field(
         default=None, ge=8, description="Their tokens; default: sequence_len, at most 2048."
     )
+    refine: bool = Field(
+        default=False,
+        description="After GPTQ train all scales and offsets against the 16-bit model.",
+    )
+    refine_steps: int = Field(default=RefineSettings.steps, ge=1, description="Steps of that.")
+    refine_rate: float = Field(
+        default=RefineSettings.rate,
+        description="Its peak learning rate, in quantization steps.",
+    )
+    refine_batch: int = Field(
+        default=RefineSettings.batch, ge=1, description="Calibration sequences in a step."
+    )
+    refine_norms: bool = Field(default=False, description="Train the weights of norms too.")
     quantized_model_dir: str | None = Field(
         default=None,
         description="Folder of quantized bases, reused by later runs; "
@@ -126,7 +148,13 @@ class QALoRAArgs(BaseModel):
 def options_of(block: Mapping[str, Any]) -> dict[str, Any]:
     """Return the `QuantizeOptions` that a `qalora:` block gives, calibration left out."""
     same = ("bits", "group_size", "desc_act", "zero_points", "offsets_at", "modules_to_not_convert")
-    return {"method": block.get("quantize_method"), **{name: block.get(name) for name in same}}
+    found = {"method": block.get("quantize_method"), **{name: block.get(name) for name in same}}
+    if block.get("bits") == "auto" or block.get("target_bits") is not None:
+        found["target_bits"] = block["target_bits"]
+    if block.get("refine"):  # else in no key: bases made before it stay valid
+        names = ("refine", *(f"refine_{field.name}" for field in fields(RefineSettings)))
+        found |= {name: block[name] for name in names}
+    return found
 
 
 def _as_key(option: str, value: str | None) -> str:

@@ -18,6 +18,7 @@ from ..files.hub import resolve_model_dir
 from ..files.names import CONFIG_FILE
 from ..files.reader import CheckpointReader
 from ..quantize.calibration import cut_windows, join_tokens
+from ..quantize.options import QuantizeOptions
 from ..quantize.rows import fields_of
 from .args import options_of
 
@@ -132,8 +133,9 @@ def quantized_base(cfg: Any, train_dataset: Any, tokenize: Callable[[str], list[
             check_calibration(cfg)
             calibration = Path(block["calibration"]).expanduser()
         else:
-            calibration = calibration_from_rows(train_dataset, samples, seq_len, seed, tokenize)
-            samples, seq_len = calibration.shape
+            drawn = QuantizeOptions(calibration=(), samples=samples, **settings).windows
+            calibration = calibration_from_rows(train_dataset, drawn, seq_len, seed, tokenize)
+            samples, seq_len = min(samples, len(calibration)), calibration.shape[1]
         settings |= {"samples": samples, "seq_len": seq_len}
     key = _key(source, settings, calibration)
     name = f"{Path(cfg.base_model).name}-int{settings['bits']}-g{settings['group_size']}-{key}"

@@ -72,7 +72,7 @@ def _check_settings(cfg: Any, format: Format) -> None:
     """Refuse a format that cannot hold any base quantized with these settings."""
     format.check_libraries()
     grids = format.grids
-    if grids.integer_zeros and cfg.qalora["zero_points"] != "integer":
+    if grids.integer_zeros and cfg.qalora["zero_points"] == "real":
         raise ConfigError("it stores integer zero-points: set zero_points: integer")
     if cfg.qalora["desc_act"] and not grids.act_order and grids.dense_as is None:
         raise ConfigError("it has no act-order: set desc_act: false")

@@ -1,19 +1,26 @@
 """One view of a quantized model on disk, in our format or a foreign one, layer by layer."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from qalora_kernels import PackedWeight, QuantSpec
+from qalora_kernels import QuantSpec
 from qalora_kernels.stored import QUANT_METHOD, QUANTIZED_TENSORS, TensorPlan, layer_plan
 
 from ..errors import CheckpointError, ConfigError
-from ..files.hub import resolve_model_dir
 from ..files.names import CONFIG_FILE
 from ..files.reader import CheckpointReader
 from .config import QALoRAQuantConfig
-from .kind import find_kind
+from .format import ADAPT_MODES, format_named
+from .kind import find_kind, find_model
 from .layout import read_layer
+from .side_files import copy_side_files
+from .source import SOURCE_KEY, describe_location
 from .validate import check_layers, check_values
+
+if TYPE_CHECKING:
+    import torch
+
+    from qalora_kernels import PackedWeight
 
 
 class QuantizedCheckpoint:
@@ -30,6 +37,8 @@ class QuantizedCheckpoint:
     """
 
     format = QUANT_METHOD
+    integers = "qweight"
+    """Last part of the name of the tensor that holds a layer's integers, which every layer has."""
     foreign_parts: tuple[str, ...] = ()
     """Names of tensors of a quantized layer that only the foreign format has, such as "qzeros"."""
 
@@ -39,9 +48,17 @@ class QuantizedCheckpoint:
         Raises:
             CheckpointError: not quantized, damaged, or its config contradicts its tensors.
         """
-        self.reader = CheckpointReader(directory)
+        self.reader = self._open_reader(Path(directory))
         self.facts: dict[str, Any] = {}
         self.config, self.layers = self._read_config()
+        if self.is_foreign:
+            found = describe_location(self.directory)
+            frozen = self._frozen()
+            self.config.base[SOURCE_KEY] = {"format": self.format, **found, "frozen": frozen}
+
+    def _open_reader(self, path: Path) -> CheckpointReader:
+        """Open the tensors; a foreign format that stores them otherwise gives its own reader."""
+        return CheckpointReader(path)
 
     def _read_config(self) -> tuple[QALoRAQuantConfig, dict[str, QuantSpec]]:
         raw = self.reader.config.get("quantization_config")
@@ -65,10 +82,27 @@ class QuantizedCheckpoint:
 
     @property
     def directory(self) -> Path:
-        """The directory that was opened."""
+        """The directory that was opened, or the file."""
         return self.reader.directory
 
-    def layer(self, name: str) -> PackedWeight:
+    def takes_back(self, name: str) -> tuple[str, ...]:
+        """Return the modes of `adapt` whose result this layer takes back in the foreign format."""
+        return format_named(self.format).takes_back
+
+    def _frozen(self) -> dict[str, list[str]]:
+        """Return, by mode of `adapt`, the layers that do not take its result back; "*" for all."""
+        frozen = {}
+        for adapt in ADAPT_MODES:
+            names = [name for name in self.layers if adapt not in self.takes_back(name)]
+            if names:
+                frozen[adapt] = names if len(names) < len(self.layers) else ["*"]
+        return frozen
+
+    def write_side_files(self, target: Path) -> None:
+        """Write what belongs to the model beside weights and config: tokenizer, licence, ..."""
+        copy_side_files(self.directory, target)
+
+    def layer(self, name: str) -> "PackedWeight":
         """Read one layer, its values checked.
 
         Returns:
@@ -83,12 +117,16 @@ class QuantizedCheckpoint:
         check_values(self.where(name), weight)
         return weight
 
-    def _read_layer(self, name: str) -> PackedWeight:
+    def _read_layer(self, name: str) -> "PackedWeight":
         return read_layer(self.reader, name, self.layers[name])
+
+    def qweight(self, name: str) -> "torch.Tensor":
+        """Return one layer's integers in our packing, int32 [ceil(K/32)*bits, N]."""
+        return self.reader.get(f"{name}.{self.integers}")
 
     def where(self, name: str) -> str:
         """Return file and name of a layer, for messages."""
-        return f"{self.reader.info(f'{name}.qweight').file}: {name}"
+        return f"{self.reader.info(f'{name}.{self.integers}').file}: {name}"
 
     @property
     def packed_parts(self) -> tuple[str, ...]:
@@ -115,7 +153,7 @@ class QuantizedCheckpoint:
 
         def place(tensor: str) -> int:  # a layer's parts side by side, in the order of the files
             layer = tensor.rpartition(".")[0]
-            return order[f"{layer}.qweight" if layer in self.layers else tensor]
+            return order[f"{layer}.{self.integers}" if layer in self.layers else tensor]
 
         return {name: plan[name] for name in sorted(plan, key=place)}
 
@@ -124,16 +162,16 @@ def open_quantized(name_or_path: str | Path, revision: str | None = None) -> Qua
     """Open a quantized checkpoint, in our format or in a foreign one that can be a base.
 
     Args:
-        name_or_path: a directory, or a Hub id.
+        name_or_path: a directory, a file in a format that is one file, or a Hub id.
         revision: branch, tag or commit of the Hub repository.
 
     Raises:
         CheckpointError: it cannot be found, is not quantized, is an export that cannot be a base,
             or is damaged.
     """
-    directory = resolve_model_dir(name_or_path, revision)
+    directory = find_model(name_or_path, revision)
     kind = find_kind(directory)
-    if kind.export is not None:
+    if kind.export is not None and kind.base is None:
         raise CheckpointError(
             f"{directory}: is an export in format {kind.export!r}, for other runtimes. Give the "
             f"model that it was made from; `qalora verify {directory} --against MODEL` compares "

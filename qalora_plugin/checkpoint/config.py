@@ -1,18 +1,21 @@
-"""`QALoRAQuantConfig`: how a base is quantized, as config.json's `quantization_config` says it."""
+"""`QALoRAQuantConfig`: how a base is quantized, as config.json's `quantization_config` says it.
 
+Files are read with this class, which needs neither torch nor transformers; `hf.config` has the one
+that transformers takes.
+"""
+
+import copy
 import dataclasses
 import functools
 from dataclasses import dataclass
 from typing import Any
 
-from transformers.utils.quantization_config import QuantizationConfigMixin
-
 from qalora_kernels import OFFSETS_AT, SUPPORTED_BITS
-from qalora_kernels.stored import OFFSETS_DTYPES, QUANT_METHOD, StoredConfig
+from qalora_kernels.stored import OFFSETS_DTYPES, QUANT_METHOD, SCALES_DTYPES, StoredConfig
 
 from ..errors import ConfigError
 
-METHODS = ("rtn", "gptq")
+METHODS = ("rtn", "gptq", "other")
 _LAYER_KEYS = {"bits", "group_size"}
 
 
@@ -50,7 +53,7 @@ def _refuse_unknown_keys(cls: type) -> type:
 
 @_refuse_unknown_keys
 @dataclass(repr=False)
-class QALoRAQuantConfig(StoredConfig, QuantizationConfigMixin):
+class QALoRAQuantConfig(StoredConfig):
     """`quantization_config` of an INT-n base with real-valued offsets.
 
     Give it to `from_pretrained` to quantize a 16-bit base while it loads (data-free); `qalora
@@ -68,12 +71,15 @@ class QALoRAQuantConfig(StoredConfig, QuantizationConfigMixin):
             other heads always do.
         dynamic: other `bits` and `group_size` for some modules: {name, its last parts, or pattern:
             {...}}; the last one that matches counts.
-        method: "rtn" or "gptq": how the integers were found; while loading, "rtn" only.
+        method: how the integers were found: "rtn", "gptq", or "other" of a base from elsewhere;
+            while loading, "rtn" only.
         base: where the integers came from (name, revision, calibration, seed); free form.
         merged: what was merged into the offsets (adapter, factor, mode); None for a base.
         offsets_at: which weight of a group fp16 holds: "middle", the one at the middle code (more
             exact), or "minimum", the one at code 0, as llama.cpp's files do: a model that was
             trained so is exported to GGUF bit for bit. The `offsets` tensors hold these weights.
+        scales_dtype: of the `scales` tensors, and of minima: "float16", or "bfloat16" or "float32"
+            of a base from elsewhere.
 
     Raises:
         ConfigError: a value is out of range, or of a format version that is newer than ours.
@@ -92,7 +98,8 @@ class QALoRAQuantConfig(StoredConfig, QuantizationConfigMixin):
 
     def _check_choices(self) -> None:
         for name, choices in (
-            ("offsets_dtype", tuple(OFFSETS_DTYPES)),
+            ("offsets_dtype", OFFSETS_DTYPES),
+            ("scales_dtype", SCALES_DTYPES),
             ("offsets_at", OFFSETS_AT),
             ("method", METHODS),
         ):
@@ -123,10 +130,11 @@ class QALoRAQuantConfig(StoredConfig, QuantizationConfigMixin):
             _check_grid(f"{where}: ", **grid)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what config.json holds; `offsets_at` is left out where older releases read it."""
-        written = super().to_dict()
-        if self.offsets_at == "middle":
-            del written["offsets_at"]
+        """Return what config.json holds, without newer keys where older releases read it all."""
+        written = copy.deepcopy(self.__dict__)
+        for key, usual in (("offsets_at", "middle"), ("scales_dtype", "float16")):
+            if written[key] == usual:
+                del written[key]
         return written
 
     def get(self, key: str, default: Any = None) -> Any:

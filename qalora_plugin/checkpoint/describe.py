@@ -19,7 +19,7 @@ from .kind import find_kind
 from .layout import quantized_layers
 
 _ADAPTER_KEYS = ("peft_type", "adapt", "r", "lora_alpha", "bits", "group_size", "fingerprint")
-_CONFIG_KEYS = ("desc_act", "offsets_dtype", "offsets_at", "method")
+_CONFIG_KEYS = ("desc_act", "scales_dtype", "offsets_dtype", "offsets_at", "method")
 _PARTS = {
     "qweight": "integers",
     "scales": "scales",
@@ -70,6 +70,7 @@ def describe(
         checkpoint = open_quantized(directory)
         found.update(_describe_quantized(checkpoint, total))
         if not quick:
+            _check_places(checkpoint)
             for done, name in enumerate(checkpoint.layers):
                 checkpoint.layer(name)
                 if progress is not None:
@@ -78,6 +79,19 @@ def describe(
     except CheckpointError as error:
         found["valid"], found["problem"] = False, str(error)
     return found
+
+
+def _check_places(checkpoint: QuantizedCheckpoint) -> None:
+    """Refuse a model whose tensors and parameters do not belong to each other."""
+    from ..architecture.model import read_architecture  # slow to import
+    from ..architecture.places import places_problem
+
+    names = checkpoint.weight_names
+    architecture = read_architecture(checkpoint.reader.config, names)
+    if architecture is not None:
+        problem = places_problem(architecture.model, names, checkpoint.layers.keys())
+        if problem is not None:
+            raise CheckpointError(f"{checkpoint.directory}: {problem}.")
 
 
 def _describe_quantized(checkpoint: QuantizedCheckpoint, total: int) -> dict[str, Any]:

@@ -18,6 +18,8 @@ from qalora_kernels import SUPPORTED_BITS, QuantSpec
 from ..errors import ConfigError
 from .config import QALoRAQuantConfig
 
+ADAPT_MODES = ("zeros", "scales", "both")
+
 
 @dataclass(frozen=True)
 class Grids:
@@ -116,8 +118,10 @@ class Format:
 
     Its folder has, by convention, these modules, imported on first use:
 
-        read      of a base: `parse_config(raw, path) -> QALoRAQuantConfig` and
-                  `open_checkpoint(directory) -> QuantizedCheckpoint`
+        read      of a base: `open_checkpoint(path) -> QuantizedCheckpoint`, and where there are
+                  `quant_methods` `parse_config(raw, path) -> QALoRAQuantConfig`
+        write_back  of a base with `takes_back`: `write_back(source, merged, out, progress) ->
+                  ExportResult` patches a copy of the source, see `formats.write_back`
         write     `export(source, out, *, progress, **options) -> ExportResult`, and where more
                   than `grids` decides `check(source)`
         weights   `Weights(exported, source)`, see `formats.weights`; of an adapter
@@ -134,7 +138,16 @@ class Format:
         marker: a file that marks a directory; beside `quant_methods` only if config.json is silent.
         config_key: a key that only its config.json has.
         is_base: whether models in this format are read, as bases.
+        owners: of a base: the modules with which transformers loads it itself; where all are
+            installed it does, unless it is told to load it as a base of ours.
+        takes_back: the modes of `adapt` whose merged result a base in this format takes back, so
+            that a copy of it is patched (`qalora export --format original`). Single layers may
+            take back less, see `QuantizedCheckpoint.takes_back`. Empty: nothing.
+        keeps_within: whether an adapter on such a base is kept within that unless its config says
+            `write_back=False`; else only with `write_back=True`.
+        back_note: why it takes back no more, for messages: "its zero-points are integers".
         of_adapter: whether it holds an adapter instead of a merged model.
+        of_source: whether it stands for the format that the model's base came in.
         adapts: what an adapter may change so that the format holds the result.
         advice: why it may not change more, and what to do.
         options: of an export.
@@ -157,11 +170,21 @@ class Format:
     quant_methods: tuple[str, ...] = ()
     config_key: str | None = None
     is_base: bool = False
+    owners: tuple[str, ...] = ()
+    takes_back: tuple[str, ...] = ()
+    keeps_within: bool = True
+    back_note: str = ""
     of_adapter: bool = False
-    adapts: tuple[str, ...] = ("zeros", "scales", "both")
+    of_source: bool = False
+    adapts: tuple[str, ...] = ADAPT_MODES
     advice: str = ""
     options: tuple[Option, ...] = ()
     libraries: tuple[str, ...] = ()
+
+    @property
+    def can_write_back(self) -> bool:
+        """Whether a base in this format takes any merged result back."""
+        return bool(self.takes_back)
 
     def module(self, part: str) -> Any:
         """Import one module of the format's folder, such as "read" or "write"."""
@@ -230,6 +253,12 @@ def format_named(name: str) -> Format:
     return _FORMATS[name]
 
 
+def owners_of(quantization_config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the modules with which transformers loads a directory that says this, without us."""
+    config = {"quantization_config": quantization_config}
+    return next((f.owners for f in formats() if f.is_base and f.marks(config)), ())
+
+
 def foreign_config(quantization_config: Any, path: Path) -> QALoRAQuantConfig | None:
     """Return our config of a base in a foreign format, from its `quantization_config` alone.
 
@@ -245,7 +274,7 @@ def foreign_config(quantization_config: Any, path: Path) -> QALoRAQuantConfig | 
     """
     config = {"quantization_config": quantization_config}
     for format in formats():
-        if format.is_base and format.marks(config):
+        if format.is_base and format.quant_methods and format.marks(config):
             read = format.module("read")
             return cast(QALoRAQuantConfig, read.parse_config(quantization_config, path))
     return None

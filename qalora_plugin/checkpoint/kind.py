@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..files.hub import resolve_model_dir
 from ..files.json import read_json
 from ..files.names import ADAPTER_CONFIG_FILE, CONFIG_FILE, RECORD_FILE
 from .format import Format, formats
@@ -27,6 +28,22 @@ class Kind:
     format: Format | None = None
     base: Format | None = None
     export: str | None = None
+
+
+def find_model(name_or_path: str | Path, revision: str | None = None) -> Path:
+    """Return where a model lies: a file in a format that is one file, or a directory.
+
+    Args:
+        name_or_path: the file, a directory, or a Hub id.
+        revision: branch, tag or commit of the Hub repository.
+
+    Raises:
+        CheckpointError: there is no such model.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.is_file() and any(f.suffix == path.suffix for f in formats() if f.suffix):
+        return path
+    return resolve_model_dir(name_or_path, revision)
 
 
 def find_kind(path: str | Path) -> Kind:

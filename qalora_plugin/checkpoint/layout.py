@@ -3,24 +3,35 @@
 `qalora_kernels.stored` says which they are.
 """
 
+import struct
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-import torch
-
-from qalora_kernels import PackedWeight, QuantSpec, load_offsets, store_offsets
-from qalora_kernels.stored import GUARD, GUARD_DTYPE
+from qalora_kernels import QuantSpec
+from qalora_kernels.stored import GUARD, GUARD_DTYPE_NAME
 
 from ..errors import CheckpointError
 from ..files.reader import CheckpointReader
 
+if TYPE_CHECKING:
+    import torch
 
-def guard_tensor(in_features: int) -> torch.Tensor:
+    from qalora_kernels import PackedWeight
+
+
+def guard_tensor(in_features: int) -> "torch.Tensor":
     """Return the guard, of shape [1], which holds K."""
-    return torch.tensor([in_features], dtype=GUARD_DTYPE)
+    import torch
+
+    return torch.tensor([in_features], dtype=getattr(torch, GUARD_DTYPE_NAME))
 
 
-def pack_layer(name: str, weight: PackedWeight) -> dict[str, torch.Tensor]:
+def pack_layer(name: str, weight: "PackedWeight") -> "dict[str, torch.Tensor]":
     """Return a layer's tensors as `layer_plan` names them, in their stored dtypes."""
+    import torch
+
+    from qalora_kernels import store_offsets
+
     tensors = {
         f"{name}.qweight": weight.qweight,
         f"{name}.scales": weight.scales.to(weight.spec.scales_dtype),
@@ -32,8 +43,10 @@ def pack_layer(name: str, weight: PackedWeight) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def read_layer(reader: CheckpointReader, name: str, spec: QuantSpec) -> PackedWeight:
+def read_layer(reader: CheckpointReader, name: str, spec: QuantSpec) -> "PackedWeight":
     """Return the layer that `pack_layer` stored, its scales and offsets in fp32."""
+    from qalora_kernels import PackedWeight, load_offsets
+
     scales = reader.get(f"{name}.scales").float()
     offsets = load_offsets(reader.get(f"{name}.offsets"), scales, spec).float()
     g_idx = reader.get(f"{name}.g_idx") if f"{name}.g_idx" in reader else None
@@ -58,12 +71,13 @@ def read_in_features(reader: CheckpointReader, name: str) -> int:
             "Write the checkpoint again with qalora or save_pretrained."
         )
     info = reader.info(guard)
-    if info.shape != (1,) or info.dtype != GUARD_DTYPE:
+    if info.shape != (1,) or info.dtype_name != GUARD_DTYPE_NAME:
         raise CheckpointError(
-            f"{info.file}: {guard}: expected the guard, {GUARD_DTYPE} of shape (1,), found "
-            f"{info.dtype} of shape {info.shape}. The layer is stored twice: remove the dense one."
+            f"{info.file}: {guard}: expected the guard, {GUARD_DTYPE_NAME} of shape (1,), found "
+            f"{info.dtype_name} of shape {info.shape}. The layer is stored twice: remove the dense "
+            "one."
         )
-    value = float(reader.get(guard).item())
+    (value,) = struct.unpack("<f", b"".join(reader.chunks(guard)))
     if not value.is_integer() or value < 1:
         raise CheckpointError(f"{info.file}: {guard}: expected in_features, found {value}.")
     return int(value)

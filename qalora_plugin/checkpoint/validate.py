@@ -3,16 +3,21 @@
 Shapes and dtypes come from the file headers alone; values are checked when a layer is read.
 """
 
-import torch
+from typing import TYPE_CHECKING
 
-from qalora_kernels import SUPPORTED_BITS, PackedWeight, QuantSpec
-from qalora_kernels.stored import GUARD, is_excluded, layer_plan
+from qalora_kernels import SUPPORTED_BITS, QuantSpec
+from qalora_kernels.stored import GUARD, is_excluded, layer_header
 
 from ..errors import CheckpointError
 from ..files.names import CONFIG_FILE
 from ..files.reader import CheckpointReader
 from .config import QALoRAQuantConfig
 from .layout import quantized_layers, read_in_features
+
+if TYPE_CHECKING:
+    import torch
+
+    from qalora_kernels import PackedWeight
 
 _LAYER_TENSORS = {"qweight", "scales", "offsets", "g_idx", "bias", GUARD}
 _INCOMPLETE = "The checkpoint is incomplete: write or copy it again."
@@ -80,15 +85,15 @@ def _check_layer(
     in_features = read_in_features(reader, name)
     spec = config.spec_for(name, in_features, qweight.shape[1])
     _check_bits(reader, name, spec)
-    for tensor, (dtype, shape) in layer_plan(name, spec, config.desc_act).items():
+    for tensor, (dtype, shape) in layer_header(name, spec, config.desc_act).items():
         if tensor not in reader:
             raise CheckpointError(f"{reader.directory}: {tensor} is missing. {_INCOMPLETE}")
         info = reader.info(tensor)
-        if (info.dtype, info.shape) != (dtype, shape):
+        if (info.dtype_name, info.shape) != (dtype, shape):
             raise CheckpointError(
                 f"{info.file}: {tensor}: expected {_describe(dtype, shape)} for bits={spec.bits}, "
                 f"group_size={spec.group_size}, in_features={in_features} ({CONFIG_FILE}), found "
-                f"{_describe(info.dtype, info.shape)}. {CONFIG_FILE} contradicts the tensors: "
+                f"{_describe(info.dtype_name, info.shape)}. {CONFIG_FILE} contradicts the tensors: "
                 "restore the original one, or write the checkpoint again."
             )
     return spec
@@ -107,28 +112,26 @@ def _check_bits(reader: CheckpointReader, name: str, spec: QuantSpec) -> None:
     )
 
 
-def _describe(dtype: torch.dtype, shape: tuple[int, ...]) -> str:
-    return f"{str(dtype).removeprefix('torch.')} {list(shape)}"
+def _describe(dtype: str, shape: tuple[int, ...]) -> str:
+    return f"{dtype} {list(shape)}"
 
 
-def bad_values(scales: torch.Tensor, offsets: torch.Tensor) -> str | None:
+def bad_values(scales: "torch.Tensor", offsets: "torch.Tensor") -> str | None:
     """Say what is wrong with a layer's numbers, as "scales: expected ..., found ...", or None.
 
     Args:
-        scales: [G, N], which have to be positive and finite.
+        scales: [G, N], which have to be finite; they may be negative (MLX) and zero (GGUF).
         offsets: [G, N], which have to be finite.
     """
-    for name, expected, tensor, valid in (
-        ("scales", "positive finite numbers", scales, scales.isfinite() & (scales > 0)),
-        ("offsets", "finite numbers", offsets, offsets.isfinite()),
-    ):
+    for name, tensor in (("scales", scales), ("offsets", offsets)):
+        valid = tensor.isfinite()
         if not valid.all():
             wrong = f"{int((~valid).sum())} of {tensor.numel()}"
-            return f"{name}: expected {expected}, found {wrong} that are not"
+            return f"{name}: expected finite numbers, found {wrong} that are not"
     return None
 
 
-def check_values(where: str, weight: PackedWeight) -> None:
+def check_values(where: str, weight: "PackedWeight") -> None:
     """Check a layer's numbers: a damaged file or a kernel's out-of-bounds read shows here.
 
     Args:
@@ -144,7 +147,7 @@ def check_values(where: str, weight: PackedWeight) -> None:
         raise CheckpointError(f"{where}.{bad}. {_BAD_VALUES}")
     if weight.g_idx is None:
         return
-    low, high = (int(value) for value in torch.aminmax(weight.g_idx))
+    low, high = (int(value) for value in weight.g_idx.aminmax())
     last = weight.spec.num_groups - 1
     if low < 0 or high > last:
         raise CheckpointError(

@@ -2,25 +2,44 @@
 
 import argparse
 import importlib
+import json
 import os
 import sys
 from collections.abc import Sequence
 
+import qalora_plugin
 from qalora_plugin.errors import QALoRAError
 
-COMMANDS = ("quickstart", "quantize", "merge", "verify", "export", "push", "inspect", "plan")
+from .parser import Parser, PrintCompletion
+
+_FILES_ONLY = ("inspect", "push")
+"""Commands that load no model, and need neither transformers nor PEFT to know us."""
+
+COMMANDS = (
+    "quickstart",
+    "quantize",
+    "import",
+    "merge",
+    "verify",
+    "export",
+    "push",
+    "inspect",
+    "plan",
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of `qalora` with all its subcommands."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="qalora",
         description="QA-LoRA: quantize a base, train an adapter, merge it exactly, ship INT-n.",
         epilog="`qalora COMMAND --help` tells about one command; `qalora quickstart` shows the "
         "whole way on an embedded model.",
     )
     parser.add_argument("--version", action="store_true", help="print the version and exit")
-    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND")
+    about = "print a script that completes commands and options in a shell, and exit"
+    parser.add_argument("--print-completion", action=PrintCompletion, help=about)
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
     for name in COMMANDS:
         importlib.import_module(f".{name}", __name__).add_parser(subparsers)
     return parser
@@ -39,11 +58,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help(sys.stderr)
         return 2
     try:
+        if args.command not in _FILES_ONLY:
+            qalora_plugin.register()
         return int(args.func(args) or 0)
     except QALoRAError as error:
         if os.environ.get("QALORA_TRACEBACK"):
             raise
         print(f"qalora: error: {error}", file=sys.stderr)
+        if getattr(args, "json", False):
+            print(json.dumps({"error": type(error).__name__, "message": str(error)}))
         return 1
     except KeyboardInterrupt:
         print("qalora: interrupted", file=sys.stderr)

@@ -4,7 +4,7 @@ import argparse
 import json
 from typing import Any
 
-from .progress import progress_bar
+from ..files.progress import progress_bar
 
 
 def add_parser(subparsers: Any) -> None:
@@ -29,12 +29,23 @@ def add_parser(subparsers: Any) -> None:
     about = f"directory to make (for {files}: the file)"
     add("--out", required=True, metavar="PATH", help=about)
     add("--json", action="store_true", help="print the result as JSON on stdout")
-    for format in known:
-        if format.options:
-            group = parser.add_argument_group(f"options of {format.name}")
-            for option in format.options:
-                group.add_argument(f"--{option.name.replace('_', '-')}", **_keywords(option))
+    for title, options in _option_groups(known).items():
+        group = parser.add_argument_group(f"options of {title}")
+        for option in options:
+            group.add_argument(f"--{option.name.replace('_', '-')}", **_keywords(option))
     parser.set_defaults(func=main)
+
+
+def _option_groups(known: list[Any]) -> dict[str, list[Any]]:
+    """Return every option once, under the names of the formats that have it."""
+    owners: dict[Any, list[str]] = {}
+    for format in known:
+        for option in format.options:
+            owners.setdefault(option, []).append(format.name)
+    groups: dict[str, list[Any]] = {}
+    for option, names in owners.items():
+        groups.setdefault(" and ".join(names), []).append(option)
+    return groups
 
 
 def _keywords(option: Any) -> dict[str, Any]:

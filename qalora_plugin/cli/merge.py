@@ -5,7 +5,7 @@ import dataclasses
 import json
 from typing import Any
 
-from .progress import progress_bar
+from ..files.progress import progress_bar
 
 
 def add_parser(subparsers: Any) -> None:

@@ -45,7 +45,7 @@ def note_what_gguf_cannot_hold(args: argparse.Namespace) -> None:
     """Say on stderr where `--offsets-at minimum` does not serve what it is for."""
     from ..checkpoint.format import format_named
 
-    if args.offsets_at != "minimum":
+    if args.offsets_at != "minimum" or args.bits == "auto":  # which then chooses 4 at most
         return
     grids = format_named("gguf").grids
     (block,) = grids.blocks or ()

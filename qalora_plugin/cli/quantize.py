@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,11 @@ from .options import (
 )
 
 _OVERRIDES = {"bits": bits, "group_size": group_size}
+
+
+def _bits(text: str) -> int | str:
+    """Parse a width, or `auto`."""
+    return text if text == "auto" else bits(text)
 
 
 def _override(text: str) -> tuple[str, dict[str, int]]:
@@ -48,7 +54,13 @@ def add_parser(subparsers: Any) -> None:
     add = parser.add_argument
     add("model", metavar="MODEL", help="directory or Hub id of a 16-bit model")
     add("--out", type=Path, required=True, help="directory to make")
-    add("--bits", type=bits, default=4, help=f"2, 3, 4 or 8 {default}")
+    about = f"2, 3, 4 or 8, or auto: those of each layer by measured sensitivity {default}"
+    add("--bits", type=_bits, default=4, help=about)
+    about = (
+        "with --bits auto: the model is as large as with so many bits everywhere, e.g. 2.5 or 3.0, "
+        "scales and offsets counted"
+    )
+    add("--target-bits", type=float, metavar="B", help=about)
     about = f"inputs that share a scale and an offset; -1 for one group {default}"
     add("--group-size", type=group_size, default=32, help=about)
     about = f"gptq needs --calibration and is better, rtn needs no data {default}"
@@ -65,12 +77,27 @@ def add_parser(subparsers: Any) -> None:
     add("--seq-len", type=at_least(2), help=about)
     add("--seed", type=int, default=0, help=f"of the choice of windows {default}")
 
+    about = (
+        "after GPTQ train all scales and offsets against the 16-bit model's distributions on the "
+        "calibration text, the integers frozen; both models are in memory"
+    )
+    add = parser.add_argument_group("refining (--refine)").add_argument
+    add("--refine", action="store_true", help=about)
+    add("--refine-steps", type=at_least(1), default=150, help=f"optimizer steps {default}")
+    about = f"peak learning rate, in quantization steps {default}"
+    add("--refine-rate", type=fraction, default=0.01, help=about)
+    add("--refine-batch", type=at_least(1), default=2, help=f"windows in a step {default}")
+    add("--refine-norms", action="store_true", help="train the weights of norms too")
+
     add = parser.add_argument_group("result").add_argument
     about = (
         "real is more exact; integer can also be written as stock GPTQ, and merged exactly with "
-        "adapt=scales (default: real; integer with --format gptq)"
+        "adapt=scales; none (symmetric) also where a runtime takes only sym: true (default: real; "
+        "integer with --format gptq)"
     )
-    add("--zero-points", choices=("real", "integer"), help=about)
+    add("--zero-points", choices=("real", "integer", "none"), help=about)
+    about = "the same as --zero-points none"
+    add("--sym", dest="zero_points", action="store_const", const="none", help=about)
     about = (
         "which weight of a group fp16 holds, the one at the middle code or at code 0; "
         f"{OFFSETS_AT_HELP}. Takes 2 bytes a group more in memory {default}"
@@ -127,11 +154,16 @@ def main(args: argparse.Namespace) -> int:
         print(json.dumps({**dataclasses.asdict(result), "out": str(result.out)}))
         return 0
     errors = {n: layer["error"] for n, layer in result.layers.items() if layer["error"] is not None}
-    print(f"{result.out}: {len(result.layers)} layers in {args.bits} bits")
+    widths = sorted(Counter(layer["bits"] for layer in result.layers.values()).items())
+    counts = ", ".join(f"{count} layers in {width} bits" for width, count in widths)
+    print(f"{result.out}: {counts}")
     if errors:
         worst = max(errors, key=lambda name: errors[name])
         mean = sum(errors.values()) / len(errors)
         print(f"relative error on calibration: mean {mean:.2e}, {errors[worst]:.2e} in {worst}")
+    if result.refined:
+        before, after = (result.refined[f"heldout_kl_{when}"] for when in ("before", "after"))
+        print(f"held-out KL from the 16-bit model: {before:.4f}, refined {after:.4f}")
     print(f"in 16 bits: {', '.join(result.kept) or 'no linear layer'}", file=sys.stderr)
     return 0
 

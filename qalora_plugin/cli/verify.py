@@ -5,7 +5,7 @@ import json
 from typing import Any
 
 from ..errors import ConfigError
-from .progress import progress_bar
+from ..files.progress import progress_bar
 
 
 def add_parser(subparsers: Any) -> None:

@@ -10,14 +10,15 @@ from collections.abc import Iterable, Iterator
 from functools import cached_property
 from io import FileIO
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError
 from .json import read_json
 from .names import ADAPTER_CONFIG_FILE, CONFIG_FILE, INDEX_FILE, SINGLE_FILE
 from .safetensors import TensorInfo, read_header
+
+if TYPE_CHECKING:
+    import torch
 
 _COPY_BYTES = 16 << 20
 _RESTORE = "Download or copy it again."
@@ -111,7 +112,7 @@ class CheckpointReader:
             )
         return self.tensors[name]
 
-    def plan(self, names: Iterable[str]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    def plan(self, names: Iterable[str]) -> dict[str, tuple["torch.dtype", tuple[int, ...]]]:
         """Return dtype and shape of some tensors, as `writer` plans them."""
         infos = map(self.info, names)
         return {info.name: (info.dtype, info.shape) for info in infos}
@@ -128,12 +129,14 @@ class CheckpointReader:
         text = json.dumps(facts, sort_keys=True, default=str)
         return hashlib.sha256(text.encode() + data).hexdigest()
 
-    def get(self, name: str) -> torch.Tensor:
+    def get(self, name: str) -> "torch.Tensor":
         """Read one tensor into fresh memory, in its stored dtype.
 
         Raises:
             CheckpointError: there is no such tensor, or its file changed since it was opened.
         """
+        import torch
+
         info = self.info(name)
         data = torch.empty(info.nbytes, dtype=torch.uint8, device="cpu")
         view = memoryview(data.numpy())  # type: ignore[arg-type]

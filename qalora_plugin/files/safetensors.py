@@ -8,49 +8,67 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
-
-import torch
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ..errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch  # a header is read and checked without it
 
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 
-DTYPES: dict[str, torch.dtype] = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "U16": torch.uint16,
-    "I16": torch.int16,
-    "U32": torch.uint32,
-    "I32": torch.int32,
-    "U64": torch.uint64,
-    "I64": torch.int64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "C64": torch.complex64,
+# the format's names, torch's, and bytes
+DTYPES = {
+    "BOOL": ("bool", 1),
+    "U8": ("uint8", 1),
+    "I8": ("int8", 1),
+    "U16": ("uint16", 2),
+    "I16": ("int16", 2),
+    "U32": ("uint32", 4),
+    "I32": ("int32", 4),
+    "U64": ("uint64", 8),
+    "I64": ("int64", 8),
+    "F8_E4M3": ("float8_e4m3fn", 1),
+    "F8_E5M2": ("float8_e5m2", 1),
+    "F16": ("float16", 2),
+    "BF16": ("bfloat16", 2),
+    "F32": ("float32", 4),
+    "F64": ("float64", 8),
+    "C64": ("complex64", 8),
 }
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_CODES = {f"torch.{name}": code for code, (name, _) in DTYPES.items()}
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """The place of one tensor: `nbytes` bytes from byte `start` of `file`."""
+    """The place of one tensor: `nbytes` bytes from byte `start` of `file`.
+
+    `dtype_name` is torch's, such as "float16".
+    """
 
     name: str
-    dtype: torch.dtype
+    dtype_name: str
     shape: tuple[int, ...]
     file: Path
     start: int
     nbytes: int
 
+    @property
+    def dtype(self) -> "torch.dtype":
+        """Return the dtype, which imports torch."""
+        import torch
 
-def tensor_nbytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+        dtype: torch.dtype = getattr(torch, self.dtype_name)
+        return dtype
+
+
+def dtype_code(dtype: "torch.dtype") -> str:
+    """Return the format's name of a dtype."""
+    return _CODES[str(dtype)]
+
+
+def tensor_nbytes(dtype: "torch.dtype", shape: tuple[int, ...]) -> int:
     """Return the size of a dense tensor in bytes."""
     return math.prod(shape) * dtype.itemsize
 
@@ -139,19 +157,20 @@ def _tensor_info(name: str, entry: Any, path: Path, data_start: int) -> TensorIn
         raise _damaged(path, f"tensor {name}: shape {shape!r} is not a list of sizes")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
         raise _damaged(path, f"tensor {name}: data_offsets {offsets!r} is not [begin, end]")
-    dtype = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
-    if dtype is None:
+    known = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
+    if known is None:
         raise CheckpointError(
             f"{path}: tensor {name} has dtype {entry['dtype']!r}; supported: {', '.join(DTYPES)}."
         )
-    nbytes = tensor_nbytes(dtype, tuple(shape))
+    dtype_name, width = known
+    nbytes = math.prod(shape) * width
     if offsets[1] - offsets[0] != nbytes:
         raise _damaged(
             path,
             f"tensor {name}: {entry['dtype']} of shape {shape} takes {nbytes} bytes, "
             f"its data_offsets {offsets} span {offsets[1] - offsets[0]}",
         )
-    return TensorInfo(name, dtype, tuple(shape), path, data_start + offsets[0], nbytes)
+    return TensorInfo(name, dtype_name, tuple(shape), path, data_start + offsets[0], nbytes)
 
 
 def _check_layout(tensors: list[TensorInfo], path: Path, data_start: int, size: int) -> None:

@@ -19,7 +19,7 @@ from .json import write_json
 from .manifest import file_sha256, write_manifest
 from .names import INDEX_FILE, SINGLE_FILE
 from .reader import CheckpointReader
-from .safetensors import DTYPE_NAMES, LENGTH_BYTES, TensorInfo, tensor_nbytes
+from .safetensors import DTYPES, LENGTH_BYTES, TensorInfo, dtype_code, tensor_nbytes
 
 Plan = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 """dtype and shape of every tensor of a shard, by name."""
@@ -277,8 +277,9 @@ def _layout(
         dtype, shape = plan[name]
         nbytes = tensor_nbytes(dtype, shape)
         place = {"shape": list(shape), "data_offsets": [end, end + nbytes]}
-        entries[name] = {"dtype": DTYPE_NAMES[dtype]} | place
-        infos.append(TensorInfo(name, dtype, shape, path, end, nbytes))
+        code = dtype_code(dtype)
+        entries[name] = {"dtype": code} | place
+        infos.append(TensorInfo(name, DTYPES[code][0], shape, path, end, nbytes))
         end += nbytes
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)

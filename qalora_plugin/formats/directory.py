@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from qalora_kernels import PackedWeight, QuantSpec
+from qalora_kernels.groups import expand
 from qalora_kernels.stored import TensorPlan
 
 from ..checkpoint.checkpoint import QuantizedCheckpoint
@@ -34,6 +35,24 @@ def regroup(per_group: torch.Tensor, spec: QuantSpec, block: int) -> torch.Tenso
     """
     repeated = per_group.repeat_interleave(-(-spec.group_size // block), dim=0)
     return repeated[: -(-spec.in_features // block)].t().contiguous()
+
+
+def without_zero_scales(weight: PackedWeight) -> PackedWeight:
+    """Return the same W with a scale in every group, for formats that divide by it.
+
+    A group whose scale is 0 has one weight, its offset: the scale becomes that too (1 if it is 0),
+    and all codes the middle one.
+    """
+    empty = weight.scales == 0
+    if not empty.any():
+        return weight
+    spec = weight.spec
+    one = torch.where(weight.offsets == 0, 1.0, weight.offsets)
+    codes = weight.codes()
+    inside = expand(empty, weight.g_idx, spec.group_size, spec.in_features).t()
+    codes = torch.where(inside, spec.mid, codes).to(torch.uint8)
+    scales = torch.where(empty, one, weight.scales)
+    return PackedWeight.from_codes(codes, scales, weight.offsets, weight.g_idx, spec)
 
 
 def dense_weight(weight: PackedWeight) -> torch.Tensor:
@@ -97,7 +116,7 @@ def write_directory(
         name, _, part = tensor.rpartition(".")
         if tensor in copies:
             plan[tensor] = (layers.dense_dtype(info), info.shape)
-        elif part == "qweight":
+        elif part == source.integers and name in held:
             plan |= held[name].plan(name, source.layers[name])
 
     def convert(name: str) -> Mapping[str, torch.Tensor]:

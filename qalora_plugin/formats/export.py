@@ -1,6 +1,6 @@
 """Export a merged model to what other runtimes read."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ class ExportResult:
         layers: number of quantized layers that were written as integers.
         exactness: how far the exported weights equal the source's, in one sentence.
         dense: layers that the format cannot hold as integers, and why, by name.
-        measured: what an inexact export was measured to cost, see `gptq.requantize.Loss`.
+        measured: what an inexact export was measured to cost, see `formats.requantize.Loss`.
     """
 
     out: Path
@@ -90,6 +90,19 @@ def check_format(base: str | Path, format: str) -> None:
         write.check(source)
 
 
+def refuse_calibration(text: Mapping[str, Any]) -> None:
+    """Refuse text to calibrate on beside an export that calibrates nothing.
+
+    Raises:
+        ConfigError: `text`, of `formats.requantize.Text`, has one.
+    """
+    if text.get("calibration") is not None:
+        raise ConfigError(
+            "calibration: nothing is calibrated when integers are written as they are; "
+            "leave it out, or ask for requantize (--requantize)"
+        )
+
+
 def export_model(
     source: str | Path,
     out: str | Path,
@@ -104,11 +117,12 @@ def export_model(
         source: the merged model: a directory in our format or stock GPTQ, or a Hub id. For "lora",
             the adapter.
         out: the directory to make (for "gguf", the file); it must not exist.
-        format: "gptq", "gguf", "mlx", "onnx", "torchao" or "lora".
+        format: "gptq", "compressed-tensors", "gguf", "mlx", "onnx", "torchao" or "lora".
         progress: called with (tensors written, tensors in all).
         options: `base` and `convention` for "lora", as `merge_adapter` has them;
             `exact` for "gguf" (layers in fp32); `checkpoint_format` for "gptq" ("gptq", or
-            "gptq_v2" for GPTQModel), and `requantize` with its settings (see `gptq.write.export`).
+            "gptq_v2" for GPTQModel); for "gptq" and "compressed-tensors" `requantize`, and the
+            settings that go with it (see `formats.requantize.Text`).
 
     Returns:
         What was written, and how exactly.

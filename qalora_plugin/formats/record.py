@@ -2,7 +2,7 @@
 
 A directory has qalora_export.json, a file in a format that is one file holds the same: `format`,
 `source` (facts about the model it was made from), `exactness` and, where it was measured,
-`measured` (see `gptq.requantize.Loss`).
+`measured` (see `formats.requantize.Loss`).
 """
 
 from contextlib import suppress

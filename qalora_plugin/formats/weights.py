@@ -31,8 +31,8 @@ class ExactWeight:
 
     @cached_property
     def steps(self) -> torch.Tensor:
-        """The scale of each weight, float64 [N, K]."""
-        return self._of_inputs(self._weight.scales)
+        """The size of the scale of each weight, float64 [N, K]; 0 where a group has one weight."""
+        return self._of_inputs(self._weight.scales.abs())
 
     @cached_property
     def offsets(self) -> torch.Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ..checkpoint.checkpoint import QuantizedCheckpoint
-from ..checkpoint.config import QALoRAQuantConfig
+from .config import QALoRAQuantConfig
 
 
 def load_model(

@@ -11,7 +11,8 @@ from qalora_kernels import QuantSpec, load_offsets
 from qalora_kernels.stored import GUARD
 
 from ..architecture.names import LayerNames
-from ..architecture.selection import linears_in_blocks, refuse_read_weights
+from ..architecture.places import places_problem
+from ..architecture.selection import refuse_read_weights
 from ..checkpoint.checkpoint import QuantizedCheckpoint
 from ..checkpoint.validate import check_values
 from ..errors import CheckpointError
@@ -37,6 +38,10 @@ class StoredLayers:
         Raises:
             CheckpointError: the checkpoint belongs to another architecture, or is incomplete.
         """
+        stored, stated = checkpoint.weight_names, checkpoint.reader.config.get("architectures")
+        problem = places_problem(model, stored, checkpoint.layers.keys(), stated)
+        if problem is not None:
+            raise CheckpointError(f"{checkpoint.directory}: {problem}.")
         self._checkpoint, self._pending = checkpoint, pending
         self._placed: dict[str, str] = {}  # the checkpoint's name of each layer by the model's
         names = LayerNames(model)
@@ -59,7 +64,6 @@ class StoredLayers:
                 f"(such as {next(iter(checkpoint.layers))}) is a layer of {type(model).__name__}. "
                 "Load it with the model class that it was saved from."
             )
-        _check_dense_layers(model, checkpoint, names)
         _ignore(model, "unexpected", unexpected)
         _ignore(model, "missing", missing)
         self._dtypes = {
@@ -160,18 +164,3 @@ def _match_bias(
         return None, ["bias"]
     empty = torch.empty(bias.shape, dtype=linear.weight.dtype, device="meta")
     return nn.Parameter(empty), []
-
-
-def _check_dense_layers(
-    model: PreTrainedModel, checkpoint: QuantizedCheckpoint, names: LayerNames
-) -> None:
-    """Refuse a layer that the checkpoint has neither quantized nor dense: it would be random."""
-    if names.are_converted:  # fused or split while loading: names do not tell
-        return
-    dense = {names.parameter(name) for name in checkpoint.reader.tensors}
-    lost = [name for name in linears_in_blocks(model) if f"{name}.weight" not in dense]
-    if lost:
-        raise CheckpointError(
-            f"{checkpoint.directory}: no tensors for layer {lost[0]} ({len(lost)} such). "
-            "The checkpoint is incomplete, or config.json belongs to another model."
-        )

@@ -23,8 +23,8 @@ from transformers.quantizers.auto import (
 from qalora_kernels import store_offsets
 from qalora_kernels.stored import GUARD, QUANT_METHOD
 
+from ..architecture.places import places_problem
 from ..checkpoint.checkpoint import QuantizedCheckpoint, open_quantized
-from ..checkpoint.config import QALoRAQuantConfig
 from ..checkpoint.layout import guard_tensor, quantized_layers
 from ..errors import CheckpointError, ConfigError
 from ..files.reader import CheckpointReader
@@ -32,6 +32,7 @@ from ..files.safetensors import read_header
 from ..layers.linear import QuantLinear
 from ..layers.sharded import ShardedQuantLinear
 from . import routing
+from .config import QALoRAQuantConfig
 from .loading import StoredLayers
 from .on_the_fly import LayerQuantizer, QuantizeOnLoad
 from .sharded_loading import loads_sharded
@@ -73,13 +74,20 @@ class QALoRAQuantizer(HfQuantizer):
                 "A quantized model is loaded from a directory or the Hub, not from a state_dict."
             )
         self._dtype = dtype or torch.get_default_dtype()
-        checkpoint = self._open([Path(file) for file in checkpoint_files])
+        files = [Path(file) for file in checkpoint_files]
+        checkpoint = self._open(files)
         if checkpoint is None:
+            problem = places_problem(
+                model, _tensor_names(files), architectures=model.config.architectures
+            )
+            if problem is not None:
+                raise CheckpointError(f"{files[0].parent}: {problem}.")
             self._layers = LayerQuantizer(model, self.quantization_config)
             return
         directory = str(checkpoint.directory)
         routing.check_request(self.quantization_config, checkpoint.config, directory)
-        self.quantization_config = checkpoint.config
+        # one object: loading may add the fingerprint
+        checkpoint.config = self.quantization_config = QALoRAQuantConfig.of(checkpoint.config)
         self._layers = StoredLayers(model, checkpoint, pending=loads_sharded())
 
     def _open(self, files: list[Path]) -> QuantizedCheckpoint | None:

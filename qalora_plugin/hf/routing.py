@@ -1,4 +1,4 @@
-"""Let `from_pretrained` hand stock GPTQ directories to our quantizer.
+"""Let `from_pretrained` hand quantized directories of other programs to our quantizer.
 
 transformers gives a directory to the quantizer that its config.json names: for "gptq" that is
 GPTQModel's, which is refused where GPTQModel is not installed, and a `quantization_config` of
@@ -7,25 +7,24 @@ that asks us first.
 """
 
 import functools
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from transformers.quantizers.auto import AutoHfQuantizer
-from transformers.utils import is_gptqmodel_available, is_optimum_available
 
 from qalora_kernels.stored import QUANT_METHOD
 
-from ..checkpoint.config import QALoRAQuantConfig
-from ..checkpoint.format import foreign_config
+from ..checkpoint.config import QALoRAQuantConfig as StoredConfig
+from ..checkpoint.format import foreign_config, owners_of
 from ..errors import ConfigError
 from ..files.names import CONFIG_FILE
+from .config import QALoRAQuantConfig
 
 _INSTALLED = "_qalora_original"
 
 
-def check_request(
-    requested: QALoRAQuantConfig, stored: QALoRAQuantConfig, where: str = CONFIG_FILE
-) -> None:
+def check_request(requested: StoredConfig, stored: StoredConfig, where: str = CONFIG_FILE) -> None:
     """Refuse to load the quantized directory `where` as something that it is not.
 
     Raises:
@@ -49,16 +48,18 @@ def merge_configs(stored: Any, requested: Any) -> QALoRAQuantConfig | None:
 
     Raises:
         ConfigError: the two contradict each other.
-        CheckpointError: a stock GPTQ config that is not supported.
+        CheckpointError: a config of a format that can be a base, with an option that is not read.
     """
     stored = stored if isinstance(stored, dict) else stored.to_dict()
     ours = isinstance(requested, QALoRAQuantConfig)
     config = None
-    gptqmodel_loads = is_gptqmodel_available() and is_optimum_available()
+    owners = owners_of(stored)
+    stock_loads = bool(owners) and all(map(find_spec, owners))
     if ours and stored.get("quant_method") == QUANT_METHOD:
         config = QALoRAQuantConfig(**stored)
-    elif ours or (requested is None and not gptqmodel_loads):
-        config = foreign_config(stored, Path(CONFIG_FILE))
+    elif ours or (requested is None and not stock_loads):
+        foreign = foreign_config(stored, Path(CONFIG_FILE))
+        config = None if foreign is None else QALoRAQuantConfig.of(foreign)
     if ours and config is not None:
         check_request(requested, config)
     return config

@@ -46,9 +46,9 @@ def load_layers(
     Raises:
         CheckpointError: a layer holds numbers that no layer can have.
     """
-    get, config = checkpoint.reader.get, checkpoint.config
+    config = checkpoint.config
     if config.base.get("fingerprint") is None:  # a foreign format has none
-        marks = ((name, get(f"{layer}.qweight")) for name, layer in placed.items())
+        marks = ((name, checkpoint.qweight(layer)) for name, layer in placed.items())
         config.base["fingerprint"] = fingerprint(marks)
     for name, layer in placed.items():
         pending = model.get_submodule(name)

@@ -138,7 +138,7 @@ def subject_of(checkpoint: QuantizedCheckpoint) -> Subject:
 
 
 def _loss_rows(measured: dict[str, Any] | None) -> dict[str, str]:
-    """Return rows of a `formats.gptq.requantize.Loss`, none if nothing was measured."""
+    """Return rows of a `formats.requantize.Loss`, none if nothing was measured."""
     if not measured:
         return {}
     where = f"nats a token, {measured['tokens']} held-out tokens"

@@ -20,7 +20,7 @@ import torch
 from peft.tuners.tuners_utils import check_target_module_exists
 
 from ..checkpoint.checkpoint import QuantizedCheckpoint, open_quantized
-from ..checkpoint.kind import find_kind
+from ..checkpoint.kind import find_kind, find_model
 from ..errors import AdapterError, CheckpointError
 from ..files.hub import resolve_model_dir
 from ..files.json import read_json
@@ -216,7 +216,7 @@ def open_base(adapter: Adapter, base: str | Path | None) -> QuantizedCheckpoint:
             "base_model_name_or_path is empty. Name the quantized base with --base."
         )
     try:
-        directory = resolve_model_dir(found, None if base else adapter.config.get("revision"))
+        directory = find_model(found, None if base else adapter.config.get("revision"))
     except CheckpointError as error:
         if base:
             raise

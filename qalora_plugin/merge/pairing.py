@@ -87,9 +87,7 @@ def _check_base(adapter: Adapter, base: QuantizedCheckpoint, trained: TrainedMod
     wanted = BaseIdentity(*grid, stated.get("fingerprint"), adapter.config.get("base_merged"))
     mark = base.config.base.get("fingerprint")
     if not mark and wanted.fingerprint is not None:
-        mark = fingerprint(
-            (trained.in_model(name), base.reader.get(f"{name}.qweight")) for name in base.layers
-        )
+        mark = fingerprint((trained.in_model(name), base.qweight(name)) for name in base.layers)
     found = BaseIdentity(base.config.bits, base.config.group_size, mark, base.config.merged)
     different = wanted.difference(found)
     if different == "base_merged":

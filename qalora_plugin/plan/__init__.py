@@ -4,8 +4,24 @@ The modules in the order of the work: `settings` (the run), `shapes` (the models
 `simulate` (live bytes of one training step), `memory` (bytes by part), `table` (the plan as text).
 """
 
-from .memory import MethodPlan, plan, plan_method
+from typing import TYPE_CHECKING
+
+from .._lazy import lazy_names
 from .settings import PlanSettings
-from .shapes import ModelShape, load_shape
+
+if TYPE_CHECKING:
+    from .memory import MethodPlan, plan, plan_method
+    from .shapes import ModelShape, load_shape
 
 __all__ = ["MethodPlan", "ModelShape", "PlanSettings", "load_shape", "plan", "plan_method"]
+
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "MethodPlan": ".memory",
+        "ModelShape": ".shapes",
+        "load_shape": ".shapes",
+        "plan": ".memory",
+        "plan_method": ".memory",
+    },
+)

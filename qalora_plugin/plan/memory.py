@@ -5,7 +5,7 @@ from typing import Any
 
 from peft import PeftModel
 
-from qalora_kernels.stored import GUARD_DTYPE
+from qalora_kernels.stored import GUARD_BYTES
 
 from ..layers.linear import QuantLinear
 from .settings import PlanSettings
@@ -189,7 +189,7 @@ def _disk(model: PeftModel, tensors: list[TensorShape], settings: PlanSettings) 
     """Return the bytes of the tensors in checkpoints; headers and tokenizers come on top."""
     adapter = sum(tensor.nbytes for tensor in tensors if tensor.part == "adapters")
     base = sum(tensor.numel * tensor.stored for tensor in tensors if tensor.part != "adapters")
-    base += GUARD_DTYPE.itemsize * sum(isinstance(m, QuantLinear) for m in model.modules())
+    base += GUARD_BYTES * sum(isinstance(m, QuantLinear) for m in model.modules())
     nf4 = [module for module in model.modules() if isinstance(module, NF4Linear)]
     packed = sum(layer.packed_bytes for layer in nf4)
     dense = sum(layer.in_features * layer.out_features for layer in nf4)

@@ -1,11 +1,13 @@
 """The settings of the training run that is planned, checked."""
 
 from dataclasses import dataclass
-
-import torch
+from typing import TYPE_CHECKING
 
 from ..errors import ConfigError
 from ..tuner.names import ADAPT_PARTS
+
+if TYPE_CHECKING:
+    import torch
 
 CHOICES = {
     "adapt": tuple(ADAPT_PARTS),
@@ -75,6 +77,9 @@ class PlanSettings:
             )
 
     @property
-    def torch_dtype(self) -> torch.dtype:
+    def torch_dtype(self) -> "torch.dtype":
         """Return the torch dtype that `dtype` names."""
-        return getattr(torch, self.dtype)
+        import torch
+
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype

@@ -29,7 +29,15 @@ import torch
 from qalora_kernels import PackedWeight, QuantSpec
 
 from ..errors import ConfigError, QuantizationError
-from .grid import Grid, check_weight, fit_groups, round_codes, round_offsets, round_scales
+from .grid import (
+    Grid,
+    ZeroPoints,
+    check_weight,
+    fit_groups,
+    round_codes,
+    round_offsets,
+    round_scales,
+)
 
 Ordering = Literal["none", "groups", "act"]
 _BLOCK = 128  # inputs whose updates are applied one by one before the next matrix product
@@ -106,7 +114,7 @@ def gptq(
     hessian: torch.Tensor,
     spec: QuantSpec,
     *,
-    integer_zeros: bool = False,
+    zero_points: ZeroPoints = "real",
     settings: GPTQSettings | None = None,
     name: str = "weight",
 ) -> PackedWeight:
@@ -116,7 +124,7 @@ def gptq(
         weight: [N, K], any float dtype.
         hessian: mean of x x^T over the calibration inputs, fp32 [K, K].
         spec: the grid, which the result carries.
-        integer_zeros: restrict zero-points to integers (see `grid`).
+        zero_points: what they may be (see `grid`).
         settings: ordering, damping, clipping, sweeps.
         name: of the layer, for error messages.
 
@@ -128,7 +136,7 @@ def gptq(
     """
     check_weight(weight, name)
     settings = settings or GPTQSettings()
-    grid = Grid.of(spec, integer_zeros)
+    grid = Grid.of(spec, zero_points)
     order, bounds = _order(hessian.diagonal(), spec.group_size, settings.ordering)
     h = hessian[order][:, order]
     w = weight.detach().float().t()[order]
@@ -303,11 +311,11 @@ def _refit(state: _State, group: int, start: int, stop: int, pull: torch.Tensor)
     """
     grid, c, h_gg = state.grid, state.codes[start:stop], state.h[start:stop, start:stop]
     s, o = state.scales[group], state.offsets[group]
-    if grid.integer_zeros:
+    if grid.through_zero:
         c = c + o / s  # q - z: the offset follows the scale
     hc = h_gg @ c
     b_c, a_cc = (c * pull).sum(0), (c * hc).sum(0)
-    if grid.integer_zeros:
+    if grid.through_zero:
         new_s = round_scales(torch.where(a_cc > 0, s + b_c / a_cc, s))
         step = new_s - s
         gain = step * (2 * b_c - step * a_cc)

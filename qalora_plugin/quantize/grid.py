@@ -3,15 +3,17 @@
     w ~ scales * (q - 2^(bits-1)) + offsets        q in [0, 2^bits)
 
 `offsets` is the weight at the middle code, so the zero-point in other formats' terms is
-z = 2^(bits-1) - offsets / scales, a real number. With `integer_zeros` z is an integer in
+z = 2^(bits-1) - offsets / scales, a real number. With `zero_points` "integer" z is one of
 [1, 2^bits - 1]: the values that both stock GPTQ formats hold (v1 stores z - 1, v2 stores z, each in
-`bits` unsigned bits); `offsets` is then scales * (2^(bits-1) - z), exact in fp32. With `offsets_at`
-"minimum" the weight at code 0 is an fp16 number, and not the offset (see `QuantSpec`).
+`bits` unsigned bits); `offsets` is then scales * (2^(bits-1) - z), exact in fp32. With "none" z is
+the middle code and offsets are 0: the grid that others call symmetric. With `offsets_at` "minimum"
+the weight at code 0 is an fp16 number, and not the offset (see `QuantSpec`).
 
 Weights are handled transposed, [..., g, N]: the g inputs of a group, all outputs side by side.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -24,28 +26,35 @@ MAX_FP16 = 65504.0
 _SHRINKS = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.45)
 _REFINEMENTS = 6
 
+ZeroPoints = Literal["real", "integer", "none"]
+
 Fit = tuple[torch.Tensor, torch.Tensor]
 """Scales and offsets, fp32 [..., N], rounded to what a checkpoint stores."""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Width of the codes, whether zero-points are integers, and which weight fp16 holds."""
+    """Width of the codes, what zero-points may be, and which weight fp16 holds."""
 
     bits: int
-    integer_zeros: bool = False
+    zero_points: ZeroPoints = "real"
     offsets_at: str = "middle"
 
     @classmethod
-    def of(cls, spec: QuantSpec, integer_zeros: bool) -> "Grid":
+    def of(cls, spec: QuantSpec, zero_points: ZeroPoints) -> "Grid":
         """Return the grid of a layer.
 
         Raises:
             ValueError: fp16 offsets beside integer zero-points would be rounded off the grid.
         """
-        if integer_zeros and spec.offsets_dtype.itemsize < 4:
+        if zero_points == "integer" and spec.offsets_dtype.itemsize < 4:
             raise ValueError(f"integer zero-points need fp32 offsets, found {spec.offsets_dtype}")
-        return cls(spec.bits, integer_zeros, spec.offsets_at)
+        return cls(spec.bits, zero_points, spec.offsets_at)
+
+    @property
+    def through_zero(self) -> bool:
+        """True if some code is the weight 0: a group is then a scale alone, given its codes."""
+        return self.zero_points != "real"
 
     @property
     def mid(self) -> int:
@@ -90,7 +99,9 @@ def round_scales(scales: torch.Tensor) -> torch.Tensor:
 
 def round_offsets(offsets: torch.Tensor, scales: torch.Tensor, grid: Grid) -> torch.Tensor:
     """Round to the nearest offsets that the grid allows beside (rounded) `scales`, fp32."""
-    if grid.integer_zeros:
+    if grid.zero_points == "none":
+        return torch.zeros_like(scales)
+    if grid.zero_points == "integer":
         zeros = (grid.mid - offsets / scales).round_().clamp_(1, grid.top)
         return scales * (grid.mid - zeros)
     if grid.offsets_at == "minimum":
@@ -113,16 +124,18 @@ def fit_range(w: torch.Tensor, grid: Grid, shrink: float = 1.0) -> Fit:
     Args:
         w: fp32 [..., g, N].
         grid: what it will be rounded to.
-        shrink: the range is first made smaller by this factor, about its centre (about zero with
-            integer zero-points, whose codes must reach it); what lies outside is clipped.
+        shrink: the range is first made smaller by this factor, about its centre (about zero where
+            codes must reach it); what lies outside is clipped.
     """
     low, high = torch.aminmax(w, dim=-2)
-    if grid.integer_zeros:
+    if grid.through_zero:
         low, high = low.clamp(max=0) * shrink, high.clamp(min=0) * shrink
     else:
         centre = (low + high) / 2
         low, high = torch.lerp(centre, low, shrink), torch.lerp(centre, high, shrink)
     raw = (high - low) / grid.top
+    if grid.zero_points == "none":  # as many codes below zero as there are, and one less above
+        raw = torch.maximum(high / (grid.mid - 1), low / -grid.mid)
     # A constant group would get a scale of nothing: give it one of the size of its weights, so
     # that a later relative change of the scale still moves them, and no offset.
     constant = raw < MIN_SCALE
@@ -184,7 +197,7 @@ def _least_squares(w: torch.Tensor, fit: Fit, grid: Grid, importance: torch.Tens
     """
     scales, offsets = fit
     codes = round_codes(w, scales.unsqueeze(-2), offsets.unsqueeze(-2), grid)
-    if grid.integer_zeros:
+    if grid.through_zero:
         codes = codes + (offsets / scales).unsqueeze(-2)  # q - z: the line goes through zero
         slope = (importance * w * codes).sum(-2) / (importance * codes * codes).sum(-2)
         new_scales = round_scales(torch.where(slope > 0, slope, scales))

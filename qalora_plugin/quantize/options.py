@@ -7,7 +7,7 @@ options in an `OptionError` in its own way, such as `--offsets-at minimum`.
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -15,9 +15,11 @@ from ..checkpoint.config import QALoRAQuantConfig
 from ..errors import ConfigError
 from .calibration import DEFAULT_SEQ_LEN, Calibration, check_sizes
 from .gptq import GPTQSettings
+from .grid import ZeroPoints
+from .refine import RefineSettings
 
 _CHOICES = {
-    "zero_points": (None, "real", "integer"),
+    "zero_points": (None, *get_args(ZeroPoints)),
     "format": ("qalora", "gptq", "gptq_v2"),
     "ordering": (None, "groups", "none"),
 }
@@ -44,7 +46,9 @@ class QuantizeOptions:
     """The options of quantizing a model.
 
     Args:
-        bits: 2, 3, 4 or 8.
+        bits: 2, 3, 4 or 8, or "auto": those of each layer chosen by measured sensitivity.
+        target_bits: with "auto", how large the model may be: as one with so many bits everywhere,
+            from 2 to 8, such as 2.5 or 3.0; scales and offsets are counted.
         group_size: inputs that share a scale and an offset: any positive number up to the widest
             layer's inputs (the last group of a layer may be short), or -1 for one group.
         method: "gptq" with calibration text, or "rtn" without.
@@ -53,8 +57,9 @@ class QuantizeOptions:
         samples: calibration windows.
         seq_len: tokens in a window; by default 512, or the model's limit where that is less.
         seed: of the choice of windows.
-        zero_points: "real" offsets, or "integer" zero-points, which stock formats need; by default
-            what `format` holds.
+        zero_points: "real" offsets; "integer" zero-points, which stock formats need; or "none":
+            the middle code is the weight 0 (symmetric, `sym`), as some engines' kernels need. By
+            default what `format` holds.
         offsets_at: which weight of a group fp16 holds: "middle", the one at the middle code, or
             "minimum", the one at code 0: for models that will be run by llama.cpp, whose Q4_1
             then holds what was trained bit for bit. In memory offsets take 4 bytes, not 2.
@@ -68,6 +73,12 @@ class QuantizeOptions:
         dynamic: other `bits` and `group_size` for some modules, {name or pattern: {...}}; see
             `QALoRAQuantConfig`.
         modules_to_not_convert: modules in the blocks that stay in 16 bits; see there too.
+        refine: train all scales and offsets against the 16-bit model afterwards, on the calibration
+            text; both models are in memory (see `refine.Refiner`).
+        refine_steps: optimizer steps of that.
+        refine_rate: its peak learning rate, in quantization steps.
+        refine_batch: windows in one step.
+        refine_norms: train the weights of normalization layers too.
         dtype: of the activations; by default the model's.
         device: where blocks are run and solved.
         revision: of a Hub repository.
@@ -79,7 +90,8 @@ class QuantizeOptions:
         QuantizationError: `samples` or `seq_len` is out of range.
     """
 
-    bits: int = 4
+    bits: int | Literal["auto"] = 4
+    target_bits: float | None = None
     group_size: int = 32
     method: Literal["gptq", "rtn"] = "gptq"
     calibration: Calibration | None = None
@@ -87,7 +99,7 @@ class QuantizeOptions:
     samples: int = 128
     seq_len: int | None = None
     seed: int = 0
-    zero_points: Literal["real", "integer"] | None = None
+    zero_points: ZeroPoints | None = None
     offsets_at: Literal["middle", "minimum"] = "middle"
     format: Literal["qalora", "gptq", "gptq_v2"] = "qalora"
     desc_act: bool = False
@@ -96,6 +108,11 @@ class QuantizeOptions:
     damp: float = 0.01
     dynamic: dict[str, dict[str, int]] | None = None
     modules_to_not_convert: list[str] | None = None
+    refine: bool = False
+    refine_steps: int = RefineSettings.steps
+    refine_rate: float = RefineSettings.rate
+    refine_batch: int = RefineSettings.batch
+    refine_norms: bool = RefineSettings.norms
     dtype: torch.dtype | None = None
     device: str | torch.device = "cpu"
     revision: str | None = None
@@ -109,7 +126,7 @@ class QuantizeOptions:
             self.config()
         except ConfigError as error:
             raise OptionError(str(error).removeprefix("quantization_config: ")) from None
-        _ = self.solver  # has checks of its own
+        _ = self.solver, self.refining  # have checks of their own
         check_sizes(self.samples, DEFAULT_SEQ_LEN if self.seq_len is None else self.seq_len)
 
     def _contradictions(self) -> Iterator[str]:
@@ -122,13 +139,13 @@ class QuantizeOptions:
                 f"{{format={self.format}}} holds integer zero-points only: use "
                 "{zero_points=integer}, or {format=qalora}"
             )
-        if self.integer_zeros and self.offsets_at == "minimum":
-            cause = "zero_points=integer" if self.zero_points else f"format={self.format}"
+        if self.zeros != "real" and self.offsets_at == "minimum":
+            cause = f"zero_points={self.zeros}" if self.zero_points else f"format={self.format}"
             yield (
                 f"{{offsets_at=minimum}} needs real-valued offsets: with {{{cause}}} the minimum "
                 "is a multiple of the scale, in general no fp16 number. Leave out one of the two"
             )
-        for name in ("calibration", "desc_act", "ordering"):
+        for name in ("calibration", "desc_act", "ordering", "refine"):
             given = getattr(self, name)  # maybe a tensor, which has no truth value
             if self.method == "rtn" and given is not None and given is not False:
                 yield (
@@ -142,16 +159,32 @@ class QuantizeOptions:
                 "training set; a few hundred kilobytes are enough. Or use {method=rtn}, which is "
                 "less exact"
             )
+        yield from self._bits_contradictions()
         if self.desc_act and self.ordering:
             yield (
                 "{desc_act} has an order of its own, by size of input: leave out one of it and "
                 "{ordering}"
             )
 
+    def _bits_contradictions(self) -> Iterator[str]:
+        if (self.bits == "auto") != (self.target_bits is not None):
+            yield (
+                "{bits=auto} and {target_bits} go together: give both, such as a target of 3.0, or "
+                "neither"
+            )
+        if self.bits != "auto":
+            return
+        if self.target_bits is not None and not 2 <= self.target_bits <= 8:
+            yield f"{{target_bits}} must lie between 2 and 8, found {self.target_bits}"
+        if self.method == "rtn":
+            yield "{bits=auto} needs calibration data to measure layers on: use {method=gptq}"
+        if self.format != "qalora":
+            yield f"{{format={self.format}}} has one grid for all layers: {{bits=auto}} has several"
+
     @property
-    def integer_zeros(self) -> bool:
-        """True if zero-points are integers."""
-        return self.zero_points == "integer" or self.format != "qalora"
+    def zeros(self) -> ZeroPoints:
+        """What zero-points may be: `zero_points`, or what follows from the format."""
+        return self.zero_points or ("real" if self.format == "qalora" else "integer")
 
     @property
     def solver(self) -> GPTQSettings:
@@ -159,13 +192,27 @@ class QuantizeOptions:
         ordering = "act" if self.desc_act else self.ordering or "groups"
         return GPTQSettings(ordering=ordering, damp=self.damp, mse=self.mse)
 
+    @property
+    def refining(self) -> RefineSettings:
+        """The settings with which the quantized model is refined, where it is."""
+        names = [field.name for field in fields(RefineSettings)]
+        return RefineSettings(**{name: getattr(self, f"refine_{name}") for name in names})
+
+    @property
+    def windows(self) -> int:
+        """The windows to draw: GPTQ takes `samples`, refining more, and some are held out."""
+        return self.refining.windows(self.samples) if self.refine else self.samples
+
     def config(self) -> QALoRAQuantConfig:
-        """Return the checkpoint's `quantization_config`, as far as no model is needed for it."""
+        """Return the checkpoint's `quantization_config`, as far as no model is needed for it.
+
+        With bits "auto" its bits are not chosen yet.
+        """
         return QALoRAQuantConfig(
-            bits=self.bits,
+            bits=4 if self.bits == "auto" else self.bits,
             group_size=self.group_size,
             desc_act=self.desc_act,
-            offsets_dtype="float32" if self.integer_zeros else "float16",
+            offsets_dtype="float32" if self.zeros == "integer" else "float16",
             offsets_at=self.offsets_at,
             modules_to_not_convert=self.modules_to_not_convert,
             dynamic=self.dynamic or {},

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import transformers
-from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedModel
 
 from qalora_kernels import QuantSpec
@@ -19,12 +18,16 @@ from qalora_kernels import QuantSpec
 from ..checkpoint.config import QALoRAQuantConfig
 from ..checkpoint.format import format_named
 from ..checkpoint.side_files import copy_side_files
-from ..files.atomic import AtomicDirectory, ScratchDirectory
+from ..files.atomic import AtomicDirectory, ScratchDirectory, replace_text
 from ..files.hub import resolve_model_dir
-from ..files.json import read_json, write_json
-from ..files.names import CONFIG_FILE, REPORT_FILE
+from ..files.json import json_text, read_json, write_json
+from ..files.names import CHOSEN_BITS_FILE, CONFIG_FILE, REFINE_STATE_FILE, REPORT_FILE
+from ..files.progress import progress_meter
+from .allocate import BitChooser, grids_by_layer
 from .calibration import calibration_windows, fitting_length
+from .divergence import check_predicts
 from .options import QuantizeOptions, read_options, usable_device
+from .refine import Refiner, split_windows
 from .shards import BlockShards
 from .source import ModelSource, choose_layers
 from .walk import Walk, round_layers
@@ -43,12 +46,15 @@ class QuantizeResult:
             is all zero.
         kept: linear modules that stayed in 16 bits.
         resumed: blocks that an earlier, interrupted run had finished.
+        refined: where scales and offsets were trained, the settings of that, and the held-out KL
+            divergence from the 16-bit model before and after, in nats a token.
     """
 
     out: Path
     layers: dict[str, dict[str, Any]]
     kept: list[str]
     resumed: int
+    refined: dict[str, Any] | None = None
 
 
 def quantize_model(
@@ -91,6 +97,8 @@ def quantize_model(
         config.modules_to_not_convert = [name for name in linears if name not in specs]
         if options.format != "qalora":
             format_named("gptq").module("write").check_specs(specs, options.format, config)
+        if options.refine or options.bits == "auto":
+            check_predicts(source.model)
         windows = _windows(source, options) if options.method == "gptq" else None
         name = str(model) if isinstance(model, str) and directory != Path(model) else directory.name
         config.base = _origin(name, options, windows)
@@ -116,7 +124,7 @@ def _on_disk(
 
 
 def _windows(source: ModelSource, options: QuantizeOptions) -> torch.Tensor:
-    """Return token ids int64 [samples, seq_len] to calibrate on."""
+    """Return token ids int64 [samples, seq_len] to calibrate, and to refine, on."""
     assert options.calibration is not None
     length = fitting_length(source.model.config, options.seq_len)
     tokenizer = options.tokenizer
@@ -125,8 +133,10 @@ def _windows(source: ModelSource, options: QuantizeOptions) -> torch.Tensor:
             source.reader.directory, trust_remote_code=options.trust_remote_code
         )
     windows = calibration_windows(
-        options.calibration, tokenizer, samples=options.samples, seq_len=length, seed=options.seed
+        options.calibration, tokenizer, samples=options.windows, seq_len=length, seed=options.seed
     )
+    if options.refine:
+        split_windows(windows)  # refuses a text that is too short, before it is quantized
     if len(windows) < options.samples:
         log.warning("calibration: text for %d of %d samples only", len(windows), options.samples)
     return windows
@@ -134,12 +144,17 @@ def _windows(source: ModelSource, options: QuantizeOptions) -> torch.Tensor:
 
 def _origin(name: str, options: QuantizeOptions, windows: torch.Tensor | None) -> dict[str, Any]:
     """Return the checkpoint's record of where its integers came from."""
-    zeros = "integer" if options.integer_zeros else "real"
-    made: dict[str, Any] = {"name_or_path": name, "zero_points": zeros}
+    made: dict[str, Any] = {"name_or_path": name, "zero_points": options.zeros}
     if windows is not None:
         made |= dataclasses.asdict(options.solver)
-        made |= {"samples": len(windows), "seq_len": windows.shape[1], "seed": options.seed}
+        samples = len(_calibrating(windows, options))
+        made |= {"samples": samples, "seq_len": windows.shape[1], "seed": options.seed}
     return made
+
+
+def _calibrating(windows: torch.Tensor, options: QuantizeOptions) -> torch.Tensor:
+    """Return the windows that GPTQ sees: the first ones, none of those that are held out."""
+    return (split_windows(windows)[0] if options.refine else windows)[: options.samples]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,12 +170,16 @@ class _Job:
 
     def tag(self) -> str:
         """Return what tells this work from any other."""
-        settings = {
+        settings: dict[str, Any] = {
             "config": self.config.to_dict(),
             "solver": dataclasses.asdict(self.options.solver),
             "dtype": str(self.source.dtype),
             "device": str(self.source.device),
         }
+        if self.options.refine:
+            settings["refine"] = dataclasses.asdict(self.options.refining)
+        if self.options.bits == "auto":
+            settings["target_bits"] = self.options.target_bits
         data = b"" if self.windows is None else self.windows.numpy().tobytes()
         versions = [torch.__version__, transformers.__version__]
         return self.source.reader.digest(data, settings=settings, versions=versions)[:16]
@@ -175,15 +194,51 @@ class _Job:
                 path,
             )
         with target as partial:
-            shards = BlockShards(partial, self.source, self.specs, self.config.desc_act)
-            self._write(shards)
-            shards.writer.finish()
-            copy_side_files(self.source.reader.directory, partial)
-            config = self.config.to_dict()
-            config["base"] = {**self.config.base, "fingerprint": shards.fingerprint()}
-            final = {**self.source.reader.config, "quantization_config": config}
-            write_json(partial / CONFIG_FILE, final)
-        return dataclasses.replace(self._result(target.target), resumed=sum(shards.finished))
+            job = self._with_chosen_bits(partial) if self.options.bits == "auto" else self
+            resumed = job._fill(partial)
+        return dataclasses.replace(job._result(target.target), resumed=resumed)
+
+    def _fill(self, directory: Path) -> int:
+        """Write all files; return the number of blocks that were there."""
+        shards = BlockShards(directory, self.source, self.specs, self.config.desc_act)
+        self._write(shards)
+        refined = self._refine(shards, directory) if self.options.refine else {}
+        shards.writer.finish()
+        copy_side_files(self.source.reader.directory, directory)
+        config = self.config.to_dict()
+        mark = {"fingerprint": shards.fingerprint()}
+        config["base"] = {**self.config.base, **refined, **mark}
+        final = {**self.source.reader.config, "quantization_config": config}
+        write_json(directory / CONFIG_FILE, final)
+        for name in (REFINE_STATE_FILE, CHOSEN_BITS_FILE):
+            (directory / name).unlink(missing_ok=True)
+        return sum(shards.finished)
+
+    def _with_chosen_bits(self, directory: Path) -> "_Job":
+        """Return the job with bits for every layer, as measured now or by an earlier run."""
+        file = directory / CHOSEN_BITS_FILE
+        if not file.exists():
+            assert self.windows is not None
+            chooser = BitChooser(self.source, self.specs, self.options, self.windows)
+            specs, record = chooser.choose(self._settled())
+            names = {self.source.layer_name(name): spec for name, spec in specs.items()}
+            grid, dynamic = grids_by_layer(names)
+            replace_text(file, json_text({**grid, "dynamic": dynamic, "record": record}))
+        chosen = read_json(file)
+        config = dataclasses.replace(
+            self.config,
+            bits=chosen["bits"],
+            group_size=chosen["group_size"],
+            dynamic=chosen["dynamic"],
+            base={**self.config.base, "chosen_bits": chosen["record"]},
+        )
+        return dataclasses.replace(self, config=config, specs=choose_layers(self.source, config))
+
+    def _settled(self) -> set[str]:
+        """Return the layers whose bits `dynamic` gives."""
+        other = dataclasses.replace(self.config, bits=3 if self.config.bits != 3 else 4)
+        found = choose_layers(self.source, other)
+        return {name for name, spec in self.specs.items() if found[name].bits == spec.bits}
 
     def run_stock(self, out: str | Path) -> QuantizeResult:
         """Write a stock GPTQ directory, by way of one in our format."""
@@ -198,8 +253,9 @@ class _Job:
 
     def _result(self, out: Path) -> QuantizeResult:
         """Return the result that a finished directory holds."""
-        layers = read_json(out / REPORT_FILE)["layers"]
-        return QuantizeResult(out, layers, self.config.modules_to_not_convert or [], 0)
+        report = read_json(out / REPORT_FILE)
+        kept = self.config.modules_to_not_convert or []
+        return QuantizeResult(out, report["layers"], kept, 0, report.get("refined"))
 
     def _write(self, shards: BlockShards) -> None:
         """Write the weights that are not there yet."""
@@ -207,9 +263,9 @@ class _Job:
         source, specs, options = self.source, self.specs, self.options
         walk = None
         if self.windows is not None and not all(shards.finished):
-            walk = Walk(source, specs, options, self.windows)
+            walk = Walk(source, specs, options, _calibrating(self.windows, options))
         hidden = not options.progress
-        with tqdm(total=len(specs), unit="layer", desc="quantizing", disable=hidden) as bar:
+        with progress_meter("quantizing", "layer", total=len(specs), disable=hidden) as bar:
             for index, finished in enumerate(shards.finished):
                 layers = shards.layers(index)
                 if walk:
@@ -223,6 +279,18 @@ class _Job:
                 if walk:
                     walk.leave(index)
                 _release_freed_memory()
+
+    def _refine(self, shards: BlockShards, directory: Path) -> dict[str, Any]:
+        """Refine what is written; return the record of it."""
+        options, windows = self.options, self.windows
+        assert windows is not None
+        blocks = range(len(shards.finished))
+        layers = (layer for index in blocks for layer in shards.read_block(index))
+        refiner = Refiner(self.source, layers, options.refining, options.zeros)
+        record = refiner.run(windows, options.seed, directory, progress=options.progress)
+        shards.rewrite(refiner.packed(), refiner.norms)
+        shards.add_to_report(refined=record)
+        return {"refined": record}
 
 
 def _release_freed_memory() -> None:

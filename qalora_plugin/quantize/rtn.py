@@ -5,7 +5,7 @@ from torch.nn.functional import pad
 
 from qalora_kernels import PackedWeight, QuantSpec
 
-from .grid import Grid, check_weight, fit_groups, round_codes
+from .grid import Grid, ZeroPoints, check_weight, fit_groups, round_codes
 
 _CHUNK = 1 << 23  # weights fitted at a time: bounds the memory of the temporaries
 
@@ -15,7 +15,7 @@ def rtn(
     spec: QuantSpec,
     *,
     name: str,
-    integer_zeros: bool = False,
+    zero_points: ZeroPoints = "real",
     search: bool = True,
 ) -> PackedWeight:
     """Quantize one weight matrix without calibration data.
@@ -24,7 +24,7 @@ def rtn(
         weight: [N, K], any float dtype.
         spec: the grid, which the result carries.
         name: the layer, for messages.
-        integer_zeros: restrict zero-points to integers (see `grid`).
+        zero_points: what they may be (see `grid`).
         search: False spreads the codes from the least to the greatest weight.
 
     Returns:
@@ -35,7 +35,7 @@ def rtn(
     """
     check_weight(weight, name)
     n, k = weight.shape
-    grid, group_size, groups = Grid.of(spec, integer_zeros), spec.group_size, spec.num_groups
+    grid, group_size, groups = Grid.of(spec, zero_points), spec.group_size, spec.num_groups
     scales = torch.empty(groups, n, device=weight.device)
     offsets = torch.empty_like(scales)
     codes = torch.empty(n, k, dtype=torch.uint8, device=weight.device)

@@ -1,7 +1,10 @@
 """Write a model's shards one block after another, leaving out those that are finished already."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from qalora_kernels import PackedWeight, QuantSpec
 from qalora_kernels.stored import TensorPlan, layer_plan
@@ -15,6 +18,7 @@ from ..files.reader import CheckpointReader
 from ..files.writer import CheckpointWriter, ShardWriter, split_plan
 from .source import ModelSource
 
+Tensors = Mapping[str, torch.Tensor]
 Solved = Iterator[tuple[str, PackedWeight, float | None]]
 """(layer, weight, relative error of its output or None), one after the other."""
 
@@ -32,7 +36,7 @@ class BlockShards:
         writer: of the shards; its `finish` writes the index and the manifest.
         finished: whether each block was written by an earlier run.
         report: quantization_report.json: {"layers": ...} as in `pipeline.QuantizeResult`, of the
-            blocks that are written.
+            blocks that are written, and {"refined": ...} likewise.
     """
 
     def __init__(
@@ -91,13 +95,39 @@ class BlockShards:
                 self.report["layers"][name] = entry
                 yield name
             self._copy(shard, self._dense_names(index))
-            replace_text(self.writer.directory / REPORT_FILE, json_text(self.report))
+            self.add_to_report()
+
+    def add_to_report(self, **facts: Any) -> None:
+        """Write the report, with these facts in it."""
+        self.report |= facts
+        replace_text(self.writer.directory / REPORT_FILE, json_text(self.report))
 
     def read_block(self, index: int) -> Iterator[tuple[str, PackedWeight]]:
         """Yield the layers of a finished block."""
         reader = self._reader(index)
         for layer in self.layers(index):
             yield layer, read_layer(reader, self._source.layer_name(layer), self._specs[layer])
+
+    def rewrite(self, layers: Iterable[tuple[str, PackedWeight]], dense: Tensors) -> None:
+        """Replace numbers in finished shards; every shard is the old one or the new one, whole.
+
+        Args:
+            layers: quantized layers, by their names in the model.
+            dense: parameters, by their names in the model, in any float dtype.
+        """
+        new = {self._source.stored[name]: tensor for name, tensor in dense.items()}
+        for layer, weight in layers:
+            new |= pack_layer(self._source.layer_name(layer), weight)
+        for index, plan in enumerate(self.writer.plans):
+            if new.keys().isdisjoint(plan):
+                continue
+            old = CheckpointReader(self.writer.directory, only=self.writer.file_name(index))
+            with self.writer.shard(index) as shard:
+                for name, (dtype, _) in plan.items():
+                    if name in new:
+                        shard.write(name, new[name].to(dtype))
+                    else:
+                        shard.copy(name, old, name)
 
     def _reader(self, index: int) -> CheckpointReader:
         name = self.writer.file_name(self._first + index)

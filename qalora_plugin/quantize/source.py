@@ -15,6 +15,7 @@ from qalora_kernels import QuantSpec
 from ..architecture.blocks import find_blocks
 from ..architecture.model import empty_model
 from ..architecture.names import LayerNames
+from ..architecture.places import places_problem
 from ..architecture.selection import check_group_sizes, check_overrides, linears_to_quantize
 from ..checkpoint.config import QALoRAQuantConfig
 from ..checkpoint.kind import find_kind
@@ -49,13 +50,14 @@ class ModelSource:
             ConfigError: an architecture that cannot be quantized block by block.
         """
         self.reader = CheckpointReader(directory)
-        config, kind = self.reader.config, find_kind(directory)
+        kind = find_kind(directory)
         if not kind.is_16_bit or quantized_layers(self.reader.tensors):
             raise CheckpointError(
                 f"{directory}: is quantized already ({kind.method or 'unknown method'}). Quantize "
                 "the 16-bit model that it came from"
             )
-        self.model = _empty_model(directory, config, trust_remote_code)
+        self._trust_remote_code = trust_remote_code
+        self.model = self.empty_copy()
         prefix, self.blocks = find_blocks(self.model)
         self.block_names = [f"{prefix}.{index}" for index in range(len(self.blocks))]
         self.device = torch.device(device)
@@ -64,6 +66,11 @@ class ModelSource:
         self.dtype = dtype or (torch.float32 if slow else self.model.dtype)
         self.stored = LayerNames(self.model).stored(self.reader.tensors)
         self._check_complete()
+
+    def empty_copy(self) -> transformers.PreTrainedModel:
+        """Return another model of the same architecture, parameters on meta."""
+        reader = self.reader
+        return _empty_model(reader.directory, reader.config, self._trust_remote_code)
 
     def _check_complete(self) -> None:
         mapping = get_model_conversion_mapping(self.model)
@@ -76,14 +83,11 @@ class ModelSource:
                     f"{type(self.model).__name__} computes with (fused experts); such models "
                     "cannot be quantized yet"
                 )
-        known = self.stored.keys() | self.model.all_tied_weights_keys
-        lost = [name for name, _ in self.model.named_parameters() if name not in known]
-        if lost:
-            raise CheckpointError(
-                f"{self.reader.directory}: no tensor for {lost[0]} ({len(lost)} such) of "
-                f"{type(self.model).__name__}, which {CONFIG_FILE} names. The checkpoint is "
-                "incomplete, or its architecture is another"
-            )
+        problem = places_problem(
+            self.model, self.reader.tensors, architectures=self.reader.config.get("architectures")
+        )
+        if problem is not None:
+            raise CheckpointError(f"{self.reader.directory}: {problem}")
         for name, parameter in self.model.named_parameters():
             info = self.reader.tensors.get(self.stored.get(name, ""))
             if info is not None and info.shape != tuple(parameter.shape):
@@ -112,6 +116,13 @@ class ModelSource:
                 self._put(name, tensor.to(self.dtype) if tensor.is_floating_point() else tensor)
             else:
                 owner._buffers[leaf] = tensor.to(owner.get_buffer(leaf).dtype)
+
+    def move_buffers(self) -> None:
+        """Move the model's buffers, which are not on meta, to the device."""
+        for module in self.model.modules():
+            for leaf, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[leaf] = buffer.to(self.device)
 
     def empty(self, names: Iterable[str]) -> None:
         """Drop these parameters' numbers again."""

@@ -1,6 +1,6 @@
 """Quantize layers on calibration activations, which are carried through the blocks, or without."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
@@ -26,7 +26,7 @@ def round_layers(
             source.tensor(f"{layer}.weight"),
             specs[layer],
             name=source.layer_name(layer),
-            integer_zeros=options.integer_zeros,
+            zero_points=options.zeros,
             search=options.mse,
         )
         yield layer, weight, None
@@ -55,15 +55,11 @@ class Walk:
     ) -> None:
         """Run everything before the blocks."""
         self._source, self._specs, self._options = source, specs, options
-        model = source.model
-        for module in model.modules():
-            for leaf, buffer in module._buffers.items():
-                if buffer is not None:
-                    module._buffers[leaf] = buffer.to(source.device)
+        source.move_buffers()
         needed = [*self._before_the_blocks(), *source.names_in(source.block_names[0])]
         source.fill(needed)
         batch = max(1, _BATCH_TOKENS // windows.shape[1])
-        recording = record(model, source.blocks, list(windows.split(batch)), source.device)
+        recording = record(source.model, source.blocks, list(windows.split(batch)), source.device)
         self._calls, self._hidden = recording.calls, recording.hidden
         source.empty(needed)
 
@@ -90,25 +86,32 @@ class Walk:
 
     def solve(self, index: int, layers: list[str]) -> Solved:
         """Quantize layers of block `index`: (layer, weight, relative error on its inputs)."""
+        for layer, hessian in self.hessians(index, layers):
+            # as stored, not as rounded to the dtype of the activations
+            weight = self._source.tensor(f"{layer}.weight")
+            quantized = gptq(
+                weight,
+                hessian,
+                self._specs[layer],
+                zero_points=self._options.zeros,
+                settings=self._options.solver,
+                name=self._source.layer_name(layer),
+            )
+            self._replace(layer, quantized)
+            yield layer, quantized, calibrated_error(weight, quantized, hessian)
+
+    def hessians(self, index: int, layers: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield layers of block `index` in the order of execution, each with its H, fp32 [K, K].
+
+        H is recorded when it is asked for, on what the layers before it are by then.
+        """
         block, calls = self._source.blocks[index], self._calls[index]
         prefix = f"{self._source.block_names[index]}."
         linears = {layer.removeprefix(prefix): self._linear(layer) for layer in layers}
         for stage in find_stages(block, linears, calls[0], self._hidden[0]):
             hessian = self._hessian(index, stage, linears[stage.names[0]])
             for name in stage.names:
-                layer = prefix + name
-                # as stored, not as rounded to the dtype of the activations
-                weight = self._source.tensor(f"{layer}.weight")
-                quantized = gptq(
-                    weight,
-                    hessian,
-                    self._specs[layer],
-                    integer_zeros=self._options.integer_zeros,
-                    settings=self._options.solver,
-                    name=self._source.layer_name(layer),
-                )
-                self._replace(layer, quantized)
-                yield layer, quantized, calibrated_error(weight, quantized, hessian)
+                yield prefix + name, hessian
 
     def _linear(self, layer: str) -> nn.Linear:
         linear = self._source.model.get_submodule(layer)

@@ -14,7 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from ..checkpoint.checkpoint import open_quantized
-from ..checkpoint.kind import find_kind
+from ..checkpoint.kind import find_kind, find_model
 from ..distributed.ranks import rank
 from ..distributed.sharding import gathered, is_sharded, plain_name
 from ..errors import CheckpointError
@@ -37,7 +37,7 @@ def quantized_base_on_disk(model: PeftModel) -> Path | None:
     if not config.base_model_name_or_path:
         return None
     try:
-        directory = resolve_model_dir(config.base_model_name_or_path, config.revision)
+        directory = find_model(config.base_model_name_or_path, config.revision)
     except CheckpointError:
         return None
     if find_kind(directory).is_16_bit:

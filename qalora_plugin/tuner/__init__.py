@@ -1,10 +1,16 @@
-"""The PEFT method QALORA. Importing this package registers it."""
+"""The PEFT method QALORA; `register` makes it known to PEFT."""
 
-from .config import QALoRAConfig
-from .layer import QALoRALinear
-from .model import QALoRAModel
-from .register import register
+from typing import TYPE_CHECKING
 
-__all__ = ["QALoRAConfig", "QALoRALinear", "QALoRAModel", "register"]
+from .._lazy import lazy_names
 
-register()
+if TYPE_CHECKING:
+    from .config import QALoRAConfig
+    from .layer import QALoRALinear
+    from .model import QALoRAModel
+
+__all__ = ["QALoRAConfig", "QALoRALinear", "QALoRAModel"]
+
+__getattr__ = lazy_names(
+    __name__, {"QALoRAConfig": ".config", "QALoRALinear": ".layer", "QALoRAModel": ".model"}
+)

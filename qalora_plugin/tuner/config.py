@@ -82,6 +82,10 @@ class QALoRAConfig(PeftConfig):
         init_lora_weights: True starts A uniform and B at zero, a no-op; False both at random.
         adapt: what is learned: "zeros" (the paper: offsets), "scales" (a relative change of the
             scales; the zero-points stay) or "both".
+        write_back: of a base in a foreign format: keep within what a copy of its file can take
+            back (`qalora export --format original`): layers that cannot are not adapted, and an
+            `adapt` that none can take back is refused. False: adapt all; other exports hold the
+            result. None: True, but for stock GPTQ.
         seed: of the initialisation, which does not depend on the state of any random generator.
         bits: of the base. This and the next four are filled in when the adapter meets its base,
             and are checked when it is loaded.
@@ -108,6 +112,7 @@ class QALoRAConfig(PeftConfig):
     bias: str = "none"
     init_lora_weights: bool = True
     adapt: str = "zeros"
+    write_back: bool | None = None
     seed: int = 0
     bits: int | None = None
     group_size: int | None = None
@@ -145,6 +150,7 @@ class QALoRAConfig(PeftConfig):
                 "modules_to_save)",
             ),
             "lora_dropout": (is_number(dropout) and 0 <= dropout < 1, "in [0, 1)"),
+            "write_back": (self.write_back in (None, True, False), "True, False or None"),
             "seed": (is_int(seed) and seed >= 0, "an integer of 0 or more"),
             "bits": (self.bits in (None, *SUPPORTED_BITS), f"one of {SUPPORTED_BITS}, or left out"),
         }

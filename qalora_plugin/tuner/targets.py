@@ -1,6 +1,7 @@
 """Which layers of a base an adapter goes on, and which base that is."""
 
 import copy
+import logging
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -9,16 +10,19 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import nn
 
-from qalora_kernels.stored import QUANT_METHOD
+from qalora_kernels.stored import QUANT_METHOD, is_excluded
 
-from ..checkpoint.config import QALoRAQuantConfig
 from ..checkpoint.fingerprint import fingerprint
+from ..checkpoint.format import Format, format_named, formats
 from ..checkpoint.identity import BaseIdentity
+from ..checkpoint.source import SOURCE_KEY
 from ..errors import AdapterError, ConfigError
 from ..files.names import ADAPTER_CONFIG_FILE
+from ..hf.config import QALoRAQuantConfig
 from ..layers.linear import QuantLinear
 from .config import ALL_LINEAR, QALoRAConfig
 
+_log = logging.getLogger(__name__)
 _SHOWN = 8  # names in an error message
 
 
@@ -92,6 +96,48 @@ def resolve_targets(config: QALoRAConfig, model: nn.Module) -> None:
             "quantize them too (modules_to_not_convert). Quantized are "
             f"{_shorten(_leaves(quantized))}"
         )
+    _keep_within(config, list(matched), quantization_config(model))
+
+
+def _keep_within(config: QALoRAConfig, matched: list[str], base: QALoRAQuantConfig | None) -> None:
+    """Take layers from the targets that the base's own format cannot take back after the merge.
+
+    Raises:
+        ConfigError: that is all of them.
+    """
+    source: dict[str, Any] = {} if base is None else base.base.get(SOURCE_KEY) or {}
+    if config.write_back and not source:
+        raise ConfigError(
+            "QALoRAConfig: write_back=True is for a base that was read from a foreign format, and "
+            "this one has no record of a source. Leave write_back out"
+        )
+    if config.write_back is False or not source:
+        return
+    format = format_named(source["format"])
+    if config.write_back is None and not format.keeps_within:
+        return
+    frozen = [n for n in matched if is_excluded(n, source["frozen"].get(config.adapt, ()))]
+    if len(frozen) == len(matched):
+        raise _not_taken_back(config, format, source)
+    if frozen:
+        config.target_modules = set(matched) - set(frozen)
+        _log.warning(
+            "%d of %d layers stay frozen, such as %s: format %s cannot take their change back "
+            "(write_back=False adapts them, for other exports)",
+            *(len(frozen), len(matched), frozen[0], format.name),
+        )
+
+
+def _not_taken_back(config: QALoRAConfig, format: Format, source: dict[str, Any]) -> ConfigError:
+    held = [f for f in formats() if not (f.grids.integer_zeros or f.of_adapter or f.of_source)]
+    able = [mode for mode in format.takes_back if not source["frozen"].get(mode)]
+    way = f"Set adapt={able[0]!r}, which {format.name} takes back, or set" if able else "Set"
+    note = f" ({format.back_note})" if format.back_note else ""
+    return ConfigError(
+        f"QALoRAConfig: adapt={config.adapt!r}: the base is in format {format.name!r}, which "
+        f"cannot take that back{note}. {way} write_back=False and export the merged model to "
+        f"{', '.join(f.name for f in held)}, or run it in our format"
+    )
 
 
 def _refuse_quantized_saves(config: QALoRAConfig, quantized: dict[str, QuantLinear]) -> None:

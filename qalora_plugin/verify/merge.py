@@ -273,7 +273,9 @@ def _rounding(
         error += _half_ulp(minima, spec.scales_dtype)
     allowed = formula.pool(x, merged.g_idx, spec.group_size) @ error
     if "scales" in merge.layer.keys:  # a relative error of s' is one of the whole scaled weight
-        share = _half_ulp(merged.scales, spec.scales_dtype) / base.scales.double()
+        # (none where a scale is 0: it stays 0, and the offset's own rounding is counted above)
+        share = _half_ulp(merged.scales, spec.scales_dtype) / base.scales.double().abs()
+        share = share.where(base.scales != 0, 0.0)
         allowed += x @ (weight * expand(share, merged.g_idx, spec.group_size, spec.in_features))
     return allowed
 

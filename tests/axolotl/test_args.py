@@ -52,6 +52,13 @@ def test_a_wrong_value_is_named(wrong):
             {"offsets_at": "minimum", "zero_points": "integer"},
             "offsets_at: minimum needs real-valued offsets: with zero_points: integer",
         ),
+        ({"bits": "auto"}, "bits: auto and target_bits go together"),
+        ({"target_bits": 3.0}, "bits: auto and target_bits go together"),
+        (
+            {"refine": True, "quantize_method": "rtn"},
+            "refine does not go with quantize_method: rtn",
+        ),
+        ({"refine": True, "refine_rate": 2.0}, "refine_rate must lie between 0 and 1"),
     ],
 )
 def test_what_quantizing_refuses_is_said_in_keys(block, message):
@@ -69,9 +76,9 @@ def test_formats_that_cannot_hold_what_is_trained(format, adapt, advice):
     QALoRABlock.model_validate({"merge_formats": ["qalora", format], "adapt": advice})
 
 
-@pytest.mark.parametrize("format", ["qalora", *FOLDERS])
+@pytest.mark.parametrize("format", ["qalora", *(name.replace("_", "-") for name in FOLDERS)])
 def test_merge_formats_are_what_can_be_exported(format):
-    adapt = {"gptq": "scales"}.get(format, "zeros")
+    adapt = "scales" if format in ("gptq", "compressed-tensors") else "zeros"
     assert QALoRABlock(merge_formats=[format], adapt=adapt).merge_formats == [format]
     with pytest.raises(ValidationError, match=f"merge_formats: expected some of.* {format}.*'hqq'"):
         QALoRABlock(merge_formats=["hqq"])

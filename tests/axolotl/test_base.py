@@ -1,5 +1,6 @@
 """The base of a run: recognised, quantized once, and found again."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -117,3 +118,15 @@ def test_calibration_data_are_part_of_the_key(dense, tmp_path):
     missing = cfg(dense, tmp_path, quantize_method="gptq", calibration=str(tmp_path / "no.txt"))
     with pytest.raises(ConfigError, match=r"no\.txt"):
         quantized_base(missing, rows, tokenize)
+
+
+def test_a_refined_base_with_chosen_bits(dense, tmp_path):
+    block = {"quantize_method": "gptq", "calibration_samples": 2, "bits": "auto"}
+    block |= {"target_bits": 3.0, "refine": True, "refine_steps": 3, "refine_batch": 1}
+    rows = [{"input_ids": [row % 50, 2, 3, 4] * 8} for row in range(8)]
+    made = quantized_base(cfg(dense, tmp_path, **block), rows, tokenize)
+    base = json.loads((made / "config.json").read_text())["quantization_config"]["base"]
+    assert base["refined"]["steps"] == 3 and base["chosen_bits"]["target_bits"] == 3.0
+    assert base["samples"] == 2  # of GPTQ: refining draws more
+    other = quantized_base(cfg(dense, tmp_path, **{**block, "refine_steps": 2}), rows, tokenize)
+    assert other != made

@@ -92,6 +92,7 @@ def test_exports_that_would_fail_are_refused_before_training(tmp_path):
     for format in ("mlx", "torchao"):
         with pytest.raises(ConfigError, match=rf"merge_formats: {format} .*act-order"):
             finish.check_formats(formats(tmp_path, format), act_order)
+    finish.check_formats(formats(tmp_path, "gptq", zero_points="none"), None)
     with pytest.raises(ConfigError, match=r"merge_formats: gptq .*zero-points of 0"):
         finish.check_formats(formats(tmp_path, "gptq"), FIXTURES / "gptq_4bit_g32_asym_zero0")
     fine = formats(tmp_path, "qalora", "gptq", "lora", "torchao", "mlx")

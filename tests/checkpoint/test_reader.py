@@ -36,7 +36,7 @@ def shards(directory, weight_map, files):
 def test_reads_every_dtype_as_safetensors_writes_it(tmp_path):
     generator = torch.Generator().manual_seed(0)
     raw = torch.randint(0, 2, (4, 16), dtype=torch.uint8, generator=generator)
-    tensors = {name: raw.view(dtype).clone() for name, dtype in DTYPES.items()}
+    tensors = {code: raw.view(getattr(torch, name)).clone() for code, (name, _) in DTYPES.items()}
     tensors |= {"scalar": torch.tensor(3.5), "empty": torch.empty(0, 4)}
     save_file(tensors, tmp_path / "model.safetensors")
     reader = CheckpointReader(tmp_path)

@@ -156,8 +156,7 @@ def test_quantize_config_json_alone(stock):
 def test_where_gptqmodel_is_installed_it_is_asked_first(monkeypatch):
     stored = {"quant_method": "gptq", "bits": 4, "group_size": 128}
     assert merge_configs(stored, None).group_size == 128
-    monkeypatch.setattr("qalora_plugin.hf.routing.is_gptqmodel_available", lambda: True)
-    monkeypatch.setattr("qalora_plugin.hf.routing.is_optimum_available", lambda: True)
+    monkeypatch.setattr("qalora_plugin.hf.routing.find_spec", lambda name: name)
     assert merge_configs(stored, None) is None
     assert merge_configs(stored, QALoRAQuantConfig(4, 128)).group_size == 128
     assert merge_configs({"quant_method": "awq", "bits": 4}, QALoRAQuantConfig()) is None

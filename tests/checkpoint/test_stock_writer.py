@@ -43,7 +43,7 @@ def integer_base(directory, bits=4, tied=False):
         layer = name.removesuffix(".weight")
         weight = state.pop(name)
         spec = quantization.spec_for(layer, *weight.shape[::-1])
-        state |= pack_layer(layer, rtn(weight, spec, name=layer, integer_zeros=True))
+        state |= pack_layer(layer, rtn(weight, spec, name=layer, zero_points="integer"))
     directory.mkdir()
     save_file({n: t.contiguous() for n, t in state.items()}, directory / "model.safetensors")
     values = config.to_dict() | {

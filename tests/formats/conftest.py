@@ -4,6 +4,7 @@ from functools import cache
 
 import pytest
 import torch
+from support.directories import edit_scales
 from support.models import llama
 from transformers import AutoModelForCausalLM
 
@@ -20,6 +21,7 @@ def _quantize(
     group_size=32,
     mixed=None,
     offsets_at="middle",
+    **tensors,
 ):
     """Quantize a 16-bit model; `mixed` are other bits and another group size for the v_proj."""
     dynamic = {"*.v_proj": dict(zip(("bits", "group_size"), mixed, strict=True))} if mixed else {}
@@ -27,6 +29,7 @@ def _quantize(
         bits=bits, group_size=group_size, dynamic=dynamic, offsets_at=offsets_at
     )
     AutoModelForCausalLM.from_pretrained(dense, quantization_config=config).save_pretrained(out)
+    edit_scales(out, **tensors)
     return out
 
 
@@ -61,11 +64,12 @@ def family(tmp_path_factory):
         group_size=32,
         mixed=None,
         offsets_at="middle",
+        **tensors,
     ):
         folder = tmp_path_factory.mktemp("family")
         torch.manual_seed(0)
         AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(folder / "16")
-        _quantize(folder / "16", folder / "int", bits, group_size, mixed, offsets_at)
+        _quantize(folder / "16", folder / "int", bits, group_size, mixed, offsets_at, **tensors)
         return QuantizedCheckpoint(with_tokenizer(folder / "int", folder / "model"))
 
     return make

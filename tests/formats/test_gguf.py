@@ -22,7 +22,7 @@ from qalora_plugin.checkpoint.checkpoint import QuantizedCheckpoint, open_quanti
 from qalora_plugin.cli import main
 from qalora_plugin.errors import CheckpointError, ConfigError, OutputError, VerificationError
 from qalora_plugin.formats.export import export_model
-from qalora_plugin.formats.gguf.blocks import least_rounding
+from qalora_plugin.formats.gguf.blocks import Rounding, least_rounding
 from qalora_plugin.formats.gguf.metadata import Metadata
 from qalora_plugin.hub.card import find_subject, make_card
 from qalora_plugin.verify.export import verify_export
@@ -160,6 +160,20 @@ def test_a_minimum_that_is_off_is_found(family, tmp_path):
     claimed = family(Qwen3Config(**BLOCKS_OF_32), offsets_at="minimum")
     with pytest.raises(VerificationError, match="differ by more than the rounding of Q4_1"):
         verify_export(out, claimed.directory)
+
+
+def test_bf16_scales_are_exact_where_f16_holds_them(family, tmp_path):
+    source = family(Qwen3Config(**BLOCKS_OF_32), offsets_at="minimum", dtype=torch.bfloat16)
+    result = export_model(source.directory, tmp_path / "model.gguf", "gguf")
+    assert result.exactness == EXACT
+    assert verify_export(result.out, source.directory).largest_error == 0
+    spec = QuantSpec(4, 32, 32, 1)
+    scale = torch.tensor([[1e-7]]).bfloat16().float()  # MLX's scale of equal weights
+    layer = PackedWeight(torch.zeros(4, 1, dtype=torch.int32), scale, scale, None, spec)
+    rounding = Rounding()
+    rounding.add(layer)
+    assert "Integers are exact; minima and scales are rounded to f16" in rounding.as_text()
+    assert rounding.largest > 1
 
 
 def test_no_q4_1_block_holds_every_group_to_2e_3_of_a_step():

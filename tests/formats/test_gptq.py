@@ -7,12 +7,13 @@ import torch
 from support.random_adapter import random_adapter
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from qalora_plugin import merge_adapter
+from qalora_plugin import merge_adapter, quantize_model
 from qalora_plugin.checkpoint.checkpoint import QuantizedCheckpoint, open_quantized
 from qalora_plugin.cli import main
 from qalora_plugin.errors import CheckpointError, ConfigError, QuantizationError
 from qalora_plugin.formats.export import export_model
-from qalora_plugin.formats.gptq.limits import integer_zeros
+from qalora_plugin.formats.gptq import FORMAT
+from qalora_plugin.formats.zero_points import integer_zeros
 from qalora_plugin.quickstart.embedded import base_model_path
 
 from .weights import BLOCKS_OF_32, STOCK, error_in_steps, exact_weight
@@ -32,8 +33,31 @@ def test_merged_scales_keep_integers_and_zero_points(tmp_path):
         assert torch.equal(found.scales, wanted.scales)
         assert torch.equal(found.offsets, wanted.offsets)
         assert not torch.equal(found.scales, before.scales)
-        zeros = [integer_zeros(name, layer) for layer in (before, found)]
+        zeros = [integer_zeros(name, layer, FORMAT) for layer in (before, found)]
         assert torch.equal(*zeros)
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+@pytest.mark.parametrize("bits", [2, 4])
+def test_a_symmetric_base_merges_into_sym_true(method, bits, tmp_path):
+    text = {"calibration": torch.arange(512).view(8, 64) % 2000} if method == "gptq" else {}
+    base = tmp_path / "base"
+    quantize_model(base_model_path(), base, bits=bits, method=method, zero_points="none", **text)
+    layers = open_quantized(base)
+    assert layers.config.offsets_dtype == "float16"
+    assert layers.config.base["zero_points"] == "none"
+    adapter = random_adapter(layers, tmp_path / "adapter", "scales")
+    merge_adapter(adapter, tmp_path / "merged", base)
+    merged = open_quantized(tmp_path / "merged")
+    result = export_model(tmp_path / "merged", tmp_path / "gptq", "gptq")
+    config = json.loads((result.out / "config.json").read_text())["quantization_config"]
+    assert (config["sym"], config["desc_act"], config["bits"]) == (True, False, bits)
+    exported = open_quantized(result.out)
+    for name in layers.layers:
+        found = exported.layer(name)
+        assert torch.equal(found.qweight, layers.layer(name).qweight)
+        assert torch.equal(found.scales, merged.layer(name).scales)
+        assert not found.offsets.any()
 
 
 def test_changed_offsets_are_refused_by_name(tmp_path):
@@ -77,7 +101,7 @@ def test_requantized_weights_are_close_and_the_loss_is_measured(merged, token_id
     for name, spec in merged.layers.items():
         assert (exported.layers[name].bits, spec.bits) == (spec.bits, spec.bits)
         layer = exported.layer(name)
-        integer_zeros(name, layer)  # raises where they are not
+        integer_zeros(name, layer, FORMAT)  # raises where they are not
         integers_changed |= not torch.equal(layer.qweight, merged.layer(name).qweight)
         before, after = exact_weight(merged, name), exact_weight(exported, name)
         assert (after - before).norm() < (0.02 if spec.bits == 8 else 0.15) * before.norm()

@@ -28,9 +28,12 @@ def test_importing_the_package_imports_records_alone():
 
 @pytest.mark.parametrize("name", FOLDERS)
 def test_folders_have_what_their_records_promise(name):
-    format = format_named(name)
-    assert format.name == name and format in formats() and format.script.is_file()
-    parts = {"write": True, "weights": True, "read": format.is_base, "record": format.suffix}
+    format = format_named(name.replace("_", "-"))
+    assert format.package == f"qalora_plugin.formats.{name}" and format in formats()
+    own = not format.of_source
+    assert format.script.is_file() == own
+    parts = {"write": True, "weights": own, "read": format.is_base, "record": format.suffix}
+    parts["write_back"] = format.can_write_back
     for part, wanted in parts.items():
         assert bool(importlib.util.find_spec(f"{format.package}.{part}")) == bool(wanted), part
     assert "me/model" in format.usage.format(repo_id="me/model", file="model.gguf")

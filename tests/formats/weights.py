@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from support.models import SIZES as _LLAMA
 
 from qalora_kernels.groups import expand
@@ -29,8 +30,13 @@ def exact_weight(source, name):
 
 
 def error_in_steps(found, source, name):
-    """Return the largest difference from the source's weights, in steps of the own group."""
-    step = _of_inputs(source.layer(name).scales, source, name)
+    """Return the largest difference from the source's weights, in steps of the own group.
+
+    Where a group has one weight, since its scale is 0, the step is the weight.
+    """
+    layer = source.layer(name)
+    step = _of_inputs(torch.where(layer.scales == 0, layer.offsets, layer.scales), source, name)
+    step = step.abs()
     return float(((found.double() - exact_weight(source, name)).abs() / step).max())
 
 

@@ -95,6 +95,8 @@ def make_weight(device):
         codes = torch.randint(0, 1 << bits, (in_features, out_features), generator=generator)
         grid = (spec.num_groups, out_features)
         scales = torch.rand(grid, generator=generator) * 0.1 / (1 << bits) + 0.01
+        scales[:, 1::2] *= -1  # as MLX has them
+        scales[0, :2] = 0  # as GGUF has them
         offsets = torch.randn(grid, generator=generator) * 0.05
         g_idx = None
         if act_order:

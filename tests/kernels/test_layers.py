@@ -6,7 +6,15 @@ import itertools
 import pytest
 import torch
 
-from qalora_kernels import LowRank, folded_linear, ops, quantized_linear, reference, round_minimum
+from qalora_kernels import (
+    LowRank,
+    folded_linear,
+    grid_linear,
+    ops,
+    quantized_linear,
+    reference,
+    round_minimum,
+)
 from qalora_kernels.groups import expand
 
 RANK, FACTOR = 4, 0.5
@@ -145,6 +153,40 @@ def test_quantized_linear_gradients(backend, make_weight, randn, assert_as_good_
         gradients(ours, dy, (x, bias)),
         gradients(plain, dy, (x, bias)),
         gradients(exact, dy, (wide, wide_bias)),
+        strict=True,
+    ):
+        assert_as_good_as(mine, other, truth)
+
+
+def test_grid_linear(case, make_weight, randn, assert_as_good_as):
+    """Scales and offsets trained themselves."""
+    bits, layout, dtype = case
+    weight = make_weight(bits, layout)
+    spec = weight.spec
+    x = randn(63, spec.in_features, dtype=dtype).requires_grad_()
+    dy = randn(63, spec.out_features, dtype=dtype)
+    bias = randn(spec.out_features, dtype=dtype).requires_grad_()
+
+    def plain(x, scales, offsets, bias):
+        parts = (
+            expand(t, weight.g_idx, spec.group_size, spec.in_features) for t in (scales, offsets)
+        )
+        ones = dataclasses.replace(
+            weight, scales=torch.ones_like(weight.scales), offsets=torch.zeros_like(weight.offsets)
+        )
+        s, o = parts
+        return x @ (s * reference.dequantize(ones, s.dtype) + o).to(x.dtype) + bias
+
+    grid = [t.clone().requires_grad_() for t in (weight.scales, weight.offsets)]
+    leaves = [x, *grid, bias]
+    ours = grid_linear(x, weight, *grid, bias)
+    with torch.no_grad():
+        assert torch.equal(ours, quantized_linear(x, weight, bias))
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    for mine, other, truth in zip(
+        gradients(ours, dy, leaves),
+        gradients(plain(*leaves), dy, leaves),
+        gradients(plain(*wide), dy, wide),
         strict=True,
     ):
         assert_as_good_as(mine, other, truth)

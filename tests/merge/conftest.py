@@ -3,6 +3,7 @@
 import pytest
 import torch
 from support.adapters import PREFIX, RANK, qalora_tensors, write_adapter
+from support.directories import edit_scales
 from support.models import llama
 
 from qalora_plugin import QALoRAQuantConfig
@@ -13,12 +14,13 @@ from qalora_plugin.checkpoint.checkpoint import open_quantized
 def quantize(tmp_path_factory):
     """Write a model beside its quantized copy, of which the directory is returned."""
 
-    def write(model, **options):
+    def write(model, scales_dtype=torch.float16, **options):
         out = tmp_path_factory.mktemp("base") / "quantized"
         dense = out.with_name("dense")
         model.save_pretrained(dense)
         config = QALoRAQuantConfig(**{"bits": 4, "group_size": 16} | options)
         type(model).from_pretrained(dense, quantization_config=config).save_pretrained(out)
+        edit_scales(out, scales_dtype)
         return out
 
     return write

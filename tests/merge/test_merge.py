@@ -13,6 +13,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from support.adapters import FIXTURES, PREFIX, edit_json, edit_tensors
+from support.models import llama
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
@@ -37,8 +38,16 @@ def _bytes(directory, name):
     return b"".join(bytes(piece) for piece in CheckpointReader(directory).chunks(name))
 
 
+@pytest.fixture(scope="session")
+def bf16_grid_dir(quantize):
+    """A base whose scales and minima are bf16 numbers, as in most of MLX's files."""
+    return quantize(llama(), torch.bfloat16, group_size=32, offsets_at="minimum")
+
+
+@pytest.mark.parametrize("grid", ["base_dir", "bf16_grid_dir"])
 @pytest.mark.parametrize("adapt", ["zeros", "scales", "both"])
-def test_equals_peft_merge_and_unload(adapt, base_dir, make_adapter, tmp_path):
+def test_equals_peft_merge_and_unload(adapt, grid, request, make_adapter, tmp_path):
+    base_dir = request.getfixturevalue(grid)
     adapter = make_adapter(base_dir, adapt=adapt)
     merge_adapter(adapter, tmp_path / "merged")
     model = AutoModelForCausalLM.from_pretrained(base_dir)
@@ -48,7 +57,10 @@ def test_equals_peft_merge_and_unload(adapt, base_dir, make_adapter, tmp_path):
     ours, theirs = CheckpointReader(tmp_path / "merged"), CheckpointReader(tmp_path / "unloaded")
     assert ours.tensors.keys() == theirs.tensors.keys()
     for name in ours.tensors:
+        assert ours.get(name).dtype == theirs.get(name).dtype
         assert torch.equal(ours.get(name), theirs.get(name)), name
+    report = verify_merge(tmp_path / "merged", adapter, base_dir)
+    assert report.output_error <= 1 < report.output_change
 
 
 def test_only_scales_and_offsets_change(base_dir, make_adapter, tmp_path):

@@ -11,15 +11,15 @@ from qalora_plugin.quantize.grid import Grid
 from qalora_plugin.quantize.rtn import rtn
 
 
-def _spec(weight, bits, group_size, integer=False):
-    dtype = torch.float32 if integer else torch.float16
+def _spec(weight, bits, group_size, zeros="real"):
+    dtype = torch.float32 if zeros == "integer" else torch.float16
     return QuantSpec(bits, group_size, weight.shape[1], weight.shape[0], offsets_dtype=dtype)
 
 
-def _solve(weight, hessian, bits, group_size, integer=False, name="weight", **settings):
-    spec = _spec(weight, bits, group_size, integer)
+def _solve(weight, hessian, bits, group_size, zeros="real", name="weight", **settings):
+    spec = _spec(weight, bits, group_size, zeros)
     settings = GPTQSettings(**settings)
-    return gptq(weight, hessian, spec, integer_zeros=integer, settings=settings, name=name)
+    return gptq(weight, hessian, spec, zero_points=zeros, settings=settings, name=name)
 
 
 def _problem(n=24, k=172, tokens=1500, seed=0):
@@ -43,29 +43,34 @@ def test_hessian_is_the_mean_of_outer_products():
 
 
 @pytest.mark.parametrize(
-    "bits, integer, ordering",
+    "bits, zeros, ordering",
     [
-        (2, True, "act"),
-        (3, False, "act"),
-        (4, True, "none"),
-        (4, False, "groups"),
-        (8, True, "groups"),
-        (8, False, "none"),
+        (2, "integer", "act"),
+        (2, "none", "groups"),
+        (3, "real", "act"),
+        (4, "integer", "none"),
+        (4, "none", "act"),
+        (4, "real", "groups"),
+        (8, "integer", "groups"),
+        (8, "none", "none"),
+        (8, "real", "none"),
     ],
 )
-def test_less_error_than_rounding_to_nearest(bits, integer, ordering):
+def test_less_error_than_rounding_to_nearest(bits, zeros, ordering):
     weight, hessian = _problem()
-    nearest = rtn(weight, _spec(weight, bits, 32, integer), name="w", integer_zeros=integer)
-    solved = _solve(weight, hessian, bits, 32, integer, ordering=ordering)
+    nearest = rtn(weight, _spec(weight, bits, 32, zeros), name="w", zero_points=zeros)
+    solved = _solve(weight, hessian, bits, 32, zeros, ordering=ordering)
     assert calibrated_error(weight, solved, hessian) < 0.8 * calibrated_error(
         weight, nearest, hessian
     )
     assert int(solved.codes().max()) < 1 << bits
     assert torch.equal(solved.scales.half().float(), solved.scales)
-    if integer:
-        zeros = (1 << (bits - 1)) - solved.offsets.double() / solved.scales.double()
-        assert torch.equal(zeros, zeros.round())
-        assert zeros.min() >= 1 and zeros.max() < 1 << bits
+    if zeros == "none":
+        assert not solved.offsets.any()
+    elif zeros == "integer":
+        points = (1 << (bits - 1)) - solved.offsets.double() / solved.scales.double()
+        assert torch.equal(points, points.round())
+        assert points.min() >= 1 and points.max() < 1 << bits
     else:
         assert torch.equal(solved.offsets.half().float(), solved.offsets)
 
@@ -112,32 +117,32 @@ def test_close_to_brute_force_on_a_tiny_problem():
     assert sorted(ratios)[4] < 3  # the median; rounding one input after another is greedy
 
 
-@pytest.mark.parametrize("bits, integer", [(2, True), (4, False)])
-def test_every_sweep_lowers_the_error(bits, integer):
+@pytest.mark.parametrize("bits, zeros", [(2, "integer"), (2, "none"), (4, "real")])
+def test_every_sweep_lowers_the_error(bits, zeros):
     weight, hessian = _problem()
-    solved = [_solve(weight, hessian, bits, 32, integer, sweeps=sweeps) for sweeps in range(4)]
+    solved = [_solve(weight, hessian, bits, 32, zeros, sweeps=sweeps) for sweeps in range(4)]
     errors = [calibrated_error(weight, found, hessian) for found in solved]
     assert errors[1] < 0.95 * errors[0]
     assert errors[2] <= errors[1] and errors[3] <= errors[2]
 
 
-@pytest.mark.parametrize("integer", [False, True])
-def test_refit_is_the_least_squares_solution(integer):
+@pytest.mark.parametrize("zeros", ["real", "integer", "none"])
+def test_refit_is_the_least_squares_solution(zeros):
     """Closed form against a general solver, before rounding to fp16 matters."""
     weight, hessian = _problem(n=3, k=40)
     # after so many sweeps codes have settled: the last refit is the optimum
-    solved = _solve(weight, hessian, 3, 40, integer, sweeps=30)
+    solved = _solve(weight, hessian, 3, 40, zeros, sweeps=30)
     h = hessian.double() + 0.01 * hessian.diagonal().double().mean() * torch.eye(40)
     root = torch.linalg.cholesky(h).t()
     for n in range(3):
         codes = solved.codes()[n].double() - 4
         columns = [codes, torch.ones(40, dtype=torch.float64)]
-        if integer:
+        if zeros != "real":
             columns = [codes + (solved.offsets[0, n] / solved.scales[0, n]).double()]
         basis = root @ torch.stack(columns, 1)
         best = torch.linalg.lstsq(basis, root @ weight[n, :, None].double()).solution.flatten()
         assert solved.scales[0, n].item() == pytest.approx(best[0].item(), rel=2e-3)
-        if not integer:
+        if zeros == "real":
             assert solved.offsets[0, n].item() == pytest.approx(best[1].item(), rel=2e-3, abs=1e-5)
 
 

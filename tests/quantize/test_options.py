@@ -33,6 +33,10 @@ TEXT = ["some text"]
             {"offsets_at": "minimum", "zero_points": "integer"},
             "^offsets_at 'minimum' needs real-valued offsets: with zero_points 'integer'",
         ),
+        (
+            {"offsets_at": "minimum", "zero_points": "none"},
+            "needs real-valued offsets: with zero_points 'none'",
+        ),
         ({"offsets_at": "minimum", "format": "gptq"}, "needs .* offsets: with format 'gptq'"),
         ({"dynamic": {"x": {"width": 8}}}, r"^dynamic\['x'\] has unknown keys \['width'\]"),
         ({"dynamic": {"x": {"bits": 7}}}, r"^dynamic\['x'\]: bits must be one of"),
@@ -60,11 +64,13 @@ def test_the_same_error_in_another_spelling():
 
 def test_what_follows_from_the_format_and_the_order():
     stock = QuantizeOptions(calibration=TEXT, format="gptq", desc_act=True)
-    assert stock.integer_zeros and stock.config().offsets_dtype == "float32"
+    assert stock.zeros == "integer" and stock.config().offsets_dtype == "float32"
     assert stock.solver.ordering == "act"
     plain = QuantizeOptions(calibration=torch.zeros(2, 3, dtype=torch.int64))
-    assert not plain.integer_zeros and plain.config().offsets_dtype == "float16"
+    assert plain.zeros == "real" and plain.config().offsets_dtype == "float16"
     assert plain.solver.ordering == "groups"
+    symmetric = QuantizeOptions(method="rtn", format="gptq", zero_points="none")
+    assert symmetric.zeros == "none" and symmetric.config().offsets_dtype == "float16"
 
 
 def test_keywords_are_the_options_or_replace_some():
@@ -77,5 +83,7 @@ def test_keywords_are_the_options_or_replace_some():
 
 
 def test_an_unknown_keyword_is_named_with_the_known_ones(tmp_path):
-    with pytest.raises(ConfigError, match=r"no option is called bitz; the options are bits, group"):
+    with pytest.raises(
+        ConfigError, match=r"no option is called bitz; the options are bits, target_bits, group"
+    ):
         quantize_model(tmp_path / "model", tmp_path / "out", bitz=4)

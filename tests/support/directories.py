@@ -51,3 +51,23 @@ def altered(tmp_path):
         return target
 
     return alter
+
+
+def edit_scales(directory, dtype=torch.float16):
+    """Make half of a quantized model's scales negative, as in MLX, and one of each layer 0.
+
+    With another `dtype` scales, and minima, are of that.
+    """
+    path, config_path = directory / "model.safetensors", directory / "config.json"
+    tensors, config = load_file(path), json.loads(config_path.read_text())
+    quantization = config["quantization_config"]
+    for name in tensors:
+        if name.endswith(".scales"):
+            tensors[name][:, 1::2] *= -1
+            tensors[name][-1, -2] = 0
+            tensors[name] = tensors[name].to(dtype)
+        elif name.endswith(".offsets") and quantization.get("offsets_at") == "minimum":
+            tensors[name] = tensors[name].to(dtype)
+    quantization["scales_dtype"] = str(dtype).removeprefix("torch.")
+    save_file(tensors, path, metadata={"format": "pt"})
+    config_path.write_text(json.dumps(config))

@@ -36,6 +36,7 @@ def quant_layer(
         g_idx = torch.arange(in_features)[order] // made.group_size
     codes = torch.randint(1 << bits, (out_features, in_features), generator=gen, dtype=torch.uint8)
     scales = 0.005 + 0.02 * torch.rand(shape, generator=gen, dtype=torch.float64)
+    scales[:, 1::2] *= -1  # as MLX has them
     offsets = 0.02 * torch.randn(shape, generator=gen, dtype=torch.float64)
     values = torch.randn(out_features, generator=gen, dtype=grid or torch.float32)
     packed = PackedWeight.from_codes(codes, scales, offsets, g_idx, made)

@@ -13,7 +13,8 @@ from peft.mapping import (
 from peft.utils.peft_types import PeftType
 
 from qalora_plugin.errors import ConfigError
-from qalora_plugin.tuner import QALoRAConfig, QALoRAModel, register
+from qalora_plugin.tuner import QALoRAConfig, QALoRAModel
+from qalora_plugin.tuner.register import register
 
 
 def test_member_behaves_as_one_that_was_always_there():

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from qalora_kernels import SCALES_DTYPE
+
 from ...checkpoint.checkpoint import QuantizedCheckpoint
 from ..weights import ExactWeight, ExportedWeights
 from . import FORMAT
@@ -51,8 +53,11 @@ class Weights(ExportedWeights):
     def rounding(self, name: str, exact: ExactWeight) -> torch.Tensor:
         """Bound the rounding of minima in Q4_1, whose codes go up to 15, and of weights in F16."""
         kind, spec = self.kind(name), exact.spec
-        if kind == "Q4_1" and spec.minimum_below is None:  # else minima are f16 numbers
-            return _F16 * (exact.offsets.abs() + exact.steps * (TOP_CODE + 1))
+        of_f16 = spec.scales_dtype == SCALES_DTYPE
+        if kind == "Q4_1" and not (of_f16 and spec.minimum_below):  # then all are f16 numbers
+            codes = TOP_CODE + 1
+            tiny = 0.0 if of_f16 else codes * _F16_SUBNORMAL
+            return _F16 * (exact.offsets.abs() + exact.steps * codes) + tiny
         if kind == "F16":
             return _F16 * exact.values.abs() + _F16_SUBNORMAL
         return super().rounding(name, exact)

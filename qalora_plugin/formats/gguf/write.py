@@ -22,7 +22,7 @@ from ..directory import dense_weight
 from ..export import ExportResult, Progress, obstacles
 from ..record import describe_source
 from . import FORMAT
-from .blocks import BLOCK, BLOCK_BYTES, Rounding, least_rounding, q4_1
+from .blocks import BLOCK, BLOCK_BYTES, Rounding, q4_1
 from .metadata import Metadata
 from .record import EXACT, SOURCE_KEY
 from .tokenizer import Tokenizer
@@ -119,7 +119,7 @@ def _measure(source: QuantizedCheckpoint, reasons: dict[str, str]) -> Rounding:
         if name in reasons:
             continue
         try:
-            rounding.add(least_rounding(source.layer(name)).error)
+            rounding.add(source.layer(name))
         except CheckpointError as error:
             raise CheckpointError(f"{source.directory}: {name}: {error}") from error
     return rounding

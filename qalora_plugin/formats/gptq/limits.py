@@ -2,13 +2,13 @@
 
 from collections.abc import Mapping
 
-import torch
-
-from qalora_kernels import PackedWeight, QuantSpec
+from qalora_kernels import QuantSpec
 
 from ...checkpoint.checkpoint import QuantizedCheckpoint
 from ...checkpoint.config import QALoRAQuantConfig
 from ...errors import CheckpointError, ConfigError, QALoRAError
+from ..zero_points import integer_zeros
+from . import FORMAT
 
 VERSIONS = ("gptq", "gptq_v2")
 GPTQMODEL_GROUP_SIZES = (-1, 16, 32, 64, 128, 256, 512, 1024)
@@ -41,7 +41,7 @@ def check_writable(source: QuantizedCheckpoint, version: str = "gptq") -> bool:
     symmetric = True
     for name, spec in source.layers.items():
         where = f"{source.directory}: {name}"
-        zeros = integer_zeros(where, source.layer(name))
+        zeros = integer_zeros(where, source.layer(name), FORMAT)
         if version == "gptq" and not zeros.all():
             raise CheckpointError(
                 f"{where}: has zero-points of 0, which v1 stores as -1 and its readers decode "
@@ -49,33 +49,6 @@ def check_writable(source: QuantizedCheckpoint, version: str = "gptq") -> bool:
             )
         symmetric = symmetric and bool((zeros == spec.mid).all())
     return symmetric
-
-
-def integer_zeros(where: str, weight: PackedWeight) -> torch.Tensor:
-    """Return the zero-points z = mid - offsets / scales of the layer at `where`, int32 [G, N].
-
-    Raises:
-        CheckpointError: one of them is not exactly an integer from 0 to 2^bits - 1.
-    """
-    mid, scales, offsets = weight.spec.mid, weight.scales.double(), weight.offsets.double()
-    exact, top = mid - offsets / scales, 2 * mid - 1
-    zeros = exact.round()
-    wrong = scales * (mid - zeros) != offsets
-    if wrong.any():
-        distance = (exact - zeros).abs().amax().item()
-        raise CheckpointError(
-            f"{where}: {int(wrong.sum())} of {wrong.numel()} zero-points are not integers (up to "
-            f"{distance:.3g} away), and stock GPTQ stores integers only. Quantize with "
-            "`--zero-points integer` and adapt with adapt='scales', export to a format with "
-            "real-valued offsets, or accept a measured loss: `qalora export MERGED --format gptq "
-            "--requantize --calibration FILE`."
-        )
-    if zeros.amin() < 0 or zeros.amax() > top:
-        raise CheckpointError(
-            f"{where}: zero-points from {int(zeros.amin())} to {int(zeros.amax())}; stock GPTQ "
-            f"stores 0 to {top}. Export to a format with real-valued offsets."
-        )
-    return zeros.to(torch.int32)
 
 
 def _check_shapes(

@@ -25,6 +25,7 @@ from ...checkpoint.config import QALoRAQuantConfig
 from ...errors import CheckpointError, ConfigError
 from ...files.json import read_json
 from ...files.names import CONFIG_FILE, QUANTIZE_CONFIG_FILE
+from ..zero_points import layer_of_zeros
 from .limits import VERSIONS
 
 _TENSORS = ("qweight", "qzeros", "scales", "g_idx")
@@ -234,22 +235,12 @@ class GPTQCheckpoint(QuantizedCheckpoint):
         return False
 
     def _read_layer(self, name: str) -> PackedWeight:
-        """Read a layer; its scales and offsets are exact in fp32.
-
-        Raises:
-            CheckpointError: a scale that fp16, in which our format stores scales, does not hold.
-        """
-        spec, stored = self.layers[name], self.reader.get(f"{name}.scales")
-        scales = stored.to(spec.scales_dtype).float()
-        if not torch.equal(scales, stored.float()):
-            raise CheckpointError(
-                f"{self.where(name)}.scales: {stored.dtype} values that float16 does not hold "
-                f"exactly. {_QUANTIZE_AGAIN}"
-            )
+        spec = self.layers[name]
         zeros = _zero_points(self.reader.get(f"{name}.qzeros"), spec, self.stock)
-        offsets = scales * (spec.mid - zeros).float()
         g_idx = self.reader.get(f"{name}.g_idx") if self.config.desc_act else None
-        return PackedWeight(self.reader.get(f"{name}.qweight"), scales, offsets, g_idx, spec)
+        scales = self.reader.get(f"{name}.scales")
+        where = f"{self.where(name)}.scales"
+        return layer_of_zeros(where, spec, self.qweight(name), scales, zeros, g_idx)
 
 
 def _zero_points(qzeros: torch.Tensor, spec: QuantSpec, stock: StockConfig) -> torch.Tensor:

@@ -11,12 +11,12 @@ AutoGPTQ wrote, and the other way round: there v1 is for AutoGPTQ, v2 for GPTQMo
 
 import copy
 import re
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from qalora_kernels import SCALES_DTYPE
 from qalora_kernels.packing import pack_columns
 from qalora_kernels.stored import TensorPlan
 
@@ -24,15 +24,16 @@ from ..._version import __version__
 from ...architecture.model import read_architecture
 from ...checkpoint.checkpoint import QuantizedCheckpoint, open_quantized
 from ...checkpoint.side_files import copy_side_files
-from ...errors import CheckpointError, ConfigError
+from ...errors import ConfigError
 from ...files.atomic import AtomicDirectory
 from ...files.json import write_json
 from ...files.names import CONFIG_FILE, QUANTIZE_CONFIG_FILE
 from ...files.reader import CheckpointReader
 from ...files.writer import write_weights
-from ..export import ExportResult, Progress
+from ..export import ExportResult, Progress, refuse_calibration
+from ..zero_points import integer_zeros
 from . import FORMAT
-from .limits import VERSIONS, check_specs, integer_zeros
+from .limits import VERSIONS, check_specs
 from .limits import check_writable as check
 
 __all__ = ["check", "check_specs", "export", "write_stock_gptq"]
@@ -52,7 +53,7 @@ def export(
     requantize: bool = False,
     **text: Any,
 ) -> ExportResult:
-    """Write the directory; see `export_model`, and for `text` `requantize.Text`.
+    """Write the directory; see `export_model`, and for `text` `formats.requantize.Text`.
 
     With `requantize` the merged weights are quantized again, with integer zero-points, and what
     that costs is measured.
@@ -63,26 +64,17 @@ def export(
     """
     checkpoint = open_quantized(source)
     if not requantize:
-        if text.get("calibration") is not None:
-            raise ConfigError(
-                "calibration: nothing is calibrated when integers are written as they are; "
-                "leave it out, or ask for requantize (--requantize)"
-            )
+        refuse_calibration(text)
         target = write_stock_gptq(checkpoint, out, checkpoint_format, progress)
         return ExportResult(target, FORMAT.name, len(checkpoint.layers), EXACTNESS)
-    if _has_integer_zeros(checkpoint):
-        raise ConfigError(
-            f"{checkpoint.directory}: its zero-points are integers, so it can be written as it is. "
-            "Leave out requantize (--requantize)."
-        )
-    from .requantize import Text
-    from .requantize import requantize as quantize_again  # which takes the quantizer
+    from ..requantize import Text, export_requantized  # which takes the quantizer
 
-    target, loss = quantize_again(checkpoint, out, checkpoint_format, Text(**text), progress)
-    written = set(open_quantized(target).layers)
-    reason = "it is outside the model's blocks, which alone are quantized again; written in fp32"
-    dense = dict.fromkeys(sorted(set(checkpoint.layers) - written), reason)
-    return ExportResult(target, FORMAT.name, len(written), loss.as_text(), dense, asdict(loss))
+    check_specs(checkpoint.layers, checkpoint_format, checkpoint.config)
+
+    def write(integer: Path, target: Path) -> None:
+        write_stock_gptq(integer, target, checkpoint_format)
+
+    return export_requantized(checkpoint, out, FORMAT, write, Text(**text), progress)
 
 
 def write_stock_gptq(
@@ -127,15 +119,6 @@ def write_stock_gptq(
     return directory.target
 
 
-def _has_integer_zeros(checkpoint: QuantizedCheckpoint) -> bool:
-    try:
-        for name in checkpoint.layers:
-            integer_zeros(name, checkpoint.layer(name))
-    except CheckpointError:
-        return False
-    return True
-
-
 def _plan(
     source: QuantizedCheckpoint,
 ) -> tuple[TensorPlan, dict[str, tuple[CheckpointReader, str]]]:
@@ -152,7 +135,7 @@ def _plan(
         n, groups = spec.out_features, spec.num_groups
         plan[f"{name}.qweight"] = (torch.int32, (spec.packed_rows, n))
         plan[f"{name}.qzeros"] = (torch.int32, (groups, n * spec.bits // 32))
-        plan[f"{name}.scales"] = (spec.scales_dtype, (groups, n))
+        plan[f"{name}.scales"] = (SCALES_DTYPE, (groups, n))
         plan[f"{name}.g_idx"] = (torch.int32, (spec.in_features,))
     return plan, copies
 
@@ -160,13 +143,13 @@ def _plan(
 def _stock_layer(source: QuantizedCheckpoint, name: str, version: str) -> dict[str, torch.Tensor]:
     weight = source.layer(name)
     spec, g_idx = weight.spec, weight.g_idx
-    zeros = integer_zeros(f"{source.directory}: {name}", weight)
+    zeros = integer_zeros(f"{source.directory}: {name}", weight, FORMAT)
     if g_idx is None:
         g_idx = torch.arange(spec.in_features, dtype=torch.int32) // spec.group_size
     return {
         f"{name}.qweight": weight.qweight,
         f"{name}.qzeros": pack_columns(zeros - 1 if version == "gptq" else zeros, spec.bits),
-        f"{name}.scales": weight.scales.to(spec.scales_dtype),
+        f"{name}.scales": weight.scales.to(SCALES_DTYPE),
         f"{name}.g_idx": g_idx,
     }
 

@@ -23,7 +23,13 @@ from qalora_kernels import PackedWeight, QuantSpec
 from ...checkpoint.checkpoint import QuantizedCheckpoint, open_quantized
 from ...errors import CheckpointError
 from ...files.atomic import AtomicDirectory
-from ..directory import DenseLayers, dense_config, regroup, write_directory
+from ..directory import (
+    DenseLayers,
+    dense_config,
+    regroup,
+    without_zero_scales,
+    write_directory,
+)
 from ..export import ExportResult, Progress, obstacles
 from ..rope import with_legacy_rope
 from . import FORMAT, MODEL_FILE
@@ -38,6 +44,7 @@ def matmul_nbits(weight: PackedWeight) -> list[Term]:
     ONNX Runtime has real-valued zero-points up to 4 bits only, so 8 bits are two halves:
     W = 16 * scales * (high - zero) + scales * low.
     """
+    weight = without_zero_scales(weight)
     spec, codes, scales = weight.spec, weight.codes(), weight.scales
     zeros = spec.mid - weight.offsets.double() / scales.double()
     if spec.bits < 8:

@@ -21,7 +21,13 @@ from qalora_kernels import PackedWeight, QuantSpec
 from qalora_kernels.stored import TensorPlan
 
 from ...checkpoint.checkpoint import QuantizedCheckpoint, open_quantized
-from ..directory import DenseLayers, dense_config, regroup, write_directory
+from ..directory import (
+    DenseLayers,
+    dense_config,
+    regroup,
+    without_zero_scales,
+    write_directory,
+)
 from ..export import ExportResult, Progress, obstacles
 from . import FORMAT
 
@@ -46,7 +52,8 @@ class TorchAOLayers(DenseLayers):
 
     def convert(self, name: str, weight: PackedWeight) -> dict[str, torch.Tensor]:
         """Return these tensors."""
-        spec, block = weight.spec, FORMAT.grids.block(weight.spec)
+        weight, spec = without_zero_scales(weight), weight.spec
+        block = FORMAT.grids.block(spec)
         zeros = -(weight.offsets.double() / weight.scales.double()).float()
         centred = weight.codes().to(torch.int16) - spec.mid
         return {

@@ -6,24 +6,25 @@ then run on text that was not calibrated on.
 """
 
 import shutil
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch.nn.functional import cross_entropy, kl_div
 from transformers import AutoConfig, AutoTokenizer
 
-from ...checkpoint.checkpoint import QuantizedCheckpoint, open_quantized
-from ...errors import QuantizationError
-from ...files.atomic import AtomicDirectory
-from ...hf.load import load_model
-from ...quantize.calibration import Calibration, calibration_windows, fitting_length
-from ...quantize.pipeline import quantize_model
-from ...quantize.stdlib_text import calibration_texts
-from ..directory import DenseLayers, dense_config, write_directory
-from ..export import Progress
-from .limits import check_specs
+from ..checkpoint.checkpoint import QuantizedCheckpoint, open_quantized
+from ..checkpoint.format import Format
+from ..errors import ConfigError, QuantizationError
+from ..files.atomic import AtomicDirectory
+from ..hf.load import load_model
+from ..quantize.calibration import Calibration, calibration_windows, fitting_length
+from ..quantize.pipeline import quantize_model
+from ..quantize.stdlib_text import calibration_texts
+from .directory import DenseLayers, dense_config, write_directory
+from .export import ExportResult, Progress
+from .zero_points import has_integer_zeros
 
 HELD_OUT = 16  # windows, or an eighth of a shorter text
 
@@ -100,56 +101,76 @@ class Loss:
         )
 
 
-def requantize(
+def export_requantized(
     source: QuantizedCheckpoint,
     out: str | Path,
-    checkpoint_format: Literal["gptq", "gptq_v2"],
+    format: Format,
+    write: Callable[[Path, Path], object],
     text: Text,
     progress: Progress | None,
-) -> tuple[Path, Loss]:
-    """Write a stock GPTQ directory of a model's weights, quantized again; measure what it costs.
+) -> ExportResult:
+    """Write a model with integer zero-points, its weights quantized again; measure what it costs.
 
     `progress` is called while the merged weights are written; then bars go to stderr.
+
+    Args:
+        source: the merged model.
+        out: the directory to make.
+        format: what to write.
+        write: writes the second path from the first one, a model with integer zero-points.
+        text: to calibrate and measure on.
+        progress: called with (tensors written, tensors in all).
 
     Raises:
         OutputError: the target is not empty, or cannot be written.
         QuantizationError: too little text.
-        ConfigError, CheckpointError: the stock format does not hold the model's layers.
+        ConfigError: the model needs it not, or the format does not hold its layers.
+        CheckpointError: the format does not hold the model's layers.
     """
     directory, config = AtomicDirectory(out), source.config
-    check_specs(source.layers, checkpoint_format, config)
+    if has_integer_zeros(source, format):
+        raise ConfigError(
+            f"{source.directory}: its zero-points are integers, so it can be written as it is. "
+            "Leave out requantize (--requantize)."
+        )
     windows, held_out = text.windows(source.directory)
     reader = source.reader
     kept = [name for name in source.dense_names if len(reader.info(name).shape) == 2]
     with directory as partial:
-        dense, new = partial / "dense", partial / "new"
+        dense, integer, new = (partial / name for name in ("dense", "integer", "new"))
         write_directory(source, dense, DenseLayers(), dense_config(source), {}, progress=progress)
         quantize_model(
             dense,
-            new,
+            integer,
             bits=config.bits,
             group_size=config.group_size,
             calibration=windows,
             samples=len(windows),
             seq_len=windows.shape[1],
             seed=text.seed,
-            format=checkpoint_format,
+            zero_points="integer",
             desc_act=config.desc_act,
             dynamic=config.dynamic,
             modules_to_not_convert=[name.removesuffix(".weight") for name in kept],
             progress=progress is not None,
         )
         shutil.rmtree(dense)
-        loss = compare(source, new, held_out, text.name)
+        loss = compare(source, integer, held_out, text.name)
+        written = set(open_quantized(integer).layers)
+        write(integer, new)
+        shutil.rmtree(integer)
         for path in new.iterdir():
             path.rename(partial / path.name)
         new.rmdir()
-    return directory.target, loss
+    reason = "it is outside the model's blocks, which alone are quantized again; written in fp32"
+    lost = dict.fromkeys(sorted(set(source.layers) - written), reason)
+    exactness = loss.as_text()
+    return ExportResult(directory.target, format.name, len(written), exactness, lost, asdict(loss))
 
 
 @torch.no_grad()
 def compare(source: QuantizedCheckpoint, directory: Path, ids: torch.Tensor, text: str) -> Loss:
-    """Run the merged model and the stock GPTQ one made of it on `ids`, int64 [samples, seq_len]."""
+    """Run the merged model and the one made of it in `directory` on `ids`, int64 [rows, tokens]."""
     exact, other = load_model(source), load_model(open_quantized(directory))
     sums = torch.zeros(3, dtype=torch.float64)
     for window in ids:

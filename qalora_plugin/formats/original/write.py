@@ -1,0 +1,85 @@
+"""Find the file that a merged model's base was read from, check it, and have it patched."""
+
+from pathlib import Path
+from typing import Any
+
+from ...checkpoint.checkpoint import QuantizedCheckpoint, open_quantized
+from ...checkpoint.format import Format, format_named
+from ...checkpoint.source import SOURCE_KEY, check_source
+from ...errors import CheckpointError, ConfigError
+from ..export import ExportResult, Progress
+
+
+def export(
+    source: str | Path,
+    out: str | Path,
+    *,
+    progress: Progress | None,
+    **given: str | Path,
+) -> ExportResult:
+    """Write the base's own file again with the merged scales and offsets; see `export_model`.
+
+    `given` may have `original`: where the base's file lies by now.
+
+    Raises:
+        CheckpointError: the base came from no foreign format, from one that takes nothing back, or
+            from a file that has changed; or the merged model is not that file's.
+        ConfigError: `out` does not fit the format.
+    """
+    merged = open_quantized(source)
+    record, format = _record(merged)
+    if "files" not in record:
+        raise CheckpointError(f"{merged.directory}: is the source itself; there is nothing to do.")
+    path = Path(out).expanduser()
+    if format.suffix and path.suffix != format.suffix:
+        raise ConfigError(f"{path}: expected the name of a file that ends in {format.suffix}")
+    original = _open(merged, record, given.get("original"))
+    if original.format != format.name:
+        raise CheckpointError(
+            f"{original.directory}: expected the base in format {format.name!r}, found one in "
+            f"format {original.format!r}. Name the right one with --original."
+        )
+    check_source(record, original)
+    result: ExportResult = format.module("write_back").write_back(original, merged, path, progress)
+    return result
+
+
+def check(source: QuantizedCheckpoint) -> Format:
+    """Return the format of a base's source, which takes back what is merged.
+
+    Raises:
+        CheckpointError: it came from no foreign format, or from one that takes nothing back.
+    """
+    return _record(source)[1]
+
+
+def _record(checkpoint: QuantizedCheckpoint) -> tuple[dict[str, Any], Format]:
+    record = checkpoint.config.base.get(SOURCE_KEY)
+    if record is None:
+        raise CheckpointError(
+            f"{checkpoint.directory}: its base was read from no file in a foreign format (its "
+            "config has no base.source), so there is none to write back to. Choose another format."
+        )
+    format = format_named(record["format"])
+    if not format.can_write_back:
+        note = f": {format.back_note}" if format.back_note else ""
+        raise CheckpointError(
+            f"{checkpoint.directory}: its base is in format {format.name!r}, which takes nothing "
+            f"back{note}. Choose another format."
+        )
+    return record, format
+
+
+def _open(
+    merged: QuantizedCheckpoint, record: dict[str, Any], given: str | Path | None
+) -> QuantizedCheckpoint:
+    if given is not None:
+        return open_quantized(given)
+    if Path(record["path"]).exists():
+        return open_quantized(Path(record["path"]))
+    if "repo" in record:
+        return open_quantized(record["repo"], record["revision"])
+    raise CheckpointError(
+        f"{record['path']}: the base of {merged.directory} was read from it, and it is not there. "
+        "Name a copy of it with --original."
+    )

@@ -1,0 +1,3 @@
+"""Small models on disk."""
+
+from support.directories import altered, base_dir, dense_dir  # noqa: F401

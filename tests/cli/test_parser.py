@@ -1,0 +1,71 @@
+"""Wrong words, completion, errors as JSON."""
+
+import json
+import subprocess
+
+import pytest
+
+from qalora_plugin.cli import COMMANDS, main
+from qalora_plugin.files.progress import progress_bar
+
+
+@pytest.mark.parametrize(
+    ("line", "meant"),
+    [
+        ("inspct m", "inspect instead of inspct"),
+        ("merge a --uot b", "--out instead of --uot"),
+        ("export m --format ggfu --out x", "gguf instead of ggfu"),
+        ("quantize m --out x --grup-size=4", "--group-size instead of --grup-size=4"),
+    ],
+)
+def test_a_wrong_word_is_answered_with_the_nearest(line, meant, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(line.split())
+    assert end.value.code == 2
+    printed = capsys.readouterr().err
+    assert f"Did you mean {meant}?" in printed
+    assert printed.startswith("usage: qalora")
+
+
+def test_nothing_is_guessed_where_nothing_is_near(capsys):
+    with pytest.raises(SystemExit):
+        main(["merge", "adapter", "--out", "x", "--zzzz"])
+    assert "Did you mean" not in (printed := capsys.readouterr().err)
+    assert "unrecognized arguments: --zzzz" in printed
+
+
+def test_every_command_has_the_option_json(capsys):
+    for command in COMMANDS:
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        assert "--json" in capsys.readouterr().out, command
+
+
+def test_an_error_is_json_too(tmp_path, capsys):
+    assert main(["merge", str(tmp_path), "--out", str(tmp_path / "out"), "--json"]) == 1
+    printed = capsys.readouterr()
+    found = json.loads(printed.out)
+    assert found["error"] == "AdapterError" and found["message"] in printed.err
+
+
+def test_completion_for_bash(tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--print-completion", "bash"])
+    assert not end.value.code
+    script = tmp_path / "complete.sh"
+    script.write_text(capsys.readouterr().out)
+    shell = f"source {script}; COMP_WORDS=(qalora export --form) COMP_CWORD=2 COMP_LINE=x"
+    shell += '; _shtab_qalora; echo "${COMPREPLY[@]}"'
+    found = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, timeout=60)
+    assert found.stdout.split() == ["--format"], found.stderr
+
+
+def test_progress_is_plain_lines_in_a_log(monkeypatch, capsys):
+    clock = iter(range(0, 10000, 4))
+    monkeypatch.setattr("tqdm.std.time", lambda: next(clock))
+    with progress_bar("merging", "tensor") as progress:
+        for done in range(1, 11):
+            progress(done, 10)
+    lines = capsys.readouterr().err.splitlines()
+    assert 2 <= len(lines) <= 10 and "\r" not in "".join(lines)
+    assert lines[-1].startswith("merging: 10 of 10 tensors, ") and lines[-1].endswith(" left")
