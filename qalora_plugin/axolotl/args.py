@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from qalora_kernels.stored import QUANT_METHOD
 
-from ..checkpoint.format import format_named, formats
+from ..checkpoint.format import exports, format_named
 from ..quantize.options import OptionError, QuantizeOptions
 from ..quantize.refine import RefineSettings
 from ..tuner.parameter_groups import SCALE_LR_RATIO
@@ -117,7 +117,7 @@ class QALoRABlock(BaseModel):
     @model_validator(mode="after")
     def _check_formats(self) -> Self:
         chosen = [name for name in self.merge_formats if name != QUANT_METHOD]
-        known = [format.name for format in formats()]
+        known = [format.name for format in exports()]
         if not set(known).issuperset(chosen):
             raise ValueError(
                 f"qalora: merge_formats: expected some of {QUANT_METHOD}, {', '.join(known)}, "

@@ -25,6 +25,10 @@ _PARTS = {
     "scales": "scales",
     "offsets": "offsets",
     "qzeros": "zero_points",
+    "weight_packed": "integers",
+    "weight_scale": "scales",
+    "weight_zero_point": "zero_points",
+    "weight_g_idx": "g_idx",
     "g_idx": "g_idx",
     GUARD: "guards",
 }
@@ -104,7 +108,9 @@ def _describe_quantized(checkpoint: QuantizedCheckpoint, total: int) -> dict[str
             if f"{name}.{part}" in checkpoint.reader:
                 sizes[kind] += checkpoint.reader.info(f"{name}.{part}").nbytes
     packed = sum(sizes.values())
-    kind = "stock GPTQ model" if checkpoint.is_foreign else "quantized base"
+    kind = "quantized base"
+    if checkpoint.is_foreign:
+        kind = f"{checkpoint.format} model"
     found = {
         "kind": "merged model" if config.merged else kind,
         "bits": _spread(spec.bits for spec in specs),

@@ -138,6 +138,8 @@ class Format:
         marker: a file that marks a directory; beside `quant_methods` only if config.json is silent.
         config_key: a key that only its config.json has.
         is_base: whether models in this format are read, as bases.
+        is_export: whether models are written in this format: else there is no module `write`,
+            `weights` or `run`.
         owners: of a base: the modules with which transformers loads it itself; where all are
             installed it does, unless it is told to load it as a base of ours.
         takes_back: the modes of `adapt` whose merged result a base in this format takes back, so
@@ -170,6 +172,7 @@ class Format:
     quant_methods: tuple[str, ...] = ()
     config_key: str | None = None
     is_base: bool = False
+    is_export: bool = True
     owners: tuple[str, ...] = ()
     takes_back: tuple[str, ...] = ()
     keeps_within: bool = True
@@ -240,6 +243,11 @@ def register_format(format: Format) -> None:
 def formats() -> Iterator[Format]:
     """Yield every known format, in the order of registration."""
     yield from _FORMATS.values()
+
+
+def exports() -> Iterator[Format]:
+    """Yield every format that `export_model` writes, in the order of registration."""
+    yield from (format for format in formats() if format.is_export)
 
 
 def format_named(name: str) -> Format:

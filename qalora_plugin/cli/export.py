@@ -9,9 +9,9 @@ from ..files.progress import progress_bar
 
 def add_parser(subparsers: Any) -> None:
     """Add the subcommand; formats and their options are those of the records."""
-    from ..checkpoint.format import formats
+    from ..checkpoint.format import exports
 
-    known = list(formats())
+    known = list(exports())
     parser = subparsers.add_parser(
         "export",
         help="write a merged model for another runtime",

@@ -8,7 +8,18 @@ import importlib
 
 from ..checkpoint.format import Option, register_format
 
-FOLDERS = ("gptq", "compressed_tensors", "gguf", "mlx", "onnx", "torchao", "lora", "original")
+FOLDERS = (
+    "gptq",
+    "compressed_tensors",
+    "awq",
+    "auto_round",
+    "gguf",
+    "mlx",
+    "onnx",
+    "torchao",
+    "lora",
+    "original",
+)
 
 REQUANTIZE = (
     Option(

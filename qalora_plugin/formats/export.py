@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.checkpoint import QuantizedCheckpoint, open_quantized
-from ..checkpoint.format import Format, format_named
+from ..checkpoint.format import Format, exports, format_named
 from ..errors import CheckpointError, ConfigError
 from .record import write_record
 
@@ -80,7 +80,7 @@ def check_format(base: str | Path, format: str) -> None:
         CheckpointError: the base is damaged, or the format cannot hold it.
         ConfigError: no such format, or its library is not installed.
     """
-    found = format_named(format)
+    found = _writable(format)
     found.check_libraries()
     if found.of_adapter:  # any base's adapter is held
         return
@@ -88,6 +88,17 @@ def check_format(base: str | Path, format: str) -> None:
     obstacles(source, found)
     if hasattr(write, "check"):
         write.check(source)
+
+
+def _writable(name: str) -> Format:
+    found = format_named(name)
+    if not found.is_export:
+        raise ConfigError(
+            f"format: {name!r} is read as a base only. Choose one of "
+            f"{', '.join(format.name for format in exports())}; 'original' writes a copy of the "
+            "base's own file"
+        )
+    return found
 
 
 def refuse_calibration(text: Mapping[str, Any]) -> None:
@@ -132,7 +143,7 @@ def export_model(
         CheckpointError, AdapterError: the source is damaged, or the format cannot hold it.
         ConfigError: no such format or option, or the format's library is not installed.
     """
-    found = format_named(format)
+    found = _writable(format)
     known = sorted(option.name for option in found.options)
     unknown = sorted(set(options) - set(known))
     if unknown:

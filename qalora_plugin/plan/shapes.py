@@ -110,8 +110,7 @@ def _base_grid(stored: Any, settings: PlanSettings, where: str) -> QALoRAQuantCo
         if foreign is None:
             raise ConfigError(
                 f"{where}: is quantized with {stored.get('quant_method')!r}; expected a 16-bit "
-                "model, or one that qalora quantize, AutoGPTQ or GPTQModel wrote. Give the 16-bit "
-                "model"
+                "model, or one in a format that can be a base. Give the 16-bit model"
             )
         base = foreign
     for key in ("bits", "group_size"):

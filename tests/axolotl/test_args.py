@@ -9,8 +9,8 @@ from pydantic import ValidationError
 import qalora_plugin.axolotl
 from qalora_plugin.axolotl import QALoRAArgs, QALoRABlock
 from qalora_plugin.axolotl.checks import check_config
+from qalora_plugin.checkpoint.format import exports
 from qalora_plugin.errors import ConfigError
-from qalora_plugin.formats import FOLDERS
 
 
 def test_defaults_are_the_papers_mode():
@@ -76,7 +76,7 @@ def test_formats_that_cannot_hold_what_is_trained(format, adapt, advice):
     QALoRABlock.model_validate({"merge_formats": ["qalora", format], "adapt": advice})
 
 
-@pytest.mark.parametrize("format", ["qalora", *(name.replace("_", "-") for name in FOLDERS)])
+@pytest.mark.parametrize("format", ["qalora", *(format.name for format in exports())])
 def test_merge_formats_are_what_can_be_exported(format):
     adapt = "scales" if format in ("gptq", "compressed-tensors") else "zeros"
     assert QALoRABlock(merge_formats=[format], adapt=adapt).merge_formats == [format]

@@ -46,10 +46,10 @@ def cfg(dense, tmp_path, **block):
 def test_kinds_of_bases(dense, tmp_path):
     assert not is_quantized(str(dense))
     assert is_quantized(str(STOCK))
-    (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "awq"}}')
+    (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "hqq"}}')
     weights = (dense / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(weights)
-    with pytest.raises(ConfigError, match="awq"):
+    with pytest.raises(ConfigError, match="hqq"):
         is_quantized(str(tmp_path))
 
 

@@ -40,7 +40,7 @@ def test_table(base_dir, capsys):
 def test_the_other_kinds(dense_dir, base_dir, altered):
     assert describe(dense_dir)["kind"] == "16-bit model"
     stock = describe(FIXTURES / "gptq_4bit_g128_actorder_asym")
-    assert stock["kind"] == "stock GPTQ model" and stock["desc_act"]
+    assert stock["kind"] == "gptq model" and stock["desc_act"]
     assert stock["checkpoint_format"] == "gptq" and stock["sym"] is False
     adapter = describe(FIXTURES / "use_qalora_adapter")
     assert adapter["kind"] == "adapter" and adapter["r"] == 4

@@ -159,7 +159,7 @@ def test_where_gptqmodel_is_installed_it_is_asked_first(monkeypatch):
     monkeypatch.setattr("qalora_plugin.hf.routing.find_spec", lambda name: name)
     assert merge_configs(stored, None) is None
     assert merge_configs(stored, QALoRAQuantConfig(4, 128)).group_size == 128
-    assert merge_configs({"quant_method": "awq", "bits": 4}, QALoRAQuantConfig()) is None
+    assert merge_configs({"quant_method": "hqq", "bits": 4}, QALoRAQuantConfig()) is None
 
 
 REFUSED = {
@@ -172,7 +172,17 @@ REFUSED = {
     "dynamic list": ({"dynamic": ["x"]}, "dynamic: expected an object"),
     "dynamic option": ({"dynamic": {"+:.*": {"adapter": 1}}}, r"dynamic\['\+:\.\*'\]"),
     "dynamic pattern": ({"dynamic": {"+:(": {"bits": 4}}}, "not a regular expression"),
-    "awq": ({"quant_method": "awq"}, "found quant_method 'awq'"),
+    **{
+        method: ({"quant_method": method}, f"found quant_method .{method}.*{stores}.*16-bit")
+        for method, stores in (
+            ("hqq", "groups that may lie along the outputs"),
+            ("bitsandbytes", "no integers with a scale .NF4"),
+            ("fp8", "8-bit floats .FP8"),
+            ("modelopt", "NVFP4"),
+            ("mxfp4", "4-bit floats .MXFP4"),
+            ("eetq", ""),
+        )
+    },
 }
 
 

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from qalora_kernels import reference
 from qalora_plugin import QALoRAConfig, QALoRAQuantConfig, export_model, merge_adapter
 from qalora_plugin.checkpoint.checkpoint import open_quantized
+from qalora_plugin.checkpoint.format import exports
 from qalora_plugin.errors import CheckpointError, ConfigError
 from qalora_plugin.formats.convert import import_model
 from qalora_plugin.tuner.targets import resolve_targets
@@ -24,6 +25,11 @@ BASES = {
     "ct_4bit_g32_asym": ("compressed-tensors", 4, 32, "weight_scale"),
     "ct_4bit_g32_sym_bf16": ("compressed-tensors", 4, 32, "weight_scale"),
     "ct_8bit_channel_asym": ("compressed-tensors", 8, -1, "weight_scale"),
+    "awq_4bit_g32_asym": ("awq", 4, 32, "scales"),
+    "autoround_4bit_g32_asym": ("auto-round", 4, 32, "scales"),
+    "autoround_3bit_g32_sym": ("auto-round", 3, 32, "scales"),
+    "autoround_8bit_g32_asym": ("auto-round", 8, 32, "scales"),
+    "autoround_awq_4bit_g32_asym": ("auto-round", 4, 32, "scales"),
 }
 every = pytest.mark.parametrize("name", BASES)
 
@@ -146,6 +152,53 @@ def _group(**weights):
 def test_what_compressed_tensors_has_and_we_do_not_is_refused_by_name(config, message, changed):
     with pytest.raises(CheckpointError, match=message):
         open_quantized(changed("ct_4bit_g32_asym", config))
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "message"),
+    [
+        ("awq_4bit_g32_asym", {"version": "gemv"}, "4 bits in version 'gemv' is not read"),
+        ("awq_4bit_g32_asym", {"bits": 8}, "AWQ of 8 bits in version 'gemm' is not read"),
+        ("awq_4bit_g32_asym", {"group_size": 64}, r"qzeros: expected int32 \[\d+, 8\].*found"),
+        ("awq_4bit_g32_asym", {"group_size": 0}, "a positive integer, or -1"),
+        ("autoround_8bit_g32_asym", {"bits": 5}, "bits must be one of"),
+        ("autoround_8bit_g32_asym", {"bits": 4}, "contradicts the tensors"),
+        ("autoround_8bit_g32_asym", {"data_type": "mx_fp"}, "'mx_fp' in packing_format 'auto_rou"),
+        ("autoround_8bit_g32_asym", {"act_bits": 8}, "activations of 8 bits"),
+        ("autoround_8bit_g32_asym", {"packing_format": "auto_round:fp8"}, "'auto_round:fp8', with"),
+        ("autoround_awq_4bit_g32_asym", {"bits": 8}, "AutoRound's 8-bit weights"),
+        ("autoround_4bit_g32_asym", {"extra_config": {".*mlp.*": {"bits": 5}}}, "extra_config: "),
+    ],
+)
+def test_what_awq_and_auto_round_have_and_we_do_not_is_refused(name, config, message, changed):
+    with pytest.raises(CheckpointError, match=message):
+        open_quantized(changed(name, config))
+
+
+def test_layers_of_auto_round_with_a_grid_of_their_own(changed):
+    """Groups of 32 as two of 64 of equal numbers; the layers are named, or matched."""
+    wanted = open_quantized(FIXTURES / "autoround_8bit_g32_asym")
+    double = {"scales": lambda t: t[::2].contiguous(), "qzeros": lambda t: t[::2].contiguous()}
+    layers = [name for name, spec in wanted.layers.items() if spec.in_features == 64]
+    plain = [name for name in wanted.layers if name not in layers]
+    config = {"group_size": 64, "extra_config": {plain[0]: {"group_size": 32}}}
+    directory = changed("autoround_8bit_g32_asym", config, **double)
+    state = load_file(directory / "model.safetensors")
+    original = load_file(FIXTURES / "autoround_8bit_g32_asym" / "model.safetensors")
+    for part in double:
+        state[f"{plain[0]}.{part}"] = original[f"{plain[0]}.{part}"]
+    save_file(state, directory / "model.safetensors")
+    found = open_quantized(directory)
+    assert (found.config.group_size, set(found.config.dynamic)) == (64, {plain[0]})
+    assert torch.equal(found.layer(plain[0]).dequantize(), wanted.layer(plain[0]).dequantize())
+    (path := directory / "config.json").write_text(path.read_text().replace(plain[0], "down_proj$"))
+    assert open_quantized(directory).layers == found.layers
+
+
+def test_what_is_only_read_is_not_an_export():
+    assert {"awq", "auto-round"}.isdisjoint(format.name for format in exports())
+    with pytest.raises(ConfigError, match=r"'awq' is read as a base only.*original"):
+        export_model(FIXTURES / "awq_4bit_g32_asym", "out", "awq")
 
 
 def test_words_of_compressed_tensors_before_0_20(changed):

@@ -30,9 +30,14 @@ def test_importing_the_package_imports_records_alone():
 def test_folders_have_what_their_records_promise(name):
     format = format_named(name.replace("_", "-"))
     assert format.package == f"qalora_plugin.formats.{name}" and format in formats()
-    own = not format.of_source
+    own = format.is_export and not format.of_source
     assert format.script.is_file() == own
-    parts = {"write": True, "weights": own, "read": format.is_base, "record": format.suffix}
+    parts = {
+        "write": format.is_export,
+        "weights": own,
+        "read": format.is_base,
+        "record": format.suffix,
+    }
     parts["write_back"] = format.can_write_back
     for part, wanted in parts.items():
         assert bool(importlib.util.find_spec(f"{format.package}.{part}")) == bool(wanted), part
@@ -82,7 +87,7 @@ def test_only_what_is_read_is_a_base():
     config = {"quant_method": "gptq", "bits": 4, "group_size": 32}
     found = foreign_config(config, Path("config.json"))
     assert found is not None and (found.bits, found.group_size) == (4, 32)
-    for method in ("torchao", "qalora", "awq"):
+    for method in ("torchao", "qalora", "hqq"):
         assert foreign_config(config | {"quant_method": method}, Path("config.json")) is None
 
 

@@ -294,7 +294,7 @@ def test_layers_that_are_not_converted_stay_dense(tiny, tmp_path):
 
 def test_another_quantization_is_refused(tiny, tmp_path):
     config = json.loads((tiny / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "awq", "bits": 4}
+    config["quantization_config"] = {"quant_method": "hqq", "bits": 4}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ConfigError, match="quantized with 'awq'"):
+    with pytest.raises(ConfigError, match="quantized with 'hqq'"):
         load_shape(str(tmp_path), PlanSettings())
