@@ -21,6 +21,7 @@ COMMANDS = (
     "import",
     "merge",
     "verify",
+    "eval",
     "export",
     "push",
     "inspect",

@@ -74,7 +74,7 @@ class Models:
         """Return the model that a method trains: PEFT's LoRA, PEQA, or our adapter in its mode."""
         model = self.base(16 if method in LORAS else bits)
         if method == "peqa":
-            return _peqa(model, seed)
+            return peqa(model, seed)
         ranks = {"r": self.settings.rank, "lora_alpha": self.settings.alpha}
         if method in LORAS:
             torch.manual_seed(seed)
@@ -82,7 +82,7 @@ class Models:
         return get_peft_model(model, QALoRAConfig(**ranks, adapt=method, seed=seed))
 
 
-def _peqa(model: nn.Module, seed: int) -> PeftModel:
+def peqa(model: nn.Module, seed: int) -> PeftModel:
     """Return a model under PEQA (arXiv 2305.14152): scales are trained, zero-points stay.
 
     It is our change of the scales with A the identity: s' = s * (1 + B^T), B [N, G] free.

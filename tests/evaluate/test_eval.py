@@ -1,0 +1,57 @@
+"""`qalora eval` as far as it goes without lm-evaluation-harness; `integration/evaluate` runs it."""
+
+import importlib.util
+
+import pytest
+from support.architectures import save
+
+from qalora_plugin.cli import main
+from qalora_plugin.evaluate.run import rows_of, table
+
+FOUND = {
+    "results": {
+        "arc_easy": {
+            "alias": "arc_easy",
+            "acc,none": 0.5,
+            "acc_stderr,none": 0.03,
+            "acc_norm,none": 0.25,
+            "acc_norm_stderr,none": "N/A",
+        },
+        "boolq": {"alias": "boolq", "acc,none": 0.75, "acc_stderr,none": 0.04},
+        "gsm8k": {"exact_match,strict-match": 0.125, "exact_match_stderr,strict-match": 0.01},
+    },
+    "n-shot": {"arc_easy": 0, "boolq": 0, "gsm8k": 5},
+    "n-samples": {"arc_easy": {"original": 9, "effective": 8}, "boolq": {"effective": 4}},
+}
+
+
+def test_rows_and_their_mean():
+    rows = rows_of(FOUND)
+    assert [(r["task"], r["metric"], r["value"], r["stderr"]) for r in rows[:4]] == [
+        ("arc_easy", "acc", 0.5, 0.03),
+        ("arc_easy", "acc_norm", 0.25, None),
+        ("boolq", "acc", 0.75, 0.04),
+        ("gsm8k", "exact_match (strict-match)", 0.125, 0.01),
+    ]
+    average = rows[4]
+    assert (average["task"], average["value"], average["rows"]) == ("average", 0.625, 12)
+    assert average["stderr"] == pytest.approx(0.025)
+    assert [row["fewshot"] for row in rows] == [0, 0, 0, 5, None]
+    lines = table(rows).splitlines()
+    assert len(lines) == 6 and lines[1].split() == ["arc_easy", "acc", "0.5000", "0.0300", "0", "8"]
+
+
+def test_a_group_of_the_harness_has_its_own_mean():
+    grouped = {**FOUND, "groups": {"boolq": {}}}
+    assert [row["task"] for row in rows_of(grouped)].count("average") == 0
+
+
+def test_what_is_refused_before_anything_is_loaded(tmp_path, capsys):
+    llama_dir = save("llama", tmp_path / "llama")
+    assert main(["eval", str(llama_dir), "--tasks", "x", "--base", str(llama_dir)]) == 1
+    assert "is a 16-bit model: leave it out" in capsys.readouterr().err
+    assert main(["eval", str(tmp_path / "nowhere"), "--tasks", "x"]) == 1
+    assert "nowhere" in capsys.readouterr().err
+    if importlib.util.find_spec("lm_eval") is None:
+        assert main(["eval", str(llama_dir), "--tasks", "x"]) == 1
+        assert "pip install 'qalora-plugin[eval]'" in capsys.readouterr().err
