@@ -15,8 +15,10 @@ from ..files.names import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
 from ..files.reader import CheckpointReader
 from ..files.safetensors import read_header
 from .checkpoint import QuantizedCheckpoint, open_quantized
+from .format import ADAPT_MODES
 from .kind import find_kind
 from .layout import quantized_layers
+from .source import SOURCE_KEY
 
 _ADAPTER_KEYS = ("peft_type", "adapt", "r", "lora_alpha", "bits", "group_size", "fingerprint")
 _CONFIG_KEYS = ("desc_act", "scales_dtype", "offsets_dtype", "offsets_at", "method")
@@ -55,7 +57,7 @@ def describe(
     kind = find_kind(directory)
     if kind.is_adapter:
         return _describe_adapter(directory)
-    reader = CheckpointReader(directory)
+    reader = CheckpointReader(directory) if directory.is_dir() else open_quantized(directory).reader
     total = sum(info.nbytes for info in reader.tensors.values())
     found: dict[str, Any] = {
         "kind": "quantized model",
@@ -79,7 +81,8 @@ def describe(
                 checkpoint.layer(name)
                 if progress is not None:
                     progress(done + 1, len(checkpoint.layers))
-            found["hashes_checked"] = check_manifest(directory)
+            if directory.is_dir():
+                found["hashes_checked"] = check_manifest(directory)
     except CheckpointError as error:
         found["valid"], found["problem"] = False, str(error)
     return found
@@ -104,7 +107,7 @@ def _describe_quantized(checkpoint: QuantizedCheckpoint, total: int) -> dict[str
     specs = checkpoint.layers.values()
     weights = sum(spec.in_features * spec.out_features for spec in specs)
     for name in checkpoint.layers:
-        for part, kind in _PARTS.items():
+        for part, kind in (_PARTS | {checkpoint.integers: "integers"}).items():
             if f"{name}.{part}" in checkpoint.reader:
                 sizes[kind] += checkpoint.reader.info(f"{name}.{part}").nbytes
     packed = sum(sizes.values())
@@ -120,10 +123,24 @@ def _describe_quantized(checkpoint: QuantizedCheckpoint, total: int) -> dict[str
         "weights_quantized": weights,
         "bits_per_weight": round(8 * (packed - sizes["guards"]) / weights, 3),
         "bytes": {**sizes, "rest": total - packed, "total": total},
-        "base": config.base,
+        **_describe_source(config.base, len(specs)),
         "merged": config.merged,
     }
     return found | checkpoint.facts
+
+
+def _describe_source(base: dict[str, Any], layers: int) -> dict[str, Any]:
+    """Return `base`, and apart from it the foreign file and in how many layers it takes what."""
+    source = base.get(SOURCE_KEY)
+    if source is None:
+        return {"base": base}
+    rest = {key: value for key, value in base.items() if key != SOURCE_KEY}
+    kept = {}
+    for adapt in ADAPT_MODES:
+        frozen = source["frozen"].get(adapt, [])
+        kept[adapt] = 0 if frozen == ["*"] else layers - len(frozen)
+    where = {key: value for key, value in source.items() if key not in ("frozen", "files")}
+    return {"base": rest, "source": where, "layers_written_back": kept}
 
 
 def _spread(values: Any) -> int | dict[str, int]:

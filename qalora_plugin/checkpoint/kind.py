@@ -55,7 +55,9 @@ def find_kind(path: str | Path) -> Kind:
     path = Path(path)
     if path.is_file():
         format = next((f for f in formats() if f.suffix and path.suffix == f.suffix), None)
-        return Kind(format=format, export=None if format is None else format.name)
+        is_base = format is not None and format.is_base
+        export = None if format is None or is_base else format.name
+        return Kind(format=format, base=format if is_base else None, export=export)
     has_config, has_record = (path / CONFIG_FILE).exists(), (path / RECORD_FILE).exists()
     config = read_json(path / CONFIG_FILE) if has_config else {}
     stated = config.get("quantization_config")

@@ -28,12 +28,14 @@ def add_parser(subparsers: Any) -> None:
 def main(args: argparse.Namespace) -> int:
     """Run it; progress goes to stderr, the result to stdout."""
     from ..checkpoint.describe import describe
-    from ..checkpoint.kind import find_kind
-    from ..files.hub import resolve_model_dir
+    from ..checkpoint.kind import find_kind, find_model
+    from ..formats.record import read_record
 
-    path = Path(args.model).expanduser()
-    directory = path if path.is_file() and find_kind(path).export else resolve_model_dir(args.model)
-    if find_kind(directory).export is None:
+    directory = find_model(args.model)
+    is_export = find_kind(directory).export is not None
+    if directory.is_file():  # ours, or one that came from elsewhere
+        is_export = read_record(directory) is not None
+    if not is_export:
         with progress_bar("checking", "layer") as progress:
             found = describe(directory, quick=args.quick, progress=progress)
     else:

@@ -20,7 +20,7 @@ from .safetensors import TensorInfo, read_header
 if TYPE_CHECKING:
     import torch
 
-_COPY_BYTES = 16 << 20
+COPY_BYTES = 16 << 20
 _RESTORE = "Download or copy it again."
 _MIXED = "The directory mixes two checkpoints: download or copy one into an empty directory."
 
@@ -150,7 +150,7 @@ class CheckpointReader:
     def chunks(self, name: str) -> Iterator[memoryview]:
         """Yield the raw bytes of a tensor in pieces, each valid until the next is asked for."""
         info = self.info(name)
-        buffer = memoryview(bytearray(min(info.nbytes, _COPY_BYTES)))
+        buffer = memoryview(bytearray(min(info.nbytes, COPY_BYTES)))
         with info.file.open("rb", buffering=0) as file:
             file.seek(info.start)
             left = info.nbytes

@@ -50,7 +50,9 @@ def test_recognised_on_disk(tmp_path):
         assert kind.format is kind.base is format_named("gptq") and not kind.is_16_bit
     assert find_kind(tmp_path) == find_kind(tmp_path / "none.gguf") == Kind()
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    assert find_kind(tmp_path / "model.gguf") == Kind(format=format_named("gguf"), export="gguf")
+    assert find_kind(tmp_path / "model.gguf") == Kind(
+        format=format_named("gguf"), base=format_named("gguf")
+    )
     (tmp_path / "quantize_config.json").write_text("{}")
     assert find_kind(tmp_path).format is format_named("gptq")
     for config, name in (

@@ -1,6 +1,6 @@
 """GGUF files for llama.cpp and all that is built on it."""
 
-from ...checkpoint.format import Format, Grids, Option, Runtime
+from ...checkpoint.format import ADAPT_MODES, Format, Grids, Option, Runtime
 
 FORMAT = Format(
     name="gguf",
@@ -19,5 +19,8 @@ llama-cli -m {file} -p "Once upon a time"
     options=(
         Option("exact", "layers in fp32, 6.4 times the size: Q4_1 may round minima to f16", bool),
     ),
+    is_base=True,
+    takes_back=ADAPT_MODES,
+    back_note="Q8_0 has no minimum",
     libraries=("gguf",),
 )

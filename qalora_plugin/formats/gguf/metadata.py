@@ -39,6 +39,29 @@ ARCHITECTURES = {
 }
 
 
+def interleave(tensor: torch.Tensor, heads: int) -> torch.Tensor:
+    """Return rows [heads * head_dim, ...] with the two halves of each head taken in turns."""
+    halves = tensor.reshape(heads, 2, tensor.shape[0] // heads // 2, *tensor.shape[1:])
+    return halves.transpose(1, 2).reshape(tensor.shape)
+
+
+def llama3_factors(rope: dict[str, Any], head_dim: int) -> torch.Tensor:
+    """Return Llama 3's stretch of each frequency, fp32 [head_dim / 2].
+
+    This is `_compute_llama3_parameters` of transformers.
+    """
+    low, high = rope.get("low_freq_factor", 1.0), rope.get("high_freq_factor", 4.0)
+    original, factor = rope["original_max_position_embeddings"], rope["factor"]
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
+    factors = []
+    for frequency in (rope["rope_theta"] ** -exponents).tolist():
+        wavelength = 2 * math.pi / frequency
+        smooth = (original / wavelength - low) / (high - low)
+        smooth = min(max(smooth, 0.0), 1.0)
+        factors.append(1 / ((1 - smooth) / factor + smooth))
+    return torch.tensor(factors, dtype=torch.float32)
+
+
 class Metadata:
     """config.json of a model that llama.cpp can run; `config` is transformers', with defaults."""
 
@@ -99,31 +122,17 @@ class Metadata:
             writer.add_rope_scaling_orig_ctx_len(original)
 
     def rope_factors(self) -> torch.Tensor | None:
-        """Return Llama 3's stretch of each frequency, fp32 [head_dim / 2], None without.
-
-        This is `_compute_llama3_parameters` of transformers.
-        """
+        """Return Llama 3's stretch of each frequency, fp32 [head_dim / 2], None without."""
         if self._rope_type != "llama3":
             return None
-        rope = self._rope
-        low, high = rope.get("low_freq_factor", 1.0), rope.get("high_freq_factor", 4.0)
-        original, factor = rope["original_max_position_embeddings"], rope["factor"]
-        exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float64) / self.head_dim
-        factors = []
-        for frequency in (rope["rope_theta"] ** -exponents).tolist():
-            wavelength = 2 * math.pi / frequency
-            smooth = (original / wavelength - low) / (high - low)
-            smooth = min(max(smooth, 0.0), 1.0)
-            factors.append(1 / ((1 - smooth) / factor + smooth))
-        return torch.tensor(factors, dtype=torch.float32)
+        return llama3_factors(self._rope, self.head_dim)
 
     def in_pairs(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """Return a tensor with its rows as llama.cpp has them: rotary pairs are neighbours."""
         heads = {"q_proj": self.heads, "k_proj": self.kv_heads}.get(name.split(".")[-2])
         if heads is None or not self.architecture.permuted:
             return tensor
-        halves = tensor.reshape(heads, 2, tensor.shape[0] // heads // 2, *tensor.shape[1:])
-        return halves.transpose(1, 2).reshape(tensor.shape)
+        return interleave(tensor, heads)
 
     def tensor_names(self, source: QuantizedCheckpoint) -> dict[str, str]:
         """Return {name in the source: name in GGUF}, in the order of the source's files.

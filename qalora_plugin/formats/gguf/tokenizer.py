@@ -19,14 +19,17 @@ from ...errors import CheckpointError
 TOKENIZER_FILE = "tokenizer.json"
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-# expression that splits text -> llama.cpp's name (llama-vocab.cpp, llm_tokenizer_bpe)
-_SPLITS = {
-    _CONTRACTIONS + r"\p{N}{1,3}" + _REST: "llama-bpe",
-    _CONTRACTIONS + r"\p{N}" + _REST: "qwen2",
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|"
+# llama.cpp's names of expressions that split text (llama-vocab.cpp, llm_tokenizer_bpe)
+SPLITS = {
+    "llama-bpe": _CONTRACTIONS + r"\p{N}{1,3}" + _REST,
+    "qwen2": _CONTRACTIONS + r"\p{N}" + _REST,
+    "tekken": r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|"
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|"
-    r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+": "tekken",
+    r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 }
+IGNORES_MERGES = ("llama-bpe", "tekken")
+"""Those with which a whole word that is a token is that token, whatever the merges say."""
+_NAMES = {expression: name for name, expression in SPLITS.items()}
 
 
 class Tokenizer:
@@ -74,11 +77,11 @@ class Tokenizer:
             return "gpt-2"
         if kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits"):
             return "smollm"
-        if kinds == ["Split", "ByteLevel"] and splits[0] in _SPLITS:
-            return _SPLITS[splits[0]]
+        if kinds == ["Split", "ByteLevel"] and splits[0] in _NAMES:
+            return _NAMES[splits[0]]
         raise CheckpointError(
             f"{self.path}: splits text by {splits or kinds}, which is none of the ways that are "
-            f"known to be llama.cpp's ({', '.join(['gpt-2', 'smollm', *_SPLITS.values()])}). "
+            f"known to be llama.cpp's ({', '.join(['gpt-2', 'smollm', *SPLITS])}). "
             "Another one would mis-tokenize."
         )
 

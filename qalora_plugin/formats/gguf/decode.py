@@ -1,0 +1,100 @@
+"""GGUF's affine block types (ggml-common.h) in our packing: the same codes, scales and minima.
+
+A block is 32 inputs of one row: W = d * code + m.
+
+    type  bytes  d at  m at  high bits at  low bits at  code of 0   our bits
+    Q4_0    18     0     -         -            2           8           4
+    Q4_1    20     0     2         -            4           -           4
+    Q5_0    22     0     -         2            6          16           8
+    Q5_1    24     0     2         4            8           -           8
+    Q8_0    34     0     -         -            2         128           8
+
+Byte i of the low bits holds inputs i (low four bits) and i + 16; bit i of the high bits, a 32-bit
+number, is bit 4 of input i. Q8_0 holds signed bytes. Where there is no m, it is -d * (code of 0),
+which f16 holds as it holds d: a power of two times it.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+_LOW_HALVES = 0x0F0F0F0F0F0F0F0F
+_PAIRS, _QUADS = 0x00FF00FF00FF00FF, 0x0000FFFF0000FFFF
+
+
+@dataclass(frozen=True)
+class BlockType:
+    """One affine block type.
+
+    Args:
+        nbytes: of a block.
+        bits: of our container, 4 or 8.
+        low: where the low bits start.
+        high: where the high bits start; None without.
+        zero: the code of weight 0, where there is no minimum.
+        grown: the type that also has a minimum; None if there is none.
+    """
+
+    nbytes: int
+    bits: int
+    low: int
+    high: int | None = None
+    zero: int | None = None
+    grown: str | None = None
+
+
+BLOCK_TYPES = {
+    "Q4_0": BlockType(18, 4, 2, zero=8, grown="Q4_1"),
+    "Q4_1": BlockType(20, 4, 4),
+    "Q5_0": BlockType(22, 8, 6, high=2, zero=16, grown="Q5_1"),
+    "Q5_1": BlockType(24, 8, 8, high=4),
+    "Q8_0": BlockType(34, 8, 2, zero=128),
+}
+
+
+def read_scales(kind: BlockType, raw: torch.Tensor) -> torch.Tensor:
+    """Return d of blocks uint8 [..., nbytes], fp16 [...]."""
+    return raw[..., :2].contiguous().view(torch.float16).squeeze(-1)
+
+
+def read_minima(kind: BlockType, raw: torch.Tensor) -> torch.Tensor:
+    """Return m of blocks uint8 [..., nbytes], fp16 [...]."""
+    if kind.zero is None:
+        return raw[..., 2:4].contiguous().view(torch.float16).squeeze(-1)
+    return minima_of(kind, read_scales(kind, raw))
+
+
+def minima_of(kind: BlockType, scales: torch.Tensor) -> torch.Tensor:
+    """Return m of blocks without one, from d."""
+    assert kind.zero is not None
+    return scales * -kind.zero
+
+
+def read_words(kind: BlockType, raw: torch.Tensor) -> torch.Tensor:
+    """Return the codes of blocks as words of `qweight`: uint8 [N, B, nbytes] -> int32 [N, B, bits].
+
+    The 32 codes of a block are one stream of `qalora_kernels.packing`.
+    """
+    n, blocks, _ = raw.shape
+    if kind.bits == 4:
+        return _words_of_halves(raw[..., kind.low :].contiguous())
+    if kind.high is None:
+        codes = raw[..., kind.low :] ^ 0x80  # signed bytes + 128
+    else:
+        low = raw[..., kind.low :]
+        shifts = torch.arange(8, dtype=torch.uint8)
+        high = raw[..., kind.high : kind.high + 4].unsqueeze(-1) >> shifts & 1
+        codes = torch.cat((low & 0xF, low >> 4), -1) | high.view(n, blocks, 32) << 4
+    return codes.contiguous().view(torch.int32)
+
+
+def _words_of_halves(low: torch.Tensor) -> torch.Tensor:
+    """Return [N, B, 16] bytes of two codes each as [N, B, 4] words of eight neighbours."""
+    halves = low.view(torch.int64)
+    words = torch.empty(*low.shape[:-1], 4, dtype=torch.int32)
+    for place, shift in ((0, 0), (2, 4)):
+        x = halves >> shift & _LOW_HALVES  # eight codes, a byte each
+        x = (x | x >> 4) & _PAIRS
+        x = (x | x >> 8) & _QUADS
+        words[..., place : place + 2] = (x | x >> 16).to(torch.int32)  # keeps the low 32 bits
+    return words

@@ -1,0 +1,201 @@
+"""Write merged minima and scales back into a copy of a GGUF file.
+
+Where a layer's type has a minimum, bytes 0-3 of its blocks are patched: d and m. Where it has none
+(Q4_0, Q5_0, Q8_0) and the merged minimum is still -d * (code of 0), bytes 0-1 are. Else Q4_0 grows
+into Q4_1, and Q5_0 into Q5_1: then the file is written anew by gguf-py, with every key-value and
+every other tensor as it was.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+from qalora_kernels import store_offsets
+
+from ...checkpoint.checkpoint import QuantizedCheckpoint
+from ...errors import CheckpointError
+from ...files.atomic import atomic_file, cannot_write, check_target
+from ..export import ExportResult, Progress
+from ..write_back import changed_layer, check_same_model
+from . import FORMAT
+from .decode import BLOCK_TYPES, BlockType, minima_of, read_minima
+from .metadata import interleave
+from .read import GGUFCheckpoint
+
+_EXACT = "Exact: minima and scales are written back, everything else is the source's."
+
+
+@dataclass(frozen=True)
+class _Change:
+    """The new numbers of one layer, in the file's order of rows, and where they differ.
+
+    Args:
+        scales, minima: fp16 [N, B].
+        scales_changed, minima_changed: bool [N, B].
+    """
+
+    scales: torch.Tensor
+    minima: torch.Tensor
+    scales_changed: torch.Tensor
+    minima_changed: torch.Tensor
+
+
+def write_back(
+    source: QuantizedCheckpoint, merged: QuantizedCheckpoint, out: Path, progress: Progress | None
+) -> ExportResult:
+    """Write the file; see `formats.original`.
+
+    Raises:
+        OutputError: the target exists, or cannot be written.
+        CheckpointError: the merged model is not the source's, or the file cannot hold it.
+    """
+    base = cast(GGUFCheckpoint, source)
+    target = check_target(out)
+    check_same_model(source, merged)
+    grown = [name for name in base.layers if _grows(base, merged, name)]
+    with atomic_file(target) as partial:
+        if grown:
+            _write_grown(base, merged, set(grown), partial, progress)
+        else:
+            _patch_copy(base, merged, partial, progress)
+    exactness = _EXACT
+    if grown:
+        kinds = sorted({str(base.block_type(name).grown) for name in grown})
+        exactness += f" {len(grown)} layers without a minimum grew into {' and '.join(kinds)}."
+    return ExportResult(target, FORMAT.name, len(base.layers), exactness)
+
+
+def _change(base: GGUFCheckpoint, merged: QuantizedCheckpoint, name: str) -> _Change:
+    """Compare a layer with the merged one; where nothing changed, the file's bytes stay."""
+    before, after = changed_layer(base, merged, name)
+    scales = after.scales != before.scales
+    parts = (
+        after.scales.to(torch.float16),
+        store_offsets(after.offsets, after.scales, before.spec),
+        scales,
+        scales | (after.offsets != before.offsets),
+    )
+    heads = base.reader.heads(f"{name}.weight")
+    rows = (part.t() if heads is None else interleave(part.t(), heads) for part in parts)
+    return _Change(*(part.contiguous() for part in rows))
+
+
+def _grows(base: GGUFCheckpoint, merged: QuantizedCheckpoint, name: str) -> bool:
+    """Say whether a layer needs a minimum that its type does not have.
+
+    Raises:
+        CheckpointError: and there is no type that has one.
+    """
+    kind = base.block_type(name)
+    if kind.zero is None:
+        return False
+    after = merged.layer(name)
+    minima = store_offsets(after.offsets, after.scales, after.spec)
+    if torch.equal(minima, minima_of(kind, after.scales.to(torch.float16))):
+        return False
+    if kind.grown is None:
+        raise CheckpointError(
+            f"{merged.directory}: {name}: its offsets have changed, and "
+            f"{base.reader.kind(f'{name}.weight')} has no minimum. Train with adapt='scales' or "
+            "QALoRAConfig(write_back=True), or export to another format."
+        )
+    return True
+
+
+def _blocks(
+    base: GGUFCheckpoint, name: str, change: _Change, grown: BlockType | None
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Yield a layer's rows as they are written: (rows, uint8 [rows, bytes of a row])."""
+    kind = base.block_type(name)
+    for rows, raw in base.reader.blocks(f"{name}.weight"):
+        blocks = raw.view(len(raw), -1, kind.nbytes)
+        minima = read_minima(kind, blocks)
+        if grown is not None:
+            wider = torch.empty(*blocks.shape[:2], grown.nbytes, dtype=torch.uint8)
+            wider[..., :2], wider[..., 4:] = blocks[..., :2], blocks[..., 2:]
+            wider[..., 2:4] = _bytes(minima)
+            blocks, kind = wider, grown
+        places = [(0, change.scales, change.scales_changed)]
+        if kind.zero is None:
+            places.append((2, change.minima, change.minima_changed))
+        for at, numbers, changed in places:
+            where = changed[rows].unsqueeze(-1)
+            old = blocks[..., at : at + 2]
+            blocks[..., at : at + 2] = torch.where(where, _bytes(numbers[rows]), old)
+        yield rows, blocks.reshape(len(raw), -1)
+        kind = base.block_type(name)
+
+
+def _bytes(numbers: torch.Tensor) -> torch.Tensor:
+    """Return fp16 [...] as uint8 [..., 2]."""
+    return numbers.contiguous().view(torch.uint8).view(*numbers.shape, 2)
+
+
+def _patch_copy(
+    base: GGUFCheckpoint, merged: QuantizedCheckpoint, partial: Path, progress: Progress | None
+) -> None:
+    try:
+        shutil.copyfile(base.directory, partial)
+        with partial.open("r+b", buffering=0) as file:
+            for done, name in enumerate(base.layers, start=1):
+                change = _change(base, merged, name)
+                if change.scales_changed.any() or change.minima_changed.any():
+                    start, (_, width) = base.reader.place(f"{name}.weight")
+                    for rows, data in _blocks(base, name, change, None):
+                        os.pwrite(file.fileno(), data.numpy().tobytes(), start + rows.start * width)
+                if progress is not None:
+                    progress(done, len(base.layers))
+    except OSError as error:
+        raise cannot_write(partial, error) from error
+
+
+def _write_grown(
+    base: GGUFCheckpoint,
+    merged: QuantizedCheckpoint,
+    grown: set[str],
+    partial: Path,
+    progress: Progress | None,
+) -> None:
+    """Write the file anew: tensors in the source's order, one in memory at a time."""
+    gguf = FORMAT.library("gguf")
+    source = gguf.GGUFReader(base.directory)
+    writer = gguf.GGUFWriter(partial, base.reader.model.architecture.name)
+    _copy_fields(writer, source)
+    layers = {base.reader.model.names[f"{name}.weight"]: name for name in base.layers}
+    for tensor in source.tensors:
+        kind, name = tensor.tensor_type, layers.get(tensor.name)
+        if name in grown:
+            kind = gguf.GGMLQuantizationType[str(base.block_type(str(name)).grown)]
+        shape = gguf.quant_shape_to_byte_shape([int(n) for n in reversed(tensor.shape)], kind)
+        nbytes = int(np.prod(shape))
+        writer.add_tensor_info(tensor.name, shape, np.uint8, nbytes, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for done, tensor in enumerate(source.tensors, start=1):
+        name = layers.get(tensor.name)
+        if name is None:
+            data = np.frombuffer(tensor.data.tobytes(), dtype=np.uint8)
+        else:
+            wider = BLOCK_TYPES[str(base.block_type(name).grown)] if name in grown else None
+            pieces = _blocks(base, name, _change(base, merged, name), wider)
+            data = torch.cat([piece for _, piece in pieces]).numpy()
+        writer.write_tensor_data(data)
+        if progress is not None:
+            progress(done, len(source.tensors))
+    writer.close()
+
+
+def _copy_fields(writer: Any, source: Any) -> None:
+    """Copy every key-value; the writer made the architecture's already."""
+    for name, field in source.fields.items():
+        if name.startswith("GGUF.") or name == "general.architecture":
+            continue
+        kind, inner = field.types[0], field.types[-1] if len(field.types) > 1 else None
+        writer.add_key_value(name, field.contents(), kind, sub_type=inner)
