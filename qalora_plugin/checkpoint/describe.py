@@ -26,6 +26,7 @@ _PARTS = {
     "qweight": "integers",
     "scales": "scales",
     "offsets": "offsets",
+    "biases": "offsets",
     "qzeros": "zero_points",
     "weight_packed": "integers",
     "weight_scale": "scales",

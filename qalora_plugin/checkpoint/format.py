@@ -137,11 +137,13 @@ class Format:
         quant_methods: values of `quant_method` in config.json's `quantization_config`.
         marker: a file that marks a directory; beside `quant_methods` only if config.json is silent.
         config_key: a key that only its config.json has.
+        unnamed_keys: keys of its `quantization_config`, which has no quant_method.
         is_base: whether models in this format are read, as bases.
         is_export: whether models are written in this format: else there is no module `write`,
             `weights` or `run`.
         owners: of a base: the modules with which transformers loads it itself; where all are
             installed it does, unless it is told to load it as a base of ours.
+        reads_exports: whether our own exports in this format can be bases as well.
         takes_back: the modes of `adapt` whose merged result a base in this format takes back, so
             that a copy of it is patched (`qalora export --format original`). Single layers may
             take back less, see `QuantizedCheckpoint.takes_back`. Empty: nothing.
@@ -171,9 +173,11 @@ class Format:
     marker: str | None = None
     quant_methods: tuple[str, ...] = ()
     config_key: str | None = None
+    unnamed_keys: tuple[str, ...] = ()
     is_base: bool = False
     is_export: bool = True
     owners: tuple[str, ...] = ()
+    reads_exports: bool = True
     takes_back: tuple[str, ...] = ()
     keeps_within: bool = True
     back_note: str = ""
@@ -222,11 +226,11 @@ class Format:
     def marks(self, config: Mapping[str, Any], directory: Path | None = None) -> bool:
         """Say whether a config.json, and the files beside it, are of this format (see `kind`)."""
         quantization = config.get("quantization_config")
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
         if self.quant_methods and quantization is not None:
-            method = quantization.get("quant_method") if isinstance(quantization, dict) else None
             return method in self.quant_methods
         if self.config_key is not None and self.config_key in config:
-            return True
+            return method is None
         if self.marker is None or directory is None:
             return False
         return (directory / self.marker).exists()
@@ -281,8 +285,12 @@ def foreign_config(quantization_config: Any, path: Path) -> QALoRAQuantConfig | 
         CheckpointError: its format is known, but names an option that is not read.
     """
     config = {"quantization_config": quantization_config}
+    keys = quantization_config if isinstance(quantization_config, dict) else {}
     for format in formats():
-        if format.is_base and format.quant_methods and format.marks(config):
+        unnamed = bool(format.unnamed_keys) and "quant_method" not in keys
+        if not format.is_base or not (format.quant_methods or unnamed):
+            continue
+        if keys.keys() >= {*format.unnamed_keys} if unnamed else format.marks(config):
             read = format.module("read")
             return cast(QALoRAQuantConfig, read.parse_config(quantization_config, path))
     return None

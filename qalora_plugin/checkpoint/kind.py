@@ -65,13 +65,16 @@ def find_kind(path: str | Path) -> Kind:
     known = sorted(formats(), key=lambda format: bool(format.quant_methods))
     found = [format for format in known if format.marks(config, path)]
     base = next((format for format in found if format.is_base), None)
-    export = read_json(path / RECORD_FILE).get("format") if has_record else None
-    read = [format.name for format in known if format.is_base or format.of_adapter]
+    record = read_json(path / RECORD_FILE) if has_record else {}
+    export = None if record.get("written_back") else record.get("format")
+    read = [f.name for f in known if (f.is_base and f.reads_exports) or f.of_adapter]
+    if export in read:
+        export = None
     return Kind(
         is_adapter=(path / ADAPTER_CONFIG_FILE).exists(),
         is_16_bit=has_config and not stated and base is None,
         method=stated.get("quant_method") if isinstance(stated, dict) else None,
         format=found[0] if found else None,
-        base=base,
-        export=None if export in read else export,
+        base=None if export else base,
+        export=export,
     )

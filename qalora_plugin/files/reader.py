@@ -25,6 +25,23 @@ _RESTORE = "Download or copy it again."
 _MIXED = "The directory mixes two checkpoints: download or copy one into an empty directory."
 
 
+def in_pieces(tensors: "Iterable[torch.Tensor]") -> Iterator[memoryview]:
+    """Yield the bytes of tensors, one after the other, in pieces as `CheckpointReader.chunks` does.
+
+    It serves readers of formats whose tensors are computed, some rows at a time.
+    """
+    import torch
+
+    left = bytearray()
+    for tensor in tensors:
+        left += memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+        while len(left) >= COPY_BYTES:
+            yield memoryview(bytes(left[:COPY_BYTES]))
+            del left[:COPY_BYTES]
+    if left:
+        yield memoryview(bytes(left))
+
+
 class CheckpointReader:
     """Tensors of a directory with model.safetensors, with shards and their index, or of one file.
 

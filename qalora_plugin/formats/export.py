@@ -153,7 +153,7 @@ def export_model(
     found.check_libraries()
     result: ExportResult = found.module("write").export(source, out, progress=progress, **options)
     if result.out.is_dir():
-        record = result.as_dict()
+        record = result.as_dict() | ({"written_back": True} if found.of_source else {})
         del record["out"]
         write_record(result.out, record, source)
     return result

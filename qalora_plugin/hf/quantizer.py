@@ -31,7 +31,7 @@ from ..files.reader import CheckpointReader
 from ..files.safetensors import read_header
 from ..layers.linear import QuantLinear
 from ..layers.sharded import ShardedQuantLinear
-from . import routing
+from . import routing, stored_tensors
 from .config import QALoRAQuantConfig
 from .loading import StoredLayers
 from .on_the_fly import LayerQuantizer, QuantizeOnLoad
@@ -89,6 +89,7 @@ class QALoRAQuantizer(HfQuantizer):
         # one object: loading may add the fingerprint
         checkpoint.config = self.quantization_config = QALoRAQuantConfig.of(checkpoint.config)
         self._layers = StoredLayers(model, checkpoint, pending=loads_sharded())
+        stored_tensors.bring_state(model, checkpoint)
 
     def _open(self, files: list[Path]) -> QuantizedCheckpoint | None:
         """Open the directory of these files, or return None if they are to be quantized."""
@@ -216,3 +217,4 @@ def register() -> None:
     if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
         register_quantization_config(QUANT_METHOD)(QALoRAQuantConfig)
     routing.install()
+    stored_tensors.install()

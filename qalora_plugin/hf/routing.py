@@ -11,12 +11,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from transformers import modeling_utils
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from qalora_kernels.stored import QUANT_METHOD
 
 from ..checkpoint.config import QALoRAQuantConfig as StoredConfig
-from ..checkpoint.format import foreign_config, owners_of
+from ..checkpoint.format import foreign_config, formats, owners_of
 from ..errors import ConfigError
 from ..files.names import CONFIG_FILE
 from .config import QALoRAQuantConfig
@@ -65,8 +66,27 @@ def merge_configs(stored: Any, requested: Any) -> QALoRAQuantConfig | None:
     return config
 
 
+def name_unnamed(config: Any) -> None:
+    """Have a config whose quantization names no method (MLX) name ours.
+
+    transformers refuses the one that it finds in `quantization_config`, and overlooks the one under
+    a key of its format's own, where older files have it alone.
+
+    Raises:
+        CheckpointError: the format is known, but names an option that is not read.
+    """
+    keys = ("quantization_config", *(f.config_key for f in formats() if f.unnamed_keys))
+    for key in filter(None, keys):
+        raw = getattr(config, key, None)
+        if isinstance(raw, dict) and "quant_method" not in raw:
+            found = foreign_config(raw, Path(CONFIG_FILE))
+            if found is not None:
+                delattr(config, key)
+                config.quantization_config = QALoRAQuantConfig.of(found).to_dict()
+
+
 def install() -> None:
-    """Wrap `AutoHfQuantizer.merge_quantization_configs`; a second call does nothing."""
+    """Wrap transformers' choice of a quantizer at two places; a second call does nothing."""
     original = AutoHfQuantizer.merge_quantization_configs
     if hasattr(original, _INSTALLED):
         return
@@ -78,3 +98,11 @@ def install() -> None:
 
     setattr(merge_quantization_configs, _INSTALLED, original)
     AutoHfQuantizer.merge_quantization_configs = staticmethod(merge_quantization_configs)
+    choose = modeling_utils.get_hf_quantizer
+
+    @functools.wraps(choose)
+    def get_hf_quantizer(config: Any, *args: Any, **kwargs: Any) -> Any:
+        name_unnamed(config)
+        return choose(config, *args, **kwargs)
+
+    modeling_utils.get_hf_quantizer = get_hf_quantizer

@@ -64,7 +64,7 @@ def test_recognised_on_disk(tmp_path):
         kind = find_kind(tmp_path)
         assert (kind.format and kind.format.name) == name
         assert kind.method == config["quantization_config"].get("quant_method")
-        assert kind.base is None and not kind.is_16_bit
+        assert kind.base is (kind.format if name == "mlx" else None) and not kind.is_16_bit
     (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "gptq"}}')
     (tmp_path / "adapter_config.json").write_text("{}")  # what has files of its own goes first
     kind = find_kind(tmp_path)

@@ -21,7 +21,7 @@ from qalora_kernels import PackedWeight, QuantSpec, load_offsets
 from ...checkpoint.checkpoint import QuantizedCheckpoint
 from ...checkpoint.config import QALoRAQuantConfig
 from ...errors import CheckpointError
-from ...files.reader import COPY_BYTES, CheckpointReader
+from ...files.reader import CheckpointReader, in_pieces
 from ...files.safetensors import TensorInfo, tensor_nbytes
 from . import FORMAT
 from .blocks import BLOCK
@@ -176,14 +176,7 @@ class GGUFReader(CheckpointReader):
 
     def chunks(self, name: str) -> Iterator[memoryview]:
         """Yield the bytes of a dense tensor, in pieces as those of any other file are."""
-        left = bytearray()
-        for piece in self._pieces(name):
-            left += memoryview(piece.contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-            while len(left) >= COPY_BYTES:
-                yield memoryview(bytes(left[:COPY_BYTES]))
-                del left[:COPY_BYTES]
-        if left:
-            yield memoryview(bytes(left))
+        yield from in_pieces(self._pieces(name))
 
 
 class GGUFCheckpoint(QuantizedCheckpoint):

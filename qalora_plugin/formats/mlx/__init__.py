@@ -1,12 +1,14 @@
 """Directories that mlx-lm loads."""
 
-from ...checkpoint.format import Format, Grids, Runtime
+from ...checkpoint.format import ADAPT_MODES, Format, Grids, Runtime
 
+QUANTIZATION = "quantization"
+GROUP_SIZES = (128, 64, 32)
 FORMAT = Format(
     name="mlx",
     package=__name__,
     grids=Grids(
-        blocks=(128, 64, 32), holder="MLX", pieces="whole groups of 32, 64 or 128, which MLX has"
+        blocks=GROUP_SIZES, holder="MLX", pieces="whole groups of 32, 64 or 128, which MLX has"
     ),
     runs_in="mlx-lm",
     runtime=Runtime("mlx-lm", (("mlx_lm",),), "'mlx[cpu]' mlx-lm"),
@@ -15,5 +17,9 @@ FORMAT = Format(
 pip install mlx-lm
 mlx_lm.generate --model {repo_id} --ignore-chat-template --prompt "Once upon a time"
 ```""",
-    config_key="quantization",
+    config_key=QUANTIZATION,
+    unnamed_keys=("bits", "group_size"),
+    is_base=True,
+    reads_exports=False,  # their scales are fp32
+    takes_back=ADAPT_MODES,
 )

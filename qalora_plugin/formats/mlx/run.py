@@ -18,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 def main() -> None:
     """Run the model on the input, and write what it computes."""
     model, tokenizer = load(sys.argv[1])
+    model.set_dtype(mx.float32)  # a model that MLX made computes in 16 bits
     logits = model(mx.array(load_file(sys.argv[2])["input_ids"])).astype(mx.float32)
     save_file({"logits": np.array(logits)}, sys.argv[3])
     text = generate(model, tokenizer, prompt=sys.argv[4], max_tokens=16) if sys.argv[4:] else None

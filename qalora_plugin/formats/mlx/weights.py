@@ -27,7 +27,11 @@ class Weights(ExportedWeights):
         if f"{layer}.scales" in self._reader:
             grids = self._reader.config["quantization"]
             grid = grids.get(layer) or grids
-            scales, biases = self._stored(f"{layer}.scales"), self._stored(f"{layer}.biases")
+            # in fp32, so that nothing is rounded
+            scales, biases = (
+                self._stored(f"{layer}.{part}").astype(self._mx.float32)
+                for part in ("scales", "biases")
+            )
             sizes = {"group_size": grid["group_size"], "bits": grid["bits"]}
             value = self._mx.dequantize(value, scales, biases, **sizes)
         return torch.from_numpy(np.array(value.astype(self._mx.float32)))
