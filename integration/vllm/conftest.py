@@ -11,6 +11,8 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # small models; threads that wait take a core
+    "OMP_NUM_THREADS": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_LOGGING_LEVEL": "ERROR",
     "TOKENIZERS_PARALLELISM": "false",
@@ -32,7 +34,8 @@ def generate(env_python, run_python, tmp_path_factory, vllm_environment):
         given, out = folder / "jobs.json", folder / "out.json"
         given.write_text(json.dumps(jobs))
         script = "integration/vllm/generate.py"
-        run_python(env_python("vllm"), script, given, out, **vllm_environment | environment)
+        environment = vllm_environment | environment
+        run_python(env_python("vllm"), script, given, out, timeout=1500, **environment)
         return json.loads(out.read_text())
 
     return run

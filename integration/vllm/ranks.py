@@ -48,7 +48,7 @@ def load(layer, stored, prefix):
     for index, part in enumerate(JOINED.get(kind, (kind,))):
         shard = (QKV[index],) if kind == "qkv_proj" else (index,) if kind in JOINED else ()
         for name, tensor in stored.items():
-            if name.startswith(f"{parent}.{part}."):
+            if name.startswith(f"{parent}.{part}.") and not name.endswith(".bias"):
                 parameter = getattr(layer, name.rpartition(".")[2])
                 parameter.weight_loader(parameter, tensor, *shard)
     layer.quant_method.process_weights_after_loading(layer)

@@ -67,7 +67,10 @@ class QALoRAKernel(nn.Module):
 
     def __init__(self, weight: PackedWeight):
         super().__init__()
-        self.qweight, self.scales = _frozen(weight.qweight), _frozen(weight.scales)
+        scales = weight.scales
+        if scales.dtype == torch.bfloat16:  # the C code would widen it in every call
+            scales = scales.float()
+        self.qweight, self.scales = _frozen(weight.qweight), _frozen(scales)
         self.offsets = _frozen(weight.offsets)
         self.g_idx = None if weight.g_idx is None else _frozen(weight.g_idx)
         self.sizes: tuple[int, ...] = weight.flat[4:]  # type: ignore[assignment]

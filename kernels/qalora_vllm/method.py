@@ -12,7 +12,7 @@ from torch import nn
 from vllm.model_executor.layers.linear import LinearMethodBase
 
 from qalora_kernels import PackedWeight
-from qalora_kernels.stored import GUARD, GUARD_DTYPE, OFFSETS_DTYPES
+from qalora_kernels.stored import layer_plan
 
 from .kernels import join, make_kernel
 from .reading import DAMAGED, needed, read_layer
@@ -114,15 +114,10 @@ class QALoRALinearMethod(LinearMethodBase):
         layer.output_partition_sizes = output_partition_sizes
         layer.qalora_arriving = _Arriving(self.config, layer)
         layer.qalora_dtype = params_dtype
-        dtypes = {
-            "qweight": torch.int32,
-            "scales": torch.float16,
-            "offsets": OFFSETS_DTYPES[stored.offsets_dtype],
-            "g_idx": torch.int32,
-            GUARD: GUARD_DTYPE,
-        }
-        for part in sorted(needed(stored)):
-            placeholder = nn.Parameter(torch.empty(0, dtype=dtypes[part]), requires_grad=False)
+        spec = stored.spec_for(layer.prefix, input_size, 1)
+        for name, (dtype, _) in layer_plan("", spec, stored.desc_act).items():
+            placeholder = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
+            part = name.removeprefix(".")
             loader = functools.partial(layer.qalora_arriving.take, part)
             placeholder.weight_loader = loader  # type: ignore[attr-defined]
             layer.register_parameter(part, placeholder)
