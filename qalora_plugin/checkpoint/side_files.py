@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+from ..files.json import read_json
 from ..files.names import (
     CONFIG_FILE,
     INDEX_FILE,
@@ -11,6 +12,7 @@ from ..files.names import (
     QUANTIZE_CONFIG_FILE,
     RECORD_FILE,
     REPORT_FILE,
+    TOKENIZER_CONFIG_FILE,
 )
 
 _MORE_TEMPLATES = "additional_chat_templates/*.jinja"  # all but the default one
@@ -42,6 +44,27 @@ _WRITTEN_ANEW = {
     REPORT_FILE,
     QUANTIZE_CONFIG_FILE,
 }
+
+
+def chat_templates(directory: Path) -> dict[str, str]:
+    """Return a tokenizer's chat templates by name, as transformers reads them.
+
+    The usual one is called "default".
+
+    Files win over `chat_template` in tokenizer_config.json (`from_pretrained` of
+    transformers/tokenization_utils_base.py).
+    """
+    found = {path.stem: path.read_text("utf-8") for path in sorted(directory.glob(_MORE_TEMPLATES))}
+    default = directory / "chat_template.jinja"
+    if default.is_file():
+        found = {"default": default.read_text("utf-8"), **found}
+    settings = directory / TOKENIZER_CONFIG_FILE
+    if found or not settings.is_file():
+        return found
+    stated = read_json(settings).get("chat_template")
+    if isinstance(stated, list):
+        return {str(entry["name"]): str(entry["template"]) for entry in stated}
+    return {"default": stated} if isinstance(stated, str) else {}
 
 
 def copy_side_files(source: Path, target: Path, patterns: Iterable[str] = MODEL_FILES) -> None:

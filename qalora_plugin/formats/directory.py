@@ -34,7 +34,8 @@ def regroup(per_group: torch.Tensor, spec: QuantSpec, block: int) -> torch.Tenso
         block: a divisor of the group size, or anything if there is one group.
     """
     repeated = per_group.repeat_interleave(-(-spec.group_size // block), dim=0)
-    return repeated[: -(-spec.in_features // block)].t().contiguous()
+    blocks = repeated[: -(-spec.in_features // block)].t()
+    return blocks.clone(memory_format=torch.contiguous_format)  # also of one block: strides too
 
 
 def without_zero_scales(weight: PackedWeight) -> PackedWeight:
@@ -66,6 +67,14 @@ class DenseLayers:
     def dense_dtype(self, info: TensorInfo) -> torch.dtype:
         """Return the dtype in which a tensor outside of quantized layers is written."""
         return info.dtype
+
+    def changes(self, name: str) -> bool:
+        """Say whether the numbers of a tensor outside of quantized layers change."""
+        return False
+
+    def changed(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Return such a tensor as it is written."""
+        raise NotImplementedError(name)
 
     def plan(self, name: str, spec: QuantSpec) -> TensorPlan:
         """Return full names, dtypes and shapes of a layer's tensors."""
@@ -110,16 +119,20 @@ def write_directory(
     directory = AtomicDirectory(out)
     dense = DenseLayers()
     held = {name: dense if name in reasons else layers for name in source.layers}
-    copies = {name: (source.reader, name) for name in source.dense_names}
+    others = set(source.dense_names)
+    copies = {name: (source.reader, name) for name in others if not layers.changes(name)}
     plan: TensorPlan = {}
     for tensor, info in source.reader.tensors.items():  # in the order of the source's files
         name, _, part = tensor.rpartition(".")
-        if tensor in copies:
+        if tensor in others:
             plan[tensor] = (layers.dense_dtype(info), info.shape)
         elif part == source.integers and name in held:
             plan |= held[name].plan(name, source.layers[name])
 
     def convert(name: str) -> Mapping[str, torch.Tensor]:
+        if name not in held:
+            mine = [t for t in others - copies.keys() if t.rpartition(".")[0] == name]
+            return {tensor: layers.changed(tensor, source.reader.get(tensor)) for tensor in mine}
         return held[name].convert(name, source.layer(name))
 
     with directory as partial:

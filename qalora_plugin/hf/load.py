@@ -26,6 +26,8 @@ def load_model(
         own = QALoRAQuantConfig(source.config.bits, source.config.group_size)
         options["quantization_config"] = own
     config = transformers.AutoConfig.from_pretrained(directory)
+    if getattr(config.get_text_config(), "attn_logit_softcapping", None):
+        options.setdefault("attn_implementation", "eager")  # the others leave it out unsaid
     name = class_name or (config.architectures or ["AutoModelForCausalLM"])[0]
     model_class: Any = getattr(transformers, name, transformers.AutoModelForCausalLM)
     model = model_class.from_pretrained(directory, dtype=torch.float32, **options).eval()

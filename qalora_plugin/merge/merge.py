@@ -8,12 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..checkpoint.side_files import TOKENIZER_FILES, copy_side_files
 from ..checkpoint.source import sealed_base
 from ..files.atomic import AtomicDirectory
 from ..files.json import write_json
 from ..files.names import CONFIG_FILE
 from ..files.writer import write_weights
+from .inherit import inherit
 from .plan import plan_merge
 
 
@@ -66,9 +66,7 @@ def merge_adapter(
     copies |= {name: (plan.adapter.reader, key) for name, key in plan.dense.from_adapter.items()}
     with target as partial:
         write_weights(partial, plan.tensors, copies, plan.stored_layer, progress=progress)
-        plan.base.write_side_files(partial)
-        if (plan.adapter.directory / "tokenizer_config.json").exists():  # as trained with
-            copy_side_files(plan.adapter.directory, partial, TOKENIZER_FILES)
+        inherit(plan.base, plan.adapter.directory, partial)
         quantization = plan.config["quantization_config"] | {"base": sealed_base(plan.base)}
         write_json(partial / CONFIG_FILE, plan.config | {"quantization_config": quantization})
         if finish is not None:

@@ -23,6 +23,7 @@ from ..checkpoint.merged import MergedAdapter, merged_from_files
 from ..checkpoint.validate import bad_values
 from ..files.manifest import file_sha256
 from .adapter import Adapter, open_adapter, open_base
+from .inherit import with_special_tokens
 from .modules_to_save import DenseTensors, plan_dense
 from .names import TrainedModel, find_trained_model
 from .pairing import LayerMerge, pair
@@ -113,7 +114,8 @@ def make_plan(adapter: Adapter, base: QuantizedCheckpoint, convention: str) -> M
     merged = merged_from_files(record, base.config.merged)
     quantization = {**base.config.to_dict(), **_grids(base, layers), "merged": merged}
     checked = QALoRAQuantConfig(**quantization).to_dict()
-    config = {**dense.config, "quantization_config": checked}
+    config = with_special_tokens(dense.config, adapter.directory)
+    config = {**config, "quantization_config": checked}
     return MergePlan(adapter, base, convention, trained, layers, dense, tensors, config)
 
 

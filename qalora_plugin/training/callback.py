@@ -120,8 +120,12 @@ class MergeCallback(TrainerCallback):
         Under FSDP the Trainer saves shards alone: the adapter is put beside them.
         """
         self._last_checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if self._model is not None and fsdp_enabled():
+        if self._model is None:
+            return
+        if fsdp_enabled():
             save_adapter(self._model, self._last_checkpoint)
+        if state.is_world_process_zero:
+            self._save_beside(adapter_directory(self._model, self._last_checkpoint))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -138,6 +142,7 @@ class MergeCallback(TrainerCallback):
             f"the trained adapter is safe in {adapter}, but merging it failed (repeat with "
             f"`qalora merge {adapter} --out DIR`)"
         )
+        on_main_process(lambda: self._save_beside(adapter), "saving the tokenizer", failed)
         on_main_process(lambda: self._merge(adapter), "merging", failed)
         on_main_process(self._push, "pushing", f"merged into {self.out_dir}, but not pushed")
 
@@ -182,13 +187,16 @@ class MergeCallback(TrainerCallback):
             )
 
     def _finish(self, partial: Path) -> None:
-        """Write tokenizer, generation config and labels as they are in this training."""
-        if self._processing_class is not None:
-            self._processing_class.save_pretrained(partial)
+        """Write labels as they are in this training."""
         assert self._model is not None
-        base = self._model.get_base_model()
-        write_generation_config(base, partial)
-        write_head_config(base, partial)
+        write_head_config(self._model.get_base_model(), partial)
+
+    def _save_beside(self, adapter: Path) -> None:
+        """Write tokenizer and generation config beside an adapter, which a merge then takes."""
+        assert self._model is not None
+        if self._processing_class is not None:
+            self._processing_class.save_pretrained(adapter)
+        write_generation_config(self._model.get_base_model(), adapter)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -214,7 +215,8 @@ def test_exact_holds_every_layer_in_fp32(bits, family, tmp_path):
 
 @pytest.mark.parametrize("config", [Qwen2Config, Qwen3Config, Gemma2Config])
 def test_families(config, family, tmp_path):
-    source = family(config(**SIZES))
+    scale = {"query_pre_attn_scalar": 16} if config is Gemma2Config else {}
+    source = family(config(**SIZES, **scale))
     export_model(source.directory, tmp_path / "model.gguf", "gguf")
     tensors, fields = read(tmp_path / "model.gguf")
     name = "model.layers.0.self_attn.q_proj"
@@ -291,7 +293,8 @@ def test_rope_scaling(kind, tmp_path):
     }
     config = LlamaConfig(**SIZES, rope_parameters=rope, max_position_embeddings=2048)
     config.save_pretrained(tmp_path)
-    factors = Metadata(tmp_path).rope_factors()
+    reader = SimpleNamespace(config=config.to_dict())
+    factors = Metadata(SimpleNamespace(directory=tmp_path, reader=reader)).rope_factors()
     if kind == "linear":
         assert factors is None
         return

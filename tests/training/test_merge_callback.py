@@ -338,3 +338,32 @@ def test_classifier_keeps_its_labels(bases, tmp_path):
         "single_label_classification",
     )
     verify_merge(tmp_path / "merged", tmp_path / "run" / "adapter", bases["ours"], logits=True)
+
+
+def test_merging_the_saved_adapter_again_gives_the_same_directory(
+    bases, make_trainer, tokenizer, tmp_path
+):
+    """`qalora merge` of what the callback or a checkpoint saved inherits what the callback did."""
+    end = tokenizer.convert_ids_to_tokens(40)
+    base = shutil.copytree(bases["ours"], tmp_path / "base")
+    (base / "chat_template.jinja").write_text("the base's")
+    trainer = make_trainer(
+        base,
+        callbacks=[MergeCallback(tmp_path / "merged")],
+        model_init_kwargs={"dtype": "float32"},
+        eos_token=end,
+        save_strategy="steps",
+        save_steps=2,
+    )
+    trainer.train()
+    stored = json.loads((tmp_path / "merged" / "generation_config.json").read_text())
+    assert trainer.processing_class.convert_tokens_to_ids(end) in stored["eos_token_id"]
+    for name in ("adapter", "checkpoint-2"):
+        again = merge_adapter(tmp_path / "run" / name, tmp_path / f"from-{name}", base).out
+        names = {path.name for path in again.iterdir()}
+        assert names == {path.name for path in (tmp_path / "merged").iterdir()}
+        for path in again.glob("*.j*"):  # chat template, tokenizer, generation config
+            if path.name not in ("config.json", "qalora_manifest.json"):
+                merged = tmp_path / "merged" / path.name
+                assert path.read_bytes() == merged.read_bytes(), path.name
+    assert not (tmp_path / "merged" / "chat_template.jinja").exists()  # the tokenizer has none

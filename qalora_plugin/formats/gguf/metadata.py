@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
 
 from ...checkpoint.checkpoint import QuantizedCheckpoint
 from ...errors import CheckpointError
+from ...files.names import CONFIG_FILE
+from ..features import Family, head_size, read_config, rope_of
 from . import FORMAT
 
 
@@ -38,6 +39,28 @@ ARCHITECTURES = {
     "gemma3_text": Architecture("gemma3", norm_plus_one=True),
 }
 
+_ROPES = ("default", "linear", "yarn")
+FAMILIES = {
+    "llama": Family(frozenset({"attention_bias", "mlp_bias"}), ropes=(*_ROPES, "llama3")),
+    "mistral": Family(ropes=(*_ROPES, "llama3")),
+    "qwen2": Family(ropes=_ROPES, any_head_size=False),
+    "qwen3": Family(ropes=_ROPES),
+    "gemma": Family(),
+    "gemma2": Family(
+        frozenset({
+            "attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar",
+        }),
+        windows=2,
+    ),
+    "gemma3_text": Family(
+        frozenset({"query_pre_attn_scalar"}),
+        {"rope_local_base_freq": 10000.0},
+        windows=6,
+        ropes=("default", "linear"),
+    ),
+}  # fmt: skip
+_LAYERS_OF_27B = {"gemma2": 46, "gemma3": 62}  # whose attention llama.cpp scales otherwise
+
 
 def interleave(tensor: torch.Tensor, heads: int) -> torch.Tensor:
     """Return rows [heads * head_dim, ...] with the two halves of each head taken in turns."""
@@ -65,31 +88,33 @@ def llama3_factors(rope: dict[str, Any], head_dim: int) -> torch.Tensor:
 class Metadata:
     """config.json of a model that llama.cpp can run; `config` is transformers', with defaults."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, source: QuantizedCheckpoint) -> None:
         """Read and check it.
 
         Raises:
-            CheckpointError: an architecture or position encoding that is not written.
+            CheckpointError: an architecture or a setting that llama.cpp does not have.
         """
-        self.config: Any = AutoConfig.from_pretrained(directory)
-        kind = self.config.model_type
-        if kind not in ARCHITECTURES:
-            raise CheckpointError(
-                f"{directory / 'config.json'}: model_type {kind!r} cannot be written to GGUF; "
-                f"{', '.join(ARCHITECTURES)} can."
-            )
-        self.architecture = ARCHITECTURES[kind]
+        self.config: Any = read_config(source, FAMILIES, FORMAT.runs_in)
+        self.architecture = ARCHITECTURES[self.config.model_type]
         self.heads: int = self.config.num_attention_heads
         self.kv_heads: int = getattr(self.config, "num_key_value_heads", None) or self.heads
-        head_dim = getattr(self.config, "head_dim", None)
-        self.head_dim: int = head_dim or self.config.hidden_size // self.heads
-        rope = self.config.rope_parameters
-        self._rope: dict[str, Any] = rope.get("full_attention", rope)
-        self._rope_type = self._rope.get("rope_type", "default")
-        if self._rope_type not in ("default", "linear", "llama3", "yarn"):
+        self.head_dim = head_size(self.config)
+        self._rope = rope_of(self.config)
+        self._rope_type = self._rope["rope_type"]
+        self._check_attention_scale(source.directory)
+
+    def _check_attention_scale(self, directory: Path) -> None:
+        """Refuse a scale of Gemma's attention that llama.cpp does not derive from sizes."""
+        config, found = self.config, getattr(self.config, "query_pre_attn_scalar", None)
+        if found is None:
+            return
+        of_27b = config.num_hidden_layers == _LAYERS_OF_27B[self.architecture.name]
+        expected = config.hidden_size // self.heads if of_27b else self.head_dim
+        if found != expected:
             raise CheckpointError(
-                f"{directory / 'config.json'}: rope_type {self._rope_type!r} cannot be written to "
-                "GGUF; default, linear, llama3 and yarn can."
+                f"{directory / CONFIG_FILE}: query_pre_attn_scalar is {found}, but "
+                f"{FORMAT.runs_in} has {expected} built in for these sizes. Choose a format that "
+                "transformers loads, such as torchao."
             )
 
     def add_to(self, writer: Any) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from ...checkpoint.side_files import chat_templates
 from ...errors import CheckpointError
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -101,6 +102,11 @@ class Tokenizer:
         # llama.cpp would add them by its own default
         special.add_special_token.setdefault("bos", False)
         special.add_special_token.setdefault("eos", False)
+        templates = chat_templates(self.directory)  # gguf-py prefers other files
+        listed = [{"name": name, "template": text} for name, text in templates.items()]
+        special.chat_template = (
+            listed if templates.keys() - {"default"} else templates.get("default")
+        )
         special.add_to_gguf(writer, quiet=True)
 
     def _tokens(self, kinds: Any) -> tuple[list[str], list[float], list[int]]:

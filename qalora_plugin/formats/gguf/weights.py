@@ -30,7 +30,7 @@ class Weights(ExportedWeights):
 
     def __init__(self, exported: Path, source: QuantizedCheckpoint) -> None:
         super().__init__(exported, source)
-        self._gguf, self._metadata = FORMAT.library("gguf"), Metadata(source.directory)
+        self._gguf, self._metadata = FORMAT.library("gguf"), Metadata(source)
         self._names = self._metadata.tensor_names(source)
         self._tensors = {tensor.name: tensor for tensor in self._gguf.GGUFReader(exported).tensors}
 

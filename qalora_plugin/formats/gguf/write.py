@@ -65,7 +65,7 @@ def check(source: QuantizedCheckpoint) -> tuple[Metadata, Tokenizer, dict[str, s
     Raises:
         CheckpointError: llama.cpp has not its architecture, tokenizer, or a tensor.
     """
-    metadata = Metadata(source.directory)
+    metadata = Metadata(source)
     tokenizer = Tokenizer(source.directory, metadata.config.vocab_size)
     return metadata, tokenizer, metadata.tensor_names(source)
 

@@ -10,6 +10,7 @@ from ...checkpoint.checkpoint import QuantizedCheckpoint
 from ...files.reader import CheckpointReader
 from ..weights import ExportedWeights
 from . import FORMAT
+from .write import MLXLayers, check
 
 
 class Weights(ExportedWeights):
@@ -19,6 +20,7 @@ class Weights(ExportedWeights):
         super().__init__(exported, source)
         self._mx: Any = FORMAT.library("mlx.core")
         self._reader = CheckpointReader(exported)
+        self._layers = MLXLayers(check(source))
         self._files = {path: self._mx.load(str(path)) for path in self._reader.files}
 
     def get(self, name: str) -> torch.Tensor:
@@ -34,7 +36,11 @@ class Weights(ExportedWeights):
             )
             sizes = {"group_size": grid["group_size"], "bits": grid["bits"]}
             value = self._mx.dequantize(value, scales, biases, **sizes)
-        return torch.from_numpy(np.array(value.astype(self._mx.float32)))
+        found = torch.from_numpy(np.array(value.astype(self._mx.float32)))
+        if name not in self.source.reader or not self._layers.changes(name):
+            return found
+        original = self.source.reader.get(name)
+        return original if torch.equal(found, self._layers.changed(name, original)) else found
 
     def _stored(self, key: str) -> Any:
         return self._files[self._reader.info(key).file][key]

@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,12 +26,12 @@ from ...errors import CheckpointError
 from ...files.atomic import AtomicDirectory
 from ..directory import (
     DenseLayers,
-    dense_config,
     regroup,
     without_zero_scales,
     write_directory,
 )
 from ..export import ExportResult, Progress, obstacles
+from ..features import NAMED, Family, all_settings, layer_kinds, read_config
 from ..rope import with_legacy_rope
 from . import FORMAT, MODEL_FILE
 from .graph import DATA_FILE, Graph, Term
@@ -73,6 +74,26 @@ def _term(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, spec: 
     return Term(attributes | {"accuracy_level": 1}, constants)  # 1: products in fp32
 
 
+_ROPES = ("default", "llama3")  # it was seen to compute linear and yarn otherwise
+_HEADS = 16  # of GroupQueryAttention with rotary embeddings
+FAMILIES = {
+    "llama": Family(frozenset({"attention_bias", "mlp_bias"}), ropes=_ROPES, head_sizes=_HEADS),
+    **dict.fromkeys(
+        ("mistral", "qwen2", "qwen3"),
+        Family(windows=NAMED, ropes=_ROPES, head_sizes=_HEADS),
+    ),
+}
+
+
+def check(source: QuantizedCheckpoint) -> Any:
+    """Return transformers' config of a model that onnxruntime-genai can build and run.
+
+    Raises:
+        CheckpointError: its graph would compute something else, or cannot be run.
+    """
+    return read_config(source, FAMILIES, FORMAT.runs_in)
+
+
 def export(source: str | Path, out: str | Path, *, progress: Progress | None) -> ExportResult:
     """Write the directory; see `export_model`.
 
@@ -82,10 +103,11 @@ def export(source: str | Path, out: str | Path, *, progress: Progress | None) ->
     directory = AtomicDirectory(out)
     checkpoint = open_quantized(source)
     reasons = obstacles(checkpoint, FORMAT)
+    config = check(checkpoint)
     wanted = set(checkpoint.layers) - set(reasons)
     with directory as partial:
         work = partial / "build"
-        _build(checkpoint, work)
+        _build(checkpoint, config, work)
         graph = Graph(work / "graph", wanted)
         lost = wanted - graph.layers
         if lost:
@@ -101,14 +123,22 @@ def export(source: str | Path, out: str | Path, *, progress: Progress | None) ->
     return ExportResult(directory.target, FORMAT.name, len(wanted), EXACTNESS, reasons)
 
 
-def _build(source: QuantizedCheckpoint, work: Path) -> None:
+def _build(source: QuantizedCheckpoint, config: Any, work: Path) -> None:
     """Let the builder make a graph in fp32 under `work`/graph."""
-    write_directory(
-        source, work / "dense", DenseLayers(), with_legacy_rope(dense_config(source)), {}
-    )
+    settings = with_legacy_rope(all_settings(config))
+    settings["layer_types"] = layer_kinds(config)  # Mistral's class has no such key
+    write_directory(source, work / "dense", DenseLayers(), settings, {})
     command = [sys.executable, "-m", "onnxruntime_genai.models.builder"]
     paths = ["-i", work / "dense", "-o", work / "graph", "-c", work / "cache"]
-    options = ["-p", "fp32", "-e", "cpu", "--extra_options", "hf_token=false"]
+    options = [
+        "-p",
+        "fp32",
+        "-e",
+        "cpu",
+        "--extra_options",
+        "hf_token=false",
+        "windowed_kv_cache=false",
+    ]
     done = subprocess.run(
         [*command, *map(str, paths), *options],
         capture_output=True,
