@@ -46,6 +46,11 @@ class PackedWeight:
         g_idx = None if g_idx is None else g_idx.to(torch.int32)
         return cls(packing.pack(codes.t(), spec.bits), scales, offsets, g_idx, spec)
 
+    def __repr__(self) -> str:
+        """Tell shape and grid, not the numbers."""
+        order = "" if self.g_idx is None else ", act-order"
+        return f"PackedWeight({self.spec}{order}, on {self.qweight.device})"
+
     @property
     def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Return the four tensors; `PackedWeight(*w.tensors, w.spec)` is `w` again."""

@@ -129,6 +129,16 @@ class QALoRAQuantConfig(StoredConfig):
             grid = {"bits": self.bits, "group_size": self.group_size} | override
             _check_grid(f"{where}: ", **grid)
 
+    def __repr__(self) -> str:
+        """Tell bits and group size, and what is not the default."""
+        shown = {"bits": self.bits, "group_size": self.group_size}
+        for item in dataclasses.fields(self):
+            value, factory = getattr(self, item.name), item.default_factory
+            default = item.default if factory is dataclasses.MISSING else factory()
+            if value != default:
+                shown[item.name] = value
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in shown.items())})"
+
     def to_dict(self) -> dict[str, Any]:
         """Return what config.json holds, without newer keys where older releases read it all."""
         written = copy.deepcopy(self.__dict__)

@@ -150,6 +150,7 @@ class QuantLinear(nn.Module):
         spec = self.spec
         return (
             f"in_features={spec.in_features}, out_features={spec.out_features}, "
-            f"bias={self.bias is not None}, bits={spec.bits}, group_size={spec.group_size}, "
-            f"desc_act={self.g_idx is not None}"
+            f"bias={self.bias is not None}, bits={spec.bits}, group_size={spec.group_size} "
+            f"({spec.num_groups} groups), desc_act={self.g_idx is not None}"
+            + (f", offsets_at={spec.offsets_at!r}" if spec.offsets_at == "minimum" else "")
         )

@@ -113,6 +113,18 @@ class QALoRALinear(nn.Module, BaseTunerLayer):
         device, _ = super()._get_base_layer_device_and_dtype(base_layer)
         return device, None
 
+    def extra_repr(self) -> str:
+        """Tell rank, mode and scaling of each adapter; the grid is the base layer's."""
+        return ", ".join(
+            f"{name}: r={rank}, adapt={self._adapt(name)}, scaling={self.scaling[name]:g}"
+            for name, rank in self.r.items()
+        )
+
+    def _adapt(self, adapter_name: str) -> str:
+        """Return the mode of an adapter, by the matrices that it has."""
+        held = {part for part, (a, _) in MATRICES.items() if adapter_name in getattr(self, a)}
+        return next(adapt for adapt, parts in ADAPT_PARTS.items() if set(parts) == held)
+
     def matrices(self, adapter_name: str) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield (attribute, weight) of each matrix that an adapter has here."""
         for attribute in self.adapter_layer_names:

@@ -9,6 +9,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils.peft_types import PeftType, register_peft_method
 
 from ..errors import ConfigError
+from . import counting
 from .config import PEFT_TYPE, QALoRAConfig
 from .model import QALoRAModel
 
@@ -32,6 +33,7 @@ def register() -> None:
     Raises:
         ConfigError: another package has registered a method of this name.
     """
+    counting.install()
     if PEFT_TYPE not in PeftType.__members__:
         _extend_enum()
     registered = PEFT_TYPE_TO_CONFIG_MAPPING.get(PeftType(PEFT_TYPE))
