@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 
 from ..distributed.ranks import connect, on_main_process
 from ..errors import ConfigError
-from ..files.hub import resolve_model_dir
+from ..files.hub import locate, resolve_model_dir
 from ..files.json import read_json
 from ..files.names import ADAPTER_CONFIG_FILE
 from ..training.figures import FiguresCallback
@@ -215,7 +215,8 @@ def _base_of(adapter: Path) -> str | None:
             f"lora_model_dir: {adapter} holds no {ADAPTER_CONFIG_FILE}; expected a trained adapter "
             "(an output_dir, or one of its checkpoints)"
         )
-    return read_json(config).get("base_model_name_or_path")
+    stored = read_json(config).get("base_model_name_or_path")
+    return locate(stored, adapter) if stored else None
 
 
 def _refuse_second_merge(cfg: Any) -> None:

@@ -41,6 +41,24 @@ def resolve_model_dir(name_or_path: str | Path, revision: str | None = None) -> 
         ) from error
 
 
+def locate(stored: str, directory: Path) -> str:
+    """Return a model's name as it can be opened from here: a path that a file stores, or a Hub id.
+
+    A relative path was written by a process in another directory, often one above the file's; and
+    what was moved together lies side by side.
+
+    Args:
+        stored: what the file says.
+        directory: where the file lies, such as an adapter's directory.
+    """
+    path, directory = Path(stored).expanduser(), directory.absolute()
+    if path.exists():
+        return stored
+    places = [] if path.is_absolute() else [folder / path for folder in directory.parents]
+    places.append(directory.parent / path.name)
+    return str(next((place for place in places if place.exists()), stored))
+
+
 def public_name(name_or_path: Any) -> str:
     """Return a Hub id as it is, and of a path its last part: the rest is about the machine.
 

@@ -22,7 +22,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from ..checkpoint.checkpoint import QuantizedCheckpoint, open_quantized
 from ..checkpoint.kind import find_kind, find_model
 from ..errors import AdapterError, CheckpointError
-from ..files.hub import resolve_model_dir
+from ..files.hub import locate, resolve_model_dir
 from ..files.json import read_json
 from ..files.names import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, CONFIG_FILE
 from ..files.reader import CheckpointReader
@@ -210,19 +210,20 @@ def open_base(adapter: Adapter, base: str | Path | None) -> QuantizedCheckpoint:
         AdapterError: the config names no base, one that cannot be opened, or one of 16 bits.
         CheckpointError: the base is damaged or not quantized.
     """
-    found = base or adapter.config.get("base_model_name_or_path")
-    if not found:
+    stored = adapter.config.get("base_model_name_or_path")
+    if not base and not stored:
         raise adapter.config_error(
             "base_model_name_or_path is empty. Name the quantized base with --base."
         )
+    found = base or locate(str(stored), adapter.directory)
     try:
         directory = find_model(found, None if base else adapter.config.get("revision"))
     except CheckpointError as error:
         if base:
             raise
         raise adapter.config_error(
-            f"its base_model_name_or_path cannot be opened. {error} If the quantized base is "
-            "elsewhere, name it with --base."
+            f"its base_model_name_or_path cannot be opened, and no directory beside or above the "
+            f"adapter has it. {error} If the quantized base is elsewhere, name it with --base."
         ) from error
     if adapter.is_ours and find_kind(directory).is_16_bit:
         bits, group_size = (adapter.config.get(key) for key in ("bits", "group_size"))

@@ -199,6 +199,13 @@ class QALoRAConfig(PeftConfig):
         values = super().to_dict().items()
         return {name: sorted(value) if isinstance(value, set) else value for name, value in values}
 
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write adapter_config.json, with the whole path of a base that is on this disk."""
+        base: str | None = getattr(self, "base_model_name_or_path", None)
+        if base and Path(base).expanduser().exists():
+            self.base_model_name_or_path = str(Path(base).expanduser().absolute())
+        super().save_pretrained(save_directory, **kwargs)
+
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any

@@ -11,7 +11,7 @@ import torch
 from support.adapters import edit_json, edit_tensors
 
 from qalora_plugin.errors import AdapterError, CheckpointError
-from qalora_plugin.merge.adapter import open_adapter
+from qalora_plugin.merge.adapter import open_adapter, open_base
 
 Make = Callable[..., Path]
 Q_PROJ = "model.layers.0.self_attn.q_proj"
@@ -45,6 +45,25 @@ def test_reads_layers_ranks_and_scaling(base_dir, make_adapter):
     patterned = open_adapter(adapter).layers
     assert patterned[Q_PROJ].scaling == 3 / 2
     assert patterned[Q_PROJ.replace("q_proj", "k_proj")].scaling == 6 / 2
+
+
+def test_its_base_is_found_from_anywhere(base_dir, make_adapter, tmp_path, monkeypatch):
+    run = tmp_path / "run" / "out"
+    run.mkdir(parents=True)
+    base = shutil.copytree(base_dir, run / "base-int4")
+    # as a process in the folder `run` wrote it
+    adapter = make_adapter(base, name="run/out/adapter", base_model_name_or_path="out/base-int4")
+    for here in (tmp_path / "run", tmp_path, run, adapter, Path("/")):
+        monkeypatch.chdir(here)
+        assert open_base(open_adapter(adapter), None).directory.samefile(base)
+    monkeypatch.chdir(adapter)
+    assert open_base(open_adapter("."), None).directory.samefile(base)
+    edit_json(adapter / "adapter_config.json", base_model_name_or_path=str(base))
+    moved = (tmp_path / "run").rename(tmp_path / "moved") / "out"
+    assert open_base(open_adapter(moved / "adapter"), None).directory == moved / "base-int4"
+    (moved / "base-int4").rename(tmp_path / "elsewhere")
+    with pytest.raises(AdapterError, match=r"no directory beside or above.*with --base"):
+        open_base(open_adapter(moved / "adapter"), None)
 
 
 def test_is_not_changed_after_it_was_read(adapter_dir):

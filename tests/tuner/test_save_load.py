@@ -51,6 +51,17 @@ def test_round_trip(saved, make_llama, ids, low_cpu_mem_usage):
     assert any(p.requires_grad for p in trained.parameters())
 
 
+def test_a_base_on_this_disk_is_saved_by_its_whole_path(make_peft, tmp_path, monkeypatch):
+    model = make_peft()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").mkdir()
+    for given, saved in (("base", str(tmp_path / "base")), ("org/name", "org/name")):
+        model.active_peft_config.base_model_name_or_path = given
+        model.save_pretrained("adapter")
+        config = QALoRAConfig.from_pretrained("adapter")
+        assert config.base_model_name_or_path == saved
+
+
 def test_adapter_in_bf16_is_fp32_in_memory(saved, make_llama):
     directory, _ = saved
     low = {key: value.bfloat16() for key, value in load_file(directory / FILE).items()}

@@ -18,6 +18,7 @@ from qalora_kernels.stored import TensorPlan
 from ...checkpoint.side_files import TOKENIZER_FILES, copy_side_files
 from ...errors import AdapterError
 from ...files.atomic import AtomicDirectory
+from ...files.hub import locate
 from ...files.json import write_json
 from ...files.names import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
 from ...files.writer import ShardWriter
@@ -66,7 +67,8 @@ def export(
             "it. Merge it and export the merged model (format gptq keeps it exact on an "
             "integer-zero base)."
         )
-    config = _config(plan, str(base or adapter.config["base_model_name_or_path"]))
+    named = base or locate(adapter.config["base_model_name_or_path"], adapter.directory)
+    config = _config(plan, str(named))
     with directory as partial:
         writer = ShardWriter(partial / ADAPTER_WEIGHTS_FILE, _plan(plan))
         for done, name in enumerate(plan.layers, start=1):
@@ -129,7 +131,7 @@ def _config(plan: MergePlan, base: str) -> dict[str, Any]:
     return {
         **config,
         "peft_type": "LORA",
-        "base_model_name_or_path": str(plan.base.directory) if is_local else base,
+        "base_model_name_or_path": str(plan.base.directory.absolute()) if is_local else base,
         "target_modules": _target_modules(plan),
         "bias": "none",
         "fan_in_fan_out": False,
