@@ -15,6 +15,7 @@ from ..files.names import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
 from ..files.reader import CheckpointReader
 from ..files.safetensors import read_header
 from .checkpoint import QuantizedCheckpoint, open_quantized
+from .fit import check_fit
 from .format import ADAPT_MODES
 from .kind import find_kind
 from .layout import quantized_layers
@@ -77,7 +78,9 @@ def describe(
         checkpoint = open_quantized(directory)
         found.update(_describe_quantized(checkpoint, total))
         if not quick:
-            _check_places(checkpoint)
+            check_fit(checkpoint)
+            for name in checkpoint.dense_names:
+                checkpoint.reader.check_finite(name)
             for done, name in enumerate(checkpoint.layers):
                 checkpoint.layer(name)
                 if progress is not None:
@@ -87,19 +90,6 @@ def describe(
     except CheckpointError as error:
         found["valid"], found["problem"] = False, str(error)
     return found
-
-
-def _check_places(checkpoint: QuantizedCheckpoint) -> None:
-    """Refuse a model whose tensors and parameters do not belong to each other."""
-    from ..architecture.model import read_architecture  # slow to import
-    from ..architecture.places import places_problem
-
-    names = checkpoint.weight_names
-    architecture = read_architecture(checkpoint.reader.config, names)
-    if architecture is not None:
-        problem = places_problem(architecture.model, names, checkpoint.layers.keys())
-        if problem is not None:
-            raise CheckpointError(f"{checkpoint.directory}: {problem}.")
 
 
 def _describe_quantized(checkpoint: QuantizedCheckpoint, total: int) -> dict[str, Any]:

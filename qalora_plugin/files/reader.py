@@ -176,6 +176,34 @@ class CheckpointReader:
                 yield buffer[:count]
                 left -= count
 
+    def check_finite(self, name: str) -> None:
+        """Read a tensor of floats through, in pieces.
+
+        Raises:
+            CheckpointError: it holds NaN or infinity.
+        """
+        for _ in self.finite_chunks(name):
+            pass
+
+    def finite_chunks(self, name: str) -> Iterator[memoryview]:
+        """Yield `chunks`, each of which is looked at first.
+
+        Raises:
+            CheckpointError: it is a tensor of floats with NaN or infinity in it.
+        """
+        import torch
+
+        info = self.info(name)
+        for chunk in self.chunks(name):
+            if info.dtype.is_floating_point and info.dtype.itemsize > 1:
+                values = torch.frombuffer(chunk, dtype=torch.uint8).view(info.dtype)
+                if not values.isfinite().all():
+                    raise CheckpointError(
+                        f"{info.file}: {name} holds NaN or infinity: the file is damaged, or "
+                        "training diverged. Copy it again, or use an earlier checkpoint."
+                    )
+            yield chunk
+
     @staticmethod
     def _read(file: FileIO, view: memoryview, info: TensorInfo) -> int:
         count = file.readinto(view) or 0

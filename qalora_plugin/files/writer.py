@@ -114,8 +114,9 @@ class ShardWriter:
         It is converted where it is planned in another dtype.
         """
         if reader.info(original).dtype == self._infos[name].dtype:
-            self.write_raw(name, reader.chunks(original))
+            self.write_raw(name, reader.finite_chunks(original))
         else:
+            reader.check_finite(original)
             self.write(name, reader.get(original).to(self._infos[name].dtype))
 
     def _take(self, name: str) -> TensorInfo:

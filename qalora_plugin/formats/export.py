@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.checkpoint import QuantizedCheckpoint, open_quantized
+from ..checkpoint.fit import check_fit
 from ..checkpoint.format import Format, exports, format_named
 from ..errors import CheckpointError, ConfigError
 from .record import write_record
@@ -151,6 +152,8 @@ def export_model(
             f"format {format!r} has no option {unknown[0]!r}; it has {', '.join(known) or 'none'}"
         )
     found.check_libraries()
+    if not found.of_adapter:
+        check_fit(open_quantized(source))
     result: ExportResult = found.module("write").export(source, out, progress=progress, **options)
     if result.out.is_dir():
         record = result.as_dict() | ({"written_back": True} if found.of_source else {})

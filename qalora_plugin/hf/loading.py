@@ -94,6 +94,7 @@ class StoredLayers:
             CheckpointError: a tensor was not loaded, or holds numbers that no layer can have.
         """
         self._restore_dtypes(model, dtype)
+        check_finite(model, str(self._checkpoint.directory))
         if self._pending:
             load_layers(model, self._checkpoint, self._placed)
             return
@@ -122,6 +123,17 @@ class StoredLayers:
         if not checkpoint.is_foreign:
             module.offsets = load_offsets(module.offsets, module.scales, module.spec)
             check_values(f"{checkpoint.directory}: {layer}", module.packed)
+
+
+def check_finite(model: nn.Module, where: str) -> None:
+    """Refuse a loaded model with NaN or infinity in a parameter; quantized layers have checks."""
+    for name, parameter in model.named_parameters():
+        has_numbers = parameter.is_floating_point() and not parameter.is_meta
+        if has_numbers and not parameter.isfinite().all():
+            raise CheckpointError(
+                f"{where}: {name} holds NaN or infinity: the file is damaged, or training "
+                "diverged. Copy it again, or use an earlier checkpoint."
+            )
 
 
 def _ignore(model: PreTrainedModel, kind: str, names: set[str]) -> None:

@@ -18,6 +18,7 @@ from ..layers.absent import mark_loaded
 from ..layers.linear import QuantLinear
 from ..layers.sharded import ShardedQuantLinear
 from ..quantize.rtn import rtn
+from .loading import check_finite
 from .sharded_loading import finish_sharding, loads_sharded, shard
 
 
@@ -88,6 +89,7 @@ class LayerQuantizer:
             module = model.get_submodule(name)
             if isinstance(module, nn.Linear):
                 module.weight = nn.Parameter(module.weight.to(dtype))
+        check_finite(model, str(getattr(model.config, "name_or_path", "")))
         base = self._config.base
         if self._marks:
             base["fingerprint"] = combine(self._marks)

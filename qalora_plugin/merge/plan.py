@@ -18,6 +18,7 @@ from qalora_kernels.stored import TensorPlan, layer_plan
 
 from ..checkpoint.checkpoint import QuantizedCheckpoint
 from ..checkpoint.config import QALoRAQuantConfig
+from ..checkpoint.fit import check_fit
 from ..checkpoint.layout import pack_layer
 from ..checkpoint.merged import MergedAdapter, merged_from_files
 from ..checkpoint.validate import bad_values
@@ -81,7 +82,9 @@ def plan_merge(
     """Read and plan a merge; see `merge.merge_adapter` for arguments and errors."""
     opened = open_adapter(adapter)
     chosen = opened.convention(convention)
-    return make_plan(opened, open_base(opened, base), chosen)
+    found = open_base(opened, base)
+    check_fit(found)
+    return make_plan(opened, found, chosen)
 
 
 def make_plan(adapter: Adapter, base: QuantizedCheckpoint, convention: str) -> MergePlan:

@@ -152,6 +152,13 @@ class QuantizeOptions:
                     f"{{{name}}} does not go with {{method=rtn}}, which uses no calibration data: "
                     "leave it out, or use {method=gptq}"
                 )
+        usual = {field.name: field.default for field in fields(self)}
+        for name in ("samples", "seq_len", "damp", "mse"):
+            if self.method == "rtn" and getattr(self, name) != usual[name]:
+                yield (
+                    f"{{{name}}} is a setting of GPTQ and does not go with {{method=rtn}}: leave "
+                    "it out, or use {method=gptq}"
+                )
         if self.method == "gptq" and self.calibration is None:
             yield (
                 "GPTQ needs text: give {calibration} a .txt or .jsonl file (in Python also a "

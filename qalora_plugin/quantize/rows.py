@@ -24,7 +24,7 @@ def fields_of(row: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the names of the fields that hold the row's example, in order; () if none do."""
     for fields in _FIELDS:
         if all(row.get(name) is not None for name in fields):
-            has_input = len(fields) == 2 and row.get("input")
+            has_input = len(fields) == 2 and row.get("input") not in (None, "")
             return (fields[0], "input", fields[1]) if has_input else fields
     return ()
 
@@ -67,7 +67,11 @@ def _conversation(parts: list[Any], where: str, tokenizer: Any) -> str:
         raise QuantizationError(
             f"{where}: expected text, found messages, which are not read here. Give strings"
         )
-    messages = [message for part in parts if isinstance(part, list) for message in part]
+    if not all(isinstance(part, list) for part in parts):
+        raise QuantizationError(
+            f"{where}: expected text or messages, found some of each. Make all its fields messages"
+        )
+    messages = [message for part in parts for message in part]
     if not all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in messages):
         raise QuantizationError(
             f'{where}: expected messages of the form {{"role": ..., "content": "text"}}'

@@ -87,3 +87,11 @@ def test_an_unknown_keyword_is_named_with_the_known_ones(tmp_path):
         ConfigError, match=r"no option is called bitz; the options are bits, target_bits, group"
     ):
         quantize_model(tmp_path / "model", tmp_path / "out", bitz=4)
+
+
+@pytest.mark.parametrize(
+    "name, value", [("samples", 3), ("seq_len", 64), ("damp", 0.1), ("mse", False)]
+)
+def test_settings_of_gptq_do_not_go_with_rtn(name, value):
+    with pytest.raises(ConfigError, match=f"{name} is a setting of GPTQ"):
+        QuantizeOptions(method="rtn", **{name: value})

@@ -84,3 +84,27 @@ def test_pieces_of_a_text(tmp_path):
     assert [piece for _, piece in file_rows(path, 3)] == ["abc", "def", "gh"]
     with pytest.raises(QuantizationError, match=r"none\.txt: cannot be read .* Give a \.txt or"):
         list(file_rows(tmp_path / "none.txt", 3))
+
+
+TURNS = [{"role": "user", "content": "a"}]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": TURNS, "completion": "text"},
+        {"prompt": "text", "completion": TURNS},
+        {"prompt": TURNS, "completion": TURNS, "input": "text"},
+        {"instruction": "text", "output": TURNS},
+        {"instruction": TURNS, "input": "text", "output": "text"},
+    ],
+)
+def test_text_beside_messages_is_not_lost(row):
+    with pytest.raises(QuantizationError, match="some of each"):
+        read_row(row, "row 0", tokenizer=object())
+
+
+@pytest.mark.parametrize("value", [0, 1.5, False, "0", " "])
+def test_any_input_is_kept(value):
+    row = {"instruction": "add", "input": value, "output": "sum"}
+    assert read_row(row, "row 0") == {"prompt": f"add\n{value}", "completion": "sum"}
