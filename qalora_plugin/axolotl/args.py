@@ -89,7 +89,8 @@ class QALoRABlock(BaseModel):
     merge_formats: list[str] = Field(
         default=["qalora"],
         description="What to write at the end: qalora (always: output_dir/merged), and exports of "
-        "it to output_dir/merged-FORMAT (gguf: output_dir/merged.gguf).",
+        "it to output_dir/merged-FORMAT (gguf: output_dir/merged.gguf). original: the base's own "
+        "file, with the adapter in it.",
     )
 
     @model_validator(mode="before")

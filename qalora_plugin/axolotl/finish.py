@@ -9,7 +9,7 @@ from qalora_kernels.stored import QUANT_METHOD
 from ..checkpoint.format import Format, format_named
 from ..errors import CheckpointError, ConfigError, OutputError, QALoRAError
 from ..files.json import read_json
-from ..formats.export import check_format, export_model
+from ..formats.export import check_format, export_model, export_path
 from ..hub.push import push_merged
 from ..merge.merge import merge_adapter
 
@@ -25,7 +25,7 @@ def merged_dir(cfg: Any) -> Path:
 def export_paths(cfg: Any) -> dict[str, Path]:
     """Return where each format of `merge_formats` beside our own goes."""
     names = [name for name in cfg.qalora["merge_formats"] if name != QUANT_METHOD]
-    return {name: format_named(name).beside(merged_dir(cfg)) for name in names}
+    return {name: export_path(merged_dir(cfg), name, cfg.get("base_model")) for name in names}
 
 
 def check_free(cfg: Any) -> None:
@@ -71,6 +71,10 @@ def check_formats(cfg: Any, base: str | Path | None) -> None:
 def _check_settings(cfg: Any, format: Format) -> None:
     """Refuse a format that cannot hold any base quantized with these settings."""
     format.check_libraries()
+    if format.of_source:
+        raise ConfigError(
+            "the base is quantized in this run, so there is no quantized file to write back to"
+        )
     grids = format.grids
     if grids.integer_zeros and cfg.qalora["zero_points"] == "real":
         raise ConfigError("it stores integer zero-points: set zero_points: integer")

@@ -13,6 +13,7 @@ from ..errors import ConfigError
 from ..files.hub import locate, resolve_model_dir
 from ..files.json import read_json
 from ..files.names import ADAPTER_CONFIG_FILE
+from ..hf.one_file import directory_of
 from ..training.figures import FiguresCallback
 from ..tuner import QALoRAConfig
 from .base import check_base, check_calibration, is_quantized, quantized_base
@@ -48,6 +49,7 @@ class QALoRAPlugin(BasePlugin):
         check_config(cfg)
         if cfg.get("adapter") != ADAPTER:
             return
+        _import_file(cfg)
         check_base(cfg.get("base_model"))
         if cfg.get("merge_lora"):
             # the other method copies a quantized base unmerged; this one asks pre_model_load
@@ -196,6 +198,14 @@ def _use_base(cfg: Any, directory: str) -> None:
     """Load model, config and tokenizer from the quantized base instead of the 16-bit one."""
     cfg["base_model"] = cfg["base_model_config"] = directory
     cfg["revision_of_model"] = None
+
+
+def _import_file(cfg: Any) -> None:
+    """Import a base that is one file, such as a .gguf, once; all else then reads the directory."""
+    given = cfg.get("base_model")
+    directory = directory_of(given, {"revision": cfg.get("revision_of_model")})
+    if directory != given:
+        _use_base(cfg, directory)
 
 
 def _adapter_directory(cfg: Any) -> Path | None:

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..files.hub import resolve_model_dir
+from ..errors import CheckpointError
+from ..files.hub import resolve_model_dir, resolve_model_file
 from ..files.json import read_json
 from ..files.names import ADAPTER_CONFIG_FILE, CONFIG_FILE, RECORD_FILE
 from .format import Format, formats
@@ -34,16 +35,25 @@ def find_model(name_or_path: str | Path, revision: str | None = None) -> Path:
     """Return where a model lies: a file in a format that is one file, or a directory.
 
     Args:
-        name_or_path: the file, a directory, or a Hub id.
+        name_or_path: the file, a directory, or a Hub id; a file on the Hub is `org/name/file`.
         revision: branch, tag or commit of the Hub repository.
 
     Raises:
         CheckpointError: there is no such model.
     """
-    path = Path(name_or_path).expanduser()
-    if path.is_file() and any(f.suffix == path.suffix for f in formats() if f.suffix):
-        return path
-    return resolve_model_dir(name_or_path, revision)
+    path, suffixes = Path(name_or_path).expanduser(), [f.suffix for f in formats() if f.suffix]
+    if path.suffix in suffixes:
+        return path if path.is_file() else resolve_model_file(name_or_path, revision)
+    directory = resolve_model_dir(name_or_path, revision)
+    if (directory / CONFIG_FILE).exists() or (directory / ADAPTER_CONFIG_FILE).exists():
+        return directory
+    files = sorted(file for suffix in suffixes for file in directory.glob(f"*{suffix}"))
+    if len(files) > 1:
+        raise CheckpointError(
+            f"{directory}: holds {len(files)} models, each of one file. Name one of them: "
+            + ", ".join(str(file) for file in files)
+        )
+    return files[0] if files else directory
 
 
 def find_kind(path: str | Path) -> Kind:

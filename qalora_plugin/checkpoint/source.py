@@ -5,7 +5,7 @@ merged from it:
 
     format        name of the format
     path          where it lies on this machine
-    repo, revision  where it lies on the Hub, if it came from there
+    repo, revision, file  where it lies on the Hub, if it came from there; no file: all of it
     frozen        by mode of `adapt`, the layers that cannot take its result back; "*" for all
     files         {name: {size, sha256}} of its weight files, from the import or the merge on
 """
@@ -23,7 +23,7 @@ SOURCE_KEY = "source"
 
 
 def describe_location(path: Path) -> dict[str, Any]:
-    """Return `path`, and of a snapshot in the Hub's cache `repo` and `revision`."""
+    """Return `path`, and of what lies in the Hub's cache `repo`, `revision` and `file`."""
     path = path.expanduser().absolute()
     found: dict[str, Any] = {"path": str(path)}
     parts = path.parts
@@ -31,7 +31,7 @@ def describe_location(path: Path) -> dict[str, Any]:
         at = len(parts) - 1 - parts[::-1].index("snapshots")
         if parts[at - 1].startswith("models--"):
             repo = parts[at - 1].removeprefix("models--").replace("--", "/")
-            found |= {"repo": repo, "revision": parts[at + 1]}
+            found |= {"repo": repo, "revision": parts[at + 1], "file": "/".join(parts[at + 2 :])}
     return found
 
 

@@ -28,7 +28,7 @@ def add_parser(subparsers: Any) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run it; progress goes to stderr, the result to stdout."""
-    from ..formats.convert import import_model
+    from ..checkpoint.convert import import_model
 
     with progress_bar("importing", "tensor") as progress:
         result = import_model(args.source, args.out, revision=args.revision, progress=progress)

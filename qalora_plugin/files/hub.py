@@ -59,6 +59,31 @@ def locate(stored: str, directory: Path) -> str:
     return str(next((place for place in places if place.exists()), stored))
 
 
+def resolve_model_file(name: str | Path, revision: str | None = None) -> Path:
+    """Return the local path of a model that is one file on the Hub: `org/name/path/of/file`.
+
+    Raises:
+        CheckpointError: neither a file here nor one that can be reached.
+    """
+    text = str(name)
+    if isinstance(name, Path) or text.count("/") < 2 or text[:1] in "./~":
+        raise CheckpointError(
+            f"{name}: no such file. Give a path, or `org/name/file` for one on the Hub."
+        )
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    organisation, repository, file = text.split("/", 2)
+    try:
+        return Path(hf_hub_download(f"{organisation}/{repository}", file, revision=revision))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointError(
+            f"{text}: no such file, and the Hub did not give it "
+            f"({type(error).__name__}: {str(error).splitlines()[0]}). "
+            "Check the name, or log in with `hf auth login` if the repository is private."
+        ) from error
+
+
 def public_name(name_or_path: Any) -> str:
     """Return a Hub id as it is, and of a path its last part: the rest is about the machine.
 

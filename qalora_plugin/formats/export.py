@@ -8,7 +8,11 @@ from typing import Any
 from ..checkpoint.checkpoint import QuantizedCheckpoint, open_quantized
 from ..checkpoint.fit import check_fit
 from ..checkpoint.format import Format, exports, format_named
+from ..checkpoint.kind import find_kind, find_model
+from ..checkpoint.source import SOURCE_KEY
 from ..errors import CheckpointError, ConfigError
+from ..files.json import read_json
+from ..files.names import CONFIG_FILE
 from .record import write_record
 
 Progress = Callable[[int, int], None]
@@ -113,6 +117,26 @@ def refuse_calibration(text: Mapping[str, Any]) -> None:
             "calibration: nothing is calibrated when integers are written as they are; "
             "leave it out, or ask for requantize (--requantize)"
         )
+
+
+def export_path(merged: Path, format: str, base: str | Path | None) -> Path:
+    """Return where an export goes beside the merged directory, of which `base` is the base.
+
+    Raises:
+        CheckpointError: the base cannot be found.
+        ConfigError: no such format.
+    """
+    found = format_named(format)
+    path = found.beside(merged)
+    if not found.of_source or base is None:
+        return path
+    place = find_model(base)
+    source = find_kind(place).base
+    if source is None:
+        quantization = read_json(place / CONFIG_FILE).get("quantization_config") or {}
+        record = (quantization.get("base") or {}).get(SOURCE_KEY)
+        source = None if record is None else format_named(record["format"])
+    return path if source is None else path.with_name(path.name + source.suffix)
 
 
 def export_model(

@@ -31,7 +31,7 @@ from ..files.reader import CheckpointReader
 from ..files.safetensors import read_header
 from ..layers.linear import QuantLinear
 from ..layers.sharded import ShardedQuantLinear
-from . import routing, stored_tensors
+from . import one_file, routing, stored_tensors
 from .config import QALoRAQuantConfig
 from .loading import StoredLayers
 from .on_the_fly import LayerQuantizer, QuantizeOnLoad
@@ -218,3 +218,4 @@ def register() -> None:
         register_quantization_config(QUANT_METHOD)(QALoRAQuantConfig)
     routing.install()
     stored_tensors.install()
+    one_file.install()

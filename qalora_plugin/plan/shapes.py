@@ -10,12 +10,15 @@ import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from qalora_kernels.stored import QUANT_METHOD
 
 from ..architecture.selection import check_group_sizes, linears_in_blocks, linears_to_quantize
+from ..checkpoint.checkpoint import open_quantized
 from ..checkpoint.config import QALoRAQuantConfig
 from ..checkpoint.format import foreign_config
+from ..checkpoint.kind import find_kind
 from ..errors import CheckpointError, ConfigError
 from ..files.json import read_json
 from ..files.names import ADAPTER_CONFIG_FILE, CONFIG_FILE
@@ -66,6 +69,8 @@ def load_shape(
         ConfigError: transformers does not know the architecture, another method quantized the
             base, or `bits` or `group_size` differ from those of a quantized base.
     """
+    if find_kind(name_or_path).base is not None and Path(name_or_path).is_file():
+        return _shape_of_file(Path(name_or_path))
     directory = Path(name_or_path)
     if directory.is_dir() and not (directory / CONFIG_FILE).exists():
         raise CheckpointError(_no_config(directory))
@@ -86,6 +91,14 @@ def load_shape(
     if stored is not None:
         del config.quantization_config
     return ModelShape(config, base, quantized=stored is not None)
+
+
+def _shape_of_file(path: Path) -> ModelShape:
+    """Read a base that is one file; its layers may have other bits than most."""
+    checkpoint = open_quantized(path)
+    raw = dict(checkpoint.reader.config)
+    config = CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
+    return ModelShape(config, checkpoint.config, quantized=True)
 
 
 def _no_config(directory: Path) -> str:

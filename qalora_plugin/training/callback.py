@@ -1,7 +1,7 @@
 """`MergeCallback`: the merged INT-n checkpoint at the end of a TRL or transformers training."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,11 +10,13 @@ from peft import PeftModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
+from ..checkpoint.format import format_named
 from ..distributed.ranks import connect, on_main_process
 from ..distributed.sharding import fsdp_enabled
 from ..errors import ConfigError
-from ..files.atomic import AtomicDirectory, ScratchDirectory
+from ..files.atomic import AtomicDirectory, ScratchDirectory, check_target
 from ..files.names import ADAPTER_CONFIG_FILE
+from ..formats.export import ExportResult, check_format, export_model, export_path
 from ..merge.merge import MergeResult, merge_adapter
 from ..tuner.config import PEFT_TYPE
 from .save import (
@@ -50,6 +52,7 @@ class MergeCallback(TrainerCallback):
         self,
         out_dir: str | Path,
         *,
+        formats: Sequence[str] = (),
         push_to_hub: bool = False,
         repo_id: str | None = None,
         private: bool = True,
@@ -58,19 +61,26 @@ class MergeCallback(TrainerCallback):
 
         Args:
             out_dir: directory to make. It must not exist, or be empty.
+            formats: exports of the merged checkpoint to write beside it, to out_dir-FORMAT (a
+                format that is one file: out_dir.SUFFIX). "original" is the file that the base
+                came in, with the adapter in it.
             push_to_hub: also push the merged checkpoint, with a model card.
             repo_id: where to: `name` or `org/name`; by default the directory's name.
             private: whether a repository that has to be made is private.
 
         Raises:
             OutputError: the target is not empty, or cannot be written.
+            ConfigError: no such format.
         """
         self.out_dir = AtomicDirectory(out_dir).target
+        self.formats = [format_named(name).name for name in formats]
         self.push_to_hub = push_to_hub
         self.repo_id = repo_id
         self.private = private
         self.result: MergeResult | None = None
         """What was written, None before."""
+        self.exported: list[ExportResult] = []
+        """What was written in other formats."""
         self._model: PeftModel | None = None
         self._processing_class: Any = None
         self._data: str | None = None
@@ -86,6 +96,7 @@ class MergeCallback(TrainerCallback):
         Raises:
             ConfigError: the model has no QALORA adapter, or the training writes to the target.
             OutputError: the target has been filled since.
+            CheckpointError: a format cannot hold the base, or has no file to go back to.
             RankError: the processes cannot reach each other, as the merge will need.
         """
         adapter = Path(args.output_dir).resolve() / ADAPTER_DIR
@@ -105,6 +116,11 @@ class MergeCallback(TrainerCallback):
                 "Give SFTTrainer peft_config=QALoRAConfig(...)"
             )
         self._model, self._state = model, state
+        base = quantized_base_on_disk(model) if self.formats else None
+        for name in self.formats:
+            if base is not None:
+                check_format(base, name)
+            check_target(export_path(self.out_dir, name, base))
         self._last_checkpoint = _resumed_checkpoint(model, args, state)
         self._processing_class = kwargs.get("processing_class")
         dataset = getattr(kwargs.get("train_dataloader"), "dataset", None)
@@ -144,6 +160,9 @@ class MergeCallback(TrainerCallback):
         )
         on_main_process(lambda: self._save_beside(adapter), "saving the tokenizer", failed)
         on_main_process(lambda: self._merge(adapter), "merging", failed)
+        if self.formats:
+            failed = f"merged into {self.out_dir}, but not exported"
+            on_main_process(lambda: self._export(adapter), "exporting", failed)
         on_main_process(self._push, "pushing", f"merged into {self.out_dir}, but not pushed")
 
     def merge_last_checkpoint(self) -> MergeResult | None:
@@ -164,7 +183,9 @@ class MergeCallback(TrainerCallback):
         checkpoint = self._last_checkpoint
         if self._load_best and self._state.best_model_checkpoint:
             checkpoint = Path(self._state.best_model_checkpoint)
-        self._merge(adapter_directory(self._model, checkpoint))
+        adapter = adapter_directory(self._model, checkpoint)
+        self._merge(adapter)
+        self._export(adapter)
         self._push()
         return self.result
 
@@ -173,6 +194,14 @@ class MergeCallback(TrainerCallback):
         with _base_directory(self._model, self.out_dir) as base:
             self.result = merge_adapter(adapter, self.out_dir, base, finish=self._finish)
         _log.info("merged checkpoint: %s", self.result.out)
+
+    def _export(self, adapter: Path) -> None:
+        assert self._model is not None
+        for name in self.formats:
+            path = export_path(self.out_dir, name, quantized_base_on_disk(self._model))
+            source = adapter if format_named(name).of_adapter else self.out_dir
+            self.exported.append(export_model(source, path, name))
+            _log.info("%s", self.exported[-1].as_text())
 
     def _push(self) -> None:
         if self.push_to_hub and self.result is not None and self._state is not None:

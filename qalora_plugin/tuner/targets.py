@@ -66,7 +66,8 @@ def resolve_targets(config: QALoRAConfig, model: nn.Module) -> None:
             "QALoRAConfig: the base model has no quantized layers. Either quantize it while it "
             f"loads, from_pretrained(..., quantization_config=QALoRAQuantConfig({wanted})), or "
             "quantize it once with calibration, which is better: qalora quantize MODEL --out DIR "
-            "--calibration FILE"
+            "--calibration FILE. What is quantized already (GGUF) is loaded by its file's name, "
+            'from_pretrained("model.gguf"), or imported with `qalora import FILE --out DIR`'
         )
     _refuse_quantized_saves(config, quantized)
     asked = f"QALoRAConfig: target_modules={config.target_modules!r}"

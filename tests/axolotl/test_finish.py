@@ -8,12 +8,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from support.gguf_files import write_gguf
 
 from qalora_plugin.axolotl import finish
 from qalora_plugin.axolotl.base import check_calibration
+from qalora_plugin.checkpoint.convert import import_model
 from qalora_plugin.errors import ConfigError, OutputError
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
+STOCK = FIXTURES / "gptq_4bit_g32_asym"
 
 
 class Config(SimpleNamespace):
@@ -77,6 +80,19 @@ def formats(tmp_path, *names, **keys):
     block = {"merge_on_finish": True, "zero_points": "real", "desc_act": False}
     block |= {"merge_formats": list(names), **keys}
     return Config(output_dir=str(tmp_path), qalora=block)
+
+
+def test_the_bases_own_file(tmp_path):
+    """`original` goes back into a file or a directory, as the base came."""
+    file = write_gguf(tmp_path / "model.gguf")
+    base = import_model(file, tmp_path / "base").out
+    for given, name in ((base, "merged-original.gguf"), (STOCK, "merged-original")):
+        cfg = formats(tmp_path, "original")
+        cfg["base_model"] = str(given)
+        assert finish.export_paths(cfg) == {"original": tmp_path / name}
+        finish.check_formats(cfg, given)
+    with pytest.raises(ConfigError, match="the base is quantized in this run"):
+        finish.check_formats(cfg, None)
 
 
 def test_exports_that_would_fail_are_refused_before_training(tmp_path):

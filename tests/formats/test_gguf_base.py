@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from qalora_kernels import packing
 from qalora_plugin import QALoRAConfig, export_model, merge_adapter
 from qalora_plugin.checkpoint.checkpoint import open_quantized
+from qalora_plugin.checkpoint.convert import import_model
 from qalora_plugin.cli import main as cli
 from qalora_plugin.errors import CheckpointError, ConfigError
-from qalora_plugin.formats.convert import import_model
 from qalora_plugin.formats.gguf.decode import BLOCK_TYPES, read_minima, read_scales, read_words
 from qalora_plugin.tuner.targets import resolve_targets
 

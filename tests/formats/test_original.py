@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM
 
 from qalora_plugin import QALoRAConfig, export_model, merge_adapter
 from qalora_plugin.checkpoint.checkpoint import open_quantized
+from qalora_plugin.checkpoint.convert import import_model
 from qalora_plugin.cli import main as cli
 from qalora_plugin.errors import CheckpointError, ConfigError
-from qalora_plugin.formats.convert import import_model
 from qalora_plugin.tuner.targets import resolve_targets
 
 from .weights import STOCK

@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM
 from qalora_kernels import reference
 from qalora_plugin import QALoRAConfig, QALoRAQuantConfig, export_model, merge_adapter
 from qalora_plugin.checkpoint.checkpoint import open_quantized
+from qalora_plugin.checkpoint.convert import import_model
 from qalora_plugin.checkpoint.format import exports
 from qalora_plugin.errors import CheckpointError, ConfigError
-from qalora_plugin.formats.convert import import_model
 from qalora_plugin.tuner.targets import resolve_targets
 
 from .weights import FIXTURES

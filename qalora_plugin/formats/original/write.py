@@ -7,6 +7,7 @@ from ...checkpoint.checkpoint import QuantizedCheckpoint, open_quantized
 from ...checkpoint.format import Format, format_named
 from ...checkpoint.source import SOURCE_KEY, check_source
 from ...errors import CheckpointError, ConfigError
+from ...files.hub import locate
 from ..export import ExportResult, Progress
 
 
@@ -75,10 +76,12 @@ def _open(
 ) -> QuantizedCheckpoint:
     if given is not None:
         return open_quantized(given)
-    if Path(record["path"]).exists():
-        return open_quantized(Path(record["path"]))
+    path = Path(locate(record["path"], merged.directory))
+    if path.exists():
+        return open_quantized(path)
     if "repo" in record:
-        return open_quantized(record["repo"], record["revision"])
+        name = "/".join(filter(None, (record["repo"], record.get("file"))))
+        return open_quantized(name, record["revision"])
     raise CheckpointError(
         f"{record['path']}: the base of {merged.directory} was read from it, and it is not there. "
         "Name a copy of it with --original."

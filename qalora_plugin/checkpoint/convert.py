@@ -1,5 +1,8 @@
 """Import a base in a foreign format: the same integers, scales and offsets in our own format."""
 
+import fcntl
+import hashlib
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,14 +10,18 @@ from typing import Any
 
 import torch
 
-from ..checkpoint.checkpoint import open_quantized
-from ..checkpoint.layout import pack_layer
-from ..checkpoint.source import sealed_base
-from ..errors import ConfigError
+from qalora_kernels import cache
+
+from ..errors import ConfigError, OutputError
 from ..files.atomic import AtomicDirectory
 from ..files.json import write_json
 from ..files.names import CONFIG_FILE
 from ..files.writer import write_weights
+from .checkpoint import open_quantized
+from .layout import pack_layer
+from .source import sealed_base
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -76,3 +83,33 @@ def import_model(
         config = checkpoint.reader.config | {"quantization_config": quantization}
         write_json(partial / CONFIG_FILE, config)
     return ImportResult(target.target, checkpoint.format, len(checkpoint.layers), base["source"])
+
+
+def cached_import(path: Path) -> Path:
+    """Return the directory of an imported file, made on first use in the user's cache directory.
+
+    Args:
+        path: a file in a format that is one file; its size and time of change count.
+
+    Raises:
+        CheckpointError: see `import_model`.
+        OutputError: the cache cannot be written.
+    """
+    stat = path.stat()
+    facts = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
+    key = hashlib.sha256(facts.encode()).hexdigest()[:12]
+    try:
+        directory = cache.private_directory("bases") / f"{path.stem}-{key}"
+        with directory.with_name(f".{directory.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # of several processes one imports
+            if not (directory / CONFIG_FILE).exists():
+                _log.warning("importing %s into %s, once", path, directory)
+                import_model(path, directory)
+    except OSError as error:
+        if isinstance(error, OutputError):
+            raise
+        raise OutputError(
+            f"{path}: cannot be imported into the cache directory ({error}). Run `qalora import "
+            f"{path} --out DIR`, and give DIR."
+        ) from error
+    return directory
