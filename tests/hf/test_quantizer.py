@@ -272,7 +272,7 @@ def test_another_architecture_is_refused(base_dir, altered):
     with pytest.raises(CheckpointError, match=r"no tensor for model\.layers\.2"):
         AutoModelForCausalLM.from_pretrained(directory)
     edit_config(directory, num_hidden_layers=2, attention_bias=True)
-    with pytest.raises(CheckpointError, match=r"proj\.bias is missing"):
+    with pytest.raises(CheckpointError, match=r"no tensor for \S+proj\.bias"):
         AutoModelForCausalLM.from_pretrained(directory)
 
 
