@@ -4,11 +4,13 @@ import json
 
 import pytest
 import torch
+from support.adapters import edit_tensors
 from support.random_adapter import random_adapter
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from qalora_plugin import merge_adapter, quantize_model
+from qalora_plugin import merge_adapter, quantize_model, verify_merge
 from qalora_plugin.checkpoint.checkpoint import QuantizedCheckpoint, open_quantized
+from qalora_plugin.checkpoint.convert import import_model
 from qalora_plugin.cli import main
 from qalora_plugin.errors import CheckpointError, ConfigError, QuantizationError
 from qalora_plugin.formats.export import export_model
@@ -17,6 +19,38 @@ from qalora_plugin.formats.zero_points import integer_zeros
 from qalora_plugin.quickstart.embedded import base_model_path
 
 from .weights import BLOCKS_OF_32, STOCK, error_in_steps, exact_weight
+
+
+def signed(fixture, folder):
+    """The fixture in our format, half of its outputs negated: with negative scales."""
+
+    def negate(tensors):
+        for name in tensors:
+            if name.endswith((".scales", ".offsets")):
+                tensors[name][:, 1::2] *= -1
+
+    out = import_model(fixture, folder / "signed").out
+    edit_tensors(out / "model.safetensors", negate)
+    return out
+
+
+@pytest.mark.parametrize("format", ["gptq", "compressed-tensors"])
+@pytest.mark.parametrize(
+    "name", ["2bit_g32_asym", "3bit_g32_asym", "4bit_g32_asym", "8bit_g32_sym"]
+)
+def test_negative_scales_are_held_exactly(name, format, tmp_path):
+    base = open_quantized(signed(STOCK.with_name(f"gptq_{name}"), tmp_path))
+    adapter = random_adapter(base, tmp_path / "adapter", "scales")
+    merged = merge_adapter(adapter, tmp_path / "merged", base.directory).out
+    assert verify_merge(merged, adapter, base.directory).output_error <= 1
+    exported = open_quantized(export_model(merged, tmp_path / "out", format).out)
+    assert exported.format == format
+    for layer in base.layers:
+        found, wanted = exported.layer(layer), open_quantized(merged).layer(layer)
+        assert (found.scales < 0).any() and (found.scales > 0).any()
+        assert torch.equal(found.codes() - found.spec.mid, wanted.codes() - wanted.spec.mid)
+        assert torch.equal(found.scales, wanted.scales)
+        assert torch.equal(found.offsets, wanted.offsets)
 
 
 def test_merged_scales_keep_integers_and_zero_points(tmp_path):
