@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from qalora_kernels import SUPPORTED_BITS, QuantSpec
 
@@ -113,6 +113,28 @@ class Runtime:
 
 
 @dataclass(frozen=True)
+class Engine:
+    """What one engine does with an export, as a test has found.
+
+    Args:
+        name: of the engine, with the version where others may differ.
+        runs: "exactly" (as our fp32 model, to the rounding of the engine's own arithmetic),
+            "approximately", or "not" (it refuses).
+        note: under which conditions, or why; may be empty.
+        test: the file in `integration/`, and the test in it after "::".
+    """
+
+    name: str
+    runs: Literal["exactly", "approximately", "not"]
+    note: str
+    test: str
+
+    def as_text(self) -> str:
+        """Return "name: how (note)"."""
+        return f"{self.name}: {self.runs}" + (f" ({self.note})" if self.note else "")
+
+
+@dataclass(frozen=True)
 class Format:
     """The record of one foreign format: all that is known before any of its code is imported.
 
@@ -158,6 +180,7 @@ class Format:
         libraries: modules that writing needs, installed by the extra "export".
         runs_in: the programs that load it.
         runtime: the one that verifies exports.
+        engines: what engines do with an export; nothing is claimed that no test has found.
         hub_library: `library_name` of its model card.
         usage: how it is loaded, Markdown of its model card with {repo_id} and {file}.
     """
@@ -169,6 +192,7 @@ class Format:
     runtime: Runtime
     hub_library: str
     usage: str
+    engines: tuple[Engine, ...] = ()
     suffix: str = ""
     marker: str | None = None
     quant_methods: tuple[str, ...] = ()

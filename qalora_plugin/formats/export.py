@@ -55,7 +55,8 @@ class ExportResult:
         for why in sorted(whys):
             names = [name for name, reason in self.dense.items() if reason == why]
             lines.append(f"  {len(names)} layers dense, {names[0]} the first: {why}")
-        return "\n".join(lines)
+        engines = [f"  {engine.as_text()}" for engine in format_named(self.format).engines]
+        return "\n".join([*lines, *(["What engines do with it:"] if engines else []), *engines])
 
 
 def obstacles(source: QuantizedCheckpoint, format: Format) -> dict[str, str]:

@@ -11,7 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from qalora_kernels.stored import QUANT_METHOD
 
 from ..checkpoint.checkpoint import QuantizedCheckpoint, open_quantized
-from ..checkpoint.format import format_named
+from ..checkpoint.format import Engine, format_named
 from ..errors import OutputError, QALoRAError
 from ..files.hub import public_name
 from ..files.json import read_json
@@ -53,6 +53,39 @@ _TEXT = """# {title}
 |---|---|
 {rows}
 """
+
+
+_OUR_ENGINES = (
+    Engine(
+        "transformers with qalora_plugin",
+        "exactly",
+        "",
+        "integration/newest/test_newest.py::test_the_fast_suite_passes_on_the_newest_releases",
+    ),
+    Engine(
+        "vLLM 0.32.0, CPU, with qalora_plugin",
+        "exactly",
+        "",
+        "integration/vllm/test_vllm.py::test_vllm_computes_what_transformers_computes",
+    ),
+    Engine(
+        "transformers without it",
+        "not",
+        "refused",
+        "integration/guard/test_without_plugin.py::test_stock_transformers_refuses",
+    ),
+    Engine(
+        "vLLM 0.32.0 without it",
+        "not",
+        "refused",
+        "integration/vllm/test_vllm.py::test_without_the_plugin_vllm_refuses",
+    ),
+)
+
+
+def engines_of(format: str) -> tuple[Engine, ...]:
+    """Return what engines do with a format, ours included."""
+    return _OUR_ENGINES if format == QUANT_METHOD else format_named(format).engines
 
 
 @dataclass
@@ -212,6 +245,7 @@ def _rows(subject: Subject, data: str | None) -> dict[str, Any]:
         "format": subject.format,
         "bits": facts.get("bits"),
         "group size": facts.get("group_size"),
+        "engines": "; ".join(engine.as_text() for engine in engines_of(subject.format)) or None,
         "quantized with": facts.get("method"),
         "adapted": facts.get("adapt"),
         "rank": facts.get("r"),

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from support.random_adapter import random_adapter
 from transformers import AutoModelForCausalLM
@@ -103,6 +104,27 @@ def test_imported_and_given_back_unchanged(name, tmp_path):
     for path in (FIXTURES / name).iterdir():
         if path.name != "reference.safetensors":
             assert (out / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+@pytest.mark.parametrize("name", ["ct_4bit_g32_sym_bf16", "awq_4bit_g32_asym"])
+def test_what_was_trained_is_given_back_to_the_bit(name, tmp_path):
+    ids = torch.arange(24)[None]
+    model = AutoModelForCausalLM.from_pretrained(FIXTURES / name, dtype=torch.float32)
+    before = model(ids).logits
+    trained = get_peft_model(model, QALoRAConfig(r=4, adapt="scales", target_modules="all-linear"))
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=0.05)
+    for _ in range(3):
+        trained(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    trained.save_pretrained(tmp_path / "adapter")
+    merged = merge_adapter(tmp_path / "adapter", tmp_path / "merged", FIXTURES / name).out
+    out = export_model(merged, tmp_path / "out", "original").out
+    again = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    with torch.no_grad():
+        wanted = trained.eval()(ids).logits
+        assert torch.equal(again(ids).logits, wanted)
+    assert (wanted - before).abs().max() > 0.1
 
 
 @pytest.fixture

@@ -9,11 +9,15 @@ from pathlib import Path
 import pytest
 
 from qalora_kernels import QuantSpec
-from qalora_plugin.checkpoint.format import foreign_config, format_named, formats
+from qalora_kernels.stored import QUANT_METHOD
+from qalora_plugin.checkpoint.format import exports, foreign_config, format_named, formats
 from qalora_plugin.checkpoint.kind import Kind, find_kind
 from qalora_plugin.formats import FOLDERS
+from qalora_plugin.hub.card import engines_of
 
 from .weights import ACT_ORDER, STOCK
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_importing_the_package_imports_records_alone():
@@ -42,6 +46,23 @@ def test_folders_have_what_their_records_promise(name):
     for part, wanted in parts.items():
         assert bool(importlib.util.find_spec(f"{format.package}.{part}")) == bool(wanted), part
     assert "me/model" in format.usage.format(repo_id="me/model", file="model.gguf")
+
+
+def test_the_page_says_of_every_engine_what_its_record_says_and_a_test_finds():
+    page = (ROOT / "docs" / "export.md").read_text()
+    names = [QUANT_METHOD, *(f.name for f in exports() if not f.of_source)]
+    rows = []
+    for name in names:
+        assert engines_of(name), name
+        for engine in engines_of(name):
+            file, _, test = engine.test.partition("::")
+            rows.append(
+                f"| `{name}` | {engine.name} | {engine.runs} | {engine.note} | "
+                f"[{test}](../{file}) |"
+            )
+            assert f"def {test}(" in (ROOT / file).read_text(), engine.test
+    table = [line for line in page.splitlines() if "](../integration/" in line]
+    assert table == rows
 
 
 def test_recognised_on_disk(tmp_path):

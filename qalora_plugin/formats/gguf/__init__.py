@@ -1,6 +1,6 @@
 """GGUF files for llama.cpp and all that is built on it."""
 
-from ...checkpoint.format import ADAPT_MODES, Format, Grids, Option, Runtime
+from ...checkpoint.format import ADAPT_MODES, Engine, Format, Grids, Option, Runtime
 
 FORMAT = Format(
     name="gguf",
@@ -10,6 +10,14 @@ FORMAT = Format(
     ),
     runs_in="llama.cpp",
     runtime=Runtime("llama.cpp", (("xllamacpp",),), "xllamacpp", rounds_activations=True),
+    engines=(
+        Engine(
+            "llama.cpp",
+            "approximately",
+            "it rounds activations to 8 bits",
+            "integration/export/test_runtimes.py::test_llama_cpp",
+        ),
+    ),
     hub_library="gguf",
     usage="""```
 hf download {repo_id} {file} --local-dir .

@@ -1,6 +1,6 @@
 """Plain PEFT LoRA adapters on the quantized base."""
 
-from ...checkpoint.format import Format, Grids, Option, Runtime
+from ...checkpoint.format import Engine, Format, Grids, Option, Runtime
 from ...files.names import ADAPTER_CONFIG_FILE
 
 FORMAT = Format(
@@ -9,6 +9,14 @@ FORMAT = Format(
     grids=Grids(act_order=True),
     runs_in="PEFT on the quantized base",
     runtime=Runtime("stock PEFT", (("peft",), ("torchao",)), "peft torchao", on="torchao"),
+    engines=(
+        Engine(
+            "PEFT 0.20.0 on the base as torchao export",
+            "exactly",
+            "",
+            "integration/export/test_runtimes.py::test_lora_in_stock_peft",
+        ),
+    ),
     hub_library="peft",
     usage="""```python
 from peft import PeftModel

@@ -1,6 +1,6 @@
 """Directories that mlx-lm loads."""
 
-from ...checkpoint.format import ADAPT_MODES, Format, Grids, Runtime
+from ...checkpoint.format import ADAPT_MODES, Engine, Format, Grids, Runtime
 
 QUANTIZATION = "quantization"
 GROUP_SIZES = (128, 64, 32)
@@ -12,6 +12,9 @@ FORMAT = Format(
     ),
     runs_in="mlx-lm",
     runtime=Runtime("mlx-lm", (("mlx_lm",),), "'mlx[cpu]' mlx-lm"),
+    engines=(
+        Engine("mlx-lm 0.32.2", "exactly", "", "integration/export/test_runtimes.py::test_mlx"),
+    ),
     hub_library="mlx",
     usage="""```
 pip install mlx-lm

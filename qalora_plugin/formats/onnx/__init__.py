@@ -1,6 +1,6 @@
 """ONNX Runtime directories for onnxruntime-genai."""
 
-from ...checkpoint.format import Format, Grids, Runtime
+from ...checkpoint.format import Engine, Format, Grids, Runtime
 
 MODEL_FILE = "model.onnx"
 FORMAT = Format(
@@ -14,6 +14,14 @@ FORMAT = Format(
     ),
     runs_in="ONNX Runtime",
     runtime=Runtime("ONNX Runtime", (("onnxruntime",),), "onnxruntime-genai"),
+    engines=(
+        Engine(
+            "ONNX Runtime 1.31.1, onnxruntime-genai",
+            "exactly",
+            "",
+            "integration/export/test_runtimes.py::test_onnx",
+        ),
+    ),
     hub_library="onnxruntime",
     usage="""```python
 import onnxruntime_genai as og  # pip install onnxruntime-genai huggingface_hub

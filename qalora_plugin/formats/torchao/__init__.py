@@ -1,6 +1,6 @@
 """Directories that stock transformers loads with torchao."""
 
-from ...checkpoint.format import Format, Grids, Runtime
+from ...checkpoint.format import Engine, Format, Grids, Runtime
 
 FORMAT = Format(
     name="torchao",
@@ -9,6 +9,14 @@ FORMAT = Format(
     runs_in="stock transformers",
     runtime=Runtime(
         "stock transformers", (("transformers",), ("torchao",)), "transformers torchao"
+    ),
+    engines=(
+        Engine(
+            "transformers 5.16.1 with torchao 0.17.0",
+            "exactly",
+            "",
+            "integration/export/test_runtimes.py::test_torchao_in_stock_transformers",
+        ),
     ),
     hub_library="transformers",
     usage="""```python

@@ -1,0 +1,104 @@
+"""Exports in vLLM as it is, without this project's plugin: run exactly, refused, or misread."""
+
+import pytest
+import torch
+from support.random_adapter import random_adapter
+from transformers import AutoModelForCausalLM
+
+from qalora_plugin import export_model, merge_adapter, quantize_model
+from qalora_plugin.checkpoint.checkpoint import open_quantized
+from qalora_plugin.quickstart.embedded import base_model_path
+
+TOKENS = 48
+GENERATOR = torch.Generator().manual_seed(0)
+PROMPTS = [torch.randint(3, 2048, (n,), generator=GENERATOR).tolist() for n in (5, 40, 23)]
+STOCK = {"PYTHONPATH": ""}
+
+# name: (format, bits, zero-points of the base, act-order)
+EXPORTS = {
+    "compressed-tensors, 4 bits": ("compressed-tensors", 4, "integer", False),
+    "compressed-tensors, 4 bits, symmetric": ("compressed-tensors", 4, "none", False),
+    "compressed-tensors, 3 bits": ("compressed-tensors", 3, "integer", False),
+    "compressed-tensors, 2 bits": ("compressed-tensors", 2, "integer", False),
+    "gptq, 4 bits, symmetric": ("gptq", 4, "none", False),
+}
+REFUSED = {
+    "compressed-tensors, 8 bits": ("compressed-tensors", 8, "integer", False),
+    "gptq, 4 bits": ("gptq", 4, "integer", False),
+    "gptq, 3 bits": ("gptq", 3, "none", False),
+    "gptq, 4 bits, symmetric, act-order": ("gptq", 4, "none", True),
+}
+
+
+@pytest.fixture(scope="session")
+def merged(tmp_path_factory):
+    """`merged(bits, zero_points, desc_act)`: the quickstart's base with trained scales merged."""
+    made = {}
+
+    def make(*key):
+        if key not in made:
+            bits, zero_points, desc_act = key
+            folder = tmp_path_factory.mktemp("merged")
+            text = {"calibration": torch.tensor(PROMPTS[1:2] * 4)} if desc_act else {}
+            quantize_model(
+                base_model_path(),
+                folder / "base",
+                bits=bits,
+                method="gptq" if desc_act else "rtn",
+                zero_points=zero_points,
+                mse=False,  # quick
+                desc_act=desc_act,
+                **text,
+            )
+            source = open_quantized(folder / "base")
+            random_adapter(source, folder / "adapter", "scales", rank=8, size=0.05)
+            merge_adapter(folder / "adapter", folder / "merged", folder / "base")
+            made[key] = folder / "merged"
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def served(merged, tmp_path_factory, generate):
+    """What stock vLLM says of every export in fp16, in one process."""
+    jobs = {}
+    for name, (format, *key) in (EXPORTS | REFUSED).items():
+        out = export_model(merged(*key), tmp_path_factory.mktemp("export") / "model", format).out
+        jobs[name] = {"model": str(out), "ids": PROMPTS, "tokens": TOKENS, "dtype": "float16"}
+    return dict(zip(jobs, generate(list(jobs.values()), **STOCK), strict=True))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", EXPORTS)
+def test_vllm_runs_it_exactly(name, served, merged):
+    found = served[name]
+    assert "error" not in found, found["error"]
+    model = AutoModelForCausalLM.from_pretrained(merged(*EXPORTS[name][1:]), dtype=torch.float32)
+    for prompt, theirs, chosen in zip(PROMPTS, found["logprobs"], found["tokens"], strict=True):
+        ours = model(input_ids=torch.tensor([prompt])).logits[0, :-1].log_softmax(-1)
+        difference = (torch.tensor(theirs) - ours).abs().max().item()
+        print(f"{name}: log-probabilities differ by {difference:.1e}")
+        # of every token of the vocabulary, in fp16; named is what the documentation promises
+        assert difference < (0.01 if name == "compressed-tensors, 4 bits" else 0.02)
+        out = model.generate(
+            torch.tensor([prompt]),
+            max_new_tokens=TOKENS,
+            min_new_tokens=TOKENS,
+            do_sample=False,
+            eos_token_id=None,
+        )
+        assert chosen == out[0, len(prompt) :].tolist()
+
+
+WHY = {
+    "compressed-tensors, 8 bits": "Failed to find a kernel",
+    "gptq, 4 bits": "Unsupported quantization config: bits=4, sym=False",
+    "gptq, 3 bits": "Unsupported quantization config: bits=3",
+    "gptq, 4 bits, symmetric, act-order": "desc_act=True",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_vllm_refuses_what_it_has_no_kernel_for(name, served):
+    assert WHY[name] in served[name]["error"]
