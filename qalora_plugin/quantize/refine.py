@@ -169,6 +169,15 @@ class Refiner:
             group["peak"] *= self._settings.rate
         return groups
 
+    @property
+    def held_bytes(self) -> int:
+        """Bytes that are held whatever the batch: both models, changes, gradients, moments."""
+        models = (self._teacher, self._student)
+        tensors = [t for model in models for t in (*model.parameters(), *model.buffers())]
+        tensors += self._masters.values()
+        once = {id(tensor): tensor.nbytes for tensor in tensors}
+        return sum(once.values()) + 3 * sum(t.nbytes for t in self._trained().values())
+
     def heldout(self, windows: torch.Tensor) -> float:
         """Return the mean divergence over token windows [samples, seq_len]."""
         with torch.no_grad():

@@ -8,8 +8,9 @@ length], with `labels` of that shape where only some tokens are judged (-100: no
 gets the same tokens and is judged by the same float32 loss, and by the mean KL divergence of its
 next-token distributions from the 16-bit model's. Engines that need different environments fill one
 data file: `gptqmodel` runs in the environment that `integration/envs/build.py gptqmodel` makes,
-`qalora`, `qalora-minimum` (with offsets_at "minimum"), `none` (the 16-bit model) and `softened`
-(the same, less sure of itself) in .venv.
+`qalora`, `qalora-minimum` (with offsets_at "minimum"), `qalora-refined`, `qalora-auto` (bits of
+each layer, as large as `--bits` everywhere), `none` (the 16-bit model) and `softened` (the same,
+less sure of itself) in .venv.
 """
 
 import argparse
@@ -63,14 +64,14 @@ def quantize_qalora(source: Path, setting: Row, calibration: torch.Tensor) -> to
 
     if setting["sym"]:
         raise SystemExit("engine qalora has no symmetric grid: leave --sym out")
-    quantize_model(
-        source,
-        "quantized",
-        **{name: setting[name] for name in ("bits", "group_size", "desc_act")},
-        offsets_at="minimum" if setting["engine"] == "qalora-minimum" else "middle",
-        calibration=calibration,
-        progress=False,
-    )
+    options = {name: setting[name] for name in ("bits", "group_size", "desc_act")}
+    if setting["engine"] == "qalora-minimum":
+        options["offsets_at"] = "minimum"
+    if setting["engine"] == "qalora-refined":
+        options["refine"] = True
+    if setting["engine"] == "qalora-auto":
+        options |= {"bits": "auto", "target_bits": float(setting["bits"])}
+    quantize_model(source, "quantized", calibration=calibration, progress=False, **options)
     return AutoModelForCausalLM.from_pretrained("quantized", dtype=torch.float32)
 
 
@@ -88,6 +89,8 @@ ENGINES = {
     "softened": ("transformers", keep),
     "qalora": ("qalora-plugin", quantize_qalora),
     "qalora-minimum": ("qalora-plugin", quantize_qalora),
+    "qalora-refined": ("qalora-plugin", quantize_qalora),
+    "qalora-auto": ("qalora-plugin", quantize_qalora),
     "gptqmodel": ("gptqmodel", quantize_gptqmodel),
 }
 

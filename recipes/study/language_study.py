@@ -124,6 +124,14 @@ def _setting(text: str) -> Setting:
     return int(bits), int(group_size)
 
 
+def _command(arguments: Any) -> str:
+    """Return the command line, without the folders of this machine."""
+    folders = ("source", "data", "bases", "rows")
+    names = {str(getattr(arguments, name)): name.upper() for name in folders}
+    words = [names.get(word, word) for word in sys.argv[1:]]
+    return " ".join(["python recipes/study/language_study.py", *words])
+
+
 def main() -> int:
     """Make the rows that are missing; return 3 if the time was up before the last."""
     parser = session.options(__doc__.splitlines()[0], ROWS)
@@ -148,7 +156,7 @@ def main() -> int:
     facts = asdict(sizes) | {
         "model": arguments.source.resolve().name,
         "refine_steps": refine_steps,
-        "command": " ".join(["python", "recipes/study/language_study.py", *sys.argv[1:]]),
+        "command": _command(arguments),
         "versions": {name: importlib.metadata.version(name) for name in names},
     }
     context = {

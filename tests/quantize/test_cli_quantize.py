@@ -1,10 +1,12 @@
 """The command line of `qalora quantize`."""
 
+import dataclasses
 import json
 
 import pytest
 
-from qalora_plugin.cli import main
+from qalora_plugin import QuantizeOptions
+from qalora_plugin.cli import build_parser, main
 
 RTN = ["--method", "rtn"]
 GPTQ = ["--calibration", __file__]
@@ -32,6 +34,14 @@ def test_prints_a_summary(llama_dir, tmp_path, capsys):
     arguments = ["--out", str(tmp_path / "out"), "--method", "rtn", "--group-size", "-1"]
     assert main(["quantize", str(llama_dir), *arguments]) == 0
     assert "14 layers in 4 bits" in capsys.readouterr().out
+
+
+def test_defaults_are_those_of_the_options():
+    given = vars(build_parser().parse_args(["quantize", "m", "--out", "o"]))
+    for field in dataclasses.fields(QuantizeOptions):
+        if field.name in given:
+            assert given[field.name] == field.default, field.name
+    assert given["refine_steps"] and given["damp"]
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,10 @@ def test_the_result_is_what_was_trained(settings, source, tmp_path, monkeypatch)
     with torch.no_grad():
         want = trained[0]._student(input_ids=ids).logits
         assert torch.equal(_load(out)(input_ids=ids).logits, want)
+    model, held = trained[0]._teacher, trained[0].held_bytes
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    grid = sum(layer.scales.numel() for layer in trained[0].layers.values())
+    assert weights + 16 * grid < held < 2 * weights + 40 * grid
     record = json.loads((out / "config.json").read_text())["quantization_config"]["base"]["refined"]
     assert (record["steps"], record["norms"]) == (12, "refine_norms" in settings)
     held = token_ids(40, 16)[-8:]  # of 12 * 4 + 8 windows that refining asks for there are 40
