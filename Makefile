@@ -1,5 +1,5 @@
 # Everything runs in .venv, which the first target that needs it makes and fills from constraints.txt.
-#   make quickstart | test | integration | lint | clean
+#   make quickstart | test | integration | lint | docs | docs-check | clean
 #   PYTHON=python3.12 make test      another interpreter for the virtual environment
 #   PIP_FLAGS="--index-url ..."      extra flags for every installation
 PYTHON ?= python3
@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
 
-.PHONY: quickstart test integration lint format clean
+.PHONY: quickstart test integration lint format docs docs-check clean
 
 quickstart: $(VENV)/.installed-core
 	@$(BIN)/qalora quickstart $(ARGS)
@@ -27,6 +27,14 @@ lint: $(VENV)/.installed-dev
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
+
+# The site, with strict links, in build/site; its tools live in an environment of their own.
+docs: $(VENV)/.installed-dev
+	@NO_MKDOCS_2_WARNING=1 $$($(BIN)/python integration/envs/build.py docs) -m mkdocs build --strict --quiet
+
+# Runs the blocks of README and docs that can run here, and parses the commands of the others.
+docs-check: $(VENV)/.installed-dev
+	@$(BIN)/python docs/check.py
 
 format: $(VENV)/.installed-dev
 	@$(BIN)/ruff check --fix .

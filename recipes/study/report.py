@@ -101,8 +101,11 @@ def tables() -> dict[str, dict[str, str]]:
     quantizers = read_rows(RESULTS / "quantizers.jsonl")
     offsets_at = read_rows(RESULTS / "offsets_at.jsonl")
     return {
-        "README.md": {"quantizers": quantizer_table.summary(quantizers)},
-        "docs/quantizers.md": {"quantizers": quantizer_table.table(quantizers)},
+        "README.md": {"comparison": comparison(read_rows(compare_modes.ROWS))},
+        "docs/quantizers.md": {
+            "summary": quantizer_table.summary(quantizers),
+            "quantizers": quantizer_table.table(quantizers),
+        },
         "docs/export.md": {"quantizers": quantizer_table.table(offsets_at)},
         "docs/adapt_modes.md": {
             "comparison": comparison(read_rows(compare_modes.ROWS)),
