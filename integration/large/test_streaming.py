@@ -1,6 +1,8 @@
-"""A 1.1B-parameter model is quantized and merged in a bounded resident memory."""
+"""Large models in bounded memory: 1.1B quantized and merged, a 7B GGUF file there and back."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 import time
@@ -15,6 +17,7 @@ from qalora_plugin.checkpoint.checkpoint import open_quantized
 
 QUANTIZE_LIMIT = 2.5e9
 MERGE_LIMIT = 1.0e9
+TIME_LIMIT = 3  # of the time that copying the file takes
 RANK = 16
 
 QUANTIZE = """
@@ -56,7 +59,7 @@ def write_adapter(base, out):
     save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
     config = QALoRAConfig(r=RANK, lora_alpha=RANK, base_model_name_or_path=str(base))
     config.bits, config.group_size = source.config.bits, source.config.group_size
-    config.fingerprint = source.config.base["fingerprint"]
+    config.fingerprint = source.config.base.get("fingerprint")
     config.save_pretrained(out)
 
 
@@ -68,3 +71,33 @@ def test_1b_is_quantized_and_merged_in_bounded_memory(tmp_path, llama_1b):
     write_adapter(quantized, adapter)
     command = ["-m", "qalora_plugin", "merge", adapter, "--out", merged]
     assert peak_of("merge", *command) <= MERGE_LIMIT
+
+
+def _copy_seconds(source, target):
+    """Copy a file and sync it, through this process's memory, and return how long it took."""
+    started = time.monotonic()
+    with source.open("rb") as reading, target.open("wb") as writing:
+        shutil.copyfileobj(reading, writing, 1 << 24)
+        os.fsync(writing.fileno())
+    return time.monotonic() - started
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
+def test_7b_gguf_in_bounded_memory_and_time(gguf_7b, tmp_path):
+    copied = _copy_seconds(gguf_7b, tmp_path / "copy.gguf")
+    print(json.dumps({"step": "copy", "gb": gguf_7b.stat().st_size / 1e9, "seconds": copied}))
+    (tmp_path / "copy.gguf").unlink()
+    base, adapter, merged = (tmp_path / name for name in ("base", "adapter", "merged"))
+    qalora = ("-m", "qalora_plugin")
+    back = ("--format", "original", "--out", tmp_path / "again.gguf")
+    started = time.monotonic()
+    assert peak_of("import", *qalora, "import", gguf_7b, "--out", base) <= MERGE_LIMIT
+    assert time.monotonic() - started <= TIME_LIMIT * copied
+    write_adapter(base, adapter)
+    assert peak_of("merge", *qalora, "merge", adapter, "--out", merged) <= MERGE_LIMIT
+    shutil.rmtree(base)
+    started = time.monotonic()
+    assert peak_of("write back", *qalora, "export", merged, *back) <= MERGE_LIMIT
+    assert time.monotonic() - started <= TIME_LIMIT * copied
+    assert (tmp_path / "again.gguf").stat().st_size == gguf_7b.stat().st_size

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 from peft import get_peft_model
+from support.gguf_files import tokens, write_gguf
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     Gemma2Config,
     LlamaConfig,
     Qwen2Config,
@@ -344,3 +346,25 @@ def test_inspect_reads_gguf(
     (tmp_path / "m.gguf").write_bytes(b"x" * 64)
     assert main(["inspect", str(tmp_path / "m.gguf")]) == 1
     assert "cannot be read as GGUF" in capsys.readouterr().err
+
+
+def test_tokenizers_of_transformers_own_conversion_are_mended(family, tmp_path, caplog):
+    """It writes byte_fallback into a byte-level tokenizer, and bos as eos: llama.cpp would fail."""
+    names = tokens()[0]
+    write_gguf(tmp_path / "model.gguf")
+    made = AutoTokenizer.from_pretrained(tmp_path, gguf_file="model.gguf")
+    assert made.eos_token == made.bos_token == "<|user|>"
+    sizes = BLOCKS_OF_32 | {"vocab_size": len(names), "eos_token_id": 0, "bos_token_id": 1}
+    source = family(LlamaConfig(**sizes)).directory
+    made.save_pretrained(source)
+    assert json.loads((source / "tokenizer.json").read_text())["model"]["byte_fallback"]
+    export_model(source, tmp_path / "out.gguf", "gguf")
+    fields = {n: f.contents() for n, f in gguf.GGUFReader(tmp_path / "out.gguf").fields.items()}
+    assert fields["tokenizer.ggml.model"] == "gpt2" and "tokenizer.ggml.scores" not in fields
+    assert (fields["tokenizer.ggml.eos_token_id"], fields["tokenizer.ggml.bos_token_id"]) == (0, 1)
+    assert "eos and bos are one token, 1, and config.json says that eos is 0" in caplog.text
+    values = json.loads((source / "tokenizer.json").read_text())
+    values["pre_tokenizer"] = None
+    (source / "tokenizer.json").write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match=r"lacks 256 of the 256 tokens of bytes"):
+        export_model(source, tmp_path / "other.gguf", "gguf")

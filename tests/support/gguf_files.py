@@ -80,9 +80,7 @@ def write_gguf(path, kinds=None, kind="Q4_1", family="llama", tied=True, **more)
     """Write a model whose matrices are of `kind`, those that `kinds` names by their last parts of
     others; `more` are key-values, and None leaves one out."""
     writer = gguf.GGUFWriter(path, family)
-    _write_fields(writer, family, more)
-    rows = len(more.get("tokenizer.ggml.tokens", ())) or None
-    for seed, (name, shape) in enumerate(shapes(family, tied, rows).items()):
+    for seed, (name, shape) in enumerate(write_header(writer, family, tied, **more).items()):
         part = name.split(".")[-2]
         chosen = (kinds or {}).get(part, "Q8_0" if part in ("token_embd", "output") else kind)
         gen = np.random.default_rng(seed)
@@ -102,6 +100,12 @@ def write_gguf(path, kinds=None, kind="Q4_1", family="llama", tied=True, **more)
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def write_header(writer, family="llama", tied=True, **more):
+    """Write the key-values, and return the `shapes` of the tensors that go with them."""
+    _write_fields(writer, family, more)
+    return shapes(family, tied, len(more.get("tokenizer.ggml.tokens", ())) or None)
 
 
 def _write_fields(writer, family, more):

@@ -9,6 +9,7 @@ Two kinds are read from tokenizer.json, as llama.cpp's convert_hf_to_gguf.py kno
 """
 
 import json
+import logging
 import re
 from pathlib import Path
 from types import ModuleType
@@ -16,7 +17,10 @@ from typing import Any
 
 from ...checkpoint.side_files import chat_templates
 from ...errors import CheckpointError
+from ...files.json import read_json
+from ...files.names import CONFIG_FILE
 
+_log = logging.getLogger(__name__)
 TOKENIZER_FILE = "tokenizer.json"
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -56,7 +60,7 @@ class Tokenizer:
                 f"{path}: a tokenizer of type {model.get('type')}; only BPE (Llama, Qwen, Mistral, "
                 "Gemma) can be written to GGUF."
             )
-        self.is_bpe = not model.get("byte_fallback")
+        self.is_bpe = self._is_byte_level(model)
         self.pre = self._split() if self.is_bpe else "default"
         self.added = {token["id"]: token for token in self._json.get("added_tokens", [])}
         largest = max([*model["vocab"].values(), *self.added])
@@ -65,9 +69,33 @@ class Tokenizer:
                 f"{path}: has a token {largest}, the model's vocabulary {vocab_size} rows."
             )
 
-    def _split(self) -> str:
+    def _steps(self) -> list[dict[str, Any]]:
         steps = self._json.get("pre_tokenizer") or {}
-        steps = steps.get("pretokenizers", [steps])
+        found: list[dict[str, Any]] = steps.get("pretokenizers", [steps])
+        return found
+
+    def _is_byte_level(self, model: dict[str, Any]) -> bool:
+        """Say which of the two kinds it is.
+
+        transformers' conversion of GGUF files writes `byte_fallback` into tokenizers that split
+        text into bytes; llama.cpp, told so, looks for tokens of bytes and fails every request.
+
+        Raises:
+            CheckpointError: bytes are what it falls back to, and the vocabulary has not all.
+        """
+        if not model.get("byte_fallback"):
+            return True
+        lost = [name for name in map("<0x{:02X}>".format, range(256)) if name not in model["vocab"]]
+        if lost and not any(step.get("type") == "ByteLevel" for step in self._steps()):
+            raise CheckpointError(
+                f"{self.path}: byte_fallback is true, and the vocabulary lacks {len(lost)} of the "
+                f"256 tokens of bytes, {lost[0]} the first: llama.cpp would fail every request. "
+                "Take the tokenizer files of the model that the base was made from."
+            )
+        return bool(lost)
+
+    def _split(self) -> str:
+        steps = self._steps()
         kinds = [step.get("type") for step in steps]
         splits = [
             step["pattern"].get("Regex", step["pattern"].get("String"))
@@ -99,6 +127,7 @@ class Tokenizer:
         special = gguf.SpecialVocab(
             self.directory, load_merges=self.is_bpe, n_vocab=self.vocab_size
         )
+        self._mend_eos(special)
         # llama.cpp would add them by its own default
         special.add_special_token.setdefault("bos", False)
         special.add_special_token.setdefault("eos", False)
@@ -108,6 +137,22 @@ class Tokenizer:
             listed if templates.keys() - {"default"} else templates.get("default")
         )
         special.add_to_gguf(writer, quiet=True)
+
+    def _mend_eos(self, special: Any) -> None:
+        """Take eos from config.json where the tokenizer's is its bos, and config.json differs.
+
+        transformers' conversion of GGUF files sets eos to bos: answers would never end.
+        """
+        ids = special.special_token_ids
+        path = self.directory / CONFIG_FILE
+        stated = read_json(path).get("eos_token_id") if path.exists() else None
+        stated = [stated] if isinstance(stated, int) else stated or []
+        if ids.get("eos") == ids.get("bos") and stated and ids.get("eos") not in stated:
+            _log.warning(
+                "%s: eos and bos are one token, %s, and %s says that eos is %s, which is written",
+                *(self.directory, ids.get("bos"), CONFIG_FILE, stated[0]),
+            )
+            ids["eos"] = stated[0]
 
     def _tokens(self, kinds: Any) -> tuple[list[str], list[float], list[int]]:
         """Return text, score and type of every row of the embedding."""

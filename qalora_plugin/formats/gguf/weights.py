@@ -1,8 +1,9 @@
 """Read a GGUF file's weights back with gguf-py, and bound what llama.cpp rounds.
 
 ggml multiplies a quantized or 16-bit matrix with activations rounded to a type of its own
-(`vec_dot_type` in ggml-cpu.c): Q4_1 with Q8_1, which is 8 bits in blocks of 32 with an f16 scale;
-F16 with F16, BF16 with BF16, F32 with F32.
+(`vec_dot_type` in ggml-cpu.c): Q4_1 and Q5_1 with Q8_1, which is 8 bits in blocks of 32 with an f16
+scale, Q4_0, Q5_0 and Q8_0 with Q8_0, the same without a sum; K-quants with Q8_K, blocks of 256 and
+an fp32 scale; F16 with F16, BF16 with BF16, F32 with F32.
 """
 
 from collections.abc import Callable, Iterator
@@ -82,8 +83,17 @@ def q8_1(x: torch.Tensor) -> torch.Tensor:
     return (codes * scales.half().float()).reshape(x.shape)
 
 
+def q8_k(x: torch.Tensor) -> torch.Tensor:
+    """Round activations [..., K] to Q8_K and back (ggml-quants.c, `quantize_row_q8_K_ref`)."""
+    blocks = x.float().reshape(*x.shape[:-1], -1, 256)
+    scales = blocks.abs().amax(-1, keepdim=True) / 127
+    codes = torch.where(scales > 0, blocks / scales, 0.0).round()
+    return (codes * scales).reshape(x.shape)
+
+
 ROUNDINGS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "Q4_1": q8_1,
+    **dict.fromkeys(("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"), q8_1),
+    **dict.fromkeys(("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"), q8_k),
     "F16": lambda x: x.half().float(),
     "BF16": lambda x: x.bfloat16().float(),
 }
