@@ -29,17 +29,24 @@ def env_python():
 
 
 @pytest.fixture(scope="session")
-def project_path(tmp_path_factory):
-    """Folder with this project installed as a user gets it (wheel, no dependencies), to be put on
-    the PYTHONPATH of an environment that has the dependencies."""
-    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("project")
-    # A copy, because setuptools leaves build/ behind, and takes from it what was removed since.
+def project_source(tmp_path_factory):
+    """Copy of what this project is built from: setuptools leaves build/ behind, and takes from it
+    what was removed since."""
+    source = tmp_path_factory.mktemp("source")
     for name in ("pyproject.toml", "README.md", "LICENSE", "qalora_command.py"):
         shutil.copy(ROOT / name, source)
     for name in ("qalora_plugin", "kernels"):
         shutil.copytree(ROOT / name, source / name)
+    return source
+
+
+@pytest.fixture(scope="session")
+def project_path(project_source, tmp_path_factory):
+    """Folder with this project installed as a user gets it (wheel, no dependencies), to be put on
+    the PYTHONPATH of an environment that has the dependencies."""
+    target = tmp_path_factory.mktemp("project")
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
-    subprocess.run([*pip, "--target", target, source], check=True)
+    subprocess.run([*pip, "--target", target, project_source], check=True)
     return target
 
 
