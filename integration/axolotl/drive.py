@@ -126,6 +126,13 @@ def stock(driver):
     return driver.train("stock", base_model=str(driver.stock), sequence_len=64)
 
 
+def mlx(driver):
+    """A directory that MLX quantized, as it is; its file again at the end."""
+    base = driver.stock.with_name("mlx_4bit_g32_bf16_mixed")
+    block = {"merge_formats": ["qalora", "original"]}
+    return driver.train("mlx", base_model=str(base), sequence_len=64, qalora=block)
+
+
 def dpo(driver):
     """Preferences, made of the first rows: the trainer makes the adapter from a config."""
     rows = Path(driver.values["datasets"][0]["path"]).read_text().splitlines()[:12]
@@ -181,7 +188,7 @@ def refused(driver):
     return found
 
 
-STEPS = {step.__name__: step for step in (refused, bits2, packed, stock, dpo, resumed)}
+STEPS = {step.__name__: step for step in (refused, bits2, packed, stock, mlx, dpo, resumed)}
 
 
 def main():

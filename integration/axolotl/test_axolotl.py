@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from qalora_plugin.tuner.parameter_groups import SCALE_LR_RATIO
 
@@ -87,6 +89,15 @@ def test_merge_formats(driven):
 
 def test_stock_gptq_base(driven):
     check_merged(driven["stock"], layers=14)
+
+
+def test_mlx_base_and_its_file_again(driven, work):
+    check_merged(driven["mlx"], layers=6)
+    written = work / "mlx" / "merged-original"
+    base = ROOT / "tests" / "fixtures" / "mlx_4bit_g32_bf16_mixed"
+    before, after = (load_file(folder / "model.safetensors") for folder in (base, written))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and {name.rpartition(".")[2] for name in changed} == {"biases"}
 
 
 def test_dpo(driven):

@@ -36,10 +36,10 @@ def in_pieces(tensors: "Iterable[torch.Tensor]") -> Iterator[memoryview]:
     for tensor in tensors:
         left += memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
         while len(left) >= COPY_BYTES:
-            yield memoryview(bytes(left[:COPY_BYTES]))
+            yield memoryview(left[:COPY_BYTES])
             del left[:COPY_BYTES]
     if left:
-        yield memoryview(bytes(left))
+        yield memoryview(left)
 
 
 class CheckpointReader:
