@@ -72,7 +72,7 @@ def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=Path, default=study.ROWS)
-    rows = read_rows(parser.parse_args().rows)
+    rows = study.of_sizes(read_rows(parser.parse_args().rows), study.tasks.Sizes())
     for task in study.TASKS:
         print(f"{task}\n\n{table(rows, task)}\n")
 

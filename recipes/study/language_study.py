@@ -5,10 +5,12 @@
 
 Started again it makes the rows that are missing; --seconds says when to begin no further run.
 --tasks, --settings, --methods and --seeds choose a part; --slice makes ten minutes of it (2 bits,
-GSM8K, a third of the steps). The learning rate of every method is swept alike (three rates, at the
-first setting and seed, chosen by the validation loss); the other settings and seeds take the best.
-Rows are in results/language.jsonl, each with seed, command and versions. language_report.py prints
-them as tables.
+GSM8K, three methods at one rate, a third of the steps).
+
+The learning rate of every method is swept alike (three rates, at the first setting and seed, chosen
+by the validation loss); the other settings and seeds take the best. Rows are in
+results/language.jsonl, each with seed, command and versions. language_report.py prints them as
+tables.
 """
 
 import importlib.metadata
@@ -50,6 +52,11 @@ def _matching(rows: list[Row], **wanted: Any) -> list[Row]:
     return [row for row in rows if wanted.items() <= row.items()]
 
 
+def of_sizes(rows: list[Row], sizes: tasks.Sizes) -> list[Row]:
+    """Return the rows of one study: those of a slice are another."""
+    return _matching(rows, **asdict(sizes))
+
+
 def place(method: str, setting: Setting) -> Row:
     """Return the bits and group size of a method's rows: LoRA's are of one training in 16 bits."""
     bits, group_size = (16, None) if method == "lora" else setting
@@ -66,6 +73,7 @@ def wanted(rows: list[Row], task: str, methods: tuple[str, ...], arguments: Any)
     """Return the next run that is missing, as the entries that tell its row from others."""
     first = SETTINGS[0]
     settings = (first, *(setting for setting in arguments.settings if setting != first))
+    swept = (lambda method: RATES[1:2]) if arguments.slice else rates
     seeds = (SEEDS[0], *(seed for seed in arguments.seeds if seed != SEEDS[0]))
     for setting in ((16, None), *settings):
         base = {"task": task} | place("base", setting)
@@ -76,7 +84,7 @@ def wanted(rows: list[Row], task: str, methods: tuple[str, ...], arguments: Any)
             run = {"task": task} | place(method, setting)
             for seed in seeds:
                 sweeps = setting == first and seed == SEEDS[0]
-                for rate in rates(method) if sweeps else (best_rate(rows, task, method),):
+                for rate in swept(method) if sweeps else (best_rate(rows, task, method),):
                     if not _matching(rows, **run, seed=seed, lr=rate):
                         return run | {"seed": seed, "lr": rate}
     return None
@@ -169,7 +177,7 @@ def main() -> int:
     loaded = {name: tasks.load(name, arguments.data, tokenizer, sizes) for name in arguments.tasks}
 
     def next_run(rows: list[Row]) -> session.Make | None:
-        rows = _matching(rows, **asdict(sizes))  # those of a slice are another study
+        rows = of_sizes(rows, sizes)
         for name, task in loaded.items():
             run = wanted(rows, name, tuple(arguments.methods), arguments)
             if run is not None:

@@ -27,7 +27,8 @@ def report(monkeypatch):
 
 
 def _arguments(study, **changes):
-    return argparse.Namespace(**{"settings": study.SETTINGS, "seeds": study.SEEDS, **changes})
+    usual = {"settings": study.SETTINGS, "seeds": study.SEEDS, "slice": False}
+    return argparse.Namespace(**{**usual, **changes})
 
 
 def test_bases_come_first_then_the_sweep_then_the_other_seeds_and_settings(report):
@@ -45,6 +46,15 @@ def test_bases_come_first_then_the_sweep_then_the_other_seeds_and_settings(repor
     assert order[7:11] == [*(("lora", 16, 0, rate) for rate in study.RATES), ("lora", 16, 1, 0.001)]
     assert order[11:] == [("zeros", 3, 0, 0.001), ("zeros", 3, 1, 0.001)]
     assert len({len(study.rates(method)) for method in report.METHODS}) == 1
+
+
+def test_a_slice_takes_one_rate(report):
+    study, rows = report.study, []
+    arguments = _arguments(study, settings=study.SETTINGS[:1], seeds=study.SEEDS[:1], slice=True)
+    while run := study.wanted(rows, "gsm8k", ("zeros", "both"), arguments):
+        rows.append({**run, "validation_loss": 1.0})
+    found = [(row["method"], row.get("lr")) for row in rows]
+    assert found == [("base", None)] * 2 + [("zeros", 0.001), ("both", 0.001)]
 
 
 class _Uniform(torch.nn.Module):
