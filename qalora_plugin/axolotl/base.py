@@ -15,6 +15,7 @@ from ..checkpoint.kind import find_kind
 from ..distributed.ranks import on_main_process
 from ..errors import CheckpointError, ConfigError, QuantizationError
 from ..files.hub import resolve_model_dir
+from ..files.manifest import check_manifest
 from ..files.names import CONFIG_FILE
 from ..files.reader import CheckpointReader
 from ..quantize.calibration import cut_windows, join_tokens
@@ -147,6 +148,8 @@ def quantized_base(cfg: Any, train_dataset: Any, tokenize: Callable[[str], list[
                 from ..quantize.pipeline import quantize_model
 
                 quantize_model(source, directory, calibration=calibration, **settings)
+            else:
+                check_manifest(directory)
 
     on_main_process(quantize, "quantizing", f"base_model: {source} was not quantized")
     if not (directory / CONFIG_FILE).is_file():

@@ -7,6 +7,7 @@ from qalora_kernels import QuantSpec
 from qalora_kernels.stored import QUANT_METHOD, QUANTIZED_TENSORS, TensorPlan, layer_plan
 
 from ..errors import CheckpointError, ConfigError
+from ..files.manifest import check_manifest
 from ..files.names import CONFIG_FILE
 from ..files.reader import CheckpointReader
 from .config import QALoRAQuantConfig
@@ -46,6 +47,7 @@ class QuantizedCheckpoint:
         config: our quantization config; derived for a foreign format.
         layers: the grid of every quantized layer by name.
         facts: what `qalora inspect` says of a foreign format beyond the config.
+        bound: whether config.json is known to be the one that the tensors were written for.
     """
 
     format = QUANT_METHOD
@@ -61,6 +63,7 @@ class QuantizedCheckpoint:
             CheckpointError: not quantized, damaged, or its config contradicts its tensors.
         """
         self.reader = self._open_reader(Path(directory))
+        self.bound = self.reader.check_bound()
         self.facts: dict[str, Any] = {}
         self.config, self.layers = self._read_config()
         if self.is_foreign:
@@ -173,12 +176,16 @@ class QuantizedCheckpoint:
         return {name: plan[name] for name in sorted(plan, key=place)}
 
 
-def open_quantized(name_or_path: str | Path, revision: str | None = None) -> QuantizedCheckpoint:
+def open_quantized(
+    name_or_path: str | Path, revision: str | None = None, *, check_hashes: bool = True
+) -> QuantizedCheckpoint:
     """Open a quantized checkpoint, in our format or in a foreign one that can be a base.
 
     Args:
         name_or_path: a directory, a file in a format that is one file, or a Hub id.
         revision: branch, tag or commit of the Hub repository.
+        check_hashes: compare all files with the directory's manifest, if it has one, which reads
+            each once in a process (see `files.manifest.unchecked_hashes`).
 
     Raises:
         CheckpointError: it cannot be found, is not quantized, is an export that cannot be a base,
@@ -192,7 +199,8 @@ def open_quantized(name_or_path: str | Path, revision: str | None = None) -> Qua
             f"model that it was made from; `qalora verify {directory} --against MODEL` compares "
             "the two."
         )
-    if kind.base is None:
-        return QuantizedCheckpoint(directory)
-    checkpoint: QuantizedCheckpoint = kind.base.module("read").open_checkpoint(directory)
+    opener = QuantizedCheckpoint if kind.base is None else kind.base.module("read").open_checkpoint
+    checkpoint: QuantizedCheckpoint = opener(directory)
+    if check_hashes:
+        check_manifest(directory)
     return checkpoint

@@ -27,7 +27,7 @@ def _require(valid: bool, name: str, expected: str, found: Any) -> None:
 def _check_grid(where: str, bits: Any, group_size: Any) -> None:
     known = type(bits) is int and bits in SUPPORTED_BITS
     _require(known, f"{where}bits", f"one of {SUPPORTED_BITS}", bits)
-    valid = type(group_size) is int and (group_size == -1 or group_size >= 1)
+    valid = type(group_size) is int and (group_size == -1 or 1 <= group_size < 1 << 31)
     expected = "a positive integer, or -1 for one group per output"
     _require(valid, f"{where}group_size", expected, group_size)
 

@@ -8,12 +8,12 @@ from typing import Any
 
 from qalora_kernels.stored import GUARD
 
-from ..errors import CheckpointError
-from ..files.json import read_json
+from ..errors import CheckpointError, QALoRAError
 from ..files.manifest import check_manifest
 from ..files.names import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
 from ..files.reader import CheckpointReader
-from ..files.safetensors import read_header
+from ..files.schemas import AdapterConfig, read_as
+from .adapter_values import check_adapter_values
 from .checkpoint import QuantizedCheckpoint, open_quantized
 from .fit import check_fit
 from .format import ADAPT_MODES
@@ -58,7 +58,7 @@ def describe(
     directory = Path(directory)
     kind = find_kind(directory)
     if kind.is_adapter:
-        return _describe_adapter(directory)
+        return _describe_adapter(directory, quick)
     reader = CheckpointReader(directory) if directory.is_dir() else open_quantized(directory).reader
     total = sum(info.nbytes for info in reader.tensors.values())
     found: dict[str, Any] = {
@@ -75,7 +75,7 @@ def describe(
         return found | {"kind": "16-bit model"} | sizes
     found["bytes"] = {"total": total}
     try:
-        checkpoint = open_quantized(directory)
+        checkpoint = open_quantized(directory, check_hashes=False)
         found.update(_describe_quantized(checkpoint, total))
         if not quick:
             check_fit(checkpoint)
@@ -116,6 +116,7 @@ def _describe_quantized(checkpoint: QuantizedCheckpoint, total: int) -> dict[str
         "bytes": {**sizes, "rest": total - packed, "total": total},
         **_describe_source(config.base, len(specs)),
         "merged": config.merged,
+        "config_bound": checkpoint.bound,
     }
     return found | checkpoint.facts
 
@@ -142,16 +143,17 @@ def _spread(values: Any) -> int | dict[str, int]:
     return {str(value): count for value, count in sorted(counts.items())}
 
 
-def _describe_adapter(directory: Path) -> dict[str, Any]:
-    config = read_json(directory / ADAPTER_CONFIG_FILE)
+def _describe_adapter(directory: Path, quick: bool) -> dict[str, Any]:
+    config = read_as(directory / ADAPTER_CONFIG_FILE, AdapterConfig)
     weights = directory / ADAPTER_WEIGHTS_FILE
     if not weights.exists():
         raise CheckpointError(
             f"{directory}: {ADAPTER_CONFIG_FILE} but no {ADAPTER_WEIGHTS_FILE}. Adapters in pickle "
             "files are never read: save it again with safetensors."
         )
-    tensors, _ = read_header(weights)
-    return {
+    reader = CheckpointReader(directory, only=ADAPTER_WEIGHTS_FILE)
+    tensors = reader.tensors
+    found: dict[str, Any] = {
         "kind": "adapter",
         "directory": str(directory),
         "base_model_name_or_path": config.get("base_model_name_or_path"),
@@ -162,3 +164,10 @@ def _describe_adapter(directory: Path) -> dict[str, Any]:
         "valid": True,
         "problem": None,
     }
+    if not quick:
+        try:
+            found["hashes_checked"] = check_manifest(directory)
+            check_adapter_values(reader)
+        except QALoRAError as error:
+            found["valid"], found["problem"] = False, str(error)
+    return found

@@ -5,22 +5,26 @@ same number on every device, in one pass, without a copy of the whole tensor.
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 
-_CHUNK = 1 << 22
 _PRIME = 65521
+_ROWS = 64  # of _PRIME words, at a time
 
 
 def _checksum(words: torch.Tensor) -> tuple[int, int]:
+    """Return the sum of the words, and of each times its place modulo _PRIME, plus 1."""
     plain = weighted = 0
     flat = words.reshape(-1)
-    for start in range(0, flat.numel(), _CHUNK):
-        part = flat[start : start + _CHUNK].to(torch.int64)
-        position = torch.arange(start, start + part.numel(), device=part.device)
-        plain += int(part.sum())
-        weighted += int((part * (position % _PRIME + 1)).sum())
+    places = torch.arange(1, _PRIME + 1, device=flat.device)
+    for start in range(0, flat.numel(), _PRIME * _ROWS):
+        part = flat[start : start + _PRIME * _ROWS]
+        rows, rest = part.numel() // _PRIME, part.numel() % _PRIME
+        sums = part[: rows * _PRIME].view(rows, _PRIME).sum(0, dtype=torch.int64)
+        sums[:rest] += part[rows * _PRIME :]
+        plain += int(sums.sum())
+        weighted += int((sums * places).sum())
     return plain % (1 << 64), weighted % (1 << 64)
 
 
@@ -35,8 +39,31 @@ def fingerprint(layers: Iterable[tuple[str, torch.Tensor]]) -> str:
 
 def mark(name: str, qweight: torch.Tensor) -> str:
     """Return one layer's part of a fingerprint, for layers that are not in memory together."""
+    return f"{name} {summary(qweight)}"
+
+
+def summary(qweight: torch.Tensor) -> str:
+    """Return what a fingerprint says about one layer's integers, whatever the layer is called."""
     plain, weighted = _checksum(qweight)
-    return f"{name} {tuple(qweight.shape)} {plain} {weighted}"
+    return f"{tuple(qweight.shape)} {plain} {weighted}"
+
+
+def fingerprints(
+    summaries: Mapping[str, str], *names: Callable[[str], str] | Mapping[str, str]
+) -> list[str]:
+    """Return the fingerprints of layers under several namings, for the same integers.
+
+    A base and the model that is trained on it may call a layer by two names.
+
+    Args:
+        summaries: of each layer, by any name.
+        names: each gives the name in one naming.
+    """
+    found = []
+    for naming in names:
+        rename = naming.__getitem__ if isinstance(naming, Mapping) else naming
+        found.append(combine(f"{rename(name)} {text}" for name, text in summaries.items()))
+    return found
 
 
 def combine(marks: Iterable[str]) -> str:

@@ -13,12 +13,14 @@ class BaseIdentity:
         group_size: inputs that share a scale; None likewise.
         fingerprint: of the integers (see `fingerprint`); None where nobody computed it.
         base_merged: the `merged` record of what is merged into the base; None for nothing.
+        also: the fingerprint of the same integers under other names of the layers.
     """
 
     bits: int | None
     group_size: int | None
     fingerprint: str | None
     base_merged: dict[str, Any] | None
+    also: tuple[str, ...] = ()
 
     def difference(self, other: "BaseIdentity") -> str | None:
         """Return the name of the first field that differs; None where both are one base.
@@ -27,8 +29,9 @@ class BaseIdentity:
         """
         if self.base_merged != other.base_merged:
             return "base_merged"
-        for name in ("bits", "group_size", "fingerprint"):
+        for name in ("bits", "group_size"):
             values = {getattr(self, name), getattr(other, name)} - {None}
             if len(values) > 1:
                 return name
-        return None
+        marks = [{side.fingerprint, *side.also} - {None} for side in (self, other)]
+        return "fingerprint" if all(marks) and marks[0].isdisjoint(marks[1]) else None

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import qalora_plugin
 from qalora_plugin.errors import QALoRAError
@@ -61,7 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.command not in _FILES_ONLY:
             qalora_plugin.register()
-        return int(args.func(args) or 0)
+        with _hash_checks(args):
+            return int(args.func(args) or 0)
     except QALoRAError as error:
         if os.environ.get("QALORA_TRACEBACK"):
             raise
@@ -72,3 +74,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("qalora: interrupted", file=sys.stderr)
         return 130
+
+
+def _hash_checks(args: argparse.Namespace) -> AbstractContextManager[None]:
+    """Return the context that --no-hash-check asks for."""
+    if not getattr(args, "no_hash_check", False):
+        return nullcontext()
+    from qalora_plugin.files.manifest import unchecked_hashes
+
+    return unchecked_hashes()

@@ -5,6 +5,7 @@ import json
 from typing import Any
 
 from ..files.progress import progress_bar
+from .options import add_no_hash_check
 
 
 def add_parser(subparsers: Any) -> None:
@@ -28,6 +29,7 @@ def add_parser(subparsers: Any) -> None:
     add("--format", required=True, choices=[f.name for f in known], help="what to write")
     about = f"directory to make (for {files}: the file)"
     add("--out", required=True, metavar="PATH", help=about)
+    add_no_hash_check(parser)
     add("--json", action="store_true", help="print the result as JSON on stdout")
     for title, options in _option_groups(known).items():
         group = parser.add_argument_group(f"options of {title}")

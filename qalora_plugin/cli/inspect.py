@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,12 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--quick", action="store_true", help="check config and shapes only, not values and hashes"
     )
+    about = (
+        "enter tokenizer, chat template, generation config and the like as they are now into "
+        "the manifest, after edits of your own; weights and config.json have to be as they "
+        "were written"
+    )
+    parser.add_argument("--accept-edits", action="store_true", help=about)
     parser.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
     parser.set_defaults(func=main)
 
@@ -35,6 +42,11 @@ def main(args: argparse.Namespace) -> int:
     is_export = find_kind(directory).export is not None
     if directory.is_file():  # ours, or one that came from elsewhere
         is_export = read_record(directory) is not None
+    if args.accept_edits:
+        from ..files.manifest import accept_edits
+
+        for name in accept_edits(directory):
+            print(f"qalora: accepted: {name}", file=sys.stderr)
     if not is_export:
         with progress_bar("checking", "layer") as progress:
             found = describe(directory, quick=args.quick, progress=progress)

@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from ..files.progress import progress_bar
+from .options import add_no_hash_check
 
 
 def add_parser(subparsers: Any) -> None:
@@ -27,6 +28,7 @@ def add_parser(subparsers: Any) -> None:
         "(the QA-LoRA authors' released code), peft (PEFT's use_qalora), sum (the paper)"
     )
     add("--convention", choices=("auto", "sum", "mean", "peft"), default="auto", help=about)
+    add_no_hash_check(parser)
     add("--json", action="store_true", help="print the result as JSON on stdout")
     parser.set_defaults(func=main)
 

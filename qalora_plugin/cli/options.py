@@ -35,6 +35,16 @@ bits = _parser(int, SUPPORTED_BITS.__contains__, "2, 3, 4 or 8")
 group_size = at_least(1, -1)
 fraction = _parser(float, lambda value: 0 < value < 1, "a number between 0 and 1")
 
+
+def add_no_hash_check(parser: argparse.ArgumentParser) -> None:
+    """Add the option that leaves hashes out, for models so large that reading them twice hurts."""
+    about = (
+        "do not compare files with the hashes in the manifests beside them; sizes and configs "
+        "still are"
+    )
+    parser.add_argument("--no-hash-check", action="store_true", help=about)
+
+
 OFFSETS_AT_HELP = (
     "minimum is for llama.cpp: `qalora export --format gguf` is then bit for bit what was trained, "
     "up to 4 bits in groups that are a multiple of 32 (other layers become F16 there)"

@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from .options import add_no_hash_check
+
 
 def add_parser(subparsers: Any) -> None:
     """Add the subcommand."""
@@ -26,6 +28,7 @@ def add_parser(subparsers: Any) -> None:
     about = "trainer_state.json of the training, for the losses in the card"
     add("--trainer-state", type=Path, metavar="FILE", help=about)
     add("--dry-run", action="store_true", help="upload nothing, print the files and the card")
+    add_no_hash_check(parser)
     add("--json", action="store_true", help="print the result as JSON on stdout")
     parser.set_defaults(func=main)
 

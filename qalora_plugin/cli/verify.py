@@ -6,6 +6,7 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..files.progress import progress_bar
+from .options import add_no_hash_check
 
 
 def add_parser(subparsers: Any) -> None:
@@ -39,6 +40,7 @@ def add_parser(subparsers: Any) -> None:
         "adapter's config does not state it"
     )
     add("--reference", metavar="FILE", help=about)
+    add_no_hash_check(parser)
     add("--json", action="store_true", help="print the report as JSON on stdout")
     parser.set_defaults(func=main)
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import OutputError
+from .manifest import write_manifest
 
 
 class AtomicDirectory:
@@ -18,10 +19,11 @@ class AtomicDirectory:
         with AtomicDirectory("out/merged") as partial:
             ...  # write files below `partial`
 
-    On success every file is synced before the rename, so a crash leaves either nothing or all of
-    it. On an exception the partial directory is removed, unless `resume_tag` was given: then it
-    stays, and the next run with the same tag finds what was written. What a killed process left
-    behind is removed by the next one that writes to the same target.
+    On success the manifest of what was written is added, and every file synced before the rename:
+    a crash leaves either nothing or all of it. On an exception the partial directory is removed,
+    unless `resume_tag` was given: then it stays, and the next run with the same tag finds what was
+    written. What a killed process left behind is removed by the next one that writes to the same
+    target.
     """
 
     def __init__(self, target: str | Path, resume_tag: str | None = None) -> None:
@@ -90,6 +92,7 @@ class AtomicDirectory:
         try:
             if kind is None:
                 self._check_target()
+                write_manifest(self.partial)
                 _sync_tree(self.partial)
                 os.rename(self.partial, self.target)
                 _sync_directory(self.target.parent)

@@ -1,61 +1,243 @@
-"""The hashes of a checkpoint's weight files: nearly any flipped bit in them would still load."""
+"""qalora_manifest.json: what is in a directory, so that nearly any flipped bit is found.
+
+    files   size in bytes and SHA-256 of every file: weights, tokenizer, chat template, generation
+            config, licence, code. Not of README.md and hidden files, which no program reads.
+    bound   of config.json and adapter_config.json the part that can change numbers (`binding`),
+            as their harmless keys may be edited
+
+Version 1, of earlier releases, has the hashes of weights alone. A directory without a manifest was
+written by another program, or by `save_pretrained`.
+"""
 
 import hashlib
-from pathlib import Path
+import logging
+import os
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 from ..errors import CheckpointError
-from .json import read_json, write_json
-from .names import MANIFEST_FILE
+from .binding import compare, numbers_in
+from .inside import check_inside, check_regular, in_hub_cache, open_regular
+from .json import json_text, read_json
+from .names import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, CARD_FILE, CONFIG_FILE, MANIFEST_FILE
+from .schemas import Manifest, read_as
 
-MANIFEST_VERSION = 1
+MANIFEST_VERSION = 2
+SKIP_VARIABLE = "QALORA_NO_HASH_CHECK"
+_CONFIGS = (CONFIG_FILE, ADAPTER_CONFIG_FILE)
+_WEIGHTS = ".safetensors"
+_RACY = 50_000_000  # ns: a file so young may change again without a newer time stamp
+_AGAIN = "Write or copy it again."
+_ACCEPT = (
+    "Copy it again, or, if you changed it yourself, accept it with "
+    "`qalora inspect {directory} --accept-edits`."
+)
+_log = logging.getLogger(__name__)
+_skipped = 0
+
+_Key = tuple[int, int, int, int]
+_hashes: dict[_Key, str] = {}
 
 
-def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file, as hex digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def file_sha256(path: Path, *, settled: bool = False) -> str:
+    """Return the SHA-256 of a file, as hex digits; a file that has not changed is read once.
+
+    Args:
+        path: the file.
+        settled: this process wrote it, and nobody will write to it again.
+    """
+    key = _key(path)
+    if key not in _hashes:
+        young = time.time_ns() - key[-1] < _RACY
+        with open_regular(path) as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if young and not settled:
+            return digest
+        _hashes[key] = digest
+    return _hashes[key]
 
 
-def write_manifest(directory: Path, hashes: dict[str, str]) -> None:
-    """Write qalora_manifest.json: size in bytes and SHA-256 of every weight file.
+def _key(path: Path) -> _Key:
+    found = check_regular(path)
+    return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+@contextmanager
+def unchecked_hashes() -> Iterator[None]:
+    """Leave hashes out while this is open, in all threads; sizes and configs are still compared.
+
+    For checkpoints so large that reading them once more costs too much. The environment variable
+    QALORA_NO_HASH_CHECK=1 does the same for a whole process. Each directory is named in a warning.
+    """
+    global _skipped
+    _skipped += 1
+    try:
+        yield
+    finally:
+        _skipped -= 1
+
+
+def _skips() -> bool:
+    return _skipped > 0 or os.environ.get(SKIP_VARIABLE, "0") not in ("", "0")
+
+
+def write_manifest(directory: Path, names: Iterable[str] | None = None) -> None:
+    """Write the manifest of a directory that is complete.
 
     Args:
         directory: where the files lie.
-        hashes: SHA-256 by file name.
+        names: files to enter, relative to the directory, beside those that a manifest has already;
+            by default all that are there, and those alone.
     """
-    files = {
-        name: {"size": (directory / name).stat().st_size, "sha256": digest}
-        for name, digest in sorted(hashes.items())
-    }
-    value = {"version": MANIFEST_VERSION, "files": files}
-    write_json(directory / MANIFEST_FILE, value, sort_keys=False)
+    from .atomic import replace_text  # whose directories get a manifest
+
+    path = directory / MANIFEST_FILE
+    old: dict[str, Any] = {"files": {}, "bound": {}}
+    if names is not None and path.exists():
+        with suppress(CheckpointError):  # a damaged one is replaced
+            old |= read_as(path, Manifest)
+    found = _covered(directory) if names is None else list(names)
+    files, bound = dict(old["files"]), dict(old["bound"])
+    for name in sorted(found):
+        file = directory / name
+        if name in _CONFIGS:
+            bound[name] = numbers_in(read_json(file), name)
+        else:
+            digest = file_sha256(file)
+            files[name] = {"size": file.stat().st_size, "sha256": digest}
+    value = {"version": MANIFEST_VERSION, "bound": bound, "files": dict(sorted(files.items()))}
+    replace_text(path, json_text(value, sort_keys=False))
+
+
+def _covered(directory: Path) -> list[str]:
+    """Return the files of a directory that its manifest covers, the configs among them."""
+    paths = (path.relative_to(directory) for path in directory.rglob("*") if path.is_file())
+    return [
+        path.as_posix()
+        for path in paths
+        if not any(part.startswith(".") for part in path.parts)
+        and path.name not in (CARD_FILE, MANIFEST_FILE)
+    ]
 
 
 def check_manifest(directory: str | Path) -> bool:
-    """Compare the weight files with the directory's manifest; return whether there is one.
+    """Compare a directory with its manifest: the one function that every door calls.
+
+    Each file is read once in a process, as long as it does not change. In the Hub's cache files
+    other than weights may be missing: they may not have been downloaded.
+
+    Returns:
+        True if all hashes hold; False if there is no manifest, or hashes are not to be checked.
 
     Raises:
-        CheckpointError: the manifest is damaged, or a file is missing or differs.
+        CheckpointError: the manifest is damaged, a file is missing or differs, weights are not
+            listed, or a config contradicts what was bound.
     """
     directory = Path(directory)
     path = directory / MANIFEST_FILE
     if not path.exists():
         return False
-    files = read_json(path).get("files")
-    if not isinstance(files, dict):
-        raise CheckpointError(f"{path}: expected an object `files`, found {files!r}.")
-    for name, entry in files.items():
-        if Path(name).name != name or not isinstance(entry, dict):
-            raise CheckpointError(f"{path}: entry {name!r} is not a file of this directory.")
-        file = directory / name
-        if not file.is_file():
-            raise CheckpointError(f"{file}: missing, but {MANIFEST_FILE} lists it.")
-        found, stated = f"{file.stat().st_size} bytes", f"{entry.get('size')} bytes"
-        if found == stated:
-            found, stated = f"SHA-256 {file_sha256(file)}", f"SHA-256 {entry.get('sha256')}"
-        if found != stated:
-            raise CheckpointError(
-                f"{file}: {found}, {MANIFEST_FILE} says {stated}. "
-                "It changed after it was written: write or copy it again."
-            )
+    manifest = read_as(path, Manifest)
+    if manifest["version"] > MANIFEST_VERSION:
+        raise CheckpointError(
+            f"{path}: version {manifest['version']} is newer than the one that this release reads "
+            f"({MANIFEST_VERSION}). Update qalora-plugin."
+        )
+    for name, stated in manifest.get("bound", {}).items():
+        if name not in _CONFIGS:
+            raise CheckpointError(f"{path}: bound: {name!a} is no config. {_AGAIN}")
+        found = numbers_in(read_json(directory / name), name)
+        compare(stated, found, directory / name, "its tensors")
+    files = manifest["files"]
+    _check_weights_listed(directory, files)
+    present = [name for name in files if _check_size(directory, name, files[name]["size"])]
+    if _skips():
+        _log.warning("%s: hashes are not checked, as %s says", directory, SKIP_VARIABLE)
+        return False
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        digests = pool.map(lambda name: file_sha256(directory / name), present)
+        for name, digest in zip(present, digests, strict=True):
+            stated = files[name]["sha256"]
+            if digest != stated:
+                advice = _AGAIN if name.endswith(_WEIGHTS) else _ACCEPT.format(directory=directory)
+                raise CheckpointError(
+                    f"{directory / name}: SHA-256 {digest}, {MANIFEST_FILE} says {stated!a}. It "
+                    f"changed after it was written. {advice}"
+                )
     return True
+
+
+def start_check(directory: Path) -> Future[bool]:
+    """Run `check_manifest` in a thread; hashing leaves other threads free to read."""
+    with_thread = ThreadPoolExecutor(1)
+    future = with_thread.submit(check_manifest, directory)
+    with_thread.shutdown(wait=False)
+    return future
+
+
+def _check_weights_listed(directory: Path, files: dict[str, Any]) -> None:
+    """Refuse weights that the manifest leaves out: it would say nothing about them."""
+    weights = {path.name for path in directory.glob(f"*{_WEIGHTS}")}
+    if not (directory / CONFIG_FILE).exists():  # of an adapter, beside whatever a trainer saves
+        weights &= {ADAPTER_WEIGHTS_FILE}
+    unlisted = sorted(weights - files.keys())
+    if unlisted:
+        raise CheckpointError(
+            f"{directory / unlisted[0]}: is not in {MANIFEST_FILE}, which lists {len(files)} "
+            "files. It was added or renamed afterwards: remove it, or write the directory again."
+        )
+
+
+def _check_size(directory: Path, name: str, stated: int) -> bool:
+    """Compare a file's size, and return whether the file is there."""
+    path, file = directory / MANIFEST_FILE, directory / name
+    parts = PurePosixPath(name).parts
+    if not parts or PurePosixPath(name).is_absolute() or ".." in parts or "\0" in name:
+        raise CheckpointError(f"{path}: entry {name!a} is not a file of this directory.")
+    check_inside(file, directory)
+    if not os.path.lexists(file):
+        if in_hub_cache(directory) and not name.endswith(_WEIGHTS):
+            return False
+        raise CheckpointError(
+            f"{file}: missing, but {MANIFEST_FILE} lists it. Download or copy it again."
+        )
+    size = check_regular(file, directory).st_size
+    if size != stated:
+        advice = _AGAIN if name.endswith(_WEIGHTS) else _ACCEPT.format(directory=directory)
+        raise CheckpointError(
+            f"{file}: {size} bytes, {MANIFEST_FILE} says {stated} bytes. It changed after it was "
+            f"written. {advice}"
+        )
+    return True
+
+
+def accept_edits(directory: Path) -> list[str]:
+    """Enter files into a directory's manifest as they are now; return those that differed.
+
+    Weights and configs have to be as they were written: these are checked first. What is gone is
+    taken out.
+
+    Raises:
+        CheckpointError: there is no manifest, or weights or a config differ from it.
+    """
+    path = directory / MANIFEST_FILE
+    if not path.exists():
+        raise CheckpointError(f"{directory}: has no {MANIFEST_FILE}: there is nothing to accept.")
+    manifest = read_as(path, Manifest)
+    old = manifest["files"]
+    weights = {name: entry for name, entry in old.items() if name.endswith(_WEIGHTS)}
+    _check_weights_listed(directory, old)
+    for name, entry in weights.items():
+        _check_size(directory, name, entry["size"])
+        if file_sha256(directory / name) != entry["sha256"]:
+            raise CheckpointError(f"{directory / name}: differs from {MANIFEST_FILE}. {_AGAIN}")
+    for name, stated in manifest.get("bound", {}).items():
+        found = numbers_in(read_json(directory / name), name)
+        compare(stated, found, directory / name, "its tensors")
+    write_manifest(directory)
+    new = read_as(path, Manifest)["files"]
+    return sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))

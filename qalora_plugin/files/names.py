@@ -10,6 +10,7 @@ ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
 QUANTIZE_CONFIG_FILE = "quantize_config.json"
 """AutoGPTQ's config, beside config.json or instead of its `quantization_config`."""
 
+CARD_FILE = "README.md"
 MANIFEST_FILE = "qalora_manifest.json"
 REPORT_FILE = "quantization_report.json"
 RECORD_FILE = "qalora_export.json"

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError
-from .json import read_json
+from .binding import check_bound
 from .names import ADAPTER_CONFIG_FILE, CONFIG_FILE, INDEX_FILE, SINGLE_FILE
 from .safetensors import TensorInfo, read_header
+from .schemas import ConfigFile, Index, read_as
 
 if TYPE_CHECKING:
     import torch
@@ -51,7 +52,10 @@ class CheckpointReader:
         directory: the directory read.
         tensors: every tensor's `TensorInfo` by name, in the order of the files.
         files: the weight files, in order.
+        metadata: `__metadata__` of all headers together.
     """
+
+    _metadata: list[dict[str, str]] = []  # of each file; none in formats that hold their config
 
     def __init__(self, directory: str | Path, only: str | None = None) -> None:
         """Read and check the headers.
@@ -69,30 +73,32 @@ class CheckpointReader:
             raise CheckpointError(f"{self.directory}: no such directory. Give that of a model.")
         self.tensors: dict[str, TensorInfo] = {}
         self.metadata: dict[str, str] = {}
+        self._metadata = []
         index = self.directory / INDEX_FILE
         single = self.directory / (only or SINGLE_FILE)
         # transformers prefers the single file where both are there
         if only is not None or single.exists():
             self.files = [single]
             self.tensors, self.metadata = read_header(single)
+            self._metadata = [self.metadata]
         elif index.exists():
             self.files = self._read_shards(index)
         else:
             raise CheckpointError(_no_weights(self.directory))
 
     def _read_shards(self, index: Path) -> list[Path]:
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(
-                f"{index}: expected an object `weight_map`, found {weight_map!r}. {_RESTORE}"
-            )
+        weight_map = read_as(index, Index)["weight_map"]
+        if not weight_map:
+            raise CheckpointError(f"{index}: its weight_map names no tensor. {_RESTORE}")
         for name, shard in weight_map.items():
             _check_shard_name(index, name, shard)
         files = [self.directory / shard for shard in sorted(set(weight_map.values()))]
         for path in files:
             if not path.exists():
                 raise CheckpointError(f"{path}: missing, but {INDEX_FILE} names it. {_RESTORE}")
-            tensors, self.metadata = read_header(path)
+            tensors, metadata = read_header(path)
+            self._metadata.append(metadata)
+            self.metadata |= metadata
             for name, info in tensors.items():
                 if name in self.tensors:
                     raise CheckpointError(
@@ -155,7 +161,13 @@ class CheckpointReader:
         import torch
 
         info = self.info(name)
-        data = torch.empty(info.nbytes, dtype=torch.uint8, device="cpu")
+        try:
+            data = torch.empty(info.nbytes, dtype=torch.uint8, device="cpu")
+        except (RuntimeError, MemoryError) as error:
+            raise CheckpointError(
+                f"{info.file}: tensor {name} has {info.nbytes} bytes, more than there is memory "
+                "for. Use a machine with more memory, or copy the file again if it is damaged."
+            ) from error
         view = memoryview(data.numpy())  # type: ignore[arg-type]
         with info.file.open("rb", buffering=0) as file:
             file.seek(info.start)
@@ -219,9 +231,23 @@ class CheckpointReader:
         """The directory's config.json.
 
         Raises:
-            CheckpointError: it is missing or not a JSON object.
+            CheckpointError: it is missing or not a JSON object, or a key has a value of another
+                type.
         """
-        return read_json(self.directory / CONFIG_FILE)
+        return read_as(self.directory / CONFIG_FILE, ConfigFile)
+
+    def check_bound(self) -> bool:
+        """Compare config.json with what the tensors were written for (see `binding`).
+
+        Returns:
+            False if a file's metadata do not say it: another program, or an earlier release of
+            this one, wrote it.
+
+        Raises:
+            CheckpointError: names the keys that differ.
+        """
+        path = self.directory / CONFIG_FILE
+        return all([check_bound(metadata, self.config, path) for metadata in self._metadata])
 
 
 def _check_shard_name(index: Path, name: str, shard: Any) -> None:

@@ -4,13 +4,14 @@ Format: 8 bytes, little-endian header length; a JSON object {name: {dtype, shape
 then the data, without holes (https://github.com/huggingface/safetensors#format).
 """
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ..errors import CheckpointError
+from .inside import open_regular
+from .json import parse_json
 
 if TYPE_CHECKING:
     import torch  # a header is read and checked without it
@@ -86,19 +87,13 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         CheckpointError: the file cannot be read, its header is damaged, or its data are cut short,
             overlap, or leave holes.
     """
-    try:
-        with path.open("rb") as file:
-            file.seek(0, 2)
-            size = file.tell()
-            raw = _read_header_bytes(file, path, size)
-    except OSError as error:
-        raise CheckpointError(
-            f"{path}: cannot be read ({error.strerror}). Download or copy the file again."
-        ) from error
+    with open_regular(path) as file:
+        size = file.seek(0, 2)
+        raw = _read_header_bytes(file, path, size)
     entries = _parse(raw, path)
     metadata = entries.pop("__metadata__", {})
-    if not isinstance(metadata, dict):
-        raise _damaged(path, f"__metadata__ must be an object, found {type(metadata).__name__}")
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise _damaged(path, "__metadata__ must be an object of strings")
     data_start = LENGTH_BYTES + len(raw)
     tensors = [_tensor_info(name, entry, path, data_start) for name, entry in entries.items()]
     tensors.sort(key=lambda info: (info.start, info.nbytes))
@@ -129,17 +124,10 @@ def _read_header_bytes(file: BinaryIO, path: Path, size: int) -> bytes:
 
 
 def _parse(raw: bytes, path: Path) -> dict[str, Any]:
-    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in pairs]
-        if len(set(names)) != len(names):
-            twice = next(name for name in names if names.count(name) > 1)
-            raise _damaged(path, f"key {twice!r} appears twice in the header")
-        return dict(pairs)
-
     try:
-        header = json.loads(raw, object_pairs_hook=no_duplicates)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise _damaged(path, f"the header is not JSON ({error})") from error
+        header = parse_json(raw)
+    except ValueError as error:
+        raise _damaged(path, f"the header is not JSON, or not of tensors ({error})") from error
     if not isinstance(header, dict):
         raise _damaged(path, f"the header must be an object, found {type(header).__name__}")
     return header

@@ -11,13 +11,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from .atomic import cannot_write, replace_file
+from .binding import bound_metadata
 from .json import write_json
-from .manifest import file_sha256, write_manifest
-from .names import INDEX_FILE, SINGLE_FILE
+from .manifest import file_sha256
+from .names import CONFIG_FILE, INDEX_FILE, SINGLE_FILE
 from .reader import CheckpointReader
 from .safetensors import DTYPES, LENGTH_BYTES, TensorInfo, dtype_code, tensor_nbytes
 
@@ -27,6 +29,11 @@ Plan = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 MAX_SHARD_BYTES = 5 << 30
 DEFAULT_METADATA = {"format": "pt"}  # what transformers asks of a file
 _ALIGNMENT = 8
+
+
+def bound_to(config: Mapping[str, Any]) -> dict[str, str]:
+    """Return the metadata of weights that belong to this config.json (see `binding`)."""
+    return DEFAULT_METADATA | bound_metadata(config, CONFIG_FILE)
 
 
 def split_plan(plan: Plan, max_bytes: int = MAX_SHARD_BYTES) -> list[dict]:
@@ -131,8 +138,8 @@ class ShardWriter:
         except OSError as error:
             raise cannot_write(self._part, error) from error
 
-    def close(self) -> str:
-        """Sync the file, give it its name, and return its SHA-256.
+    def close(self) -> None:
+        """Sync the file, hash it while it is in memory, and give it its name.
 
         Raises:
             ValueError: a planned tensor was not written.
@@ -143,11 +150,10 @@ class ShardWriter:
         try:
             os.fsync(self._file.fileno())
             self._file.close()
-            digest = file_sha256(self._part)
+            file_sha256(self._part, settled=True)  # remembered for the manifest
             replace_file(self._part, self.path)
         except OSError as error:
             raise cannot_write(self._part, error) from error
-        return digest
 
     def abort(self) -> None:
         """Drop what was written."""
@@ -177,7 +183,6 @@ class CheckpointWriter:
         self.directory = directory
         self.plans = list(plans)
         self.metadata = metadata
-        self._hashes: dict[str, str] = {}
 
     def file_name(self, index: int) -> str:
         """Return the name of the shard with this number (from 0)."""
@@ -207,10 +212,10 @@ class CheckpointWriter:
         except BaseException:
             shard.abort()
             raise
-        self._hashes[path.name] = shard.close()
+        shard.close()
 
     def finish(self) -> None:
-        """Write the index (of more than one shard) and the manifest of hashes.
+        """Write the index, of more than one shard.
 
         Raises:
             ValueError: a shard was not written.
@@ -219,14 +224,11 @@ class CheckpointWriter:
             name = self.file_name(index)
             if not (self.directory / name).exists():
                 raise ValueError(f"{name} was not written")
-            if name not in self._hashes:  # written by an earlier run
-                self._hashes[name] = file_sha256(self.directory / name)
         if len(self.plans) > 1:
             size = sum(tensor_nbytes(*entry) for plan in self.plans for entry in plan.values())
             names = {n: self.file_name(i) for i, plan in enumerate(self.plans) for n in plan}
             content = {"metadata": {"total_size": size}, "weight_map": names}
             write_json(self.directory / INDEX_FILE, content)
-        write_manifest(self.directory, self._hashes)
 
 
 def write_weights(

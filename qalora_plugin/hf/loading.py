@@ -83,7 +83,7 @@ class StoredLayers:
             model.set_submodule(name, PendingLayer(spec, bias))
         else:
             quantized = QuantLinear(spec, desc_act=checkpoint.config.desc_act, device="meta")
-            quantized.bias = bias
+            quantized.bias, quantized.stored_name = bias, layer
             model.set_submodule(name, quantized)
         return surplus
 

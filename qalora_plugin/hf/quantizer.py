@@ -4,7 +4,11 @@ Registered by `register()`, which `import qalora_plugin` calls. `from_pretrained
 checkpoints and stock GPTQ ones, and quantizes 16-bit ones; `save_pretrained` writes ours.
 """
 
+import copy
+import json
+import os
 import re
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +31,10 @@ from ..architecture.places import places_problem
 from ..checkpoint.checkpoint import QuantizedCheckpoint, open_quantized
 from ..checkpoint.layout import guard_tensor, quantized_layers
 from ..errors import CheckpointError, ConfigError
+from ..files.binding import bound_metadata
+from ..files.inside import check_regular
+from ..files.manifest import start_check
+from ..files.names import CONFIG_FILE, INDEX_FILE
 from ..files.reader import CheckpointReader
 from ..files.safetensors import read_header
 from ..layers.linear import QuantLinear
@@ -48,6 +56,7 @@ class QALoRAQuantizer(HfQuantizer):
     def __init__(self, quantization_config: QALoRAQuantConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._layers: StoredLayers | LayerQuantizer | None = None
+        self._check: Future[bool] | None = None
         self._dtype = torch.get_default_dtype()
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
@@ -75,6 +84,7 @@ class QALoRAQuantizer(HfQuantizer):
             )
         self._dtype = dtype or torch.get_default_dtype()
         files = [Path(file) for file in checkpoint_files]
+        _check_place(files, model.config.name_or_path)
         checkpoint = self._open(files)
         if checkpoint is None:
             problem = places_problem(
@@ -88,6 +98,8 @@ class QALoRAQuantizer(HfQuantizer):
         routing.check_request(self.quantization_config, checkpoint.config, directory)
         # one object: loading may add the fingerprint
         checkpoint.config = self.quantization_config = QALoRAQuantConfig.of(checkpoint.config)
+        if int(os.environ.get("LOCAL_RANK", "0")) == 0:  # once on each machine
+            self._check = start_check(checkpoint.directory)
         self._layers = StoredLayers(model, checkpoint, pending=loads_sharded())
         stored_tensors.bring_state(model, checkpoint)
 
@@ -97,7 +109,7 @@ class QALoRAQuantizer(HfQuantizer):
             # an AutoGPTQ directory may have quantize_config.json only, which transformers overlooks
             if self.pre_quantized or quantized_layers(_tensor_names(files)):
                 self.pre_quantized: bool = True
-                return open_quantized(files[0].parent)
+                return open_quantized(files[0].parent, check_hashes=False)  # `_check` does
         return None
 
     def param_needs_quantization(
@@ -130,6 +142,9 @@ class QALoRAQuantizer(HfQuantizer):
         assert self._layers is not None
         self._layers.finish(model, self._dtype)
         self._layers = None
+        if self._check is not None:
+            self._check.result()
+            self._check = None
         _set_weight_dtypes(model, self._dtype)
         model.config.quantization_config = self.quantization_config
         return model
@@ -138,6 +153,8 @@ class QALoRAQuantizer(HfQuantizer):
         self, model: PreTrainedModel
     ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         """Return the model's state dict in the checkpoint's dtypes, with each layer's guard.
+
+        The metadata bind the tensors to the config.json that transformers writes beside them.
 
         Raises:
             CheckpointError: a layer is wrapped by an adapter, or sharded away (ZeRO-3).
@@ -151,7 +168,9 @@ class QALoRAQuantizer(HfQuantizer):
             _check_savable(name, module)
             state[f"{name}.offsets"] = store_offsets(module.offsets, module.scales, module.spec)
             state[f"{name}.{GUARD}"] = guard_tensor(module.in_features)
-        return state, {}
+        if adapter_alone:
+            return state, {}
+        return state, bound_metadata(_config_on_disk(model), CONFIG_FILE)
 
     def _dequantize(
         self, model: PreTrainedModel, dtype: torch.dtype | None = None
@@ -178,6 +197,34 @@ class QALoRAQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """True: the operators have fake kernels."""
         return True
+
+
+def _check_place(files: list[Path], name_or_path: str) -> None:
+    """Refuse files that an index names outside of the model's directory.
+
+    Raises:
+        CheckpointError: names one.
+    """
+    given = Path(name_or_path)
+    expected = given if given.is_dir() else files[0].parent
+    for file in files:
+        # without following links, which are those of the Hub's cache
+        if ".." in file.parts[len(expected.parts) :] or not file.is_relative_to(expected):
+            raise CheckpointError(
+                f"{file}: {INDEX_FILE} names it, and it is not in {expected}. Do not use this "
+                "checkpoint unless you trust its origin."
+            )
+        if file.exists():
+            check_regular(file)
+
+
+def _config_on_disk(model: PreTrainedModel) -> dict[str, Any]:
+    """Return the content of the config.json that save_pretrained is about to write."""
+    config = copy.deepcopy(model.config)
+    config.dtype = str(model.dtype).removeprefix("torch.")
+    config.architectures = [type(model).__name__.removeprefix("FSDP")]
+    written: dict[str, Any] = json.loads(config.to_json_string())
+    return written
 
 
 def _tensor_names(files: list[Path]) -> list[str]:

@@ -47,7 +47,7 @@ def load_layers(
         CheckpointError: a layer holds numbers that no layer can have.
     """
     config = checkpoint.config
-    if config.base.get("fingerprint") is None:  # a foreign format has none
+    if not config.base.get("fingerprint"):  # a foreign format has none
         marks = ((name, checkpoint.qweight(layer)) for name, layer in placed.items())
         config.base["fingerprint"] = fingerprint(marks)
     for name, layer in placed.items():

@@ -18,7 +18,6 @@ from ..files.json import read_json
 from ..files.names import RECORD_FILE, REPORT_FILE
 from ..formats.record import describe_source, read_record
 
-CARD_FILE = "README.md"
 # what connections raise comes from httpx, or from httpx2 with huggingface_hub 2
 _HTTP_ERROR = cast(
     type[Exception], next(b for b in HfHubHTTPError.__mro__ if b.__name__ == "HTTPError")

@@ -14,7 +14,8 @@ from qalora_kernels.stored import QUANT_METHOD
 
 from ..errors import OutputError, QALoRAError
 from ..files.manifest import check_manifest
-from .card import CARD_FILE, HUB_FAILURES, Subject, find_subject, make_card
+from ..files.names import CARD_FILE
+from .card import HUB_FAILURES, Subject, find_subject, make_card
 
 _REASONS = {
     401: "you are not logged in, or the token is not valid: log in with `hf auth login`",

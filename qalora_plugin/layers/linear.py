@@ -31,6 +31,8 @@ class QuantLinear(nn.Module):
     g_idx: torch.Tensor | None
     scales: torch.Tensor
     offsets: torch.Tensor
+    stored_name: str | None = None
+    """The layer's name in the checkpoint that it was loaded from."""
 
     def __init__(
         self,

@@ -19,13 +19,15 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import check_target_module_exists
 
+from ..checkpoint.adapter_values import check_adapter_values
 from ..checkpoint.checkpoint import QuantizedCheckpoint, open_quantized
 from ..checkpoint.kind import find_kind, find_model
 from ..errors import AdapterError, CheckpointError
 from ..files.hub import locate, resolve_model_dir
-from ..files.json import read_json
+from ..files.manifest import check_manifest
 from ..files.names import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, CONFIG_FILE
 from ..files.reader import CheckpointReader
+from ..files.schemas import AdapterConfig, read_as
 from ..tuner.config import PEFT_TYPE
 from ..tuner.names import ADAPT_PARTS, MATRICES
 from ..tuner.scaling import SCALING_FIELDS, check_scaling, rank_and_scaling
@@ -122,10 +124,17 @@ class Adapter:
         return self.get(keys[0]), self.get(keys[1])
 
     def stated_convention(self) -> str | None:
-        """Return the pooling convention that the config states, None where it is silent."""
-        if self.is_ours:
-            return "sum"
-        return "peft" if self.config.get("use_qalora") else None
+        """Return the pooling convention that the config states, None where it is silent.
+
+        Raises:
+            AdapterError: it states one that its kind of adapter does not have, or two.
+        """
+        written = self.config.get("convention")
+        known = "sum" if self.is_ours else "peft" if self.config.get("use_qalora") else None
+        if written is not None and (written not in CONVENTIONS or written != (known or written)):
+            expected = repr(known) if known else f"one of {CONVENTIONS}"
+            raise self.config_error(f"convention: expected {expected}, found {written!r}. {_AGAIN}")
+        return known or written
 
     def convention(self, wanted: str = "auto") -> str:
         """Return the convention to merge with; `wanted` is "auto" or one of `CONVENTIONS`.
@@ -181,6 +190,7 @@ def open_adapter(path: str | Path) -> Adapter:
     """
     directory = resolve_model_dir(path)
     config = _read_config(directory)
+    check_manifest(directory)
     if not (directory / ADAPTER_WEIGHTS_FILE).exists():
         found = ". Was training stopped before the adapter was saved?"
         if (directory / "adapter_model.bin").exists():
@@ -193,13 +203,7 @@ def open_adapter(path: str | Path) -> Adapter:
     adapter = Adapter(CheckpointReader(directory, only=ADAPTER_WEIGHTS_FILE), config)
     matrices, saved = _sort_keys(adapter)
     layers = {name: _layer(adapter, name, found) for name, found in matrices.items()}
-    for key in adapter.reader.tensors:
-        tensor = adapter.get(key)
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise adapter.error(
-                f"{key} holds NaN or infinity: training diverged. Use an earlier checkpoint, or a "
-                "lower learning rate."
-            )
+    check_adapter_values(adapter.reader)
     return replace(adapter, layers=layers, saved=saved)
 
 
@@ -246,7 +250,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
         saved = "Give the directory that the adapter was saved in."
         advice = f"Did you mean {below[0].parent}?" if below else saved
         raise AdapterError(f"{directory}: no {ADAPTER_CONFIG_FILE}: this is {found}. {advice}")
-    config = read_json(path)
+    config = read_as(path, AdapterConfig, error=AdapterError)
     if config.get("peft_type") not in _MATRICES:
         raise AdapterError(
             f"{path}: expected peft_type QALORA, or LORA trained with pooling, found "

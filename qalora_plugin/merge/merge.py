@@ -10,9 +10,9 @@ from pathlib import Path
 
 from ..checkpoint.source import sealed_base
 from ..files.atomic import AtomicDirectory
-from ..files.json import write_json
+from ..files.json import read_json, write_json
 from ..files.names import CONFIG_FILE
-from ..files.writer import write_weights
+from ..files.writer import bound_to, write_weights
 from .inherit import inherit
 from .plan import plan_merge
 
@@ -53,7 +53,8 @@ def merge_adapter(
             that does not say: "mean" (the QA-LoRA authors' code), "peft" (PEFT's use_qalora) or
             "sum" (the paper, arXiv 2309.14717, Algorithm 1).
         progress: called with (tensors written, tensors in all).
-        finish: called with the directory, when all is written but it does not have its name yet.
+        finish: called with the directory, in which everything but the weights is written: it may
+            change config.json, which is then bound to the weights, and other files.
 
     Raises:
         OutputError: the target is not empty, or cannot be written.
@@ -65,11 +66,21 @@ def merge_adapter(
     copies = {name: (plan.base.reader, own) for name, own in plan.dense.from_base.items()}
     copies |= {name: (plan.adapter.reader, key) for name, key in plan.dense.from_adapter.items()}
     with target as partial:
-        write_weights(partial, plan.tensors, copies, plan.stored_layer, progress=progress)
         inherit(plan.base, plan.adapter.directory, partial)
         quantization = plan.config["quantization_config"] | {"base": sealed_base(plan.base)}
         write_json(partial / CONFIG_FILE, plan.config | {"quantization_config": quantization})
         if finish is not None:
             finish(partial)
+        config = read_json(partial / CONFIG_FILE)
+        (partial / CONFIG_FILE).unlink()  # what a kill leaves must not look like a model
+        write_weights(
+            partial,
+            plan.tensors,
+            copies,
+            plan.stored_layer,
+            metadata=bound_to(config),
+            progress=progress,
+        )
+        write_json(partial / CONFIG_FILE, config)
     replaced = sorted(plan.dense.from_adapter)
     return MergeResult(target.target, len(plan.layers), plan.convention, replaced)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from qalora_kernels import LowRank, PackedWeight, QuantSpec
 
 from ..checkpoint.checkpoint import QuantizedCheckpoint
-from ..checkpoint.fingerprint import fingerprint
+from ..checkpoint.fingerprint import fingerprints, summary
 from ..checkpoint.identity import BaseIdentity
 from ..errors import AdapterError
 from ..files.names import ADAPTER_CONFIG_FILE
@@ -85,10 +85,18 @@ def _check_base(adapter: Adapter, base: QuantizedCheckpoint, trained: TrainedMod
     stated = adapter.config if adapter.is_ours else {}
     grid = (stated.get("bits"), stated.get("group_size"))
     wanted = BaseIdentity(*grid, stated.get("fingerprint"), adapter.config.get("base_merged"))
-    mark = base.config.base.get("fingerprint")
-    if not mark and wanted.fingerprint is not None:
-        mark = fingerprint((trained.in_model(name), base.qweight(name)) for name in base.layers)
-    found = BaseIdentity(base.config.bits, base.config.group_size, mark, base.config.merged)
+    marks: list[str] = []
+    if adapter.is_ours:
+        summaries = {name: summary(base.qweight(name)) for name in base.layers}
+        marks = fingerprints(summaries, trained.in_model, str)
+        if wanted.fingerprint is None:
+            raise adapter.config_error(
+                f"fingerprint: expected that of the base's integers, found none: nothing shows "
+                f"that the adapter was trained on {base.directory}. If you know it, enter its "
+                f"fingerprint there: {marks[0]}"
+            )
+    grid, mark = (base.config.bits, base.config.group_size), next(iter(marks), None)
+    found = BaseIdentity(*grid, mark, base.config.merged, tuple(marks))
     different = wanted.difference(found)
     if different == "base_merged":
         trained_with, has = (

@@ -200,7 +200,7 @@ class _Job:
 
     def _fill(self, directory: Path) -> int:
         """Write all files; return the number of blocks that were there."""
-        shards = BlockShards(directory, self.source, self.specs, self.config.desc_act)
+        shards = BlockShards(directory, self.source, self.specs, self.config)
         self._write(shards)
         refined = self._refine(shards, directory) if self.options.refine else {}
         shards.writer.finish()

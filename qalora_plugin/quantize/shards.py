@@ -9,13 +9,14 @@ import torch
 from qalora_kernels import PackedWeight, QuantSpec
 from qalora_kernels.stored import TensorPlan, layer_plan
 
+from ..checkpoint.config import QALoRAQuantConfig
 from ..checkpoint.fingerprint import combine, mark
 from ..checkpoint.layout import pack_layer, read_layer
 from ..files.atomic import replace_text
 from ..files.json import json_text, read_json
 from ..files.names import REPORT_FILE
 from ..files.reader import CheckpointReader
-from ..files.writer import CheckpointWriter, ShardWriter, split_plan
+from ..files.writer import CheckpointWriter, ShardWriter, bound_to, split_plan
 from .source import ModelSource
 
 Tensors = Mapping[str, torch.Tensor]
@@ -30,29 +31,34 @@ class BlockShards:
         directory: where they go; finished ones that are there are kept.
         source: the 16-bit model.
         specs: the grid of every layer to quantize, by its name in the model.
-        desc_act: whether layers have a g_idx.
+        config: of the result.
 
     Attributes:
-        writer: of the shards; its `finish` writes the index and the manifest.
+        writer: of the shards; its `finish` writes the index.
         finished: whether each block was written by an earlier run.
         report: quantization_report.json: {"layers": ...} as in `pipeline.QuantizeResult`, of the
             blocks that are written, and {"refined": ...} likewise.
     """
 
     def __init__(
-        self, directory: Path, source: ModelSource, specs: dict[str, QuantSpec], desc_act: bool
+        self,
+        directory: Path,
+        source: ModelSource,
+        specs: dict[str, QuantSpec],
+        config: QALoRAQuantConfig,
     ) -> None:
         """Plan them, and see which are finished."""
         report = directory / REPORT_FILE
         self.report = read_json(report) if report.exists() else {"layers": {}}
-        self._source, self._specs, self._desc_act = source, specs, desc_act
+        self._source, self._specs, self._desc_act = source, specs, config.desc_act
         blocks = [self._block_plan(index) for index in range(len(source.blocks))]
         inside = {name for block in source.block_names for name in source.names_in(block)}
         copied = {source.stored[name] for name in inside}
         outside = [name for name in source.reader.tensors if name not in copied]
         plans = split_plan(source.reader.plan(outside)) if outside else []
         self._first = len(plans)
-        self.writer = CheckpointWriter(directory, plans + blocks)
+        final = {**source.reader.config, "quantization_config": config.to_dict()}
+        self.writer = CheckpointWriter(directory, plans + blocks, bound_to(final))
         self.finished = [self.writer.is_done(self._first + index) for index in range(len(blocks))]
 
     def layers(self, index: int) -> list[str]:

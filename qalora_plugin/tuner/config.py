@@ -13,6 +13,10 @@ from peft.utils.peft_types import PeftType
 from qalora_kernels import SUPPORTED_BITS
 
 from ..errors import AdapterError, ConfigError
+from ..files.manifest import check_manifest, write_manifest
+from ..files.names import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
+from ..files.safetensors import read_header
+from ..files.schemas import AdapterConfig, read_as
 from .names import ADAPT_PARTS
 from .scaling import SCALING_FIELDS, check_scaling, is_int, is_number, rank_and_scaling
 
@@ -200,20 +204,29 @@ class QALoRAConfig(PeftConfig):
         return {name: sorted(value) if isinstance(value, set) else value for name, value in values}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write adapter_config.json, with the whole path of a base that is on this disk."""
+        """Write adapter_config.json, with the whole path of a base that is on this disk.
+
+        A manifest of it and the tensors, which PEFT wrote before, comes with it. What else a
+        trainer saves there, such as the tokenizer, is not in the manifest.
+        """
         base: str | None = getattr(self, "base_model_name_or_path", None)
         if base and Path(base).expanduser().exists():
             self.base_model_name_or_path = str(Path(base).expanduser().absolute())
         super().save_pretrained(save_directory, **kwargs)
+        if Path(save_directory, ADAPTER_WEIGHTS_FILE).exists():
+            names = (ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE)
+            write_manifest(Path(save_directory), names)
 
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
     ) -> PeftConfig:
-        """Read adapter_config.json.
+        """Read adapter_config.json, and check a local adapter's files before PEFT reads them.
 
         Raises:
-            AdapterError: a local adapter has no safetensors, only a pickle, which PEFT would read.
+            AdapterError: a local adapter has no safetensors, only a pickle, which PEFT would read;
+                or a value in its config is of another type.
+            CheckpointError: its tensors are truncated or damaged, or differ from its manifest.
         """
         directory = Path(pretrained_model_name_or_path, subfolder or "")
         pickled, safe = directory / WEIGHTS_NAME, directory / SAFETENSORS_WEIGHTS_NAME
@@ -222,4 +235,9 @@ class QALoRAConfig(PeftConfig):
                 f"{pickled}: an adapter in a pickle, which can run code when it is read; expected "
                 f"{SAFETENSORS_WEIGHTS_NAME}. Save the adapter again with safetensors"
             )
+        if (directory / ADAPTER_CONFIG_FILE).exists():
+            read_as(directory / ADAPTER_CONFIG_FILE, AdapterConfig, error=AdapterError)
+        if safe.exists():
+            read_header(safe)
+            check_manifest(directory)
         return super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)

@@ -12,7 +12,7 @@ from torch import nn
 
 from qalora_kernels.stored import QUANT_METHOD, is_excluded
 
-from ..checkpoint.fingerprint import fingerprint
+from ..checkpoint.fingerprint import fingerprints, summary
 from ..checkpoint.format import Format, format_named, formats
 from ..checkpoint.identity import BaseIdentity
 from ..checkpoint.source import SOURCE_KEY
@@ -161,9 +161,11 @@ def quantization_config(model: nn.Module) -> QALoRAQuantConfig | None:
 
 
 def base_identity(model: nn.Module) -> BaseIdentity:
-    """Read the identity from the quantization config, or from the layers where it is silent.
+    """Read the identity from the quantization config and the layers.
 
-    The fingerprint is None where the integers are not there to be read (meta device, ZeRO-3).
+    The fingerprint is computed from the integers. Of its two forms, with the layers' names in the
+    model and in the checkpoint, it is the one that the quantization config names, or the first.
+    Where the integers are not there to be read (meta device, ZeRO-3) the config is believed.
     """
     layers = quantized_layers(model)
     stored = quantization_config(model)
@@ -175,9 +177,13 @@ def base_identity(model: nn.Module) -> BaseIdentity:
         (bits, group_size), _ = specs.most_common(1)[0]
         merged = mark = None
     present = all(not m.qweight.is_meta and m.qweight.numel() for m in layers.values())
-    if mark is None and present:
-        mark = fingerprint((name, m.qweight) for name, m in layers.items())
-    return BaseIdentity(bits, group_size, mark, merged)
+    marks: tuple[str, ...] = () if mark is None else (mark,)
+    if present:
+        summaries = {name: summary(m.qweight) for name, m in layers.items()}
+        stored_names = {name: m.stored_name or name for name, m in layers.items()}
+        marks = tuple(fingerprints(summaries, str, stored_names))
+    first = mark if mark in marks else next(iter(marks), None)
+    return BaseIdentity(bits, group_size, first, merged, marks)
 
 
 def check_base(config: QALoRAConfig, base: BaseIdentity) -> None:

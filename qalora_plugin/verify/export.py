@@ -16,6 +16,7 @@ from ..checkpoint.checkpoint import open_quantized
 from ..checkpoint.format import Format, format_named
 from ..checkpoint.kind import find_kind
 from ..errors import CheckpointError, ConfigError, VerificationError
+from ..files.manifest import check_manifest
 from ..formats.export import Progress
 from ..formats.record import read_record
 from ..formats.weights import ExactWeight, ExportedWeights
@@ -88,6 +89,8 @@ def verify_export(
         ConfigError: the library of the format is not installed, or `base` for another format.
     """
     path = Path(exported)
+    if path.is_dir():
+        check_manifest(path)
     format = find_kind(path).format
     if format is None:
         raise CheckpointError(

@@ -51,7 +51,7 @@ def test_reads_every_dtype_as_safetensors_writes_it(tmp_path):
 
 
 def test_chunks_are_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr(reader_module, "_COPY_BYTES", 7)
+    monkeypatch.setattr(reader_module, "COPY_BYTES", 7)
     save_file({"w": torch.arange(5)}, tmp_path / "model.safetensors")
     pieces = [bytes(chunk) for chunk in CheckpointReader(tmp_path).chunks("w")]
     assert [len(piece) for piece in pieces] == [7, 7, 7, 7, 7, 5]
@@ -59,16 +59,17 @@ def test_chunks_are_pieces(tmp_path, monkeypatch):
 
 
 def test_shards_and_links_as_in_the_hub_cache(tmp_path):
-    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots"
-    blobs.mkdir()
-    snapshot.mkdir()
+    repository = tmp_path / "models--org--name"
+    blobs, snapshot = repository / "blobs", repository / "snapshots" / "0123"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
     shards(
         blobs,
         {"a": "x.safetensors", "b": "y.safetensors"},
         {"x.safetensors": ["a"], "y.safetensors": ["b"]},
     )
     for file in blobs.iterdir():
-        (snapshot / file.name).symlink_to(Path("..") / "blobs" / file.name)
+        (snapshot / file.name).symlink_to(Path("../../blobs") / file.name)
     reader = CheckpointReader(snapshot)
     assert [path.name for path in reader.files] == ["x.safetensors", "y.safetensors"]
     assert torch.equal(reader.get("b"), torch.ones(2))
@@ -123,7 +124,7 @@ def test_weight_map_cannot_leave_the_directory(shard, tmp_path):
     inner.mkdir()
     save_file({"a": torch.ones(2)}, tmp_path / "x.safetensors")
     (inner / INDEX_FILE).write_text(json.dumps({"weight_map": {"a": shard}}))
-    with pytest.raises(CheckpointError, match="bare name"):
+    with pytest.raises(CheckpointError, match=r"bare name|weight_map\.a: expected a valid string"):
         CheckpointReader(inner)
 
 

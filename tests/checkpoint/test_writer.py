@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from qalora_plugin.errors import CheckpointError, OutputError
 from qalora_plugin.files.atomic import AtomicDirectory, ScratchDirectory
-from qalora_plugin.files.manifest import check_manifest
+from qalora_plugin.files.manifest import check_manifest, write_manifest
 from qalora_plugin.files.names import INDEX_FILE, MANIFEST_FILE
 from qalora_plugin.files.reader import CheckpointReader
 from qalora_plugin.files.writer import CheckpointWriter, ShardWriter, split_plan
@@ -39,6 +39,7 @@ def write_all(directory, plans):
             for name in reversed(list(plan)):  # any order will do
                 shard.write(name, TENSORS[name])
     writer.finish()
+    write_manifest(directory)
     return writer
 
 
@@ -121,6 +122,7 @@ def test_a_finished_shard_is_recognised_and_kept(tmp_path):
             for name in plan:
                 shard.write(name, TENSORS[name])
     second.finish()
+    write_manifest(tmp_path)
     assert check_manifest(tmp_path)
     other = [{"other": PLAN["odd"]}, *plans[1:]]
     assert not CheckpointWriter(tmp_path, other).is_done(0)
@@ -144,7 +146,9 @@ def test_hashes_find_a_flipped_bit(tmp_path):
     path.unlink()
     with pytest.raises(CheckpointError, match="missing"):
         check_manifest(tmp_path)
-    (tmp_path / MANIFEST_FILE).write_text('{"files": {"../x": {}}}')
+    entry = {"size": 1, "sha256": "0" * 64}
+    manifest = {"version": 2, "files": {"../x": entry}}
+    (tmp_path / MANIFEST_FILE).write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match="not a file of this directory"):
         check_manifest(tmp_path)
 
@@ -274,7 +278,10 @@ def test_scratch_directory_is_removed_and_left_alone_while_in_use(tmp_path):
         (scratch / "file").write_text("x")
         with AtomicDirectory(target) as partial:  # removes what killed processes left behind
             (partial / "copy").write_text((scratch / "file").read_text())
-    assert os.listdir(tmp_path) == ["model"] and os.listdir(target) == ["copy"]
+    assert os.listdir(tmp_path) == ["model"] and sorted(os.listdir(target)) == [
+        "copy",
+        MANIFEST_FILE,
+    ]
     with pytest.raises(RuntimeError), ScratchDirectory(tmp_path / "other"):
         raise RuntimeError
     assert os.listdir(tmp_path) == ["model"]

@@ -6,7 +6,8 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from support.adapters import rewrite
 from support.random_adapter import random_adapter
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -45,7 +46,7 @@ def test_runtime_computes_what_we_compute_and_nothing_else(format, sources, tmp_
         # each for the first model, but with other numbers
         models = [random_adapter(sources[0], tmp_path / f"adapter-{i}") for i in range(2)]
         path = models[1] / "adapter_model.safetensors"
-        save_file({key: value + 0.01 for key, value in load_file(path).items()}, path)
+        rewrite({key: value + 0.01 for key, value in load_file(path).items()}, path)
     out = tmp_path / ("model.gguf" if format == "gguf" else "model")
     export_model(models[0], out, format)
     report = check_runtime(out, models[0], format_named(format))

@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from support.adapters import rewrite
 from support.random_adapter import random_adapter
 from transformers import LlamaConfig, Qwen2Config
 
@@ -57,7 +58,7 @@ def change_one_code(out, format):
     part = {"mlx": "weight", "torchao": "_weight_qdata"}[format]
     codes = tensors[f"model.layers.0.self_attn.q_proj.{part}"].view(torch.int8)
     codes[0, 0] ^= 1
-    save_file(tensors, path, metadata)
+    rewrite(tensors, path, metadata)
 
 
 def test_onnx(source, tmp_path):
@@ -69,6 +70,9 @@ def test_onnx(source, tmp_path):
     data = np.memmap(tmp_path / "model" / "model.onnx.data", dtype=np.uint8, mode="r+")
     data[:] ^= 1
     data.flush()
+    with pytest.raises(CheckpointError, match=r"model\.onnx\.data: SHA-256"):
+        verify_export(tmp_path / "model", source.directory)
+    (tmp_path / "model" / "qalora_manifest.json").unlink()
     with pytest.raises(VerificationError, match="differ by more than the rounding"):
         verify_export(tmp_path / "model", source.directory)
 
@@ -83,7 +87,7 @@ def test_another_models_tensors_are_found(family, source, tmp_path):
         metadata = file.metadata()
     tensors = load_file(path)
     tensors["model.norm.weight"][0] += 1
-    save_file(tensors, path, metadata)
+    rewrite(tensors, path, metadata)
     with pytest.raises(VerificationError, match=r"model\.norm\.weight differs"):
         verify_export(tmp_path / "model", source.directory)
 
@@ -97,7 +101,7 @@ def test_gptq_and_command(tmp_path, capsys):
     tensors = load_file(tmp_path / "gptq" / "model.safetensors")
     name = next(name for name in tensors if name.endswith("scales"))
     tensors[name][0, 0] *= 1.01
-    save_file(tensors, tmp_path / "gptq" / "model.safetensors", {"format": "pt"})
+    rewrite(tensors, tmp_path / "gptq" / "model.safetensors", {"format": "pt"})
     assert main(command) == 1
     assert "differ by more than the rounding of gptq" in capsys.readouterr().err
 
@@ -111,7 +115,7 @@ def test_lora(family, tmp_path):
     path = tmp_path / "lora" / "adapter_model.safetensors"
     tensors = load_file(path)
     next(iter(tensors.values()))[0, 0] += 0.01
-    save_file(tensors, path)
+    rewrite(tensors, path)
     with pytest.raises(VerificationError, match="something else than the adapter"):
         verify_export(tmp_path / "lora", adapter)
 

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support.models import llama
 from transformers import (
@@ -37,6 +38,17 @@ def logits(model):
         return model(IDS).logits
 
 
+def assert_saved_alike(first, second):
+    """The same config, tensors and metadata; safetensors writes metadata in any order."""
+    assert (first / "config.json").read_bytes() == (second / "config.json").read_bytes()
+    one, other = (
+        safe_open(path / "model.safetensors", "pt").__enter__() for path in (first, second)
+    )
+    names = list(one.keys())
+    assert one.metadata() == other.metadata() and names == list(other.keys())
+    assert all(torch.equal(one.get_tensor(name), other.get_tensor(name)) for name in names)
+
+
 def test_quantized_while_loading_is_rtn_of_the_weights(dense_dir, base_dir):
     dense = load_file(dense_dir / "model.safetensors")
     checkpoint = open_quantized(base_dir)
@@ -56,8 +68,7 @@ def test_saved_and_loaded_bit_for_bit(base_dir, tmp_path):
     assert isinstance(model.hf_quantizer, QALoRAQuantizer) and model.hf_quantizer.is_trainable
     assert not getattr(model, "is_loaded_in_4bit", False)  # TRL would cast adapters to bf16
     model.save_pretrained(tmp_path / "again")
-    for file in ("model.safetensors", "config.json"):
-        assert (tmp_path / "again" / file).read_bytes() == (base_dir / file).read_bytes()
+    assert_saved_alike(tmp_path / "again", base_dir)
 
 
 def test_shards_load_too(base_dir, tmp_path):
@@ -196,9 +207,7 @@ def test_minima_are_saved_and_loaded_bit_for_bit(bits, dense_dir, tmp_path):
     assert again.config.quantization_config.offsets_at == "minimum"
     assert torch.equal(logits(again), logits(model))
     again.save_pretrained(tmp_path / "second")
-    for file in ("model.safetensors", "config.json"):
-        first, second = (tmp_path / name / file for name in ("first", "second"))
-        assert first.read_bytes() == second.read_bytes()
+    assert_saved_alike(tmp_path / "first", tmp_path / "second")
 
 
 def test_dequantized_again(base_dir, tmp_path):

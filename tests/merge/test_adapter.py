@@ -109,7 +109,7 @@ BAD_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "bias": ({"bias": "all"}, "trained with bias"),
     "adapt": ({"adapt": "weights"}, "adapt must be one of"),
     "no rank": ({"r": -1}, "r must be a positive integer"),
-    "alpha": ({"lora_alpha": "x"}, "lora_alpha must be a positive number"),
+    "alpha": ({"lora_alpha": "x"}, "lora_alpha: expected a valid number"),
     "alpha of 0": ({"lora_alpha": 0}, "lora_alpha must be a positive number"),
     "no alpha": ({"lora_alpha": None}, "lora_alpha must be a positive number, found None"),
 }

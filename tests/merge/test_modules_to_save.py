@@ -11,6 +11,7 @@ import torch
 from peft import get_peft_model
 from safetensors.torch import load_file
 from support.adapters import PREFIX, edit_json, edit_tensors
+from support.directories import unbound
 from support.models import llama
 from transformers import (
     AutoModelForCausalLM,
@@ -236,7 +237,7 @@ def test_layer_that_stayed_random_is_refused(saved, quantize, tmp_path):
 
 @pytest.mark.parametrize("tied", [None, False])
 def test_class_that_transformers_does_not_know(tied, base_dir, make_adapter, tmp_path):
-    base = shutil.copytree(base_dir, tmp_path / "base")
+    base = unbound(shutil.copytree(base_dir, tmp_path / "base"))
     changes = {"model_type": "its-own", "architectures": ["ItsOwnForCausalLM"]}
     edit_json(base / "config.json", **changes, tie_word_embeddings=tied)
     extra = {

@@ -12,6 +12,14 @@ from qalora_plugin import QALoRAQuantConfig
 from support.models import llama
 
 
+def unbound(directory):
+    """Return a model directory once nothing says any more for which config it was written."""
+    for path in directory.glob("*.safetensors"):
+        save_file(load_file(path), path, metadata={"format": "pt"})
+    (directory / "qalora_manifest.json").unlink(missing_ok=True)
+    return directory
+
+
 @pytest.fixture(scope="session")
 def dense_dir(tmp_path_factory):
     """A 16-bit Llama of two layers; 172 inputs in one of its projections."""
@@ -32,7 +40,10 @@ def base_dir(dense_dir, tmp_path_factory):
 
 @pytest.fixture
 def altered(tmp_path):
-    """Copy a directory; `tensors` changes its state dict, `config` its quantization_config."""
+    """Copy a directory; `tensors` changes its state dict, `config` its quantization_config.
+
+    Its tensors are then bound to no config, as in what earlier releases wrote.
+    """
 
     def alter(
         source,
@@ -41,6 +52,7 @@ def altered(tmp_path):
     ):
         target = tmp_path / "altered"
         shutil.copytree(source, target)
+        unbound(target)
         if tensors is not None:
             state = load_file(target / "model.safetensors")
             tensors(state)

@@ -4,6 +4,7 @@ import torch
 from safetensors.torch import save_file
 
 from qalora_plugin import QALoRAConfig
+from qalora_plugin.checkpoint.fingerprint import fingerprint
 
 PREFIX = "base_model.model."
 _PARTS = {"zeros": "qalora_", "scales": "qalora_scale_"}
@@ -38,6 +39,7 @@ def random_adapter(
         base_model_name_or_path=str(source.directory),
         bits=source.config.bits,
         group_size=source.config.group_size,
+        fingerprint=fingerprint((name, source.qweight(name)) for name in source.layers),
         task_type="CAUSAL_LM",
     ).save_pretrained(out)
     return out

@@ -5,6 +5,7 @@ import json
 
 import pytest
 from peft import LoraConfig, PeftConfig, PeftType
+from safetensors.torch import save_file
 
 from qalora_plugin import QALoRAConfig
 from qalora_plugin.errors import AdapterError, ConfigError
@@ -98,7 +99,7 @@ def test_pickled_adapter_is_refused(tmp_path):
     (tmp_path / "adapter_model.bin").write_bytes(b"pickle")
     with pytest.raises(AdapterError, match=r"adapter_model\.bin.*safetensors"):
         QALoRAConfig.from_pretrained(str(tmp_path))
-    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    save_file({}, tmp_path / "adapter_model.safetensors")
     QALoRAConfig.from_pretrained(str(tmp_path))
 
 

@@ -17,10 +17,18 @@ from support.models import llama
 from transformers import AutoModelForCausalLM
 
 from qalora_plugin import QALoRAConfig, QALoRAQuantConfig
+from qalora_plugin.checkpoint.fingerprint import fingerprint
 from qalora_plugin.errors import AdapterError, ConfigError
+from qalora_plugin.layers.linear import QuantLinear
 from qalora_plugin.tuner import QALoRALinear
 
 FILE = "adapter_model.safetensors"
+
+
+def rewrite(tensors, directory):
+    """Write an adapter's tensors as an earlier release did, without a manifest."""
+    save_file(tensors, directory / FILE)
+    (directory / "qalora_manifest.json").unlink()
 
 
 @pytest.fixture
@@ -65,7 +73,7 @@ def test_a_base_on_this_disk_is_saved_by_its_whole_path(make_peft, tmp_path, mon
 def test_adapter_in_bf16_is_fp32_in_memory(saved, make_llama):
     directory, _ = saved
     low = {key: value.bfloat16() for key, value in load_file(directory / FILE).items()}
-    save_file(low, directory / FILE)
+    rewrite(low, directory)
     for low_cpu in (False, True):
         model = PeftModel.from_pretrained(
             make_llama(), directory, low_cpu_mem_usage=low_cpu, autocast_adapter_dtype=False
@@ -107,7 +115,7 @@ def test_wrong_tensors_are_errors(saved, make_llama, damage, message, low_cpu_me
     directory, _ = saved
     tensors = load_file(directory / FILE)
     damage(tensors, "base_model.model.model.layers.0.self_attn.q_proj.qalora_A.weight")
-    save_file(tensors, directory / FILE)
+    rewrite(tensors, directory)
     with pytest.raises(AdapterError, match=message):
         PeftModel.from_pretrained(make_llama(), directory, low_cpu_mem_usage=low_cpu_mem_usage)
 
@@ -115,7 +123,7 @@ def test_wrong_tensors_are_errors(saved, make_llama, damage, message, low_cpu_me
 def test_loras_tensors_under_our_config_are_an_error(saved, make_llama):
     directory, _ = saved
     tensors = load_file(directory / FILE)
-    save_file({k.replace("qalora_", "lora_"): v for k, v in tensors.items()}, directory / FILE)
+    rewrite({k.replace("qalora_", "lora_"): v for k, v in tensors.items()}, directory)
     with pytest.raises(AdapterError, match="unexpected key"):
         PeftModel.from_pretrained(make_llama(), directory)
 
@@ -129,7 +137,7 @@ def test_second_adapter_is_checked_too(saved, make_llama, ids):
         assert torch.equal(model(ids).logits, logits)
     tensors = load_file(directory / FILE)
     tensors.popitem()
-    save_file(tensors, directory / FILE)
+    rewrite(tensors, directory)
     with pytest.raises(AdapterError, match="adapter 'third': missing key"):
         model.load_adapter(directory, "third")
 
@@ -156,13 +164,17 @@ def test_other_integers_are_refused(saved, make_llama):
         PeftModel.from_pretrained(model, directory)
 
 
-def test_fingerprint_of_the_base_config_is_used(make_llama):
+def test_fingerprint_is_computed_and_not_believed(make_llama):
     model = make_llama()
     model.config.quantization_config = QALoRAQuantConfig(
         bits=4, group_size=16, base={"fingerprint": "0" * 32}
     )
     stored = get_peft_model(model, QALoRAConfig(r=2)).peft_config["default"]
-    assert stored.fingerprint == "0" * 32
+    assert stored.fingerprint == fingerprint(
+        (name, module.qweight)
+        for name, module in make_llama().named_modules()
+        if isinstance(module, QuantLinear)
+    )
 
 
 def test_modules_to_save(fill_adapters, ids, tmp_path):

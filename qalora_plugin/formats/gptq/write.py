@@ -29,7 +29,7 @@ from ...files.atomic import AtomicDirectory
 from ...files.json import write_json
 from ...files.names import CONFIG_FILE, QUANTIZE_CONFIG_FILE
 from ...files.reader import CheckpointReader
-from ...files.writer import write_weights
+from ...files.writer import bound_to, write_weights
 from ..export import ExportResult, Progress, refuse_calibration
 from ..zero_points import integer_zeros
 from . import FORMAT
@@ -112,7 +112,8 @@ def write_stock_gptq(
         return _stock_layer(source, name, checkpoint_format)
 
     with directory as partial:
-        write_weights(partial, plan, copies, convert, progress=progress)
+        metadata = bound_to(config)
+        write_weights(partial, plan, copies, convert, metadata=metadata, progress=progress)
         copy_side_files(source.directory, partial)
         write_json(partial / CONFIG_FILE, config)
         write_json(partial / QUANTIZE_CONFIG_FILE, quantize_config)

@@ -1,0 +1,216 @@
+"""The manifest: every file, every door, once."""
+
+import json
+import os
+import shutil
+
+import pytest
+from support.adapters import edit_json
+
+from qalora_plugin.errors import CheckpointError
+from qalora_plugin.files import manifest
+from qalora_plugin.files.manifest import (
+    accept_edits,
+    check_manifest,
+    file_sha256,
+    start_check,
+    unchecked_hashes,
+    write_manifest,
+)
+from qalora_plugin.files.names import MANIFEST_FILE
+
+
+@pytest.fixture
+def directory(tmp_path):
+    """What a model directory may hold; the manifest does not look into it."""
+    path = tmp_path / "model"
+    (path / "additional_chat_templates").mkdir(parents=True)
+    (path / "config.json").write_text('{"model_type": "llama", "use_cache": true}')
+    for name in (
+        "model.safetensors",
+        "tokenizer.json",
+        "chat_template.jinja",
+        "generation_config.json",
+        "README.md",
+        ".gitattributes",
+        "additional_chat_templates/tools.jinja",
+    ):
+        (path / name).write_text(f"{name}: some content")
+    write_manifest(path)
+    return path
+
+
+def flip(path, at=3, bit=1):
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1 << bit
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.safetensors",
+        "tokenizer.json",
+        "chat_template.jinja",
+        "generation_config.json",
+        "additional_chat_templates/tools.jinja",
+    ],
+)
+def test_a_flipped_bit_is_found_in_every_file(name, directory):
+    assert check_manifest(directory)
+    flip(directory / name)
+    with pytest.raises(CheckpointError, match=f"{name}: SHA-256"):
+        check_manifest(directory)
+
+
+def test_what_users_edit_or_git_adds_is_not_covered(directory):
+    for name in ("README.md", ".gitattributes"):
+        (directory / name).write_text("edited")
+    (directory / "eval_results.txt").write_text("added")
+    (directory / ".git").mkdir()
+    (directory / ".git" / "HEAD").write_text("x")
+    edit_json(directory / "config.json", use_cache=False)
+    assert check_manifest(directory)
+
+
+NOT_COMPLETE = {
+    "files is empty": (lambda d, m: m.update(files={}), "is not in qalora_manifest.json"),
+    "a shard is not listed": (
+        lambda d, m: (d / "model-2.safetensors").write_text("x"),
+        r"model-2\.safetensors: is not in",
+    ),
+    "weights are gone": (lambda d, m: (d / "model.safetensors").unlink(), "missing, but"),
+    "a tokenizer is gone": (lambda d, m: (d / "tokenizer.json").unlink(), "missing, but"),
+    "truncated": (lambda d, m: (d / "tokenizer.json").write_text("x"), "1 bytes, .* says 28 bytes"),
+    "absolute": (lambda d, m: m["files"].update({"/etc/passwd": ENTRY}), "not a file of this"),
+    "above": (lambda d, m: m["files"].update({"../x": ENTRY}), "not a file of this"),
+    "above, later": (lambda d, m: m["files"].update({"a/../../x": ENTRY}), "not a file of this"),
+    "empty name": (lambda d, m: m["files"].update({"": ENTRY}), "not a file of this"),
+    "a directory": (lambda d, m: m["files"].update({".": ENTRY}), "not a file of this|a directory"),
+    "no digest": (lambda d, m: m["files"].update({"x": {"size": 1}}), "x.sha256: missing"),
+    "size as text": (lambda d, m: m["files"]["tokenizer.json"].update(size="28"), "valid integer"),
+    "entry is a list": (lambda d, m: m["files"].update({"x": []}), "expected a valid dict"),
+    "newer": (lambda d, m: m.update(version=3), "Update qalora-plugin"),
+    "no version": (lambda d, m: m.pop("version"), "version: missing"),
+    "bound to something else": (lambda d, m: m["bound"].update({"x.json": {}}), "is no config"),
+    "config changed": (lambda d, m: edit_json(d / "config.json", model_type="gpt2"), "model_type"),
+    "config gone": (lambda d, m: (d / "config.json").unlink(), "config.json: cannot be read"),
+}
+ENTRY = {"size": 1, "sha256": "0" * 64}
+
+
+@pytest.mark.parametrize("case", NOT_COMPLETE)
+def test_a_manifest_that_does_not_fit_is_refused(case, directory):
+    change, message = NOT_COMPLETE[case]
+    stated = json.loads((directory / MANIFEST_FILE).read_text())
+    change(directory, stated)
+    (directory / MANIFEST_FILE).write_text(json.dumps(stated))
+    with pytest.raises(CheckpointError, match=message):
+        check_manifest(directory)
+
+
+def test_sizes_are_compared_before_anything_is_hashed(directory, monkeypatch):
+    (directory / "tokenizer.json").write_text("x")
+    monkeypatch.setattr(manifest, "file_sha256", lambda path: pytest.fail("hashed"))
+    with pytest.raises(CheckpointError, match="1 bytes"):
+        check_manifest(directory)
+
+
+def test_version_1_lists_weights_alone(directory):
+    weights = directory / "model.safetensors"
+    entry = {"size": weights.stat().st_size, "sha256": file_sha256(weights)}
+    value = {"version": 1, "files": {weights.name: entry}}
+    (directory / MANIFEST_FILE).write_text(json.dumps(value))
+    flip(directory / "tokenizer.json")
+    assert check_manifest(directory)
+    flip(weights)
+    with pytest.raises(CheckpointError, match="SHA-256"):
+        check_manifest(directory)
+
+
+def test_each_file_is_read_once_as_long_as_it_does_not_change(directory, monkeypatch):
+    path = directory / "model.safetensors"
+    old = path.stat().st_mtime_ns - 10**9
+    os.utime(path, ns=(old, old))
+    first = file_sha256(path)
+    monkeypatch.setattr(manifest.hashlib, "file_digest", lambda *_: pytest.fail("read again"))
+    assert file_sha256(path) == first
+    monkeypatch.undo()
+    flip(path)
+    assert file_sha256(path) != first
+
+
+def test_a_file_that_was_just_written_is_read_again(directory):
+    path = directory / "model.safetensors"
+    stamp = path.stat().st_mtime_ns
+    flip(path)
+    before = file_sha256(path)
+    flip(path)
+    os.utime(path, ns=(stamp, path.stat().st_mtime_ns))
+    assert file_sha256(path) != before
+
+
+def test_hashes_can_be_left_out_and_it_is_said(directory, caplog, monkeypatch):
+    flip(directory / "model.safetensors")
+    with unchecked_hashes():
+        assert check_manifest(directory) is False
+    assert "hashes are not checked" in caplog.text and str(directory) in caplog.text
+    monkeypatch.setenv("QALORA_NO_HASH_CHECK", "1")
+    assert check_manifest(directory) is False
+    edit_json(directory / "config.json", model_type="gpt2")  # configs are compared all the same
+    with pytest.raises(CheckpointError, match="model_type"):
+        check_manifest(directory)
+    monkeypatch.setenv("QALORA_NO_HASH_CHECK", "0")
+    with pytest.raises(CheckpointError):
+        check_manifest(directory)
+
+
+def test_edits_of_ones_own_are_accepted_but_never_of_weights(directory):
+    (directory / "generation_config.json").write_text("{}")
+    (directory / "tokenizer.json").unlink()
+    (directory / "new.jinja").write_text("new")
+    with pytest.raises(CheckpointError):
+        check_manifest(directory)
+    assert accept_edits(directory) == ["generation_config.json", "new.jinja", "tokenizer.json"]
+    assert check_manifest(directory)
+    flip(directory / "model.safetensors")
+    with pytest.raises(CheckpointError, match="differs from"):
+        accept_edits(directory)
+    edit_json(directory / "config.json", model_type="gpt2")
+    with pytest.raises(CheckpointError):
+        accept_edits(directory)
+
+
+def test_no_manifest(directory):
+    (directory / MANIFEST_FILE).unlink()
+    assert check_manifest(directory) is False
+    with pytest.raises(CheckpointError, match="nothing to accept"):
+        accept_edits(directory)
+
+
+def test_a_check_in_the_background_raises_when_it_is_asked(directory):
+    assert start_check(directory).result() is True
+    flip(directory / "model.safetensors")
+    with pytest.raises(CheckpointError, match="SHA-256"):
+        start_check(directory).result()
+
+
+def test_in_the_hub_cache_files_other_than_weights_may_be_missing(directory, tmp_path):
+    snapshot = tmp_path / "models--org--name" / "snapshots" / "0123"
+    shutil.copytree(directory, snapshot)
+    (snapshot / "tokenizer.json").unlink()
+    assert check_manifest(snapshot)
+    (snapshot / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="missing"):
+        check_manifest(snapshot)
+
+
+def test_names_are_added_to_a_manifest_that_is_there(directory):
+    (directory / "adapter_model.safetensors").write_text("adapter")
+    with pytest.raises(CheckpointError, match="is not in"):
+        check_manifest(directory)
+    write_manifest(directory, ["adapter_model.safetensors"])
+    assert check_manifest(directory)
+    (directory / MANIFEST_FILE).write_text("{")  # what a kill left does not stop a training
+    write_manifest(directory, ["adapter_model.safetensors", "model.safetensors"])
+    assert check_manifest(directory)
