@@ -3,7 +3,8 @@
     python generate.py JOBS OUT
 
 JOBS is a JSON file: a list of {"model", "ids", "tokens", options of vLLM's LLM}; "ids" are prompts
-of token ids, "tokens" how many follow greedily, "logprobs" whether those of the prompts are wanted.
+of token ids, "tokens" how many follow greedily, "logprobs" for how many of the likeliest tokens
+those of the prompts are wanted (all).
 OUT gets, for each job, "error" (the message, where vLLM refuses), or "tokens" and "logprobs".
 """
 
@@ -12,25 +13,21 @@ import json
 import sys
 from pathlib import Path
 
-import torch
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 
 
 def log_probabilities(output):
-    """Return the log probabilities of each token of the vocabulary after each prompt token."""
-    rows = []
-    for position in output.prompt_logprobs[1:]:
-        row = torch.empty(len(position))
-        for token, found in position.items():
-            row[token] = found.logprob
-        rows.append(row.tolist())
-    return rows
+    """Return (token, log probability) after each prompt token, in the order of the tokens."""
+    return [
+        sorted((token, found.logprob) for token, found in position.items())
+        for position in output.prompt_logprobs[1:]
+    ]
 
 
 def run(job):
     model, ids, tokens = job.pop("model"), job.pop("ids"), job.pop("tokens")
-    wanted = -1 if job.pop("logprobs", True) else None
+    wanted = job.pop("logprobs", -1)
     options = {"dtype": "float32", "enforce_eager": True, "seed": 0} | job
     engine = LLM(
         model,
@@ -46,10 +43,10 @@ def run(job):
         temperature=0, max_tokens=tokens, ignore_eos=True, prompt_logprobs=wanted, detokenize=False
     )
     outputs = engine.generate(prompts, params, use_tqdm=False)
-    result = {"tokens": [list(output.outputs[0].token_ids) for output in outputs]}
-    if wanted:
-        result["logprobs"] = [log_probabilities(output) for output in outputs]
-    return result
+    return {
+        "tokens": [list(output.outputs[0].token_ids) for output in outputs],
+        "logprobs": [log_probabilities(output) for output in outputs],
+    }
 
 
 def describe(error):

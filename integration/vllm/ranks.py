@@ -3,7 +3,8 @@
     python ranks.py MODEL WEIGHTS
 
 WEIGHTS is a safetensors file of dense W^T [K, N] in fp32, by the names of MODEL's layers. Prints
-one JSON object: how many of the ranks' layers were compared, and which of them are not bit-equal.
+one JSON object: how many of the ranks' layers were compared, which of them are not bit-equal, and
+what is said of experts.
 """
 
 import json
@@ -15,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers import linear
+from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.quantization import get_quantization_config
 
 import qalora_vllm
@@ -78,6 +80,14 @@ def expected(weights, prefix, sizes, rank, ranks):
     return torch.cat(cut, dim=1)
 
 
+def refusal_of_experts(config):
+    """Return what the config says to a layer of experts, which needs a model of its own to make."""
+    try:
+        config.get_quant_method(RoutedExperts.__new__(RoutedExperts), "model.layers.0.mlp.experts")
+    except ValueError as error:
+        return str(error)
+
+
 def main(model, weights):
     described = json.loads((Path(model) / "config.json").read_text())
     keys = ("hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size")
@@ -102,7 +112,7 @@ def main(model, weights):
                     compared += 1
                     if not torch.equal(dense(made), expected(weights, prefix, sizes, rank, ranks)):
                         wrong.append(f"{prefix} on rank {rank} of {ranks}")
-    print(json.dumps({"compared": compared, "wrong": wrong}))
+    print(json.dumps({"compared": compared, "wrong": wrong, "experts": refusal_of_experts(config)}))
 
 
 if __name__ == "__main__":

@@ -123,7 +123,10 @@ class QALoRAVLLMConfig(QuantizationConfig):
         if isinstance(layer, RoutedExperts):
             if self.is_dense(prefix):
                 return UnquantizedFusedMoEMethod(layer.moe_config)
-            raise ValueError(f"{prefix}: experts quantized by qalora are not served by vLLM yet.")
+            raise ValueError(
+                f"{prefix}: experts quantized by qalora are not served by vLLM yet. Experts in 16 "
+                "bits have to be listed in config.json's modules_to_not_convert."
+            )
         if isinstance(layer, VocabParallelEmbedding):
             last = prefix.rpartition(".")[2] + ".qweight"
             quantized = [name for name in self.tensors if f".{name}".endswith(f".{last}")]
