@@ -41,6 +41,11 @@ def test_merged_scales_are_held_exactly(fixture, bits, group_size, symmetric, tm
     report = verify_export(result.out, tmp_path / "merged")
     assert (report.layers, report.largest_error) == (len(merged.layers), 0)
 
+    again = open_quantized(result.out)  # a base as well
+    assert again.format == "compressed-tensors"
+    for name in merged.layers:
+        assert torch.equal(again.layer(name).dequantize(), merged.layer(name).dequantize())
+
     config = json.loads((result.out / "config.json").read_text())["quantization_config"]
     assert config["ignore"] == ["lm_head"]
     (group,) = config["config_groups"].values()
