@@ -83,10 +83,10 @@ def add_parser(subparsers: Any) -> None:
     )
     add = parser.add_argument_group("refining (--refine)").add_argument
     add("--refine", action="store_true", help=about)
-    add("--refine-steps", type=at_least(1), default=150, help=f"optimizer steps {default}")
+    add("--refine-steps", type=at_least(1), default=250, help=f"optimizer steps {default}")
     about = f"peak learning rate, in quantization steps {default}"
     add("--refine-rate", type=fraction, default=0.01, help=about)
-    add("--refine-batch", type=at_least(1), default=2, help=f"windows in a step {default}")
+    add("--refine-batch", type=at_least(1), default=1, help=f"windows in a step {default}")
     add("--refine-norms", action="store_true", help="train the weights of norms too")
 
     add = parser.add_argument_group("result").add_argument

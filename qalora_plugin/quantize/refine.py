@@ -52,9 +52,9 @@ class RefineSettings:
         norms: whether the weights of normalization layers are trained too.
     """
 
-    steps: int = 150
+    steps: int = 250
     rate: float = 0.01
-    batch: int = 2
+    batch: int = 1
     norms: bool = False
 
     def __post_init__(self) -> None:

@@ -37,7 +37,7 @@ class LanguageModels:
     folder: Path
     task: LanguageTask
     sizes: Sizes
-    refine_steps: int = 150
+    refine_steps: int = 250
 
     def _options(self, bits: int, group_size: int) -> dict[str, Any]:
         return {
@@ -60,7 +60,7 @@ class LanguageModels:
         if not out.is_dir():
             options = self._options(bits, group_size)
             if kind == "refined":
-                options |= {"refine": True, "refine_steps": self.refine_steps, "refine_batch": 4}
+                options |= {"refine": True, "refine_steps": self.refine_steps, "refine_batch": 2}
             if kind == "auto":
                 options |= {"bits": "auto", "target_bits": float(bits)}
             quantize_model(self.source, out, **options)

@@ -154,7 +154,7 @@ def main() -> int:
     parser.add_argument("--slice", action="store_true", help="ten minutes of it, for CI")
     arguments = parser.parse_args()
     qalora_plugin.register()
-    sizes, refine_steps = tasks.Sizes(), 150
+    sizes, refine_steps = tasks.Sizes(), 250
     if arguments.slice:
         arguments.tasks, arguments.settings = ("gsm8k",), SETTINGS[:1]
         arguments.methods, arguments.seeds = ("lora+gptq", "zeros", "both"), SEEDS[:1]
