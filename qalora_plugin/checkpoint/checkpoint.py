@@ -11,24 +11,12 @@ from ..files.manifest import check_manifest
 from ..files.names import CONFIG_FILE
 from ..files.reader import CheckpointReader
 from .config import QALoRAQuantConfig
-from .format import ADAPT_MODES, format_named, formats
+from .format import ADAPT_MODES, format_named, formats, unread_note
 from .kind import find_kind, find_model
 from .layout import read_layer
 from .side_files import copy_side_files
 from .source import SOURCE_KEY, describe_location
 from .validate import check_layers, check_values
-
-_UNREAD = {
-    "bitsandbytes": "no integers with a scale (NF4, FP4 or LLM.int8())",
-    "bitnet": "ternary weights",
-    "fp8": "8-bit floats (FP8)",
-    "fbgemm_fp8": "8-bit floats (FP8)",
-    "hqq": "groups that may lie along the outputs",
-    "modelopt": "4- or 8-bit floats (NVFP4, FP8)",
-    "mxfp4": "4-bit floats (MXFP4)",
-    "nvfp4": "4-bit floats (NVFP4)",
-}
-"""What formats store that cannot be bases, by `quant_method`."""
 
 if TYPE_CHECKING:
     import torch
@@ -80,11 +68,11 @@ class QuantizedCheckpoint:
         if not isinstance(raw, dict) or raw.get("quant_method") != QUANT_METHOD:
             method = raw.get("quant_method") if isinstance(raw, dict) else None
             found = f"quant_method {method!r}" if method else "a model that is not quantized"
-            note = f", which stores {_UNREAD[method]}" if method in _UNREAD else ""
             read = ", ".join(format.name for format in formats() if format.is_base)
             raise CheckpointError(
                 f"{self.directory / CONFIG_FILE}: expected a model that qalora quantized, or one "
-                f"in a format of integers that it reads ({read}), found {found}{note}. Quantize "
+                f"in a format of integers that it reads ({read}), found {found}"
+                f"{unread_note(method)}. Quantize "
                 "the 16-bit model with `qalora quantize`."
             )
         try:

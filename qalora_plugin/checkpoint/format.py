@@ -20,6 +20,18 @@ from .config import QALoRAQuantConfig
 
 ADAPT_MODES = ("zeros", "scales", "both")
 
+_UNREAD = {
+    "bitsandbytes": "no integers with a scale (NF4, FP4 or LLM.int8())",
+    "bitnet": "ternary weights",
+    "fp8": "8-bit floats (FP8)",
+    "fbgemm_fp8": "8-bit floats (FP8)",
+    "hqq": "groups that may lie along the outputs",
+    "modelopt": "4- or 8-bit floats (NVFP4, FP8)",
+    "mxfp4": "4-bit floats (MXFP4)",
+    "nvfp4": "4-bit floats (NVFP4)",
+}
+"""What formats store that cannot be bases, by `quant_method`."""
+
 
 @dataclass(frozen=True)
 class Grids:
@@ -318,3 +330,8 @@ def foreign_config(quantization_config: Any, path: Path) -> QALoRAQuantConfig | 
             read = format.module("read")
             return cast(QALoRAQuantConfig, read.parse_config(quantization_config, path))
     return None
+
+
+def unread_note(method: Any) -> str:
+    """Return ", which stores ..." for a `quant_method` that is known to be no base, else ""."""
+    return f", which stores {_UNREAD[method]}" if method in _UNREAD else ""

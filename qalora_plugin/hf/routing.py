@@ -17,8 +17,8 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from qalora_kernels.stored import QUANT_METHOD
 
 from ..checkpoint.config import QALoRAQuantConfig as StoredConfig
-from ..checkpoint.format import foreign_config, formats, owners_of
-from ..errors import ConfigError
+from ..checkpoint.format import foreign_config, formats, owners_of, unread_note
+from ..errors import CheckpointError, ConfigError
 from ..files.names import CONFIG_FILE
 from .config import QALoRAQuantConfig
 
@@ -85,6 +85,24 @@ def name_unnamed(config: Any) -> None:
                 config.quantization_config = QALoRAQuantConfig.of(found).to_dict()
 
 
+def refuse_unread(config: Any, requested: Any) -> None:
+    """Refuse to load as a base of ours what is quantized in a format that cannot be one.
+
+    Raises:
+        CheckpointError: our config was given to from_pretrained, and the model's names another.
+    """
+    stored = getattr(config, "quantization_config", None)
+    if not isinstance(stored, dict) or not isinstance(requested, QALoRAQuantConfig):
+        return
+    method = stored.get("quant_method")
+    if method != QUANT_METHOD and foreign_config(stored, Path(CONFIG_FILE)) is None:
+        raise CheckpointError(
+            f"{CONFIG_FILE}: is quantized already with quant_method {method!r}"
+            f"{unread_note(method)}: it cannot be a base. Give the 16-bit model that it was made "
+            "from, or quantize that one with `qalora quantize`."
+        )
+
+
 def install() -> None:
     """Wrap transformers' choice of a quantizer at two places; a second call does nothing."""
     original = AutoHfQuantizer.merge_quantization_configs
@@ -103,6 +121,7 @@ def install() -> None:
     @functools.wraps(choose)
     def get_hf_quantizer(config: Any, *args: Any, **kwargs: Any) -> Any:
         name_unnamed(config)
+        refuse_unread(config, args[0] if args else kwargs.get("quantization_config"))
         return choose(config, *args, **kwargs)
 
     modeling_utils.get_hf_quantizer = get_hf_quantizer

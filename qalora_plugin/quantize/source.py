@@ -18,6 +18,7 @@ from ..architecture.names import LayerNames
 from ..architecture.places import places_problem
 from ..architecture.selection import check_group_sizes, check_overrides, linears_to_quantize
 from ..checkpoint.config import QALoRAQuantConfig
+from ..checkpoint.format import unread_note
 from ..checkpoint.kind import find_kind
 from ..checkpoint.layout import quantized_layers
 from ..errors import CheckpointError, ConfigError
@@ -53,7 +54,8 @@ class ModelSource:
         kind = find_kind(directory)
         if not kind.is_16_bit or quantized_layers(self.reader.tensors):
             raise CheckpointError(
-                f"{directory}: is quantized already ({kind.method or 'unknown method'}). Quantize "
+                f"{directory}: is quantized already ({kind.method or 'unknown method'}"
+                f"{unread_note(kind.method)}). Quantize "
                 "the 16-bit model that it came from"
             )
         self._trust_remote_code = trust_remote_code

@@ -13,7 +13,7 @@ from torch import nn
 from qalora_kernels.stored import QUANT_METHOD, is_excluded
 
 from ..checkpoint.fingerprint import fingerprints, summary
-from ..checkpoint.format import Format, format_named, formats
+from ..checkpoint.format import Format, format_named, formats, unread_note
 from ..checkpoint.identity import BaseIdentity
 from ..checkpoint.source import SOURCE_KEY
 from ..errors import AdapterError, ConfigError
@@ -60,6 +60,16 @@ def resolve_targets(config: QALoRAConfig, model: nn.Module) -> None:
             modules_to_save, is of the wrong kind.
     """
     quantized = quantized_layers(model)
+    other = getattr(getattr(model, "config", None), "quantization_config", None)
+    if not quantized and other is not None and not isinstance(other, QALoRAQuantConfig):
+        stated = other if isinstance(other, dict) else other.to_dict()
+        method = getattr(stated.get("quant_method"), "value", stated.get("quant_method"))
+        raise ConfigError(
+            f"QALoRAConfig: the base model is quantized with quant_method {method!r}"
+            f"{unread_note(method)}, and has no layer of ours. Load the 16-bit model that it was "
+            "made from with quantization_config=QALoRAQuantConfig(...), or quantize that one with "
+            "`qalora quantize`; what `qalora inspect` calls a base is loaded as it is"
+        )
     if not quantized:
         wanted = f"bits={config.bits or 4}, group_size={config.group_size or 32}"
         raise ConfigError(
