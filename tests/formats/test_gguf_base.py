@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 import torch
 from support.adapters import RANK, qalora_tensors, write_adapter
-from support.gguf_files import TEMPLATE, random_blocks, sentencepiece, tokens, write_gguf
+from support.gguf_files import (
+    SIZES,
+    TEMPLATE,
+    random_blocks,
+    random_k_blocks,
+    sentencepiece,
+    tokens,
+    write_gguf,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qalora_kernels import packing
@@ -18,6 +26,7 @@ from qalora_plugin.checkpoint.convert import import_model
 from qalora_plugin.cli import main as cli
 from qalora_plugin.errors import CheckpointError, ConfigError
 from qalora_plugin.formats.gguf.decode import BLOCK_TYPES, read_minima, read_scales, read_words
+from qalora_plugin.formats.gguf.k_quants import K_TYPES, read_k
 from qalora_plugin.tuner.targets import resolve_targets
 
 
@@ -172,14 +181,59 @@ def test_offsets_of_q8_0_are_refused_before_training(tmp_path):
     assert not (tmp_path / "again.gguf").exists()
 
 
-def test_k_quants_stay_dense_and_keep_their_bytes(tmp_path):
-    sizes = {"ffn_up": "F16", "token_embd": "F16", "ffn_gate": "F16"}
-    path = write_gguf(tmp_path / "model.gguf", kinds=sizes)
+@pytest.mark.parametrize("kind", K_TYPES)
+def test_k_quants_are_decoded(kind):
+    raw, layout = random_k_blocks(kind, 40, 4), K_TYPES[kind]
+    words, scales, minima = read_k(kind, torch.from_numpy(raw))
+    codes = packing.unpack(words.t().contiguous(), layout.bits, 1024).t().float()
+    steps, lowest = (part.repeat_interleave(layout.group_size, 1) for part in (scales, minima))
+    expected = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[kind])
+    assert torch.equal(steps * codes + lowest, torch.from_numpy(expected))
+
+
+@pytest.fixture
+def wide(monkeypatch):
+    """Have files written with 256 inputs everywhere, as K-quants need them."""
+    for name, value in (("width", 256), ("ff", 256), ("head_dim", 64)):
+        monkeypatch.setitem(SIZES, name, value)
+
+
+def test_a_file_of_k_quants_goes_to_other_formats(wide, tmp_path):
+    path = write_gguf(tmp_path / "model.gguf", kinds={"ffn_down": "Q6_K"}, kind="Q4_K")
     source = open_quantized(path)
-    assert (
-        len(source.layers) == 10
-        and source.reader.info("model.layers.0.mlp.up_proj.weight").dtype == torch.float16
-    )
+    expected = _weights(path, source.reader.model.names)
+    for name in source.layers:
+        found, weight = source.layer(name), expected[f"{name}.weight"]
+        order = source.reader.row_order(f"{name}.weight")
+        weight = weight if order is None else weight[order]
+        ulp = 2.0**-24 * found.offsets.abs().max()  # the offset is a sum, rounded to fp32
+        assert (found.dequantize(torch.float32).t() - weight).abs().max() <= 2 * ulp
+    base = import_model(path, tmp_path / "base").out
+    model = AutoModelForCausalLM.from_pretrained(base)
+    with pytest.raises(
+        ConfigError, match=r"K-quants round theirs.*Set write_back=False.*gguf, mlx"
+    ):
+        resolve_targets(QALoRAConfig(), model)
+    config = QALoRAConfig(write_back=False)
+    resolve_targets(config, model)
+    assert len(config.target_modules) == 14
+    merged = _merged(base, tmp_path / "m")
+    with pytest.raises(CheckpointError, match="its offsets have changed, and the source's format"):
+        export_model(merged, tmp_path / "again.gguf", "original")
+    assert export_model(merged, tmp_path / "other.gguf", "gguf").layers == 12  # Q6_K as F16
+    zero = _merged(base, tmp_path / "z", factor=0.0)
+    same = export_model(zero, tmp_path / "same.gguf", "original").out
+    assert filecmp.cmp(path, same, shallow=False)
+
+
+def test_k_quants_beside_other_types_stay_dense(wide, tmp_path):
+    kinds = {"ffn_up": "Q4_K", "ffn_gate": "F16", "token_embd": "Q6_K"}
+    path = write_gguf(tmp_path / "model.gguf", kinds=kinds, kind="Q5_0")
+    source = open_quantized(path)
+    assert len(source.layers) == 10 and source.config.scales_dtype == "float16"
+    mlp = "model.layers.0.mlp"
+    assert source.reader.info(f"{mlp}.gate_proj.weight").dtype == torch.float16
+    assert source.reader.info(f"{mlp}.up_proj.weight").dtype == torch.float32
     merged = _merged(path, tmp_path / "m")
     out = export_model(merged, tmp_path / "again.gguf", "original").out
     _equal_models(out, merged)

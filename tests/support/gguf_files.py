@@ -6,6 +6,7 @@ import numpy as np
 SIZES = {"width": 64, "heads": 4, "kv_heads": 2, "head_dim": 16, "ff": 96, "layers": 2}
 ROWS_OF_NORM = {"attn_norm", "ffn_norm", "output_norm"}
 _BYTES = {"Q4_0": 18, "Q4_1": 20, "Q5_0": 22, "Q5_1": 24, "Q8_0": 34}
+_K_BYTES = {"Q4_K": (144, 0, 2), "Q5_K": (176, 0, 2), "Q6_K": (210, 208)}  # and where f16 lie
 _MINIMUM = ("Q4_1", "Q5_1")
 _SPECIAL = ["<|end|>", "<|user|>", "<tool>"]
 TEMPLATE = "{% for m in messages %}<|user|>{{ m['content'] }}<|end|>{% endfor %}"
@@ -23,6 +24,17 @@ def random_blocks(kind, rows, blocks, seed=0):
         numbers.append(np.where(d == 0, gen.normal(0, 0.1, (rows, blocks)), minima))
     for at, values in enumerate(numbers):
         raw[:, :, 2 * at : 2 * at + 2] = values.astype(np.float16)[..., None].view(np.uint8)
+    return raw.reshape(rows, -1)
+
+
+def random_k_blocks(kind, rows, blocks, seed=0):
+    """Return K-quant blocks of 256 inputs with sound f16 numbers, uint8 [rows, blocks * bytes]."""
+    gen = np.random.default_rng(seed)
+    size, *places = _K_BYTES[kind]
+    raw = gen.integers(0, 256, (rows, blocks, size), dtype=np.uint8)
+    for at in places:
+        numbers = gen.uniform(1e-4, 1e-3, (rows, blocks)) * gen.choice([-1, 1, 1], (rows, blocks))
+        raw[:, :, at : at + 2] = numbers.astype(np.float16)[..., None].view(np.uint8)
     return raw.reshape(rows, -1)
 
 
@@ -88,6 +100,9 @@ def write_gguf(path, kinds=None, kind="Q4_1", family="llama", tied=True, **more)
             writer.add_tensor(name, (1 + gen.normal(0, 0.1, shape)).astype(np.float32))
         elif chosen in _BYTES:
             raw = random_blocks(chosen, shape[0], shape[1] // 32, seed)
+            writer.add_tensor(name, raw, raw_dtype=gguf.GGMLQuantizationType[chosen])
+        elif chosen in _K_BYTES:
+            raw = random_k_blocks(chosen, shape[0], shape[1] // 256, seed)
             writer.add_tensor(name, raw, raw_dtype=gguf.GGMLQuantizationType[chosen])
         elif chosen == "F16":
             writer.add_tensor(name, gen.normal(0, 0.1, shape).astype(np.float16))

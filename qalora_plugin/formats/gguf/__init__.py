@@ -29,6 +29,6 @@ llama-cli -m {file} -p "Once upon a time"
     ),
     is_base=True,
     takes_back=ADAPT_MODES,
-    back_note="Q8_0 has no minimum",
+    back_note="Q8_0 has no minimum, K-quants round theirs to 6 bits",
     libraries=("gguf",),
 )

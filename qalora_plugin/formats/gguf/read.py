@@ -1,8 +1,9 @@
 """Read a GGUF file as a quantized base, without llama.cpp.
 
 Linear layers in the blocks whose type is affine (`decode.BLOCK_TYPES`) are quantized layers: their
-codes, scales and minima are taken over as they are. Everything else is dense: 16 and 32-bit tensors
-as they are stored, and embeddings, heads and K-quants as gguf-py dequantizes them, in fp32.
+codes, scales and minima are taken over as they are. Where there is none, the K-quants are
+(`k_quants`), with scales and minima in fp32; they take nothing back. Everything else is dense: 16
+and 32-bit tensors as they are stored, others as gguf-py dequantizes them, in fp32.
 
 The tokenizer, the chat template and config.json are rebuilt from the file's metadata.
 """
@@ -26,6 +27,7 @@ from ...files.safetensors import TensorInfo, tensor_nbytes
 from . import FORMAT
 from .blocks import BLOCK
 from .decode import BLOCK_TYPES, BlockType, read_minima, read_scales, read_words
+from .k_quants import K_TYPES, read_k
 from .metadata import interleave
 from .model import ROPE_FACTORS, Model
 from .vocabulary import Vocabulary
@@ -34,8 +36,8 @@ _PLAIN = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _K_QUANTS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 _ROWS_BYTES = 1 << 20  # of one step of decoding: it stays in a core's cache
 _OTHER_FILE = (
-    "Take a file of the same model in Q4_1, Q4_0, Q5_1, Q5_0 or Q8_0, or make one: `llama-quantize "
-    "--allow-requantize IN.gguf OUT.gguf Q4_1` (from a 16-bit file where you have one)."
+    "Take a file of the same model in Q4_1, Q4_0, Q5_1, Q5_0, Q8_0 or Q4_K_M, or make one: "
+    "`llama-quantize --allow-requantize IN.gguf OUT.gguf Q4_1` (from a 16-bit file, if any)."
 )
 
 
@@ -71,6 +73,8 @@ class GGUFReader(CheckpointReader):
         self._check_kinds()
         self.model = Model(path, fields, self._stored)
         self.vocabulary = Vocabulary(path, fields)
+        kinds = {self.kind(f"{name}.weight") for name in self.model.linears}
+        self.layer_kinds = kinds & BLOCK_TYPES.keys() or kinds & K_TYPES.keys()
         if ROPE_FACTORS in self._stored:
             self.model.set_rope_factors(torch.from_numpy(np.array(self._stored[ROPE_FACTORS].data)))
         self.tensors = {name: self._info(name) for name in self.model.names}
@@ -94,7 +98,8 @@ class GGUFReader(CheckpointReader):
 
     def is_layer(self, name: str) -> bool:
         """Say whether a tensor is the weight of a quantized layer."""
-        return self.kind(name) in BLOCK_TYPES and name.removesuffix(".weight") in self.model.linears
+        kind, layer = self.kind(name), name.removesuffix(".weight")
+        return kind in self.layer_kinds and layer in self.model.linears
 
     def place(self, name: str) -> tuple[int, tuple[int, int]]:
         """Return where a tensor's data start in the file, and their [rows, bytes of a row]."""
@@ -196,29 +201,42 @@ class GGUFCheckpoint(QuantizedCheckpoint):
         self.facts = {"types": ", ".join(f"{kind}: {n}" for kind, n in sorted(kinds.items()))}
         if not names:
             raise CheckpointError(
-                f"{reader.directory}: none of its layers is in a type with one scale and one "
-                f"minimum a block (its tensors: {self.facts['types']}). K-quants round these "
-                f"themselves, and dense ones have none. {_OTHER_FILE}"
+                f"{reader.directory}: none of its layers is in a type that can be a base (its "
+                f"tensors: {self.facts['types']}). {_OTHER_FILE}"
             )
-        bits = {name: self.block_type(name).bits for name in names}
-        usual = Counter(bits.values()).most_common(1)[0][0]
+        grids = {name: self._grid(name) for name in names}
+        usual = Counter(grids.values()).most_common(1)[0][0]
+        keys = ("bits", "group_size")
         config = QALoRAQuantConfig(
-            bits=usual,
-            group_size=BLOCK,
+            *usual,
             offsets_at="minimum",
-            dynamic={name: {"bits": own} for name, own in bits.items() if own != usual},
+            scales_dtype="float16" if reader.layer_kinds <= BLOCK_TYPES.keys() else "float32",
+            dynamic={
+                name: dict(zip(keys, own, strict=True))
+                for name, own in grids.items()
+                if own != usual
+            },
             base={"name_or_path": reader.directory.name},
         )
         shapes = {name: reader.shape(f"{name}.weight") for name in names}
         return config, {name: config.spec_for(name, *reversed(shapes[name])) for name in names}
 
-    def block_type(self, name: str) -> BlockType:
-        """Return the type of a layer's blocks."""
-        return BLOCK_TYPES[self.reader.kind(f"{name}.weight")]
+    def _grid(self, name: str) -> tuple[int, int]:
+        """Return a layer's bits and group_size."""
+        kind = self.reader.kind(f"{name}.weight")
+        if kind in K_TYPES:
+            return K_TYPES[kind].bits, K_TYPES[kind].group_size
+        return BLOCK_TYPES[kind].bits, BLOCK
+
+    def block_type(self, name: str) -> BlockType | None:
+        """Return the type of a layer's blocks; None of a K-quant."""
+        return BLOCK_TYPES.get(self.reader.kind(f"{name}.weight"))
 
     def takes_back(self, name: str) -> tuple[str, ...]:
         """Return what a layer takes back: all where a type has a minimum, scales of others."""
         kind = self.block_type(name)
+        if kind is None:
+            return ()
         return FORMAT.takes_back if kind.zero is None or kind.grown else ("scales",)
 
     def write_side_files(self, target: Path) -> None:
@@ -229,8 +247,12 @@ class GGUFCheckpoint(QuantizedCheckpoint):
         spec, kind = self.layers[name], self.block_type(name)
         groups = (spec.num_groups, spec.out_features)
         words = torch.empty(spec.packed_rows, spec.out_features, dtype=torch.int32)
-        scales, minima = (torch.empty(groups, dtype=torch.float16) for _ in range(2))
+        scales, minima = (torch.empty(groups, dtype=spec.scales_dtype) for _ in range(2))
         for rows, raw in self.reader.blocks(f"{name}.weight"):
+            if kind is None:
+                parts = read_k(self.reader.kind(f"{name}.weight"), raw)
+                words[:, rows], scales[:, rows], minima[:, rows] = (part.t() for part in parts)
+                continue
             blocks = raw.view(len(raw), spec.num_groups, kind.nbytes)
             words[:, rows] = read_words(kind, blocks).view(len(raw), -1).t()
             scales[:, rows] = read_scales(kind, blocks).t()

@@ -66,7 +66,7 @@ def write_back(
             _patch_copy(base, merged, partial, progress)
     exactness = _EXACT
     if grown:
-        kinds = sorted({str(base.block_type(name).grown) for name in grown})
+        kinds = sorted({str(_affine(base, name).grown) for name in grown})
         exactness += f" {len(grown)} layers without a minimum grew into {' and '.join(kinds)}."
     return ExportResult(target, FORMAT.name, len(base.layers), exactness)
 
@@ -93,7 +93,7 @@ def _grows(base: GGUFCheckpoint, merged: QuantizedCheckpoint, name: str) -> bool
         CheckpointError: and there is no type that has one.
     """
     kind = base.block_type(name)
-    if kind.zero is None:
+    if kind is None or kind.zero is None:
         return False
     after = merged.layer(name)
     minima = store_offsets(after.offsets, after.scales, after.spec)
@@ -112,14 +112,13 @@ def _blocks(
     base: GGUFCheckpoint, name: str, change: _Change, grown: BlockType | None
 ) -> Iterator[tuple[slice, torch.Tensor]]:
     """Yield a layer's rows as they are written: (rows, uint8 [rows, bytes of a row])."""
-    kind = base.block_type(name)
+    kind = own = _affine(base, name)
     for rows, raw in base.reader.blocks(f"{name}.weight"):
         blocks = raw.view(len(raw), -1, kind.nbytes)
-        minima = read_minima(kind, blocks)
         if grown is not None:
             wider = torch.empty(*blocks.shape[:2], grown.nbytes, dtype=torch.uint8)
             wider[..., :2], wider[..., 4:] = blocks[..., :2], blocks[..., 2:]
-            wider[..., 2:4] = _bytes(minima)
+            wider[..., 2:4] = _bytes(read_minima(kind, blocks))
             blocks, kind = wider, grown
         places = [(0, change.scales, change.scales_changed)]
         if kind.zero is None:
@@ -129,7 +128,13 @@ def _blocks(
             old = blocks[..., at : at + 2]
             blocks[..., at : at + 2] = torch.where(where, _bytes(numbers[rows]), old)
         yield rows, blocks.reshape(len(raw), -1)
-        kind = base.block_type(name)
+        kind = own
+
+
+def _affine(base: GGUFCheckpoint, name: str) -> BlockType:
+    kind = base.block_type(name)
+    assert kind is not None  # a K-quant takes nothing back, and is never patched
+    return kind
 
 
 def _bytes(numbers: torch.Tensor) -> torch.Tensor:
@@ -171,7 +176,7 @@ def _write_grown(
     for tensor in source.tensors:
         kind, name = tensor.tensor_type, layers.get(tensor.name)
         if name in grown:
-            kind = gguf.GGMLQuantizationType[str(base.block_type(str(name)).grown)]
+            kind = gguf.GGMLQuantizationType[str(_affine(base, str(name)).grown)]
         shape = gguf.quant_shape_to_byte_shape([int(n) for n in reversed(tensor.shape)], kind)
         nbytes = int(np.prod(shape))
         writer.add_tensor_info(tensor.name, shape, np.uint8, nbytes, raw_dtype=kind)
@@ -183,7 +188,7 @@ def _write_grown(
         if name is None:
             data = np.frombuffer(tensor.data.tobytes(), dtype=np.uint8)
         else:
-            wider = BLOCK_TYPES[str(base.block_type(name).grown)] if name in grown else None
+            wider = BLOCK_TYPES[str(_affine(base, name).grown)] if name in grown else None
             pieces = _blocks(base, name, _change(base, merged, name), wider)
             data = torch.cat([piece for _, piece in pieces]).numpy()
         writer.write_tensor_data(data)
