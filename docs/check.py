@@ -59,7 +59,7 @@ def parse(words):
     """Return what argparse says against a command line, None if it takes it."""
     from qalora_plugin.cli import build_parser
 
-    if "COMMAND" in words or "FORMAT" in words:  # what stands for any of them
+    if "COMMAND" in words or "FORMAT" in words or "|" in words[0]:  # what stands for several
         return None
     said = StringIO()
     try:
