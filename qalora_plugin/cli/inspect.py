@@ -16,12 +16,14 @@ def add_parser(subparsers: Any) -> None:
         help="say what a directory holds, and check it",
         description="Say what a directory holds (16-bit model, quantized base, merged model, stock "
         "GPTQ model, adapter or export), how large its parts are, and whether its config, shapes, "
-        "values and hashes agree. Exits with 1 if they do not.",
+        "values and hashes agree. Exits with 1 if they do not. Values are read where no hashes "
+        "show that the files are as this package wrote them.",
     )
     parser.add_argument("model", help="directory, .gguf file, or Hub id")
     parser.add_argument(
         "--quick", action="store_true", help="check config and shapes only, not values and hashes"
     )
+    parser.add_argument("--values", action="store_true", help="read all values in any case")
     about = (
         "enter tokenizer, chat template, generation config and the like as they are now into "
         "the manifest, after edits of your own; weights and config.json have to be as they "
@@ -49,7 +51,7 @@ def main(args: argparse.Namespace) -> int:
             print(f"qalora: accepted: {name}", file=sys.stderr)
     if not is_export:
         with progress_bar("checking", "layer") as progress:
-            found = describe(directory, quick=args.quick, progress=progress)
+            found = describe(directory, args.quick, progress, args.values)
     else:
         found = _describe_export(directory, args.quick)
     print(json.dumps(found) if args.json else table(found))

@@ -1,10 +1,12 @@
 """The command answers at once: nothing heavy is imported where headers and JSON suffice."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
-from qalora_plugin.cli import COMMANDS
+from qalora_plugin import quantize_model
+from qalora_plugin.cli import COMMANDS, main
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
 HEAVY = {"torch", "transformers", "peft", "trl", "accelerate", "datasets"}
@@ -36,6 +38,19 @@ def test_help_imports_nothing_heavy():
 def test_inspect_imports_nothing_heavy(base_dir, dense_dir):
     for found in (base_dir, dense_dir, FIXTURES / "use_qalora_adapter"):
         assert modules("inspect", "--quick", str(found)) & HEAVY == set()
+
+
+def test_where_hashes_hold_no_value_is_read(dense_dir, tmp_path, capsys):
+    made = quantize_model(dense_dir, tmp_path / "made", method="rtn", progress=False).out
+    assert modules("inspect", str(made)) & HEAVY == set()
+    assert "torch" in modules("inspect", "--values", str(made))
+    assert main(["inspect", str(made), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["hashes_checked"], found["values_read"]) == (True, False)
+    (made / "qalora_manifest.json").unlink()
+    assert main(["inspect", str(made), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["hashes_checked"], found["values_read"]) == (False, True)
 
 
 def test_run_as_a_module_it_is_the_command_too():
