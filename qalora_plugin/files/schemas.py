@@ -83,6 +83,7 @@ class AdapterConfig(TypedDict, total=False):
     group_size: Count | None
     fingerprint: str | None
     base_merged: MergedEntry | None
+    base_refined: dict[str, Any] | None
     convention: str | None
     use_qalora: bool | None
     qalora_group_size: Count | None

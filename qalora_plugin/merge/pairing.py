@@ -84,7 +84,8 @@ def _check_base(adapter: Adapter, base: QuantizedCheckpoint, trained: TrainedMod
     """Check that the adapter was trained on this base; one from elsewhere knows of none."""
     stated = adapter.config if adapter.is_ours else {}
     grid = (stated.get("bits"), stated.get("group_size"))
-    wanted = BaseIdentity(*grid, stated.get("fingerprint"), adapter.config.get("base_merged"))
+    before = adapter.config.get("base_merged"), stated.get("base_refined")
+    wanted = BaseIdentity(*grid, stated.get("fingerprint"), *before)
     marks: list[str] = []
     if adapter.is_ours:
         summaries = {name: summary(base.qweight(name)) for name in base.layers}
@@ -96,7 +97,8 @@ def _check_base(adapter: Adapter, base: QuantizedCheckpoint, trained: TrainedMod
                 f"fingerprint there: {marks[0]}"
             )
     grid, mark = (base.config.bits, base.config.group_size), next(iter(marks), None)
-    found = BaseIdentity(*grid, mark, base.config.merged, tuple(marks))
+    refined = base.config.base.get("refined") if adapter.is_ours else None
+    found = BaseIdentity(*grid, mark, base.config.merged, refined, tuple(marks))
     different = wanted.difference(found)
     if different == "base_merged":
         trained_with, has = (

@@ -91,11 +91,12 @@ class QALoRAConfig(PeftConfig):
             `adapt` that none can take back is refused. False: adapt all; other exports hold the
             result. None: True, but for stock GPTQ.
         seed: of the initialisation, which does not depend on the state of any random generator.
-        bits: of the base. This and the next four are filled in when the adapter meets its base,
+        bits: of the base. This and the next five are filled in when the adapter meets its base,
             and are checked when it is loaded.
         group_size: of the base.
         fingerprint: of the base's integers.
         base_merged: what was merged into the base before, its quantization_config's `merged`.
+        base_refined: how the base was refined, its quantization_config's `base["refined"]`.
         convention: "sum", how inputs are pooled; the only value.
 
     Raises:
@@ -122,6 +123,7 @@ class QALoRAConfig(PeftConfig):
     group_size: int | None = None
     fingerprint: str | None = None
     base_merged: dict[str, Any] | None = None
+    base_refined: dict[str, Any] | None = None
     convention: str = CONVENTION
 
     def __post_init__(self) -> None:

@@ -181,11 +181,11 @@ def base_identity(model: nn.Module) -> BaseIdentity:
     stored = quantization_config(model)
     if stored is not None:
         bits, group_size, merged = stored.bits, stored.group_size, stored.merged
-        mark = stored.base.get("fingerprint")
+        mark, refined = stored.base.get("fingerprint"), stored.base.get("refined")
     else:
         specs = Counter((m.spec.bits, m.spec.group_size) for m in layers.values())
         (bits, group_size), _ = specs.most_common(1)[0]
-        merged = mark = None
+        merged = mark = refined = None
     present = all(not m.qweight.is_meta and m.qweight.numel() for m in layers.values())
     marks: tuple[str, ...] = () if mark is None else (mark,)
     if present:
@@ -193,7 +193,7 @@ def base_identity(model: nn.Module) -> BaseIdentity:
         stored_names = {name: m.stored_name or name for name, m in layers.items()}
         marks = tuple(fingerprints(summaries, str, stored_names))
     first = mark if mark in marks else next(iter(marks), None)
-    return BaseIdentity(bits, group_size, first, merged, marks)
+    return BaseIdentity(bits, group_size, first, merged, refined, marks)
 
 
 def check_base(config: QALoRAConfig, base: BaseIdentity) -> None:
@@ -204,7 +204,8 @@ def check_base(config: QALoRAConfig, base: BaseIdentity) -> None:
     """
     known = config.fingerprint is not None
     merged = config.base_merged if known else base.base_merged
-    stated = BaseIdentity(config.bits, config.group_size, config.fingerprint, merged)
+    refined = config.base_refined if known else base.base_refined
+    stated = BaseIdentity(config.bits, config.group_size, config.fingerprint, merged, refined)
     different = stated.difference(base)
     if different is not None:
         raise AdapterError(
@@ -216,4 +217,4 @@ def check_base(config: QALoRAConfig, base: BaseIdentity) -> None:
     for name in ("bits", "group_size", "fingerprint"):
         if getattr(config, name) is None:
             setattr(config, name, getattr(base, name))
-    config.base_merged = merged
+    config.base_merged, config.base_refined = merged, refined

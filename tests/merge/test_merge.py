@@ -160,6 +160,10 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
         {"base_merged": {"adapter": "first"}},
         "nothing is merged into it already, the adapter was trained on a base with 'first' merged",
     ),
+    "trained on a refined base": (
+        {"base_refined": {"steps": 3}},
+        "base_refined is {'steps': 3}, that of .* is None",
+    ),
     "a missing layer": (
         {"layers": lambda name: "1.mlp.up_proj" not in name, "target_modules": ["up_proj"]},
         r"missing keys: none for .*\.1\.mlp\.up_proj",

@@ -6,11 +6,13 @@ import logging
 import pytest
 import torch
 import transformers
+from peft import PeftModel, get_peft_model
 from support.architectures import save, token_ids
 
 from qalora_kernels import PackedWeight, QuantSpec
+from qalora_plugin import QALoRAConfig, merge_adapter
 from qalora_plugin.checkpoint.checkpoint import open_quantized
-from qalora_plugin.errors import ConfigError, QuantizationError
+from qalora_plugin.errors import AdapterError, ConfigError, QuantizationError
 from qalora_plugin.files.manifest import check_manifest
 from qalora_plugin.quantize import refine
 from qalora_plugin.quantize.divergence import _Divergence, divergence
@@ -208,3 +210,16 @@ def test_the_divergence_and_its_gradient():
     (3 * loss).backward()
     (3 * want).backward()
     torch.testing.assert_close(student.grad.double(), exact.grad, rtol=1e-5, atol=1e-9)
+
+
+def test_an_adapter_belongs_to_the_base_that_it_was_trained_on(source, plain, tmp_path):
+    """The integers of both are the same: their fingerprints do not tell them apart."""
+    refined = _run(source, tmp_path / "refined", **REFINE).out
+    model = get_peft_model(_load(refined), QALoRAConfig(r=2))
+    model.save_pretrained(tmp_path / "adapter")
+    merge_adapter(tmp_path / "adapter", tmp_path / "merged", base=refined)
+    with pytest.raises(AdapterError, match=r"base_refined is .*'steps': 12.* is None"):
+        merge_adapter(tmp_path / "adapter", tmp_path / "wrong", base=plain)
+    PeftModel.from_pretrained(_load(refined), tmp_path / "adapter")
+    with pytest.raises(AdapterError, match="base_refined"):
+        PeftModel.from_pretrained(_load(plain), tmp_path / "adapter")

@@ -85,6 +85,7 @@ def test_stored_as_plain_json_and_read_back(tmp_path):
         group_size=-1,
         fingerprint="ab",
         base_merged={"adapter": "x"},
+        base_refined={"steps": 3},
     )
     config.save_pretrained(tmp_path)
     stored = json.loads((tmp_path / "adapter_config.json").read_text())
