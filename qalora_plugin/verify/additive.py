@@ -34,11 +34,24 @@ def pooled_change(
     x: torch.Tensor,
     merge: LayerMerge,
     matrices: tuple[torch.Tensor, torch.Tensor],
-    convention: str,
+    convention: str | None,
+    g_idx: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return what an adapter from elsewhere adds to the output of its layer, [M, N] as x [M, K]."""
+    """Return what the change of zero-points adds to the output of a layer, [M, N] as x [M, K].
+
+    Args:
+        x: inputs of the layer.
+        merge: the layer.
+        matrices: A [r, columns] and B [N, r].
+        convention: how the adapter pools; None for ours, which sums over the base's groups.
+        g_idx: of the base's layer.
+    """
     a, b = (matrix.to(x) for matrix in matrices)
-    return pooled(x, convention, merge.pool_size) @ a.t() @ b.t() * merge.layer.scaling
+    if convention is None:  # the last group may be short, and groups lie apart
+        features = reference.pool(x, g_idx, merge.spec.group_size)
+    else:
+        features = pooled(x, convention, merge.pool_size)
+    return features @ a.t() @ b.t() * merge.layer.scaling
 
 
 def added_output(
@@ -60,11 +73,7 @@ def added_output(
     spec, scaling = merge.spec, merge.layer.scaling
     added = x.new_zeros(x.shape[0], base.scales.shape[1])
     if "zeros" in matrices:
-        if convention is not None:
-            added += pooled_change(x, merge, matrices["zeros"], convention)
-        else:
-            a, b = (matrix.double() for matrix in matrices["zeros"])
-            added += reference.pool(x, base.g_idx, spec.group_size) @ a.t() @ b.t() * scaling
+        added += pooled_change(x, merge, matrices["zeros"], convention, base.g_idx)
     if "scales" in matrices:
         # every weight of a group changes by the same share of itself
         a, b = (matrix.double() for matrix in matrices["scales"])

@@ -131,16 +131,17 @@ def _read_reference(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @contextmanager
-def added(model: nn.Module, plan: MergePlan, convention: str) -> Iterator[None]:
+def added(model: nn.Module, plan: MergePlan, convention: str | None) -> Iterator[None]:
     """Let a base's layers add, within the block, what the adapter adds if it pools in this way.
 
+    `convention` None is ours, which sums over the base's groups.
     The adapter's whole tensors are put into the model too, and stay there.
     """
     _put_saved_tensors(model, plan)
     with torch.no_grad(), ExitStack() as hooks:
         for name, merge in plan.layers.items():
             matrices = plan.adapter.get_pair(merge.layer.keys["zeros"])
-            add = partial(_add, merge, matrices, convention)
+            add = partial(_add, merge, matrices, convention, plan.base.layer(name).g_idx)
             layer = model.get_submodule(plan.trained.in_model(name))
             hooks.enter_context(layer.register_forward_hook(add))
         yield
@@ -149,13 +150,14 @@ def added(model: nn.Module, plan: MergePlan, convention: str) -> Iterator[None]:
 def _add(
     merge: LayerMerge,
     matrices: tuple[torch.Tensor, torch.Tensor],
-    convention: str,
+    convention: str | None,
+    g_idx: torch.Tensor | None,
     layer: nn.Module,
     args: tuple[torch.Tensor, ...],
     output: torch.Tensor,
 ) -> torch.Tensor:
     x = args[0].reshape(-1, args[0].shape[-1])
-    return output + pooled_change(x, merge, matrices, convention).view_as(output)
+    return output + pooled_change(x, merge, matrices, convention, g_idx).view_as(output)
 
 
 def _put_saved_tensors(model: nn.Module, plan: MergePlan) -> None:

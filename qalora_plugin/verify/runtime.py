@@ -181,7 +181,7 @@ def _check_adapter(run: _Run, adapter: str | Path, base: str | Path | None) -> R
         why = f"{base_format.runtime.title} cannot hold its base: {error}"
         return RuntimeReport(run.format.runtime.title, why)
     model, ids = load_model(plan.base), random_ids(plan.base.reader.config, ROWS, TOKENS)
-    with added(model, plan, plan.convention):
+    with added(model, plan, None if plan.adapter.is_ours else plan.convention):
         expected = logits_of(model, ids)
     found = run(ids, written, run.exported)["logits"]
     return run.report((found - expected).abs().max(), TOLERANCE * _spread(expected))

@@ -14,6 +14,9 @@ from qalora_plugin.checkpoint.checkpoint import open_quantized
 from qalora_plugin.cli import main
 from qalora_plugin.errors import AdapterError, OutputError
 from qalora_plugin.formats.export import export_model
+from qalora_plugin.hf.load import load_model
+from qalora_plugin.merge.plan import plan_merge
+from qalora_plugin.verify.logits import added, logits_of
 
 from .weights import ACT_ORDER, exact_weight
 
@@ -114,3 +117,20 @@ def test_the_base_may_have_moved(
     assert "adapter_config.json: its base_model_name_or_path" in message and "--base" in message
     assert main([*command, "--base", "moved"]) == 0
     assert "verified, format lora" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("base", ["short last group", "act-order", "groups of 48"])
+def test_the_reference_of_verify_pools_as_the_adapter_does(base, quantized, tmp_path):
+    """Base plus adapter by the formula, which the runtime is compared with, is what we train."""
+    sizes = {"short last group": 32, "groups of 48": 48}
+    source = open_quantized(ACT_ORDER) if base == "act-order" else quantized(4, sizes[base])
+    random_adapter(source, tmp_path / "adapter", rank=8, size=0.2)
+    plan = plan_merge(tmp_path / "adapter", source.directory)
+    ids = torch.arange(24).view(2, 12)
+    trained = PeftModel.from_pretrained(load_model(source), tmp_path / "adapter").eval()
+    model = load_model(source)
+    plain, expected = logits_of(model, ids), logits_of(trained, ids)
+    with added(model, plan, None):
+        found = logits_of(model, ids)
+    effect = (expected - plain).abs().max().item()  # training rounds its offsets to fp16
+    torch.testing.assert_close(found, expected, atol=0.01 * effect, rtol=0)
