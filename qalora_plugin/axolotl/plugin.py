@@ -8,8 +8,9 @@ from axolotl.integrations.base import AdapterCapabilities, BasePlugin
 from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import TrainerCallback
 
-from ..distributed.ranks import connect, on_main_process
+from ..distributed.ranks import connect, on_main_process, rank
 from ..errors import ConfigError
+from ..files.atomic import hold
 from ..files.hub import locate, resolve_model_dir
 from ..files.json import read_json
 from ..files.names import ADAPTER_CONFIG_FILE
@@ -65,6 +66,8 @@ class QALoRAPlugin(BasePlugin):
         if cfg.adapter != ADAPTER or preprocess:
             return None
         check_free(cfg)
+        if rank() == 0:
+            hold(cfg["output_dir"])
         drop_torn_checkpoint(cfg)
         connect()  # now: the process group is gone when rank 0 merges
         if is_quantized(cfg.base_model, cfg.revision_of_model):

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .atomic import cannot_write, replace_file
+from .atomic import cannot_write, check_space, replace_file
 from .binding import bound_metadata
 from .json import write_json
 from .manifest import file_sha256
@@ -176,6 +176,7 @@ class CheckpointWriter:
 
         Raises:
             ValueError: a tensor is planned in two shards.
+            OutputError: they are larger than what is free.
         """
         names = [name for plan in plans for name in plan]
         if len(set(names)) != len(names):
@@ -183,6 +184,9 @@ class CheckpointWriter:
         self.directory = directory
         self.plans = list(plans)
         self.metadata = metadata
+        written = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+        total = sum(tensor_nbytes(*entry) for plan in self.plans for entry in plan.values())
+        check_space(directory, max(total - written, 0))
 
     def file_name(self, index: int) -> str:
         """Return the name of the shard with this number (from 0)."""

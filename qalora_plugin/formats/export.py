@@ -1,7 +1,8 @@
 """Export a merged model to what other runtimes read."""
 
+import secrets
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from ..checkpoint.format import Format, exports, format_named
 from ..checkpoint.kind import find_kind, find_model
 from ..checkpoint.source import SOURCE_KEY
 from ..errors import CheckpointError, ConfigError
+from ..files.atomic import AtomicDirectory
 from ..files.json import read_json
 from ..files.names import CONFIG_FILE
 from .record import write_record
@@ -179,9 +181,19 @@ def export_model(
     found.check_libraries()
     if not found.of_adapter:
         check_fit(open_quantized(source))
-    result: ExportResult = found.module("write").export(source, out, progress=progress, **options)
-    if result.out.is_dir():
+    write = found.module("write").export
+    if found.suffix or (found.of_source and Path(out).suffix):  # a file says itself what it is
+        result: ExportResult = write(source, out, progress=progress, **options)
+        return result
+    directory = AtomicDirectory(out)
+    with directory as partial:  # the record appears with what it is of
+        inner = partial / Path(out).name
+        result = write(source, inner, progress=progress, **options)
         record = result.as_dict() | ({"written_back": True} if found.of_source else {})
         del record["out"]
-        write_record(result.out, record, source)
-    return result
+        write_record(inner, record, source)
+        work = inner.rename(partial / f".{secrets.token_hex(4)}")  # a file may have its name
+        for path in list(work.iterdir()):
+            path.rename(partial / path.name)
+        work.rmdir()
+    return replace(result, out=directory.target)

@@ -13,7 +13,6 @@ from .._version import __version__
 from ..checkpoint.checkpoint import QuantizedCheckpoint, open_quantized
 from ..checkpoint.format import format_named
 from ..checkpoint.kind import find_kind
-from ..files.atomic import atomic_file
 from ..files.hub import public_name, resolve_model_dir
 from ..files.json import read_json, write_json
 from ..files.names import ADAPTER_CONFIG_FILE, CONFIG_FILE, RECORD_FILE
@@ -68,8 +67,7 @@ def write_record(exported: Path, result: dict[str, Any], source: str | Path) -> 
         facts = _describe_adapter(exported, source)
     else:
         facts = describe_source(open_quantized(source))
-    with atomic_file(exported / RECORD_FILE) as partial:
-        write_json(partial, {**result, "source": facts, "qalora_version": __version__})
+    write_json(exported / RECORD_FILE, {**result, "source": facts, "qalora_version": __version__})
 
 
 def read_record(exported: Path) -> dict[str, Any] | None:

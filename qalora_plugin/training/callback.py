@@ -14,7 +14,7 @@ from ..checkpoint.format import format_named
 from ..distributed.ranks import connect, on_main_process
 from ..distributed.sharding import fsdp_enabled
 from ..errors import ConfigError
-from ..files.atomic import AtomicDirectory, ScratchDirectory, check_target
+from ..files.atomic import AtomicDirectory, ScratchDirectory, check_target, hold
 from ..files.names import ADAPTER_CONFIG_FILE
 from ..formats.export import ExportResult, check_format, export_model, export_path
 from ..merge.merge import MergeResult, merge_adapter
@@ -95,7 +95,7 @@ class MergeCallback(TrainerCallback):
 
         Raises:
             ConfigError: the model has no QALORA adapter, or the training writes to the target.
-            OutputError: the target has been filled since.
+            OutputError: the target has been filled since, or another training has this output_dir.
             CheckpointError: a format cannot hold the base, or has no file to go back to.
             RankError: the processes cannot reach each other, as the merge will need.
         """
@@ -107,6 +107,8 @@ class MergeCallback(TrainerCallback):
                 f"as {adapter.with_name('merged')}"
             )
         AtomicDirectory(self.out_dir)
+        if state.is_world_process_zero:
+            hold(args.output_dir)
         model = kwargs["model"]
         kind = getattr(getattr(model, "active_peft_config", None), "peft_type", None)
         if kind != PEFT_TYPE:

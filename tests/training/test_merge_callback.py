@@ -302,7 +302,7 @@ def test_base_from_memory_is_where_the_next_run_cleans_up(
     found: list[Path] = []
 
     def look(adapter, out, base, **options):
-        found.extend(out.parent.glob(f".{out.name}.partial-tmp-*"))
+        found.extend(out.parent.glob(f".{out.name}.partial-scratch-*"))
         assert found == [base.parent]
         return merge_adapter(adapter, out, base, **options)
 

@@ -17,7 +17,7 @@ import torch
 
 from ...checkpoint.checkpoint import QuantizedCheckpoint, open_quantized
 from ...errors import CheckpointError, ConfigError
-from ...files.atomic import atomic_file, check_target
+from ...files.atomic import atomic_file, check_space, check_target
 from ..directory import dense_weight
 from ..export import ExportResult, Progress, obstacles
 from ..record import describe_source
@@ -45,6 +45,7 @@ def export(
         reasons = dict.fromkeys(checkpoint.layers, "fp32 was asked for")
     state = _Export(checkpoint, metadata, reasons, torch.float32 if exact else torch.float16)
     rounding = _measure(checkpoint, reasons)
+    check_space(target.parent, sum(math.prod(state.in_bytes(name)[0]) for name in names))
     with atomic_file(target) as partial:
         writer = gguf.GGUFWriter(partial, metadata.architecture.name)
         _add_general(writer, state, rounding)
@@ -92,6 +93,12 @@ class _Export:
         if layer in self.reasons:
             return (spec.out_features, spec.in_features), self.dense_dtype
         return (spec.out_features, spec.in_features // BLOCK * BLOCK_BYTES), None
+
+    def in_bytes(self, name: str) -> tuple[tuple[int, ...], str]:
+        """Return a tensor's shape with the last axis in bytes, and its type in GGUF."""
+        shape, dtype = self.stored(name)
+        kind, width = ("Q4_1", 1) if dtype is None else (_DTYPES[dtype], dtype.itemsize)
+        return (*shape[:-1], shape[-1] * width), kind
 
     def data(self, name: str) -> torch.Tensor:
         """Return one tensor as it is stored."""
@@ -149,9 +156,7 @@ def _write_tensors(
     if factors is not None:
         writer.add_tensor_info("rope_freqs.weight", factors.shape, np.float32, factors.nbytes)
     for name, written in names.items():
-        shape, dtype = state.stored(name)
-        kind, width = ("Q4_1", 1) if dtype is None else (_DTYPES[dtype], dtype.itemsize)
-        in_bytes = (*shape[:-1], shape[-1] * width)
+        in_bytes, kind = state.in_bytes(name)
         writer.add_tensor_info(
             written, in_bytes, np.uint8, math.prod(in_bytes), raw_dtype=types[kind]
         )
