@@ -8,7 +8,7 @@ from typing import Any
 
 from ..checkpoint.checkpoint import QuantizedCheckpoint, open_quantized
 from ..checkpoint.fit import check_fit
-from ..checkpoint.format import Format, exports, format_named
+from ..checkpoint.format import Format, exports, format_named, formats
 from ..checkpoint.kind import find_kind, find_model
 from ..checkpoint.source import SOURCE_KEY
 from ..errors import CheckpointError, ConfigError
@@ -182,7 +182,8 @@ def export_model(
     if not found.of_adapter:
         check_fit(open_quantized(source))
     write = found.module("write").export
-    if found.suffix or (found.of_source and Path(out).suffix):  # a file says itself what it is
+    if Path(out).suffix in {other.suffix for other in formats() if other.suffix} or found.suffix:
+        # a file says itself what it is
         result: ExportResult = write(source, out, progress=progress, **options)
         return result
     directory = AtomicDirectory(out)

@@ -1,11 +1,9 @@
 """Output that appears whole or not at all: full disks, two writers, killed runs."""
 
 import errno
+import multiprocessing
 import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from collections import namedtuple
 from pathlib import Path
@@ -25,22 +23,32 @@ from qalora_plugin.files.atomic import (
 from qalora_plugin.files.writer import write_weights
 from qalora_plugin.formats.export import export_model
 
-WRITER = """
-import sys, time
-from pathlib import Path
-from qalora_plugin.files.atomic import AtomicDirectory, ScratchDirectory, atomic_file, hold
-kind, target = sys.argv[1:]
-if kind == "hold":
-    hold(target)
-    print("ready", flush=True)
-    time.sleep(60)
-with {"directory": AtomicDirectory, "scratch": ScratchDirectory, "file": atomic_file}[kind](
-    Path(target)
-) as partial:
-    (partial.with_name(partial.name) if kind == "file" else partial / "x").write_text("theirs")
-    print("ready", flush=True)
-    time.sleep(60)
-"""
+FORK = multiprocessing.get_context("fork")  # no imports: at once
+KINDS = {"directory": AtomicDirectory, "scratch": ScratchDirectory, "file": atomic_file}
+
+
+def write_for_ever(kind, target, ready):
+    """Begin to write, say so, and never end."""
+    if kind == "hold":
+        hold(target)
+        ready.set()
+        time.sleep(600)
+    with KINDS[kind](target) as partial:
+        (partial if kind == "file" else partial / "x").write_text("theirs")
+        ready.set()
+        time.sleep(600)
+
+
+def write_once(target, start, codes):
+    """Write 200 files as soon as all are there."""
+    start.wait()
+    try:
+        with AtomicDirectory(target) as partial:
+            for number in range(200):
+                (partial / str(number)).write_text("x")
+        codes.put("written")
+    except OutputError as error:
+        codes.put("another process" if "another process" in str(error) else "not empty")
 
 
 @pytest.fixture
@@ -49,17 +57,17 @@ def other_process():
     started = []
 
     def start(kind, target):
-        command = [sys.executable, "-c", WRITER, kind, str(target)]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        ready = FORK.Event()
+        process = FORK.Process(target=write_for_ever, args=(kind, target, ready), daemon=True)
+        process.start()
         started.append(process)
-        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        assert ready.wait(60)
         return process
 
     yield start
     for process in started:
         process.kill()
-        process.wait()
-        process.stdout.close()
+        process.join()
 
 
 def hidden(directory):
@@ -94,8 +102,8 @@ def test_scratch_of_another_process_is_no_obstacle_and_stays(other_process, tmp_
 def test_what_a_killed_process_left_is_removed_by_the_next(kind, other_process, tmp_path):
     target = tmp_path / ("m.gguf" if kind == "file" else "out")
     process = other_process(kind, target)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     assert hidden(tmp_path) and not target.exists()
     if kind == "file":
         with atomic_file(target) as partial:
@@ -107,19 +115,17 @@ def test_what_a_killed_process_left_is_removed_by_the_next(kind, other_process, 
 
 
 def test_many_writers_at_once_one_wins_and_the_others_say_so(tmp_path):
-    code = (
-        "import sys; from qalora_plugin.files.atomic import AtomicDirectory as D\n"
-        "from qalora_plugin.errors import OutputError\n"
-        "try:\n"
-        "    with D(sys.argv[1]) as p:\n"
-        "        [(p / str(i)).write_text('x') for i in range(200)]\n"
-        "except OutputError: sys.exit(3)\n"
-    )
-    command = [sys.executable, "-c", code, str(tmp_path / "out")]
-    started = [subprocess.Popen(command, stderr=subprocess.PIPE) for _ in range(4)]
-    errors = [process.communicate()[1] for process in started]
-    assert sorted(process.returncode for process in started) == [0, 3, 3, 3], errors
-    assert len(list((tmp_path / "out").iterdir())) == 200 and not hidden(tmp_path)
+    start, codes = FORK.Barrier(6), FORK.Queue()
+    arguments = (tmp_path / "out", start, codes)
+    started = [FORK.Process(target=write_once, args=arguments) for _ in range(6)]
+    for process in started:
+        process.start()
+    found = [codes.get(timeout=60) for _ in started]
+    for process in started:
+        process.join()
+    assert found.count("written") == 1, found
+    files = {path.name for path in (tmp_path / "out").iterdir()} - {"qalora_manifest.json"}
+    assert len(files) == 200 and not hidden(tmp_path)
 
 
 def test_a_second_training_into_one_directory_is_refused(other_process, tmp_path):
@@ -127,7 +133,7 @@ def test_a_second_training_into_one_directory_is_refused(other_process, tmp_path
     with pytest.raises(OutputError, match="another process is training into it"):
         hold(tmp_path / "run")
     process.kill()
-    process.wait()
+    process.join()
     hold(tmp_path / "run")
     hold(tmp_path / "run")  # the same process may train there again
 
