@@ -113,7 +113,7 @@ def test_other_settings_data_or_source_start_over(source, tmp_path, monkeypatch,
 
 
 def test_data_free_runs_resume_too(source, tmp_path, monkeypatch):
-    free = {"method": "rtn", "calibration": None}
+    free = {"method": "rtn", "calibration": None, "seq_len": None}
     original = walk.rtn
 
     def dying(weight, spec, **kwargs):
@@ -125,7 +125,7 @@ def test_data_free_runs_resume_too(source, tmp_path, monkeypatch):
         patch.setattr(walk, "rtn", dying)
         with pytest.raises(_StopError):
             _run(source, tmp_path / "out", **free)
-    assert _run(source, tmp_path / "out", **free, mse=False).resumed == 0
+    assert _run(source, tmp_path / "out", **free, offsets_at="minimum").resumed == 0
     shutil.rmtree(tmp_path / "out")
     result = _run(source, tmp_path / "out", **free)
     assert result.resumed == 1
