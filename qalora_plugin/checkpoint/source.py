@@ -10,6 +10,7 @@ merged from it:
     files         {name: {size, sha256}} of its weight files, from the import or the merge on
 """
 
+import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +47,16 @@ def sealed_base(checkpoint: "QuantizedCheckpoint") -> dict[str, Any]:
         }
         base[SOURCE_KEY] = {**source, "files": files}
     return base
+
+
+def public_config(config: dict[str, Any]) -> dict[str, Any]:
+    """Return config.json as it may be published: of the source's path the last part alone."""
+    made = copy.deepcopy(config)
+    base = (made.get("quantization_config") or {}).get("base") or {}
+    source = base.get(SOURCE_KEY)
+    if source is not None and "path" in source:
+        source["path"] = Path(source["path"]).name
+    return made
 
 
 def check_source(record: dict[str, Any], checkpoint: "QuantizedCheckpoint") -> None:

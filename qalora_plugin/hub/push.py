@@ -12,9 +12,11 @@ from huggingface_hub.utils import validate_repo_id
 
 from qalora_kernels.stored import QUANT_METHOD
 
+from ..checkpoint.source import public_config
 from ..errors import OutputError, QALoRAError
+from ..files.json import json_text, read_json
 from ..files.manifest import check_manifest
-from ..files.names import CARD_FILE
+from ..files.names import CARD_FILE, CONFIG_FILE
 from .card import HUB_FAILURES, Subject, find_subject, make_card
 
 _REASONS = {
@@ -114,7 +116,7 @@ def push(
     try:
         repo = api.create_repo(repo_id, private=private, exist_ok=True)
         name, done = repo.repo_id, result(repo.repo_id, str(repo))
-        operations = [CommitOperationAdd(key, str(file)) for key, file in files.items()]
+        operations = [CommitOperationAdd(key, _content(key, file)) for key, file in files.items()]
         if CARD_FILE not in files:
             operations.append(CommitOperationAdd(CARD_FILE, done.card.encode()))
         if revision is not None:
@@ -128,6 +130,15 @@ def push(
     except HUB_FAILURES as error:
         raise OutputError(_refusal(repo_id, subject.path, error)) from error
     return done
+
+
+def _content(name: str, file: Path) -> str | bytes:
+    """Return what is uploaded as a file: its path, or of a config.json what may be published."""
+    if name != CONFIG_FILE:
+        return str(file)
+    config = read_json(file)
+    public = public_config(config)
+    return str(file) if public == config else json_text(public).encode()
 
 
 def push_merged(

@@ -43,6 +43,20 @@ def test_push(
     assert not any(TOKEN.encode() in content for content in hub.files.values())
 
 
+def test_where_a_base_was_read_from_stays_here(hub, merged_dir):
+    """Of a source's path the name alone is published; the hashes are what finds it."""
+    path = merged_dir / "config.json"
+    config = json.loads(path.read_text())
+    source = {"format": "gguf", "path": "/home/me/secret/model.gguf", "frozen": {}}
+    config["quantization_config"]["base"]["source"] = source
+    path.write_text(json.dumps(config))
+    push_merged(merged_dir, "my-model")
+    published = json.loads(hub.files["config.json"])
+    assert published["quantization_config"]["base"]["source"] == source | {"path": "model.gguf"}
+    published["quantization_config"]["base"]["source"] = source
+    assert published == config == json.loads(path.read_text())
+
+
 def test_public_repository_of_an_organisation_and_a_card_that_is_there(hub, merged_dir):
     (merged_dir / "README.md").write_text("mine")
     push_merged(merged_dir, "org/my-model", private=False)
