@@ -102,3 +102,21 @@ WHY = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_vllm_refuses_what_it_has_no_kernel_for(name, served):
     assert WHY[name] in served[name]["error"]
+
+
+def test_vllm_refuses_torchao_exports(quickstart, env_python, run_json, vllm_environment, tmp_path):
+    """It would copy fp32 zero-points into integers, were it not for the type in the config."""
+    libraries, site = tmp_path / "libraries", env_python("export").parents[1]
+    libraries.mkdir()
+    for path in site.glob("lib/python3*/site-packages/torchao*"):
+        (libraries / path.name).symlink_to(path)
+    assert {path.name.partition("-")[0] for path in libraries.iterdir()} == {"torchao"}
+    out = export_model(quickstart / "merged", tmp_path / "torchao", "torchao").out
+    arguments = (env_python("vllm"), "integration/vllm/torchao_layers.py", out)
+    environment = vllm_environment | {"PYTHONPATH": libraries}
+    found = run_json(*arguments, **environment)
+    assert set(found) == set("qkvo")
+    assert all("metadata mismatch" in str(raised) for raised in found.values()), found
+    path = out / "config.json"
+    path.write_text(path.read_text().replace('"int7"', '"int4"'))  # the type that the layers have
+    assert set(run_json(*arguments, **environment).values()) == {None}

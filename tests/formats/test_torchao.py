@@ -52,4 +52,4 @@ def test_quant_config_is_what_torchao_writes(quantized, tmp_path):
     written = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     parsed = TorchAoConfig.from_dict(dict(written)).to_dict()
     assert parsed["quant_type"]["default"]["_type"] == "IntxWeightOnlyConfig"
-    assert parsed["quant_type"]["default"]["_data"]["weight_dtype"]["_data"] == "int3"
+    assert parsed["quant_type"]["default"]["_data"]["weight_dtype"]["_data"] == "int7"  # for vLLM

@@ -17,6 +17,12 @@ FORMAT = Format(
             "",
             "integration/export/test_runtimes.py::test_torchao_in_stock_transformers",
         ),
+        Engine(
+            "vLLM 0.32.0",
+            "not",
+            "refused: it would truncate the zero-points",
+            "integration/vllm/test_stock.py::test_vllm_refuses_torchao_exports",
+        ),
     ),
     hub_library="transformers",
     usage="""```python

@@ -35,6 +35,7 @@ EXACTNESS = (
     "Exact in fp32 (to its rounding, 1e-6 of a weight), the dtype that config.json asks for; after "
     "model.to(torch.bfloat16) torchao rounds scales, zero-points and weights to bf16."
 )
+_NO_LAYER_HAS = "int7"
 
 
 class TorchAOLayers(DenseLayers):
@@ -102,7 +103,9 @@ def _metadata(source: QuantizedCheckpoint, reasons: dict[str, str]) -> dict[str,
 def _quantization_config(source: QuantizedCheckpoint, reasons: dict[str, str]) -> dict[str, Any]:
     group_size = max(source.config.group_size, 1)
     data = {
-        "weight_dtype": _dtype(f"int{source.config.bits}"),
+        # transformers takes each tensor's type from the metadata. vLLM makes tensors of this one,
+        # whose integer zero-points would truncate ours, and refuses to copy into another type
+        "weight_dtype": _dtype(_NO_LAYER_HAS),
         "granularity": {"_type": "PerGroup", "_version": 1, "_data": {"group_size": group_size}},
         "mapping_type": {"_type": "MappingType", "_data": "ASYMMETRIC"},
         "scale_dtype": _dtype("float32"),
