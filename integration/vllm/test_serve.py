@@ -33,7 +33,7 @@ def post(address, path, body):
 
 @pytest.fixture(scope="module")
 def lora(quickstart):
-    export_model(quickstart / "adapter", "lora", quickstart / "lora", base=quickstart / "base")
+    export_model(quickstart / "adapter", quickstart / "lora", "lora", base=quickstart / "base")
     return quickstart / "lora"
 
 
@@ -49,6 +49,7 @@ def server(quickstart, lora, env_python, vllm_environment, tmp_path_factory):
     command += ["--enable-lora", "--max-lora-rank", 8, "--lora-modules", f"adapter={lora}"]
     log = tmp_path_factory.mktemp("serve") / "log.txt"
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", **vllm_environment}
+    environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"  # the server's engine is another process
     with open(log, "w") as out:
         process = subprocess.Popen(
             [str(part) for part in command], stdout=out, stderr=subprocess.STDOUT, env=environment
