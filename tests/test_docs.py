@@ -30,6 +30,11 @@ def test_imports_are_names_of_a_package():
             assert hasattr(package, name), f"docs import {name} from {module}"
 
 
+def test_every_page_is_on_the_site():
+    pages = set(re.findall(r"([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
+    assert pages == {path.name for path in (ROOT / "docs").glob("*.md")} | {"messages.md"}
+
+
 def _hooks():
     spec = importlib.util.spec_from_file_location("docs_hooks", ROOT / "docs" / "hooks.py")
     module = importlib.util.module_from_spec(spec)
