@@ -97,10 +97,10 @@ def complete(address, name, tokenizer):
     return post(address, "completions", body)["choices"][0]
 
 
-def assert_same(choice, logprobs, expected):
+def assert_same(choice, logprobs, expected, atol=5e-5):
     tokens, ours = expected
     assert choice["token_ids"] == tokens
-    torch.testing.assert_close(torch.tensor(logprobs), ours, atol=5e-5, rtol=0)
+    torch.testing.assert_close(torch.tensor(logprobs), ours, atol=atol, rtol=0)
 
 
 def test_completions(server, model, tokenizer):
@@ -126,5 +126,6 @@ def test_the_lora_export_beside_it(server, quickstart, tokenizer):
     trained = PeftModel.from_pretrained(base, quickstart / "adapter").eval()
     ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
     expected = greedy(trained, ids)
-    assert_same(choice, choice["logprobs"]["token_logprobs"], expected)
+    # the adapter is trained with offsets rounded to fp16, which plain LoRA does not do
+    assert_same(choice, choice["logprobs"]["token_logprobs"], expected, atol=1e-3)
     assert expected[0] != complete(server, "base", tokenizer)["token_ids"]  # and is not the base
