@@ -5,8 +5,25 @@ what to do. All of them are raised before the first byte of output is written.
 """
 
 
+def printable(text: str) -> str:
+    """Return a text from a file so that a terminal only shows it, escaped.
+
+    Names of tensors, keys and modules come from files that others wrote; escape sequences among
+    them could move the cursor, or hide what was printed. Line ends and tabs stay.
+    """
+    return "".join(
+        character
+        if character in "\n\t" or character.isprintable()
+        else character.encode("unicode_escape").decode("ascii")
+        for character in text
+    )
+
+
 class QALoRAError(Exception):
-    """Base class of every error that this package raises on purpose."""
+    """Base class of every error that this package raises on purpose; its text is `printable`."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class ConfigError(QALoRAError, ValueError):

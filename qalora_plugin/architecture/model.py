@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import transformers
@@ -12,6 +13,8 @@ from transformers.initialization import no_init_weights
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..distributed.sharding import in_one_process
+from ..errors import CheckpointError
+from ..files.names import CONFIG_FILE
 from .names import LayerNames
 
 
@@ -62,6 +65,22 @@ class Architecture:
     def stored_name(self, name: str) -> str:
         """Return the checkpoint's name of a tensor; the model's own where it has none."""
         return self.stored.get(name, name)
+
+
+def read_hf_config(directory: Path) -> Any:
+    """Return transformers' config of a directory; code that the model brings is never run.
+
+    Raises:
+        CheckpointError: transformers has no such model, or config.json contradicts its class.
+    """
+    try:
+        return transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    except (KeyError, OSError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{directory / CONFIG_FILE}: transformers cannot read it without running code that the "
+            f"model brings, or it is damaged ({str(error).strip().partition(chr(10))[0]}). Use a "
+            "model whose class transformers has."
+        ) from error
 
 
 def auto_class_names(auto_class: Any, model_type: Any) -> list[str]:

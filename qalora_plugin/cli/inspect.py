@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ..errors import printable
 from ..files.progress import progress_bar
 
 
@@ -100,7 +101,7 @@ def table(found: dict[str, Any]) -> str:
     rows += [(f"size, {part.replace('_', ' ')}", _size(n)) for part, n in found["bytes"].items()]
     rows.append(("check", "passed" if found["valid"] else f"FAILED: {found['problem']}"))
     width = max(len(key) for key, _ in rows)
-    return "\n".join(f"{key:<{width}}  {value}" for key, value in rows)
+    return "\n".join(printable(f"{key:<{width}}  {value}") for key, value in rows)
 
 
 def _size(nbytes: int) -> str:

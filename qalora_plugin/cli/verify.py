@@ -4,7 +4,7 @@ import argparse
 import json
 from typing import Any
 
-from ..errors import ConfigError
+from ..errors import ConfigError, printable
 from ..files.progress import progress_bar
 from .options import add_no_hash_check
 
@@ -60,7 +60,7 @@ def main(args: argparse.Namespace) -> int:
 
             options = {"logits": args.logits, "reference": args.reference, "progress": progress}
             report = verify_merge(args.merged, args.adapter, args.base, **options)
-    print(json.dumps(report.as_dict()) if args.json else report.as_text())
+    print(json.dumps(report.as_dict()) if args.json else printable(report.as_text()))
     return 0
 
 

@@ -10,8 +10,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
+from ..architecture.model import read_hf_config
 from ..checkpoint.checkpoint import QuantizedCheckpoint
 from ..errors import CheckpointError
 from ..files.names import CONFIG_FILE
@@ -85,7 +86,7 @@ def read_config(
             f"{where}model_type {stated!r} cannot be written for {runs_in}: {', '.join(families)} "
             "can."
         )
-    config = AutoConfig.from_pretrained(source.directory)
+    config: PreTrainedConfig = read_hf_config(source.directory)
     problem = (
         _setting_problem(config, family, runs_in)
         or _window_problem(config, family, runs_in)

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import torch
 from torch.nn.functional import cross_entropy, kl_div
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
 
+from ..architecture.model import read_hf_config
 from ..checkpoint.checkpoint import QuantizedCheckpoint, open_quantized
 from ..checkpoint.format import Format
 from ..errors import ConfigError, QuantizationError
@@ -55,11 +56,11 @@ class Text:
         Raises:
             QuantizationError: too little text.
         """
-        length = fitting_length(AutoConfig.from_pretrained(model), self.seq_len)
+        length = fitting_length(read_hf_config(model), self.seq_len)
         is_text = not isinstance(self.calibration, torch.Tensor)
         windows = calibration_windows(
             calibration_texts() if self.calibration is None else self.calibration,
-            AutoTokenizer.from_pretrained(model) if is_text else None,
+            AutoTokenizer.from_pretrained(model, trust_remote_code=False) if is_text else None,
             samples=self.samples + HELD_OUT,
             seq_len=length,
             seed=self.seed,

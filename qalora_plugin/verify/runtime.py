@@ -96,7 +96,11 @@ class _Run:
         command = [self.python, "-P", self.format.script, model, given, out, *arguments]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
         done = subprocess.run(
-            list(map(str, command)), capture_output=True, text=True, env=environment
+            list(map(str, command)),
+            capture_output=True,
+            text=True,
+            env=environment,
+            stdin=subprocess.DEVNULL,  # nothing may be asked there
         )
         if done.returncode or not out.exists():
             tail = "\n".join((done.stdout + done.stderr).strip().splitlines()[-5:])

@@ -18,7 +18,9 @@ from transformers import AutoModelForCausalLM
 
 def main() -> None:
     """Run the model on the input, and write what it computes."""
-    model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(
+        sys.argv[1], dtype=torch.float32, trust_remote_code=False
+    )
     with torch.no_grad():
         logits = model(input_ids=load_file(sys.argv[2])["input_ids"]).logits
     assert "qalora_plugin" not in sys.modules, "this is not stock transformers"

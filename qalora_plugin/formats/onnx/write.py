@@ -137,11 +137,13 @@ def _build(source: QuantizedCheckpoint, config: Any, work: Path) -> None:
         "cpu",
         "--extra_options",
         "hf_token=false",
+        "hf_remote=false",
         "windowed_kv_cache=false",
     ]
     done = subprocess.run(
         [*command, *map(str, paths), *options],
         capture_output=True,
+        stdin=subprocess.DEVNULL,  # nothing may be asked there
         text=True,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )
