@@ -4,7 +4,6 @@ What a runtime cannot be told of is refused (tests/formats/test_features.py); he
 """
 
 import pytest
-from test_llama_cpp_families import LLAMA3, SIZES, write_model
 from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
@@ -14,6 +13,8 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+
+from .test_llama_cpp_families import LLAMA3, SIZES, write_model
 
 LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}

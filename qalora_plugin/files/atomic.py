@@ -282,7 +282,7 @@ def _free_bytes(path: Path) -> int:
 def cannot_write(path: Path, error: OSError) -> OutputError:
     """Return the error that says that a file could not be written, and how much is free."""
     why = error.strerror or str(error)
-    if error.errno in _FULL:
+    if error.errno is None or error.errno in _FULL:  # None: numpy, after writing a part
         why += f"; {_free_bytes(path)} bytes are free there"
     return OutputError(f"{path}: cannot be written ({why}). Free space or choose another place.")
 
