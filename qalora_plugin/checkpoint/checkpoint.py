@@ -10,6 +10,7 @@ from ..errors import CheckpointError, ConfigError
 from ..files.manifest import check_manifest
 from ..files.names import CONFIG_FILE
 from ..files.reader import CheckpointReader
+from ..files.schemas import QuantizationConfig, check_types
 from .config import QALoRAQuantConfig
 from .format import ADAPT_MODES, format_named, formats, unread_note
 from .kind import find_kind, find_model
@@ -75,6 +76,7 @@ class QuantizedCheckpoint:
                 f"{unread_note(method)}. Quantize "
                 "the 16-bit model with `qalora quantize`."
             )
+        check_types(raw, QuantizationConfig, f"{self.directory / CONFIG_FILE}", CheckpointError)
         try:
             config = QALoRAQuantConfig(**raw)
         except (ConfigError, TypeError) as error:

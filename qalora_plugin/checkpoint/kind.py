@@ -5,8 +5,8 @@ from pathlib import Path
 
 from ..errors import CheckpointError
 from ..files.hub import resolve_model_dir, resolve_model_file
-from ..files.json import read_json
 from ..files.names import ADAPTER_CONFIG_FILE, CONFIG_FILE, RECORD_FILE
+from ..files.schemas import ConfigFile, Record, read_as
 from .format import Format, formats
 
 
@@ -69,13 +69,13 @@ def find_kind(path: str | Path) -> Kind:
         export = None if format is None or is_base else format.name
         return Kind(format=format, base=format if is_base else None, export=export)
     has_config, has_record = (path / CONFIG_FILE).exists(), (path / RECORD_FILE).exists()
-    config = read_json(path / CONFIG_FILE) if has_config else {}
+    config = read_as(path / CONFIG_FILE, ConfigFile) if has_config else {}
     stated = config.get("quantization_config")
     # what has files of its own first: an adapter may lie beside a quantized model's config.json
     known = sorted(formats(), key=lambda format: bool(format.quant_methods))
     found = [format for format in known if format.marks(config, path)]
     base = next((format for format in found if format.is_base), None)
-    record = read_json(path / RECORD_FILE) if has_record else {}
+    record = read_as(path / RECORD_FILE, Record) if has_record else {}
     export = None if record.get("written_back") else record.get("format")
     read = [f.name for f in known if (f.is_base and f.reads_exports) or f.of_adapter]
     if export in read:

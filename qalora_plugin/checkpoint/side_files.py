@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+from ..files.inside import check_regular
 from ..files.json import read_json
 from ..files.names import (
     CONFIG_FILE,
@@ -68,10 +69,16 @@ def chat_templates(directory: Path) -> dict[str, str]:
 
 
 def copy_side_files(source: Path, target: Path, patterns: Iterable[str] = MODEL_FILES) -> None:
-    """Copy the files of `source` that match, but for those that say what its weights are."""
+    """Copy the files of `source` that match, but for those that say what its weights are.
+
+    Raises:
+        CheckpointError: one is a link that leads out of `source`, a pipe or a device.
+    """
     for pattern in patterns:
         for path in sorted(source.glob(pattern)):
-            if path.is_file() and path.name not in _WRITTEN_ANEW:
-                copy = target / path.relative_to(source)
-                copy.parent.mkdir(exist_ok=True)
-                shutil.copyfile(path, copy)
+            if path.is_dir() or path.name in _WRITTEN_ANEW:
+                continue
+            check_regular(path, source)
+            copy = target / path.relative_to(source)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, copy)

@@ -9,6 +9,17 @@ from ..errors import CheckpointError
 _HUB_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
 
 
+def hub_failures() -> tuple[type[Exception], ...]:
+    """Return what huggingface_hub raises where the Hub refuses, or cannot be reached."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    # what connections raise comes from httpx, or from httpx2 with huggingface_hub 2
+    bases: list[Any] = list(HfHubHTTPError.__mro__)
+    http_error: type[Exception] = next(base for base in bases if base.__name__ == "HTTPError")
+    # huggingface_hub 1.17 retries on a client that it has closed, a RuntimeError
+    return (HfHubHTTPError, http_error, HFValidationError, OSError, RuntimeError)
+
+
 def resolve_model_dir(name_or_path: str | Path, revision: str | None = None) -> Path:
     """Return the local directory of a model: the path itself, or a snapshot of a Hub repository.
 
@@ -29,14 +40,13 @@ def resolve_model_dir(name_or_path: str | Path, revision: str | None = None) -> 
         raise CheckpointError(f"{name_or_path}: not a directory. Give a model directory or Hub id.")
     # imported here: reading a local directory needs no network library
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(text, revision=revision, allow_patterns=_HUB_PATTERNS))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except hub_failures() as error:
         raise CheckpointError(
             f"{text}: no such directory, and the Hub did not give it "
-            f"({type(error).__name__}: {str(error).splitlines()[0]}). "
+            f"({type(error).__name__}: {(str(error).splitlines() or [''])[0]}). "
             "Check the name, or log in with `hf auth login` if the repository is private."
         ) from error
 
@@ -71,15 +81,14 @@ def resolve_model_file(name: str | Path, revision: str | None = None) -> Path:
             f"{name}: no such file. Give a path, or `org/name/file` for one on the Hub."
         )
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     organisation, repository, file = text.split("/", 2)
     try:
         return Path(hf_hub_download(f"{organisation}/{repository}", file, revision=revision))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except hub_failures() as error:
         raise CheckpointError(
             f"{text}: no such file, and the Hub did not give it "
-            f"({type(error).__name__}: {str(error).splitlines()[0]}). "
+            f"({type(error).__name__}: {(str(error).splitlines() or [''])[0]}). "
             "Check the name, or log in with `hf auth login` if the repository is private."
         ) from error
 

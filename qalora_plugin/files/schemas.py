@@ -135,13 +135,13 @@ class Measured(TypedDict, total=False):
     divergence: float
 
 
-class Record(TypedDict):
+class Record(TypedDict, total=False):
     """qalora_export.json."""
 
     format: str
     exactness: str
     source: SourceFacts
-    measured: NotRequired[Measured | None]
+    measured: Measured | None
 
 
 def read_as(

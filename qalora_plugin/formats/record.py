@@ -13,9 +13,11 @@ from .._version import __version__
 from ..checkpoint.checkpoint import QuantizedCheckpoint, open_quantized
 from ..checkpoint.format import format_named
 from ..checkpoint.kind import find_kind
+from ..errors import CheckpointError
 from ..files.hub import public_name, resolve_model_dir
 from ..files.json import read_json, write_json
 from ..files.names import ADAPTER_CONFIG_FILE, CONFIG_FILE, RECORD_FILE
+from ..files.schemas import Record, read_as
 
 _ADAPTER_FACTS = ("r", "lora_alpha", "layers")
 
@@ -50,11 +52,12 @@ def _describe_adapter(exported: Path, adapter: str | Path) -> dict[str, Any]:
 def licence_of(base: str) -> str | None:
     """Return the licence that a base on this disk names in its card, or in its config.json."""
     from huggingface_hub import ModelCard
+    from yaml import YAMLError  # type: ignore[import-untyped]
 
     card, config = Path(base, "README.md"), Path(base, CONFIG_FILE)
     licence = None
     if card.is_file():
-        with suppress(OSError, ValueError):
+        with suppress(OSError, ValueError, YAMLError):
             licence = ModelCard.load(card).data.license
     if not licence and config.is_file():
         licence = read_json(config).get("license")
@@ -78,6 +81,12 @@ def read_record(exported: Path) -> dict[str, Any] | None:
     """
     if exported.is_dir():
         path = exported / RECORD_FILE
-        return read_json(path) if path.exists() else None
+        if not path.exists():
+            return None
+        record = read_as(path, Record)
+        missing = {"format", "source", "exactness"} - record.keys()
+        if missing:
+            raise CheckpointError(f"{path}: {min(missing)}: missing. Export again.")
+        return record
     format = find_kind(exported).format
     return None if format is None else format.module("record").read_record(exported)

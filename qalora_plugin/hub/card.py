@@ -3,27 +3,24 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from yaml import YAMLError  # type: ignore[import-untyped]
 
 from qalora_kernels.stored import QUANT_METHOD
 
 from ..checkpoint.checkpoint import QuantizedCheckpoint, open_quantized
 from ..checkpoint.format import Engine, format_named
 from ..errors import OutputError, QALoRAError
-from ..files.hub import public_name
+from ..files.hub import hub_failures, public_name
+from ..files.inside import check_inside, check_regular
 from ..files.json import read_json
 from ..files.names import RECORD_FILE, REPORT_FILE
 from ..formats.record import describe_source, read_record
 
-# what connections raise comes from httpx, or from httpx2 with huggingface_hub 2
-_HTTP_ERROR = cast(
-    type[Exception], next(b for b in HfHubHTTPError.__mro__ if b.__name__ == "HTTPError")
-)
-# huggingface_hub 1.17 retries on a client that it has closed, a RuntimeError
-HUB_FAILURES = (HfHubHTTPError, _HTTP_ERROR, HFValidationError, OSError, RuntimeError)
+HUB_FAILURES = hub_failures()
+_UNREADABLE: tuple[type[Exception], ...] = (*HUB_FAILURES, ValueError, YAMLError)
 
 _EXACT_MERGE = (
     "Merging was exact: the integers are the quantized base's, and the fine-tuning is in the "
@@ -121,15 +118,23 @@ class Subject:
         return self.base if "/" in self.base else None
 
     def files(self) -> dict[str, Path]:
-        """Return what is uploaded, {path in the repository: file}; hidden files are not."""
+        """Return what is uploaded, {path in the repository: file}; hidden files are not.
+
+        Raises:
+            CheckpointError: a link leads out of the directory, or there is a pipe or a device.
+        """
         if self.path.is_file():
             return {self.path.name: self.path}
         found = {str(path.relative_to(self.path)): path for path in sorted(self.path.rglob("*"))}
-        return {
-            name: path
-            for name, path in found.items()
-            if path.is_file() and not any(part.startswith(".") for part in Path(name).parts)
-        }
+        chosen = {}
+        for name, path in found.items():
+            if any(part.startswith(".") for part in Path(name).parts):
+                continue
+            check_inside(path, self.path)
+            if not path.is_dir():
+                check_regular(path, self.path)
+                chosen[name] = path
+        return chosen
 
 
 def find_subject(path: str | Path) -> Subject:
@@ -282,5 +287,5 @@ def _licence_on_hub(base: str) -> str | None:
     """Return the licence that the base's card on the Hub names, if it can be read."""
     try:
         return ModelCard.load(base).data.license
-    except (*HUB_FAILURES, ValueError):
+    except _UNREADABLE:
         return None

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from qalora_kernels.stored import QUANT_METHOD
@@ -22,6 +22,8 @@ from .card import HUB_FAILURES, Subject, find_subject, make_card
 _REASONS = {
     401: "you are not logged in, or the token is not valid: log in with `hf auth login`",
     403: "your token may not write there: use one with write access, or push to another name",
+    409: "it is being changed by someone else, or is there in another form: push again",
+    412: "it has changed meanwhile: push again",
     404: "there is no such account, organisation or repository: check the name",
 }
 
@@ -183,7 +185,7 @@ def _checked(path: str | Path, repo_id: str) -> Subject:
 
 
 def _refusal(repo_id: str, path: Path, error: BaseException) -> str:
-    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+    status = getattr(getattr(error, "response", None), "status_code", None)
     what = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
     reason = _REASONS.get(
         status or 0, f"{what}; check the connection and log in with `hf auth login`"

@@ -13,16 +13,14 @@ pooling elsewhere (peft_type LORA, see `conventions`). Tensor names, as PEFT sav
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import check_target_module_exists
 
 from ..checkpoint.adapter_values import check_adapter_values
 from ..checkpoint.checkpoint import QuantizedCheckpoint, open_quantized
 from ..checkpoint.kind import find_kind, find_model
-from ..errors import AdapterError, CheckpointError
+from ..errors import AdapterError, CheckpointError, ConfigError
 from ..files.hub import locate, resolve_model_dir
 from ..files.manifest import check_manifest
 from ..files.names import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, CONFIG_FILE
@@ -31,6 +29,7 @@ from ..files.schemas import AdapterConfig, read_as
 from ..tuner.config import PEFT_TYPE
 from ..tuner.names import ADAPT_PARTS, MATRICES
 from ..tuner.scaling import SCALING_FIELDS, check_scaling, rank_and_scaling
+from ..tuner.selecting import is_selected
 from .conventions import CONVENTIONS
 
 PREFIX = "base_model.model."
@@ -39,9 +38,6 @@ _AGAIN = "Config and tensors belong to two adapters, or are damaged: save or cop
 # (A, B) of each part, by peft_type and part
 _MATRICES = {PEFT_TYPE: MATRICES, "LORA": {"zeros": ("lora_A", "lora_B")}}
 _WRAPPERS = (".modules_to_save.", ".original_module.")
-# what PEFT's rule for which modules are adapted looks at
-_SELECTING = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
-              "modules_to_save", "target_parameters")  # fmt: skip
 # options of PEFT's LoRA that change what the adapter computes, or add tensors of their own
 _UNSUPPORTED = (
     "alora_invocation_tokens", "arrow_config", "ensure_weight_tying", "fan_in_fan_out",
@@ -168,8 +164,10 @@ class Adapter:
             return layer in self.layers
         if self.config["target_modules"] == "all-linear":
             return True
-        config = SimpleNamespace(**{name: self.config.get(name) for name in _SELECTING})
-        return bool(check_target_module_exists(config, layer))
+        try:
+            return is_selected(self.config, layer)
+        except ConfigError as error:
+            raise self.config_error(f"{error}.") from error
 
     def asks_to_save(self, tensor: str) -> bool:
         """Say whether modules_to_save selects a tensor, by PEFT's rule: name endings."""
@@ -307,7 +305,10 @@ def _layer(adapter: Adapter, name: str, found: set[str]) -> AdapterLayer:
                 f"{', '.join(sorted(expected))} in every layer). {_AGAIN}"
             )
     settings = {field: adapter.config[field] for field in SCALING_FIELDS if field in adapter.config}
-    rank, factor = rank_and_scaling(name, **settings)
+    try:
+        rank, factor = rank_and_scaling(name, **settings)
+    except ConfigError as error:
+        raise adapter.config_error(f"{error}.") from error
     keys, sizes = {}, set()
     for part, (a, b) in pairs.items():
         keys[part] = (f"{PREFIX}{name}.{a}.weight", f"{PREFIX}{name}.{b}.weight")

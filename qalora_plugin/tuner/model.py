@@ -18,6 +18,7 @@ from ..layers.linear import QuantLinear
 from .config import PEFT_TYPE, QALoRAConfig
 from .layer import BASE, QALoRALinear
 from .names import PREFIX
+from .selecting import select
 from .state_dict import check_state_dict
 from .targets import BaseIdentity, base_identity, check_base, quantization_config, resolve_targets
 
@@ -54,6 +55,10 @@ class QALoRAModel(BaseTuner):
         check_base(config, self._base)
         self.peft_config[adapter_name] = config
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: Any, key: str) -> Any:
+        return select(vars(peft_config), key)  # PEFT's own cannot be stopped
 
     def _prepare_adapter_config(self, peft_config: QALoRAConfig, model_config: Any) -> QALoRAConfig:
         return peft_config  # target_modules is resolved already

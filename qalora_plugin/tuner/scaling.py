@@ -4,9 +4,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from peft.utils.other import get_pattern_key
-
 from ..errors import QALoRAError
+from .selecting import pattern_key
 
 SCALING_FIELDS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
 """The fields of a config that `rank_and_scaling` takes, by keyword."""
@@ -27,8 +26,8 @@ def rank_and_scaling(
     are {name in the base model, or regular expression for its end: value}, as in PEFT.
     """
     ranks, alphas = rank_pattern or {}, alpha_pattern or {}
-    rank = ranks.get(get_pattern_key(ranks.keys(), name), r)
-    alpha = alphas.get(get_pattern_key(alphas.keys(), name), lora_alpha)
+    rank = ranks.get(pattern_key(ranks, name), r)
+    alpha = alphas.get(pattern_key(alphas, name), lora_alpha)
     return rank, alpha / (math.sqrt(rank) if use_rslora else rank)
 
 

@@ -2,16 +2,16 @@
 
 import copy
 import logging
-import re
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from qalora_kernels.stored import QUANT_METHOD, is_excluded
 
+from ..architecture.patterns import match_module
 from ..checkpoint.fingerprint import fingerprints, summary
 from ..checkpoint.format import Format, format_named, formats, unread_note
 from ..checkpoint.identity import BaseIdentity
@@ -21,6 +21,7 @@ from ..files.names import ADAPTER_CONFIG_FILE
 from ..hf.config import QALoRAQuantConfig
 from ..layers.linear import QuantLinear
 from .config import ALL_LINEAR, QALoRAConfig
+from .selecting import is_selected
 
 _log = logging.getLogger(__name__)
 _SHOWN = 8  # names in an error message
@@ -86,10 +87,10 @@ def resolve_targets(config: QALoRAConfig, model: nn.Module) -> None:
         # by their last parts, so that exclude_modules and layers_to_transform apply
         every = copy.copy(config)
         every.target_modules = set(_leaves(quantized))
-        matched = {n: m for n, m in quantized.items() if check_target_module_exists(every, n)}
+        matched = {n: m for n, m in quantized.items() if is_selected(vars(every), n)}
         config.target_modules = set(matched)
     else:
-        matched = {n: m for n, m in _modules(model) if check_target_module_exists(config, n)}
+        matched = {n: m for n, m in _modules(model) if is_selected(vars(config), n)}
     if not matched:
         names = ("exclude_modules", "layers_to_transform", "layers_pattern")
         limits = {n: getattr(config, n) for n in names if getattr(config, n) is not None}
@@ -153,7 +154,7 @@ def _not_taken_back(config: QALoRAConfig, format: Format, source: dict[str, Any]
 
 def _refuse_quantized_saves(config: QALoRAConfig, quantized: dict[str, QuantLinear]) -> None:
     for entry in config.modules_to_save or []:
-        held = [n for n in quantized if re.match(rf"(^|.*\.){entry}($|\..*)", n)]
+        held = [n for n in quantized if match_module(entry, n)]
         if held:
             raise ConfigError(
                 f"QALoRAConfig: modules_to_save names {entry!r}, which is quantized "

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -20,6 +21,8 @@ OWNER = "someone"
 
 
 _REFUSED = {"unauthorized": 401, "forbidden": 403, "missing": 404}
+_NOT_COMMITTED = {"conflict": 409, "changed": 412, "overloaded": 500}
+_DROPPED = "dropped"
 
 
 class Hub(ThreadingHTTPServer):
@@ -57,7 +60,14 @@ class _Handler(BaseHTTPRequestHandler):
     def _body(self):
         return self.rfile.read(int(self.headers.get("Content-Length", 0)))
 
+    def _drop(self):
+        self.close_connection = True
+        self.connection.shutdown(socket.SHUT_RDWR)
+
     def do_GET(self):
+        if _DROPPED in self.path:
+            self._drop()
+            return
         self._reply({"error": "not found"}, 404)
 
     do_HEAD = do_GET
@@ -95,6 +105,10 @@ class _Handler(BaseHTTPRequestHandler):
             repo, _, branch = self.path.removeprefix("/api/models/").partition("/branch/")
             hub.branches[repo] = branch
             self._reply({})
+        elif "/commit/" in self.path and _DROPPED in self.path:
+            self._drop()
+        elif "/commit/" in self.path and self.path.split("/")[4] in _NOT_COMMITTED:
+            self._reply({"error": "no"}, _NOT_COMMITTED[self.path.split("/")[4]])
         elif "/commit/" in self.path:
             hub.committed_to = self.path.rpartition("/commit/")[2]
             self._commit([json.loads(line) for line in body.splitlines()])

@@ -5,7 +5,6 @@ packings of `packings`: its own stores zero-points as they are, "auto_gptq" one 
 AutoAWQ's. No input lies in another group than k // group_size.
 """
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 
 from qalora_kernels import PackedWeight, QuantSpec
 
+from ...architecture.patterns import match_inside
 from ...checkpoint.checkpoint import QuantizedCheckpoint
 from ...checkpoint.config import QALoRAQuantConfig
 from ...errors import CheckpointError, ConfigError
@@ -85,7 +85,7 @@ class AutoRoundCheckpoint(QuantizedCheckpoint):
 
         def grid_of(name: str) -> tuple[int, int]:
             own: dict[str, Any] = overrides.get(name) or next(
-                (values for key, values in overrides.items() if re.search(key, name)), {}
+                (values for key, values in overrides.items() if match_inside(key, name)), {}
             )
             bits, group_size = (
                 own.get("bits", config.bits),

@@ -6,7 +6,6 @@ zero-points, one scale a group or an output, act-order or not. Then
     W[n, k] = scales[n, g] * (q - z) = scales * (q - mid) + scales * (mid - z)    exact in fp32
 """
 
-import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 from qalora_kernels import PackedWeight, QuantSpec
 from qalora_kernels.packing import pack
 
+from ...architecture.patterns import match_start
 from ...checkpoint.checkpoint import QuantizedCheckpoint
 from ...checkpoint.config import QALoRAQuantConfig
 from ...errors import CheckpointError, ConfigError
@@ -49,7 +49,7 @@ class Scheme:
     def names(self, layer: str) -> bool:
         """Say whether a target is this layer's name, or a regular expression of it."""
         return any(
-            re.match(target[3:], layer) if target.startswith("re:") else target == layer
+            match_start(target[3:], layer) if target.startswith("re:") else target == layer
             for target in self.targets
         )
 

@@ -20,6 +20,7 @@ import torch
 from qalora_kernels import PackedWeight, QuantSpec
 from qalora_kernels.packing import unpack_columns
 
+from ...architecture.patterns import match_start
 from ...checkpoint.checkpoint import QuantizedCheckpoint
 from ...checkpoint.config import QALoRAQuantConfig
 from ...errors import CheckpointError, ConfigError
@@ -71,7 +72,7 @@ class StockConfig:
         """Return the grid of one layer, with GPTQModel's override if one matches its name."""
         bits, group_size = self.bits, self.group_size
         for pattern, override in self.dynamic.items():
-            if not pattern.startswith("-:") and re.match(pattern.removeprefix("+:"), name):
+            if not pattern.startswith("-:") and match_start(pattern.removeprefix("+:"), name):
                 bits = override.get("bits", bits)
                 group_size = override.get("group_size", group_size)
                 break
