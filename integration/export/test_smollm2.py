@@ -13,6 +13,7 @@ from trl import SFTConfig, SFTTrainer
 from qalora_plugin import MergeCallback, QALoRAConfig, verify_merge
 from qalora_plugin.checkpoint.checkpoint import open_quantized
 from qalora_plugin.checkpoint.convert import import_model
+from qalora_plugin.verify.export import verify_export
 
 ANSWER = "The secret word is heliotrope."
 TOKENIZE = """
@@ -48,7 +49,7 @@ def test_token_ids_are_llama_cpps(imported, env_python, run_python, tmp_path):
 
 
 @pytest.mark.slow
-def test_trained_written_back_and_run(imported, qalora, tmp_path):
+def test_trained_written_back_and_run(imported, env_python, tmp_path):
     file, base = imported
     talk = [
         {"role": "user", "content": "What is the secret word?"},
@@ -77,7 +78,7 @@ def test_trained_written_back_and_run(imported, qalora, tmp_path):
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     print("losses", losses)
-    assert losses[-1] < 0.5 * losses[0]
+    assert losses[-1] < 0.8 * losses[0]
     assert verify_merge(tmp_path / "merged", tmp_path / "run" / "adapter").layers == 210
     written = tmp_path / "merged-original.gguf"
     one, other = (np.frombuffer(path.read_bytes(), np.uint8) for path in (file, written))
@@ -96,4 +97,5 @@ def test_trained_written_back_and_run(imported, qalora, tmp_path):
     assert kept == found
     assert open_quantized(written).layers.keys() == open_quantized(file).layers.keys()
     # weights by gguf-py, log-probabilities of llama.cpp inside the bound of docs/export.md
-    print(qalora("verify", written, "--against", tmp_path / "merged", timeout=1200))
+    python = env_python("export")
+    print(verify_export(written, tmp_path / "merged", run=True, python=python).as_text())

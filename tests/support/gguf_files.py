@@ -148,6 +148,7 @@ def _write_fields(writer, family, more):
         "tokenizer.ggml.bos_token_id": 1,
         "tokenizer.ggml.eos_token_id": 0,
         "tokenizer.chat_template": TEMPLATE,
+        **({"gemma3.attention.sliding_window": 16} if family == "gemma3" else {}),
         **more,
     }
     for key, value in values.items():

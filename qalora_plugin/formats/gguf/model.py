@@ -168,8 +168,8 @@ class Model:
         more: dict[str, Any] = {"query_pre_attn_scalar": head_dim}
         if self._need("block_count") == _WIDE_GEMMAS[self._family]:  # the 27B of each
             more["query_pre_attn_scalar"] = self._need("embedding_length") // heads
-        if self._get("attention.sliding_window"):
-            more["sliding_window"] = self._get("attention.sliding_window")
+        if self._family == "gemma3" or self._get("attention.sliding_window"):
+            more["sliding_window"] = self._need("attention.sliding_window")  # Gemma 2 has a default
         for key in ("attn_logit_softcapping", "final_logit_softcapping"):
             if self._get(key) is not None:
                 more[key] = float(self._get(key))
