@@ -1,5 +1,5 @@
 # Everything runs in .venv, which the first target that needs it makes and fills from constraints.txt.
-#   make quickstart | test | integration | lint | docs | docs-check | clean
+#   make quickstart | test | integration | faults | lint | docs | docs-check | clean
 #   PYTHON=python3.12 make test      another interpreter for the virtual environment
 #   PIP_FLAGS="--index-url ..."      extra flags for every installation
 PYTHON ?= python3
@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
 
-.PHONY: quickstart test integration lint format docs docs-check clean
+.PHONY: quickstart test integration faults lint format docs docs-check clean
 
 quickstart: $(VENV)/.installed-core
 	@$(BIN)/qalora quickstart $(ARGS)
@@ -21,6 +21,10 @@ test: $(VENV)/.installed-dev
 # Each test builds the environment that it needs (integration/envs/build.py) and finds it cached later.
 integration: $(VENV)/.installed-dev
 	@$(BIN)/pytest integration -n 2 --dist loadfile $(ARGS)
+
+# 200 faults of each kind (kills, full disks, flipped bits), and many writers; about an hour.
+faults: $(VENV)/.installed-dev
+	@QALORA_FAULTS=200 $(BIN)/pytest integration/faults -s $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	@$(BIN)/ruff check .
