@@ -6,7 +6,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -15,7 +17,7 @@ from ..distributed.ranks import connect, on_main_process
 from ..distributed.sharding import fsdp_enabled
 from ..errors import ConfigError
 from ..files.atomic import AtomicDirectory, ScratchDirectory, check_target, hold
-from ..files.names import ADAPTER_CONFIG_FILE
+from ..files.names import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
 from ..formats.export import ExportResult, check_format, export_model, export_path
 from ..merge.merge import MergeResult, merge_adapter
 from ..tuner.config import PEFT_TYPE
@@ -160,6 +162,7 @@ class MergeCallback(TrainerCallback):
             f"the trained adapter is safe in {adapter}, but merging it failed (repeat with "
             f"`qalora merge {adapter} --out DIR`)"
         )
+        on_main_process(lambda: self._check_best(adapter), "looking for the best adapter", failed)
         on_main_process(lambda: self._save_beside(adapter), "saving the tokenizer", failed)
         on_main_process(lambda: self._merge(adapter), "merging", failed)
         if self.formats:
@@ -190,6 +193,29 @@ class MergeCallback(TrainerCallback):
         self._export(adapter)
         self._push()
         return self.result
+
+    def _check_best(self, adapter: Path) -> None:
+        """Refuse to merge another adapter than the best one, where that was asked for.
+
+        The Trainer only warns where it does not find the best adapter, as of one that is not called
+        "default", and goes on with the last one.
+        """
+        best = self._state.best_model_checkpoint if self._state is not None else None
+        if not self._load_best or best is None or self._model is None:
+            return
+        kept = adapter_directory(self._model, Path(best)) / ADAPTER_WEIGHTS_FILE
+        if not kept.exists():  # FSDP's own shards: nothing to compare with
+            return
+        found, wanted = load_file(adapter / ADAPTER_WEIGHTS_FILE), load_file(kept)
+        same = found.keys() == wanted.keys() and all(
+            torch.equal(found[key].float(), wanted[key].float()) for key in found
+        )
+        if not same:
+            raise ConfigError(
+                f"load_best_model_at_end: the Trainer was to load the best adapter, {kept}, but "
+                "holds another one. Merge the best one with "
+                f"`qalora merge {kept.parent} --out {self.out_dir}`"
+            )
 
     def _merge(self, adapter: Path) -> None:
         assert self._model is not None

@@ -367,3 +367,32 @@ def test_merging_the_saved_adapter_again_gives_the_same_directory(
                 merged = tmp_path / "merged" / path.name
                 assert path.read_bytes() == merged.read_bytes(), path.name
     assert not (tmp_path / "merged" / "chat_template.jinja").exists()  # the tokenizer has none
+
+
+@pytest.mark.parametrize("name", ["default", "own"])
+def test_the_best_adapter_is_merged_or_nothing(name, bases, make_trainer, text_rows, tmp_path):
+    """The Trainer finds the best adapter only if it is called "default", and warns otherwise."""
+    model = AutoModelForCausalLM.from_pretrained(bases["ours"], dtype=torch.float32)
+    config = QALoRAConfig(r=4, init_lora_weights=False, task_type="CAUSAL_LM")
+    trainer = make_trainer(
+        get_peft_model(model, config, adapter_name=name),
+        adapter=None,
+        eval_data=text_rows(4),
+        callbacks=[MergeCallback(tmp_path / "merged")],
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        max_steps=3,
+        greater_is_better=True,  # the first, then
+        metric_for_best_model="eval_loss",
+        load_best_model_at_end=True,
+    )
+    if name == "default":
+        trainer.train()
+        assert trainer.state.best_model_checkpoint.endswith("checkpoint-1")
+        _assert_same_model(tmp_path / "merged", trainer.model)
+        return
+    with pytest.raises(OutputError, match=r"qalora merge .*checkpoint-1/own"):
+        trainer.train()
+    assert not (tmp_path / "merged").exists()
