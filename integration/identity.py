@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 
 COMMANDS = (
-    "quickstart --steps 12 --out run",
+    "quickstart --model embedded --steps 12 --out run",
     "export run/merged --format gguf --out exports/model.gguf",
     "export run/merged --format mlx --out exports/mlx",
     "export run/merged --format onnx --out exports/onnx",

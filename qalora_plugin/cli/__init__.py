@@ -36,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="qalora",
         description="QA-LoRA: quantize a base, train an adapter, merge it exactly, ship INT-n.",
         epilog="`qalora COMMAND --help` tells about one command; `qalora quickstart` shows the "
-        "whole way on an embedded model.",
+        "whole way on a small language model.",
     )
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     about = "print a script that completes commands and options in a shell, and exit"

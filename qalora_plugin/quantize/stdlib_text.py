@@ -30,6 +30,7 @@ EXCLUDED_DIRECTORIES = frozenset({
 
 # The model card's chat template writes the same two headings around a user message.
 PROMPT_TEMPLATE = "### Task\n{instruction}\n### Answer\n"
+_DOCSTRING_CHARS = 72
 EVALUATION_BUCKETS = 8  # one pair in eight is held out for evaluation
 
 
@@ -83,8 +84,7 @@ def load_pairs(
     Raises:
         QALoRAError: unknown split, or no source was found to cut from.
     """
-    if split not in ("train", "eval"):
-        raise QALoRAError(f"split: expected 'train' or 'eval', found {split!r}.")
+    _check_split(split)
     root = _root(stdlib)
     pairs: list[dict[str, str]] = []
     seen: set[str] = set()
@@ -106,9 +106,54 @@ def load_pairs(
     return pairs
 
 
+def load_docstrings(
+    split: str = "train", *, max_chars: int = 200, stdlib: Path | None = None
+) -> list[dict[str, str]]:
+    """Cut pairs (function -> its one-line docstring) from the whole standard library.
+
+    They are for models that were not trained by us. The split depends on the function's text alone
+    (SHA-256).
+
+    Args:
+        split: "train" or "eval".
+        max_chars: functions that are longer are left out, as are docstrings of more than 72.
+        stdlib: directory of the standard library; by default that of the running Python.
+
+    Returns:
+        Dicts `{"prompt": str, "completion": str}`, in order of their SHA-256: any part of them is
+        a mixture of all modules.
+
+    Raises:
+        QALoRAError: unknown split, or no source was found to cut from.
+    """
+    _check_split(split)
+    found: dict[str, dict[str, str]] = {}
+    seen: set[str] = set()
+    for held_out in (False, True):
+        for path in source_files(stdlib, held_out=held_out):
+            for function in _functions_in(path):
+                docstring = ast.get_docstring(function) or ""
+                if len(docstring) > _DOCSTRING_CHARS or not docstring.endswith("."):
+                    continue
+                code = _without_docstring(function)
+                one_line = "\n" not in docstring
+                if not one_line or len(code) > max_chars or not seen.isdisjoint((code, docstring)):
+                    continue
+                seen.update((code, docstring))
+                digest = hashlib.sha256(code.encode()).digest()
+                if (split == "eval") == (digest[0] % EVALUATION_BUCKETS == 0):
+                    found[digest.hex()] = {"prompt": code, "completion": docstring}
+    return [found[digest] for digest in sorted(found)]
+
+
 def calibration_texts(stdlib: Path | None = None) -> list[str]:
     """Return the training pairs (see `load_pairs`) as plain texts, to calibrate GPTQ on."""
     return [pair["prompt"] + pair["completion"] for pair in load_pairs("train", stdlib=stdlib)]
+
+
+def _check_split(split: str) -> None:
+    if split not in ("train", "eval"):
+        raise QALoRAError(f"split: expected 'train' or 'eval', found {split!r}.")
 
 
 def _root(stdlib: Path | None) -> Path:
@@ -134,10 +179,21 @@ def _pair(function: ast.FunctionDef | ast.AsyncFunctionDef, docstring: str) -> d
     # unparse gives one style, without comments, and the same text whatever the indentation was.
     arguments = ast.unparse(function.args)
     instruction = f"{summary}\nName: {function.name}\nArguments: {arguments}"
-    without_docstring = copy.copy(function)
-    without_docstring.body = function.body[1:]
-    without_docstring.decorator_list = []
     return {
         "prompt": PROMPT_TEMPLATE.format(instruction=instruction),
-        "completion": ast.unparse(without_docstring) + "\n",
+        "completion": _without_docstring(function) + "\n",
     }
+
+
+def _functions_in(path: Path) -> Iterator[ast.FunctionDef]:
+    """Yield the functions, methods among them, that have a docstring and a body."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), filename=str(path))):
+        if isinstance(node, ast.FunctionDef) and len(node.body) > 1 and ast.get_docstring(node):
+            yield node
+
+
+def _without_docstring(function: ast.FunctionDef | ast.AsyncFunctionDef) -> str:
+    without = copy.copy(function)
+    without.body = function.body[1:]
+    without.decorator_list = []
+    return ast.unparse(without)

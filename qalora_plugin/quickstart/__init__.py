@@ -1,1 +1,1 @@
-"""The embedded quickstart: a small base model and its instruction pairs."""
+"""The quickstart: a small language model, or an embedded toy, and pairs that every machine has."""

@@ -12,7 +12,7 @@ def as_json(result: Result) -> str:
 
 
 def as_text(result: Result) -> str:
-    """Return the result for people: one table, the proof, a sample, and where things lie."""
+    """Return the result for people: one table, the proof, samples, and where things lie."""
     width = max(len(row.name) for row in result.rows)
     table = [
         f"{'model':<{width}}  held-out loss  size on disk  bits/weight",
@@ -20,25 +20,33 @@ def as_text(result: Result) -> str:
     ]
     for row in result.rows:
         size, bits = f"{row.size / 1e6:9.2f} MB", f"{row.bits_per_weight:11.2f}"
-        table.append(f"{row.name:<{width}}  {row.loss:13.4f}  {size}  {bits}")
-    base, _, adapted, merged = result.rows
+        loss = "-" if row.loss is None else f"{row.loss:.4f}"
+        table.append(f"{row.name:<{width}}  {loss:>13}  {size}  {bits}")
+    losses = {row.name: row.loss for row in result.rows if row.loss is not None}
+    first, merged = next(iter(losses.items())), losses["merged"]
+    lines = [
+        *table,
+        "",
+        f"held-out loss, trained against the {first[0]}: {merged - first[1]:+.4f}",
+        f"merged equals unmerged: {result.merged_equals_unmerged} (torch.equal on the logits; "
+        f"{result.verified_layers} layers verified bit for bit; the integers never changed)",
+        *([result.runtime] if result.runtime else []),
+        "",
+    ]
+    for sample in result.samples:
+        named = (
+            ("prompt", sample.prompt),
+            ("expected", sample.expected),
+            ("before", sample.before),
+            ("after (merged)", sample.after),
+            ("after, in llama.cpp", sample.llama_cpp or ""),
+        )
+        for name, text in named:
+            lines += [f"{name}:", _indented(text)] if text else []
+        lines.append("")
     return "\n".join(
         [
-            *table,
-            "",
-            "held-out loss, adapter on INT-n against the 16-bit base: "
-            f"{adapted.loss - base.loss:+.4f}",
-            f"merged equals unmerged: {result.merged_equals_unmerged} (torch.equal on the logits; "
-            f"{result.verified_layers} layers verified bit for bit; the integers never changed; "
-            f"loss {merged.loss:.6f} against {adapted.loss:.6f})",
-            "",
-            "prompt:",
-            _indented(result.prompt),
-            "before (quantized base):",
-            _indented(result.before),
-            "after (merged):",
-            _indented(result.after),
-            "",
+            *lines,
             *(f"{name + ':':<10} {path}" for name, path in result.paths.items()),
             "time:      " + ", ".join(f"{n} {s:.0f} s" for n, s in result.seconds.items()),
         ]

@@ -1,78 +1,33 @@
-"""The whole way on one machine: 16-bit base -> INT-n -> QA-LoRA -> merged INT-n, measured."""
+"""The whole way on one machine: INT-n base -> QA-LoRA -> merged INT-n, measured."""
 
 import dataclasses
-import math
 import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from ..checkpoint.describe import describe
-from ..errors import ConfigError, VerificationError
-from ..quantize.stdlib_text import load_pairs
+from ..errors import VerificationError
+from ..verify.export import verify_export
 from ..verify.merge import verify_merge
-from .embedded import base_model_path
-from .evaluate import MAX_LENGTH, held_out_loss, row_text
-from .user_data import load_rows
+from ..verify.runtime import answers
+from .evaluate import MAX_LENGTH, row_text
+from .job import CALIBRATION_SAMPLES, Job, Row, prepare
+from .settings import Settings
 
-_CALIBRATION_SAMPLES = 128
-_EVALUATION_ROWS = 400
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """The settings of a quickstart, as `qalora quickstart` takes them.
-
-    Args:
-        out: directory that everything is written to; must not exist.
-        model: name or directory of a 16-bit causal LM; None for the embedded one.
-        dataset: .jsonl or .txt file; None for pairs cut from the standard library.
-        bits: 2, 3, 4 or 8.
-        group_size: inputs that share a scale and an offset.
-        offsets_at: which weight of a group fp16 holds: "minimum" (as llama.cpp) or "middle".
-        rank: of the adapter; lora_alpha is twice that.
-        learning_rate: peak, AdamW with a cosine schedule.
-        steps: optimizer steps.
-        batch_size: rows a step.
-        seed: of calibration, adapter and data order.
-
-    Raises:
-        ConfigError: a number is out of range.
-    """
-
-    out: Path
-    model: str | None = None
-    dataset: Path | None = None
-    bits: int = 4
-    group_size: int = 32
-    offsets_at: Literal["middle", "minimum"] = "minimum"
-    rank: int = 16
-    learning_rate: float = 3e-3
-    steps: int = 160
-    batch_size: int = 16
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("rank", "steps", "batch_size"):
-            if getattr(self, name) < 1:
-                option = name.replace("_", "-")
-                raise ConfigError(f"--{option}: expected 1 or more, found {getattr(self, name)}")
-        if not 0 < self.learning_rate < math.inf:
-            raise ConfigError(f"--learning-rate: expected above 0, found {self.learning_rate}")
-        if not 0 <= self.seed < 2**32:
-            raise ConfigError(f"--seed: expected 0 to 2**32 - 1, found {self.seed}")
+_ANSWER_TOKENS = {True: 32, False: 96}
+"""Of a GGUF file and of a 16-bit model."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
-    """One line of the result table; sizes in bytes, loss in nats a token."""
+class Sample:
+    """A held-out prompt, the answer that its author wrote, and those of the models."""
 
-    name: str
-    loss: float
-    size: int
-    bits_per_weight: float
+    prompt: str
+    expected: str
+    before: str
+    after: str
+    llama_cpp: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,51 +37,15 @@ class Result:
     rows: list[Row]
     merged_equals_unmerged: bool
     verified_layers: int
-    prompt: str
-    before: str
-    after: str
+    samples: list[Sample]
     paths: dict[str, str]
     seconds: dict[str, float]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Job:
-    """Everything that is known before the first model is loaded: data, tokenizer, directories."""
-
-    settings: Settings
-    source: Path
-    tokenizer: Any
-    training: list[dict[str, str]]
-    held_out: list[dict[str, str]]
-    windows: torch.Tensor
-    """int64 [samples, MAX_LENGTH], to calibrate GPTQ on."""
-    paths: dict[str, Path]
-
-    @property
-    def prompt(self) -> str:
-        """The start of the first held-out row, which the models continue."""
-        return self.held_out[0].get("prompt") or self.held_out[0]["text"][:200]
-
-    def load(self, path: Path) -> Any:
-        """Return the model in `path`, on the GPU if there is one."""
-        from transformers import AutoModelForCausalLM
-
-        gpu = torch.cuda.is_available()
-        dtype = torch.bfloat16 if gpu else torch.float32
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
-        return model.to("cuda" if gpu else "cpu").eval()
-
-    def measure(self, name: str, model: Any, *directories: Path) -> Row:
-        """Return the line of a model; an adapter's directory comes after that of its base."""
-        loss = held_out_loss(model, self.tokenizer, self.held_out)
-        files = [file for path in directories for file in path.glob("*.safetensors")]
-        size = sum(file.stat().st_size for file in files)
-        bits = describe(directories[0], quick=True).get("bits_per_weight", 16.0)
-        return Row(name, loss, size, bits)
+    runtime: str | None = None
+    """What llama.cpp computes of the written GGUF file, or why it was not run."""
 
 
 def run(settings: Settings, say: Callable[[str], None] = print) -> Result:
-    """Quantize, train, merge, verify, and measure each stage on held-out rows.
+    """Quantize unless the base is, train, merge, verify, and measure each stage on held-out rows.
 
     Args:
         settings: see `Settings`.
@@ -138,91 +57,64 @@ def run(settings: Settings, say: Callable[[str], None] = print) -> Result:
         QuantizationError: too little text to calibrate on; likewise.
         VerificationError: the merged model is not what was trained.
     """
-    job = _prepare(settings)
-    paths, width = job.paths, f"INT{settings.bits}"
-
-    say(f"base: {job.source} ({len(job.training)} training rows, {len(job.held_out)} held out)")
-    rows = [job.measure("16-bit base", job.load(job.source), job.source)]
-
-    say(f"quantizing to {width}, groups of {settings.group_size}, GPTQ ...")
-    started = time.monotonic()
-    _quantize(job)
-    seconds = {"quantize": time.monotonic() - started}
-    model = job.load(paths["base-int"])
-    before = _generate(model, job.tokenizer, job.prompt)
-    rows.append(job.measure(f"{width} base", model, paths["base-int"]))
+    job = prepare(settings)
+    paths, seconds, rows = job.paths, {}, []
+    say(
+        f"base: {job.file or job.source} ({len(job.training)} training rows, "
+        f"{len(job.held_out)} held out)"
+    )
+    if job.file is None:
+        rows.append(job.measure("16-bit base", job.load(job.source), job.source))
+        say(f"quantizing to INT{settings.bits}, groups of {settings.group_size}, GPTQ ...")
+        started = time.monotonic()
+        _quantize(job)
+        seconds["quantize"] = time.monotonic() - started
+    width = "GGUF" if job.file else f"INT{settings.bits}"
+    model = job.load(job.base)
+    rows.append(job.measure(f"{width} base", model, job.file or job.base))
+    before = _answers(job, model)
 
     say(f"training a QA-LoRA adapter of rank {settings.rank}, {settings.steps} steps ...")
     started = time.monotonic()
     trained = _train(job, model)
     seconds["train"] = time.monotonic() - started
-    rows.append(job.measure(f"{width} + adapter", trained, paths["base-int"], paths["adapter"]))
+    base = job.file or job.base
+    rows.append(job.measure(f"{width} + adapter", trained, base, paths["adapter"]))
 
     say("verifying the merged checkpoint ...")
-    report = verify_merge(paths["merged"], paths["adapter"], paths["base-int"])
+    started = time.monotonic()
+    report = verify_merge(paths["merged"], paths["adapter"], job.base)
     merged = job.load(paths["merged"])
+    equal = _check_logits(job, merged, trained)
+    seconds["verify"] = time.monotonic() - started
     rows.append(job.measure("merged", merged, paths["merged"]))
+    after = _answers(job, merged)
+    runtime: str | None = None
+    others: list[str] | list[None] = [None] * len(after)
+    if job.file is not None:
+        say("comparing the written GGUF file with the merged model, and running it ...")
+        started = time.monotonic()
+        written = verify_export(paths["gguf"], paths["merged"], run=True)
+        runtime, others = written.as_text(), _answers_of_llama_cpp(job) or others
+        rows.append(job.measure("merged, GGUF", None, paths["gguf"]))
+        seconds["gguf"] = time.monotonic() - started
     return Result(
         rows=rows,
-        merged_equals_unmerged=_check_logits(job, merged, trained),
+        merged_equals_unmerged=equal,
         verified_layers=report.layers,
-        prompt=job.prompt,
-        before=before,
-        after=_generate(merged, job.tokenizer, job.prompt),
+        samples=[
+            Sample(sample["prompt"], sample["expected"], *answers)
+            for sample, answers in zip(
+                job.samples, zip(before, after, others, strict=True), strict=True
+            )
+        ],
         paths={name: str(path) for name, path in paths.items()},
         seconds=seconds,
+        runtime=runtime,
     )
 
 
-def _prepare(settings: Settings) -> _Job:
-    """Read the data and check the settings; nothing is written, and no model is loaded."""
-    from transformers import AutoTokenizer
-
-    from ..files.hub import resolve_model_dir
-    from ..quantize.calibration import calibration_windows
-
-    if settings.out.exists():
-        raise ConfigError(f"{settings.out}: exists already; give another directory with --out")
-    if settings.dataset is None:
-        training, held_out = load_pairs("train"), load_pairs("eval")
-    else:
-        training, held_out = load_rows(settings.dataset)
-    source = base_model_path() if settings.model is None else resolve_model_dir(settings.model)
-    _check_model(source, settings)
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    windows = calibration_windows(
-        [row_text(row) for row in training],
-        tokenizer,
-        samples=_CALIBRATION_SAMPLES,
-        seq_len=MAX_LENGTH,
-        seed=settings.seed,
-    )
-    paths = {"base-int": settings.out / f"base-int{settings.bits}"}
-    paths |= {name: settings.out / name for name in ("training", "adapter", "merged")}
-    held_out = held_out[:_EVALUATION_ROWS]
-    return _Job(settings, source, tokenizer, training, held_out, windows, paths)
-
-
-def _check_model(source: Path, settings: Settings) -> None:
-    """Refuse at once what quantizing would refuse when the 16-bit model has been measured."""
-    from ..checkpoint.config import QALoRAQuantConfig
-    from ..quantize.calibration import fitting_length
-    from ..quantize.source import ModelSource, choose_layers
-
-    config = QALoRAQuantConfig(
-        settings.bits, settings.group_size, method="gptq", offsets_at=settings.offsets_at
-    )
-    model = ModelSource(source)
-    choose_layers(model, config)
-    limit = fitting_length(model.model.config, None)
-    if limit < MAX_LENGTH:
-        raise ConfigError(
-            f"{source}: takes {limit} tokens; the quickstart works on rows of {MAX_LENGTH}. Use a "
-            "model that takes them, or the commands one by one (qalora quantize --help)"
-        )
-
-
-def _quantize(job: _Job) -> None:
+def _quantize(job: Job) -> None:
     from ..quantize.pipeline import quantize_model
 
     settings = job.settings
@@ -234,13 +126,13 @@ def _quantize(job: _Job) -> None:
         offsets_at=settings.offsets_at,
         method="gptq",
         calibration=job.windows,
-        samples=_CALIBRATION_SAMPLES,
+        samples=CALIBRATION_SAMPLES,
         seq_len=MAX_LENGTH,
         seed=settings.seed,
     )
 
 
-def _train(job: _Job, model: Any) -> Any:
+def _train(job: Job, model: Any) -> Any:
     """Train with an SFTTrainer as a user writes it; return the model, adapter and merge written."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
@@ -272,7 +164,7 @@ def _train(job: _Job, model: Any) -> Any:
         peft_config=QALoRAConfig(
             r=settings.rank, lora_alpha=2 * settings.rank, seed=settings.seed, task_type="CAUSAL_LM"
         ),
-        callbacks=[MergeCallback(job.paths["merged"])],
+        callbacks=[MergeCallback(job.paths["merged"], formats=["original"] if job.file else [])],
     )
     trainer.train()
     trainer.save_model(str(job.paths["adapter"]))
@@ -280,7 +172,7 @@ def _train(job: _Job, model: Any) -> Any:
 
 
 @torch.no_grad()
-def _check_logits(job: _Job, merged: Any, trained: Any) -> bool:
+def _check_logits(job: Job, merged: Any, trained: Any) -> bool:
     """Return True; raise VerificationError where the two models compute different logits."""
     ids = job.tokenizer(row_text(job.held_out[0]), return_tensors="pt")["input_ids"]
     ids = ids[:, :MAX_LENGTH].to(merged.device)
@@ -289,17 +181,32 @@ def _check_logits(job: _Job, merged: Any, trained: Any) -> bool:
     return True
 
 
+def _prompts(job: Job) -> list[list[int]]:
+    """Return the token ids of the prompts whose answers are shown."""
+    room = MAX_LENGTH - _ANSWER_TOKENS[job.settings.is_gguf]
+    rows = job.held_out[: len(job.samples)]
+    texts = [row.get("prompt") or row["text"][:200] for row in rows]
+    return [job.tokenizer(text, add_special_tokens=False)["input_ids"][-room:] for text in texts]
+
+
 @torch.no_grad()
-def _generate(model: Any, tokenizer: Any, prompt: str, new_tokens: int = 96) -> str:
-    """Return the greedy continuation of a prompt, with repetitions penalised."""
-    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
-    ids = ids[:, -MAX_LENGTH + new_tokens :].to(model.device)
-    out = model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=new_tokens,
-        do_sample=False,
-        repetition_penalty=1.2,
-        pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
-    )
-    return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+def _answers(job: Job, model: Any) -> list[str]:
+    """Return the greedy continuation of each prompt, of a toy with repetitions penalised."""
+    tokenizer, found = job.tokenizer, []
+    for prompt in _prompts(job):
+        ids = torch.tensor([prompt], device=model.device)
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=_ANSWER_TOKENS[job.settings.is_gguf],
+            do_sample=False,
+            repetition_penalty=1.0 if job.file else 1.2,
+            pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
+        )
+        found.append(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
+    return found
+
+
+def _answers_of_llama_cpp(job: Job) -> list[str] | None:
+    """Return what llama.cpp answers with the written file; None where it is not installed."""
+    return answers(job.paths["gguf"], _prompts(job), _ANSWER_TOKENS[True])

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from ..checkpoint.checkpoint import open_quantized
 from ..checkpoint.format import Format, Runtime, format_named
 from ..errors import CheckpointError, VerificationError
+from ..files.json import write_json
 from ..hf.load import load_model
 from ..merge.plan import plan_merge
 from .logits import added, logits_of, random_ids
@@ -80,6 +81,35 @@ def check_runtime(
         return _check_adapter(run, against, base) if format.of_adapter else _check(run, against)
 
 
+def answers(
+    exported: Path, prompts: list[list[int]], tokens: int, python: str | Path | None = None
+) -> list[str] | None:
+    """Let llama.cpp answer prompts, greedily.
+
+    Args:
+        exported: a GGUF file.
+        prompts: token ids of each.
+        tokens: of an answer, at most.
+        python: interpreter that has the runtime, by default this one.
+
+    Returns:
+        The answers; None where the runtime is not installed.
+
+    Raises:
+        VerificationError: the runtime fails.
+    """
+    format, interpreter = format_named("gguf"), str(python or sys.executable)
+    if _missing(format.runtime, interpreter) is not None:
+        return None
+    with tempfile.TemporaryDirectory(prefix="qalora-answers-") as scratch:
+        asked = Path(scratch) / "asked.json"
+        write_json(asked, {"prompts": prompts, "answer_tokens": tokens})
+        run = _Run(format, interpreter, exported, Path(scratch))
+        printed = run.start(torch.tensor([prompts[0][:1]]), exported, asked)[1]
+    found: list[str] = json.loads(printed.strip().splitlines()[-1])["answers"]
+    return found
+
+
 @dataclass
 class _Run:
     """One export in one runtime."""
@@ -91,6 +121,12 @@ class _Run:
 
     def __call__(self, ids: torch.Tensor, model: Path, *arguments: Path) -> dict[str, torch.Tensor]:
         """Return what the runtime computes; `arguments` are what else its program takes."""
+        return self.start(ids, model, *arguments)[0]
+
+    def start(
+        self, ids: torch.Tensor, model: Path, *arguments: Path
+    ) -> tuple[dict[str, torch.Tensor], str]:
+        """Return what the runtime computes, and what its program prints."""
         given, out = self.scratch / "input.safetensors", self.scratch / "out.safetensors"
         save_file({"input_ids": ids}, given)
         command = [self.python, "-P", self.format.script, model, given, out, *arguments]
@@ -108,7 +144,7 @@ class _Run:
                 f"{self.exported}: {self.format.runtime.title} cannot run it (exit status "
                 f"{done.returncode}):\n{tail}"
             )
-        return load_file(out)
+        return load_file(out), done.stdout
 
     def report(
         self, difference: torch.Tensor, allowed: float, quantity: str = "logits"

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qalora_plugin.errors import QALoRAError
 from qalora_plugin.quantize import stdlib_text
-from qalora_plugin.quantize.stdlib_text import load_pairs
+from qalora_plugin.quantize.stdlib_text import load_docstrings, load_pairs
 from qalora_plugin.quickstart import embedded
 from qalora_plugin.quickstart.embedded import base_model_path
 
@@ -197,3 +197,14 @@ def test_training_script_writes_a_model_that_loads(
     model = AutoModelForCausalLM.from_pretrained(out)
     assert model.dtype == torch.bfloat16
     assert AutoTokenizer.from_pretrained(out).eos_token_id == model.config.eos_token_id
+
+
+def test_docstrings_are_one_line_and_no_function_is_in_both_splits():
+    training, held_out = load_docstrings("train"), load_docstrings("eval")
+    assert len(training) > 500 and len(held_out) > 60
+    for key in ("prompt", "completion"):
+        assert {row[key] for row in training}.isdisjoint(row[key] for row in held_out)
+    for row in training + held_out:
+        function = ast.parse(row["prompt"]).body[0]
+        assert ast.get_docstring(function) is None and len(row["prompt"]) <= 200
+        assert row["completion"].endswith(".") and "\n" not in row["completion"]

@@ -10,8 +10,9 @@ from transformers import AutoTokenizer
 from qalora_plugin.errors import ConfigError
 from qalora_plugin.quickstart.embedded import base_model_path
 from qalora_plugin.quickstart.evaluate import IGNORED, MAX_LENGTH, encode, held_out_loss
+from qalora_plugin.quickstart.job import Row
 from qalora_plugin.quickstart.report import as_json, as_text
-from qalora_plugin.quickstart.run import Result, Row
+from qalora_plugin.quickstart.run import Result, Sample
 
 ROWS = [
     {"prompt": "### Task\nAdd.\n", "completion": "def add(a, b):\n    return a + b\n"},
@@ -52,11 +53,16 @@ def test_the_result_is_a_table_and_the_same_as_json():
     names = ("16-bit base", "INT4 base", "INT4 + adapter", "merged")
     rows = [Row(name, 3 - n / 4, (n + 1) * 10**6, 16 - n) for n, name in enumerate(names)]
     paths, seconds = {"adapter": "out/adapter"}, {"quantize": 1.4, "train": 2.6}
-    result = Result(rows, True, 28, "a\nb", "c", "d", paths, seconds)
+    rows.append(Row("merged, GGUF", None, 10**6, 5))
+    samples = [Sample("a\nb", "", "c", "d"), Sample("e", "f", "g", "h", "i")]
+    result = Result(rows, True, 28, samples, paths, seconds, "run in llama.cpp")
     lines = as_text(result).splitlines()
     assert lines[3] == "INT4 base              2.7500       2.00 MB        15.00"
-    assert "held-out loss, adapter on INT-n against the 16-bit base: -0.5000" in lines
+    assert lines[6] == "merged, GGUF                -       1.00 MB         5.00"
+    assert "held-out loss, trained against the 16-bit base: -0.7500" in lines
+    assert "run in llama.cpp" in lines
     assert lines[lines.index("prompt:") + 1 :][:2] == ["    a", "    b"]
+    assert lines.count("expected:") == lines.count("after, in llama.cpp:") == 1
     assert lines[-2:] == ["adapter:   out/adapter", "time:      quantize 1 s, train 3 s"]
     found = json.loads(as_json(result))
     assert found["rows"][3] == {

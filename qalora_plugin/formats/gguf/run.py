@@ -3,8 +3,9 @@
 PYTHON run.py MODEL.gguf INPUT.safetensors OUT.safetensors [ASKED.json]
 
 INPUT holds `input_ids` int64 [B, T]; OUT gets `logprobs` fp32 [B, vocab], of the token after each
-row. ASKED holds `text` and chat `messages`. Prints one line of JSON: llama.cpp's tokens of the text
-and its answer to the messages.
+row. ASKED holds `text` and chat `messages`, or `prompts` as token ids and `answer_tokens`. Prints
+one line of JSON: llama.cpp's tokens of the text and its answer to the messages, or its greedy
+`answers`.
 """
 
 import json
@@ -27,7 +28,7 @@ def start(model: str, length: int) -> xllamacpp.Server:
     """Start a server that rounds nothing that it need not round."""
     params = xllamacpp.CommonParams()
     params.model.path = model
-    params.n_ctx = max(256, length + ANSWER_TOKENS)
+    params.n_ctx = max(256, length)
     params.n_parallel = 1
     params.n_gpu_layers = 0
     params.warmup = False
@@ -40,7 +41,10 @@ def start(model: str, length: int) -> xllamacpp.Server:
 def main() -> None:
     """Run the model on the input, and write what it computes."""
     input_ids = load_file(sys.argv[2])["input_ids"]
-    server = start(sys.argv[1], input_ids.shape[1])
+    asked = json.loads(Path(sys.argv[4]).read_text()) if sys.argv[4:] else {}
+    longest = max([input_ids.shape[1], *map(len, asked.get("prompts", []))])
+    tokens = asked.get("answer_tokens", ANSWER_TOKENS)
+    server = start(sys.argv[1], longest + tokens)
 
     def post(path: str, body: dict[str, Any]) -> dict[str, Any]:
         request = urllib.request.Request(
@@ -70,9 +74,13 @@ def main() -> None:
             row[entry["id"]] = entry["logprob"]
         rows.append(row)
     save_file({"logprobs": np.stack(rows)}, sys.argv[3])
-    result = {}
-    if sys.argv[4:]:
-        asked = json.loads(Path(sys.argv[4]).read_text())
+    result: dict[str, Any] = {}
+    if "prompts" in asked:
+        greedy = {"n_predict": asked["answer_tokens"], "temperature": 0}
+        result["answers"] = [
+            post("/completion", {"prompt": ids, **greedy})["content"] for ids in asked["prompts"]
+        ]
+    elif asked:
         body = {"content": asked["text"], "add_special": True}
         result["tokens"] = post("/tokenize", body)["tokens"]
         body = {"messages": asked["messages"], "max_tokens": ANSWER_TOKENS, "temperature": 0}
