@@ -165,6 +165,30 @@ def test_types_without_a_minimum_grow(kind, grown, tmp_path):
     _equal_models(again, scales)
 
 
+def test_a_file_that_grows_keeps_its_alignment(tmp_path):
+    path = write_gguf(tmp_path / "model.gguf", kind="Q4_0", **{"general.alignment": 256})
+    merged = _merged(path, tmp_path / "m")
+    out = export_model(merged, tmp_path / "again.gguf", "original").out
+    assert all(tensor.data_offset % 256 == 0 for tensor in gguf.GGUFReader(out).tensors)
+    _equal_models(out, merged)
+
+
+@pytest.mark.parametrize("key", ["factor", "scale_linear"])
+def test_a_rope_factor_without_a_type_is_linear(key, tmp_path):
+    name = {"factor": "llama.rope.scaling.factor", "scale_linear": "llama.rope.scale_linear"}[key]
+    path = write_gguf(tmp_path / "model.gguf", **{name: 4.0})
+    rope = open_quantized(path).reader.config["rope_parameters"]
+    assert rope == {"rope_type": "linear", "rope_theta": 50000.0, "factor": 4.0}
+
+
+def test_the_base_of_sliding_layers_is_the_files_own(tmp_path):
+    path = write_gguf(
+        tmp_path / "model.gguf", family="gemma3", **{"gemma3.rope.freq_base_swa": 5e3}
+    )
+    rope = open_quantized(path).reader.config["rope_parameters"]
+    assert rope["sliding_attention"] == {"rope_type": "default", "rope_theta": 5000.0}
+
+
 def test_offsets_of_q8_0_are_refused_before_training(tmp_path):
     path = write_gguf(tmp_path / "model.gguf", kinds={"ffn_down": "Q8_0"})
     base = import_model(path, tmp_path / "base").out

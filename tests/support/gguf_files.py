@@ -152,7 +152,9 @@ def _write_fields(writer, family, more):
         **more,
     }
     for key, value in values.items():
-        if isinstance(value, list):
+        if key == "general.alignment":
+            writer.add_custom_alignment(value)
+        elif isinstance(value, list):
             writer.add_array(key, value)
         elif isinstance(value, str):
             writer.add_string(key, value)

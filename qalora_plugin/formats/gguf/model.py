@@ -22,7 +22,7 @@ _MODEL_TYPES = {
     "gemma3": "gemma3_text",
 }
 _WIDE_GEMMAS = {"gemma2": 46, "gemma3": 62}  # layers of those that scale queries otherwise
-_LOCAL_ROPE = 10000.0  # of Gemma 3's sliding layers: llama.cpp has it built in
+_LOCAL_ROPE = 10000.0  # of Gemma 3's sliding layers, where the file does not say
 # numbers of a file that change what the model computes, and the value that we have
 _UNREAD = ("expert_count", "attention.scale", "residual_scale", "logit_scale", "embedding_scale")
 # rope_freqs.weight of Llama 3.1 and 3.3 (factor 8), and of 3.2 (factor 32)
@@ -129,11 +129,16 @@ class Model:
     def _rope(self, context: int) -> dict[str, Any]:
         rope: dict[str, Any] = {"rope_type": "default", "rope_theta": self._get("rope.freq_base")}
         rope["rope_theta"] = float(rope["rope_theta"] or 10000.0)
-        kind = self._get("rope.scaling.type", "none")
+        factor = self._get("rope.scaling.factor") or self._get("rope.scale_linear")  # its old name
+        # llama.cpp takes a factor without a type for that of linear scaling
+        kind = self._get("rope.scaling.type", "linear" if factor else "none")
         if ROPE_FACTORS in self._tensors:
             rope |= {"rope_type": "llama3", **_LLAMA3}
         elif kind in ("linear", "yarn"):
-            rope |= {"rope_type": kind, "factor": float(self._need("rope.scaling.factor"))}
+            rope |= {
+                "rope_type": kind,
+                "factor": float(factor or self._need("rope.scaling.factor")),
+            }
         elif kind != "none":
             raise CheckpointError(
                 f"{self._path}: {self._family}.rope.scaling.type {kind!r} is not read; linear, "
@@ -144,7 +149,7 @@ class Model:
             rope["original_max_position_embeddings"] = original
         if self._family != "gemma3":
             return rope
-        local = {"rope_type": "default", "rope_theta": _LOCAL_ROPE}
+        local = {"rope_type": "default", "rope_theta": self._get("rope.freq_base_swa", _LOCAL_ROPE)}
         return {"full_attention": rope, "sliding_attention": local}
 
     def set_rope_factors(self, factors: torch.Tensor) -> None:

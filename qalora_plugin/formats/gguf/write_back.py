@@ -172,6 +172,7 @@ def _write_grown(
     source = gguf.GGUFReader(base.directory)
     writer = gguf.GGUFWriter(partial, base.reader.model.architecture.name)
     _copy_fields(writer, source)
+    writer.data_alignment = source.alignment  # which general.alignment, copied too, states
     layers = {base.reader.model.names[f"{name}.weight"]: name for name in base.layers}
     for tensor in source.tensors:
         kind, name = tensor.tensor_type, layers.get(tensor.name)
