@@ -10,19 +10,20 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
 
 from ..checkpoint.format import format_named
 from ..distributed.ranks import connect, on_main_process
 from ..distributed.sharding import fsdp_enabled
 from ..errors import ConfigError
 from ..files.atomic import AtomicDirectory, ScratchDirectory, check_target, hold
-from ..files.names import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
+from ..files.names import ADAPTER_WEIGHTS_FILE
 from ..formats.export import ExportResult, check_format, export_model, export_path
 from ..merge.merge import MergeResult, merge_adapter
 from ..tuner.config import PEFT_TYPE
+from .resume import load_policy, resumed_checkpoint
 from .save import (
     adapter_directory,
+    check_head,
     quantized_base_on_disk,
     save_adapter,
     save_base,
@@ -96,7 +97,8 @@ class MergeCallback(TrainerCallback):
         """Check that there is something to merge, before hours of training.
 
         Raises:
-            ConfigError: the model has no QALORA adapter, or the training writes to the target.
+            ConfigError: the model has no QALORA adapter, or a random head that nothing saves; the
+                training writes to the target, or goes on from a checkpoint that is not found.
             OutputError: the target has been filled since, or another training has this output_dir.
             CheckpointError: a format cannot hold the base, or has no file to go back to.
             RankError: the processes cannot reach each other, as the merge will need.
@@ -120,12 +122,14 @@ class MergeCallback(TrainerCallback):
                 "Give SFTTrainer peft_config=QALoRAConfig(...)"
             )
         self._model, self._state = model, state
+        check_head(model)
         base = quantized_base_on_disk(model) if self.formats else None
         for name in self.formats:
             if base is not None:
                 check_format(base, name)
             check_target(export_path(self.out_dir, name, base))
-        self._last_checkpoint = _resumed_checkpoint(model, args, state)
+        self._last_checkpoint = resumed_checkpoint(model, args, state)
+        load_policy(model, args, state, self._last_checkpoint)
         self._processing_class = kwargs.get("processing_class")
         dataset = getattr(kwargs.get("train_dataloader"), "dataset", None)
         self._data = getattr(getattr(dataset, "info", None), "dataset_name", None)
@@ -267,22 +271,3 @@ def _base_directory(model: PeftModel, out_dir: Path) -> Iterator[Path]:
         base = scratch / "base"
         save_base(model, base)
         yield base
-
-
-def _resumed_checkpoint(
-    model: PeftModel, args: TrainingArguments, state: TrainerState
-) -> Path | None:
-    """Find the checkpoint that a training goes on from; None where it starts, or none is found.
-
-    The Trainer tells callbacks only its step and history, so both are compared.
-    """
-    if state.global_step == 0:
-        return None
-    usual = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-    for path in (Path(str(args.resume_from_checkpoint)), usual):
-        saved, adapter = path / TRAINER_STATE_NAME, adapter_directory(model, path)
-        if saved.exists() and (adapter / ADAPTER_CONFIG_FILE).exists():
-            found = TrainerState.load_from_json(str(saved))
-            if (found.global_step, found.log_history) == (state.global_step, state.log_history):
-                return path
-    return None

@@ -17,12 +17,13 @@ from ..checkpoint.checkpoint import open_quantized
 from ..checkpoint.kind import find_kind, find_model
 from ..distributed.ranks import rank
 from ..distributed.sharding import gathered, is_sharded, plain_name
-from ..errors import CheckpointError
+from ..errors import CheckpointError, ConfigError
 from ..files.hub import resolve_model_dir
 from ..files.json import read_json, write_json
 from ..files.names import CONFIG_FILE
 from ..tuner.layer import QALoRALinear
 
+_HEADS = ("classifier", "score", "qa_outputs")  # as PEFT calls them
 _log = logging.getLogger(__name__)
 
 
@@ -45,6 +46,29 @@ def quantized_base_on_disk(model: PeftModel) -> Path | None:
     if open_quantized(directory).config.merged != config.base_merged:
         return None
     return directory
+
+
+def check_head(model: PeftModel) -> None:
+    """Refuse to train on a head that neither the base's files nor the adapter's will hold.
+
+    Args:
+        model: with adapters, before training.
+
+    Raises:
+        ConfigError: the head is random in this model, and would be lost.
+    """
+    base, directory = model.get_base_model(), quantized_base_on_disk(model)
+    for name in _HEADS:
+        head = getattr(base, name, None)
+        if head is None or isinstance(head, AuxiliaryTrainingWrapper) or directory is None:
+            continue
+        if not any(key.startswith(f"{name}.") for key in open_quantized(directory).reader.tensors):
+            raise ConfigError(
+                f"{type(base).__name__}: {name} is not in the files of {directory} and so is "
+                "random here, and the adapter does not save it: a merge would lose it. Give "
+                f"QALoRAConfig the task_type of this class (SEQ_CLS for a reward model), or "
+                f"modules_to_save=[{name!r}]"
+            )
 
 
 def save_base(model: PeftModel, directory: Path) -> None:
