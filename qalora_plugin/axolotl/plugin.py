@@ -15,6 +15,7 @@ from ..files.hub import locate, resolve_model_dir
 from ..files.json import read_json
 from ..files.names import ADAPTER_CONFIG_FILE
 from ..hf.one_file import directory_of
+from ..report.page import try_report
 from ..training.figures import FiguresCallback
 from ..tuner import QALoRAConfig
 from .base import check_base, check_calibration, is_quantized, quantized_base
@@ -153,10 +154,15 @@ class QALoRAPlugin(BasePlugin):
             safe = f"the trained adapter is safe in {adapter}, but merging it failed"
             on_main_process(lambda: merge(cfg, adapter), "merging", safe)
             _export(cfg, adapter)
-            unpushed = f"{merged_dir(cfg)} is merged and complete, but it was not pushed"
+            history = self._log.history
+            unreported = f"{merged_dir(cfg)} is merged and complete, but no report was written"
             on_main_process(
-                lambda: push(cfg, merged_dir(cfg), self._log.history), "pushing", unpushed
+                lambda: try_report(cfg["output_dir"], merged=merged_dir(cfg), history=history),
+                "reporting",
+                unreported,
             )
+            unpushed = f"{merged_dir(cfg)} is merged and complete, but it was not pushed"
+            on_main_process(lambda: push(cfg, merged_dir(cfg), history), "pushing", unpushed)
 
 
 def _export(cfg: Any, adapter: Path) -> None:

@@ -1,5 +1,6 @@
 """Model cards of quantized models and of their exports: what they hold, and how exactly."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -82,6 +83,14 @@ _OUR_ENGINES = (
 def engines_of(format: str) -> tuple[Engine, ...]:
     """Return what engines do with a format, ours included."""
     return _OUR_ENGINES if format == QUANT_METHOD else format_named(format).engines
+
+
+def usage_of(format: str, path: Path) -> str:
+    """Return how a model in a format is loaded from this machine: commands, or Python."""
+    usage = _OUR_USAGE if format == QUANT_METHOD else format_named(format).usage
+    blocks = re.findall(r"```\w*\n(.*?)```", usage, flags=re.DOTALL)
+    text = "".join(blocks).format(repo_id=path, file=path)
+    return "".join(line for line in text.splitlines(True) if not line.startswith("hf download"))
 
 
 @dataclass

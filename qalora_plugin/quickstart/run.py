@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 from ..errors import VerificationError
+from ..report.figures import peak_memory
+from ..report.page import write_report
 from ..verify.export import verify_export
 from ..verify.merge import verify_merge
 from ..verify.runtime import answers
@@ -76,7 +78,7 @@ def run(settings: Settings, say: Callable[[str], None] = print) -> Result:
 
     say(f"training a QA-LoRA adapter of rank {settings.rank}, {settings.steps} steps ...")
     started = time.monotonic()
-    trained = _train(job, model)
+    trained, history = _train(job, model)
     seconds["train"] = time.monotonic() - started
     base = job.file or job.base
     rows.append(job.measure(f"{width} + adapter", trained, base, paths["adapter"]))
@@ -98,20 +100,30 @@ def run(settings: Settings, say: Callable[[str], None] = print) -> Result:
         runtime, others = written.as_text(), _answers_of_llama_cpp(job) or others
         rows.append(job.measure("merged, GGUF", None, paths["gguf"]))
         seconds["gguf"] = time.monotonic() - started
-    return Result(
+    texts = [sample | {"before": text} for sample, text in zip(job.samples, before, strict=True)]
+    result = Result(
         rows=rows,
         merged_equals_unmerged=equal,
         verified_layers=report.layers,
         samples=[
-            Sample(sample["prompt"], sample["expected"], *answers)
-            for sample, answers in zip(
-                job.samples, zip(before, after, others, strict=True), strict=True
-            )
+            Sample(**known, after=text, llama_cpp=other)
+            for known, text, other in zip(texts, after, others, strict=True)
         ],
         paths={name: str(path) for name, path in paths.items()},
         seconds=seconds,
         runtime=runtime,
     )
+    measured = dataclasses.asdict(result)
+    page = write_report(
+        settings.out,
+        history=history,
+        proof=report.as_dict(),
+        memory=peak_memory(),
+        settings={"steps": settings.steps, "learning_rate": settings.learning_rate},
+        **{name: measured[name] for name in ("rows", "samples", "seconds")},
+    )
+    result.paths["report"] = str(page)
+    return result
 
 
 def _quantize(job: Job) -> None:
@@ -132,8 +144,11 @@ def _quantize(job: Job) -> None:
     )
 
 
-def _train(job: Job, model: Any) -> Any:
-    """Train with an SFTTrainer as a user writes it; return the model, adapter and merge written."""
+def _train(job: Job, model: Any) -> tuple[Any, list[dict[str, Any]]]:
+    """Train with an SFTTrainer as a user writes it, which writes adapter and merge.
+
+    Returns the model and the trainer's log.
+    """
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
@@ -141,6 +156,7 @@ def _train(job: Job, model: Any) -> Any:
     from ..tuner import QALoRAConfig
 
     settings, gpu = job.settings, torch.cuda.is_available()
+    formats = ["original"] if job.file else []
     trainer = SFTTrainer(
         model,
         args=SFTConfig(
@@ -164,11 +180,11 @@ def _train(job: Job, model: Any) -> Any:
         peft_config=QALoRAConfig(
             r=settings.rank, lora_alpha=2 * settings.rank, seed=settings.seed, task_type="CAUSAL_LM"
         ),
-        callbacks=[MergeCallback(job.paths["merged"], formats=["original"] if job.file else [])],
+        callbacks=[MergeCallback(job.paths["merged"], formats=formats, report=False)],
     )
     trainer.train()
     trainer.save_model(str(job.paths["adapter"]))
-    return trainer.model.eval()
+    return trainer.model.eval(), trainer.state.log_history
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """`MergeCallback`: the merged INT-n checkpoint at the end of a TRL or transformers training."""
 
 import logging
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ from ..files.atomic import AtomicDirectory, ScratchDirectory, check_target, hold
 from ..files.names import ADAPTER_WEIGHTS_FILE
 from ..formats.export import ExportResult, check_format, export_model, export_path
 from ..merge.merge import MergeResult, merge_adapter
+from ..report.page import try_report
 from ..tuner.config import PEFT_TYPE
 from .resume import load_policy, resumed_checkpoint
 from .save import (
@@ -59,6 +61,7 @@ class MergeCallback(TrainerCallback):
         push_to_hub: bool = False,
         repo_id: str | None = None,
         private: bool = True,
+        report: bool = True,
     ) -> None:
         """Check the target; nothing is written yet.
 
@@ -70,6 +73,7 @@ class MergeCallback(TrainerCallback):
             push_to_hub: also push the merged checkpoint, with a model card.
             repo_id: where to: `name` or `org/name`; by default the directory's name.
             private: whether a repository that has to be made is private.
+            report: write report.html and report.json into the training's output_dir.
 
         Raises:
             OutputError: the target is not empty, or cannot be written.
@@ -80,6 +84,7 @@ class MergeCallback(TrainerCallback):
         self.push_to_hub = push_to_hub
         self.repo_id = repo_id
         self.private = private
+        self.report = report
         self.result: MergeResult | None = None
         """What was written, None before."""
         self.exported: list[ExportResult] = []
@@ -89,6 +94,7 @@ class MergeCallback(TrainerCallback):
         self._data: str | None = None
         self._state: TrainerState | None = None
         self._load_best = False
+        self._started = time.monotonic()
         self._last_checkpoint: Path | None = None
 
     def on_train_begin(
@@ -134,6 +140,7 @@ class MergeCallback(TrainerCallback):
         dataset = getattr(kwargs.get("train_dataloader"), "dataset", None)
         self._data = getattr(getattr(dataset, "info", None), "dataset_name", None)
         self._load_best = args.load_best_model_at_end
+        self._started = time.monotonic()
         connect()
 
     def on_save(
@@ -172,6 +179,14 @@ class MergeCallback(TrainerCallback):
         if self.formats:
             failed = f"merged into {self.out_dir}, but not exported"
             on_main_process(lambda: self._export(adapter), "exporting", failed)
+        if self.report:
+            given = {
+                "merged": self.out_dir,
+                "history": state.log_history,
+                "seconds": {"train": time.monotonic() - self._started},
+            }
+            failed = f"merged into {self.out_dir}, but no report was written"
+            on_main_process(lambda: try_report(args.output_dir, **given), "reporting", failed)
         on_main_process(self._push, "pushing", f"merged into {self.out_dir}, but not pushed")
 
     def merge_last_checkpoint(self) -> MergeResult | None:
