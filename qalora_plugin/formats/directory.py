@@ -16,7 +16,6 @@ from qalora_kernels.groups import expand
 from qalora_kernels.stored import TensorPlan
 
 from ..checkpoint.checkpoint import QuantizedCheckpoint
-from ..checkpoint.side_files import copy_side_files
 from ..files.atomic import AtomicDirectory
 from ..files.json import write_json
 from ..files.names import CONFIG_FILE
@@ -137,6 +136,6 @@ def write_directory(
 
     with directory as partial:
         write_weights(partial, plan, copies, convert, metadata=metadata, progress=progress)
-        copy_side_files(source.directory, partial)
+        source.write_side_files(partial)
         write_json(partial / CONFIG_FILE, config)
     return directory.target

@@ -125,9 +125,18 @@ def _verify_weights(
     weights: ExportedWeights = format.module("weights").Weights(path, source)
     layers = {f"{name}.weight": name for name in source.layers}
     names = [*layers, *source.dense_names]
+
+    def dense(layer: str) -> bool:
+        return bool(format.grids.obstacle(source.layers[layer], source.config.desc_act))
+
     largest, unchecked, equal = 0.0, 0, 0
     for done, name in enumerate(names, start=1):
         found = weights.get(name)
+        if found is None and name in layers and not dense(layers[name]):
+            raise VerificationError(
+                f"{path}: expected a tensor for {name} of {source.directory}, found none. Export "
+                "again."
+            )
         if found is None:
             unchecked += 1
         elif name in layers:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.random_adapter import random_adapter
-from transformers import LlamaConfig
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from qalora_plugin import merge_adapter, quantize_model
 from qalora_plugin.checkpoint.checkpoint import open_quantized
@@ -15,7 +15,7 @@ from qalora_plugin.errors import CheckpointError, ConfigError
 from qalora_plugin.formats.export import export_model
 from qalora_plugin.verify.export import verify_export
 
-from .weights import ACT_ORDER, BLOCKS_OF_32, FIXTURES, STOCK
+from .weights import ACT_ORDER, BLOCKS_OF_32, FIXTURES, STOCK, with_tokenizer
 
 
 @pytest.mark.parametrize(
@@ -81,6 +81,19 @@ def test_one_group_short_groups_and_mixed_bits(dense_dir, tmp_path):
     # groups of 32 in 172 inputs
     assert (cut["weights"]["num_bits"], cut["weights"]["group_size"]) == (8, 4)
     assert cut["targets"] == [f"model.layers.{i}.mlp.down_proj" for i in range(2)]
+
+
+def test_a_base_of_this_format_goes_to_llama_cpp_as_it_is(tmp_path):
+    """The integers have other names there than in our own format, and none may be left out."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**BLOCKS_OF_32)).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "dense")
+    base = with_tokenizer(tmp_path / "dense", tmp_path / "model")
+    quantize_model(base, tmp_path / "int", method="rtn", zero_points="integer")
+    held = export_model(tmp_path / "int", tmp_path / "ct", "compressed-tensors").out
+    gguf = export_model(held, tmp_path / "model.gguf", "gguf").out
+    report = verify_export(gguf, held)
+    assert (report.layers, report.unchecked) == (len(open_quantized(held).layers), 0)
 
 
 def test_what_it_cannot_hold_is_refused_by_name(tmp_path):

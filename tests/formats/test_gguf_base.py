@@ -300,6 +300,14 @@ def test_tokenizer_is_the_files_own(tmp_path):
     assert made.decode(ids) == "the cat and 123<tool>\n<|end|>"
 
 
+def test_an_export_of_the_file_itself_brings_the_tokenizer(tmp_path):
+    path = write_gguf(tmp_path / "model.gguf")
+    out = export_model(path, tmp_path / "mlx", "mlx").out
+    assert AutoTokenizer.from_pretrained(out).chat_template == TEMPLATE
+    with pytest.raises(CheckpointError, match=r"model.gguf: is a GGUF file already.*qalora import"):
+        export_model(path, tmp_path / "again.gguf", "gguf")
+
+
 def test_tokenizer_with_scores(tmp_path):
     pieces, scores, types = sentencepiece()
     fields = {

@@ -175,7 +175,7 @@ class Metadata:
         names = {}
         for tensor in source.reader.tensors:
             layer, _, part = tensor.rpartition(".")
-            if tensor not in other and part != "qweight":
+            if tensor not in other and part != source.integers:
                 continue
             wanted = tensor if tensor in other else f"{layer}.weight"
             if tied and wanted == "lm_head.weight":

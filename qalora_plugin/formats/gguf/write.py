@@ -64,8 +64,14 @@ def check(source: QuantizedCheckpoint) -> tuple[Metadata, Tokenizer, dict[str, s
     """Return what the file will say of the model, and the names of its tensors there.
 
     Raises:
-        CheckpointError: llama.cpp has not its architecture, tokenizer, or a tensor.
+        CheckpointError: llama.cpp has not its architecture, tokenizer, or a tensor; or it is a GGUF
+            file.
     """
+    if source.format == FORMAT.name:
+        raise CheckpointError(
+            f"{source.directory}: is a GGUF file already. To have its layers in Q4_1, `qalora "
+            "import` it, and export what that makes."
+        )
     metadata = Metadata(source)
     tokenizer = Tokenizer(source.directory, metadata.config.vocab_size)
     return metadata, tokenizer, metadata.tensor_names(source)

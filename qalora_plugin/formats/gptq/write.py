@@ -23,7 +23,6 @@ from qalora_kernels.stored import TensorPlan
 from ..._version import __version__
 from ...architecture.model import read_architecture
 from ...checkpoint.checkpoint import QuantizedCheckpoint, open_quantized
-from ...checkpoint.side_files import copy_side_files
 from ...errors import ConfigError
 from ...files.atomic import AtomicDirectory
 from ...files.json import write_json
@@ -114,7 +113,7 @@ def write_stock_gptq(
     with directory as partial:
         metadata = bound_to(config)
         write_weights(partial, plan, copies, convert, metadata=metadata, progress=progress)
-        copy_side_files(source.directory, partial)
+        source.write_side_files(partial)
         write_json(partial / CONFIG_FILE, config)
         write_json(partial / QUANTIZE_CONFIG_FILE, quantize_config)
     return directory.target
