@@ -85,7 +85,12 @@ def bits2(driver):
     except SystemExit as done:
         found["merge_exit"] = done.code
     found |= driver.result("bits2")
-    found["second_merge"] = refusal(lambda: merge_lora.do_cli(driver.recipe, **settings))
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said):
+            merge_lora.do_cli(driver.recipe, **settings)
+    except SystemExit as done:
+        found["second_exit"], found["second_merge"] = done.code, said.getvalue()
     found["second_train"] = refusal(lambda: driver.train("bits2", qalora={"bits": 2}))
     merged = str(driver.work / "bits2" / "merged")
     found["merged_answer"] = ask(driver, settings | {"base_model": merged})

@@ -72,10 +72,11 @@ def test_evaluate_and_inference(driven):
     assert "lora_model_dir" in found["no_base"]
 
 
-def test_merge_lora_merges_or_refuses(driven):
+def test_merge_lora_merges_or_says_that_training_has_merged(driven):
     found = driven["bits2"]
     assert found["merge_exit"] == 0
-    assert "qalora verify" in found["second_merge"]
+    assert found["second_exit"] == 0
+    assert "merged this adapter already" in found["second_merge"]
     assert "earlier run" in found["second_train"]
 
 

@@ -12,6 +12,7 @@ from ..files.json import read_json
 from ..formats.export import check_format, export_model, export_path
 from ..hub.push import push_merged
 from ..merge.merge import merge_adapter
+from ..verify.merge import verify_merge
 
 LOG = logging.getLogger(__name__)
 MERGED_DIR = "merged"
@@ -90,6 +91,29 @@ def merge(cfg: Any, adapter: Path) -> None:
     """
     result = merge_adapter(adapter, merged_dir(cfg))
     LOG.info("qalora: merged %d layers into %s", result.layers, result.out)
+
+
+def merged_before(cfg: Any, adapter: Path) -> str | None:
+    """Say in one line that an adapter is merged already; None where nothing is in its place.
+
+    Raises:
+        ConfigError: output_dir/merged is there, and is not what base and adapter make.
+    """
+    merged = merged_dir(cfg)
+    if not merged.is_dir() or not any(merged.iterdir()):
+        return None
+    try:
+        report = verify_merge(merged, adapter)
+    except QALoRAError as error:
+        raise ConfigError(
+            f"{merged}: expected no such directory, or this adapter merged, found another result "
+            f"({error}). Check it with `qalora verify {merged} --adapter {adapter}`, or move it "
+            "away to merge again"
+        ) from error
+    return (
+        f"{merged}: training has merged this adapter already, and all {report.layers} layers are "
+        "the same bit for bit: there is nothing to do"
+    )
 
 
 def export(cfg: Any, adapter: Path) -> None:

@@ -20,7 +20,16 @@ from ..training.figures import FiguresCallback
 from ..tuner import QALoRAConfig
 from .base import check_base, check_calibration, is_quantized, quantized_base
 from .checks import ADAPTER, check_config
-from .finish import check_formats, check_free, drop_torn_checkpoint, export, merge, merged_dir, push
+from .finish import (
+    check_formats,
+    check_free,
+    drop_torn_checkpoint,
+    export,
+    merge,
+    merged_before,
+    merged_dir,
+    push,
+)
 from .rates import set_scale_rate
 
 LOG = logging.getLogger(__name__)
@@ -47,6 +56,7 @@ class QALoRAPlugin(BasePlugin):
         Raises:
             ConfigError: a key that contradicts `adapter: qalora`.
             CheckpointError: the base cannot be read.
+            SystemExit: merge-lora finds that training has merged this adapter already.
         """
         check_config(cfg)
         if cfg.get("adapter") != ADAPTER:
@@ -56,11 +66,16 @@ class QALoRAPlugin(BasePlugin):
         if cfg.get("merge_lora"):
             # the other method copies a quantized base unmerged; this one asks pre_model_load
             cfg["merge_method"] = "legacy"
-            _refuse_second_merge(cfg)
         adapter = _adapter_directory(cfg)
         if adapter is not None:
             # evaluate, inference, merge-lora: the base is the one that the adapter was trained on
             _use_base(cfg, _base_of(adapter) or cfg["base_model"])
+        done = (
+            merged_before(cfg, adapter) if adapter is not None and cfg.get("merge_lora") else None
+        )
+        if done is not None:
+            print(done)
+            raise SystemExit(0)
 
     def load_datasets(self, cfg: Any, preprocess: bool = False) -> Any:
         """Load Axolotl's data sets before training, and quantize a 16-bit base on their text."""
@@ -236,12 +251,3 @@ def _base_of(adapter: Path) -> str | None:
         )
     stored = read_json(config).get("base_model_name_or_path")
     return locate(stored, adapter) if stored else None
-
-
-def _refuse_second_merge(cfg: Any) -> None:
-    merged = merged_dir(cfg)
-    if merged.is_dir() and any(merged.iterdir()):
-        raise ConfigError(
-            f"{merged}: training has merged this adapter already. Check it with `qalora verify "
-            f"{merged} --adapter {cfg['output_dir']}`, or move it away to merge again"
-        )

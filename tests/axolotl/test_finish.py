@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 from support.gguf_files import write_gguf
+from support.random_adapter import random_adapter
 
 from qalora_plugin.axolotl import finish
 from qalora_plugin.axolotl.base import check_calibration
+from qalora_plugin.checkpoint.checkpoint import open_quantized
 from qalora_plugin.checkpoint.convert import import_model
 from qalora_plugin.errors import ConfigError, OutputError
 
@@ -151,3 +153,15 @@ def test_pushing_needs_a_hub_model_id(monkeypatch, tmp_path):
     assert pushed == []
     finish.push(Config(hub_model_id="me/m", datasets=[{"path": "d"}]), tmp_path, history)
     assert pushed == [(tmp_path, "me/m-merged", {"data": "d", "log_history": history})]
+
+
+def test_merged_already_is_said_or_another_result_refused(tmp_path):
+    base = open_quantized(STOCK)
+    cfg = Config(output_dir=str(random_adapter(base, tmp_path / "run")))
+    assert finish.merged_before(cfg, tmp_path / "run") is None
+    finish.merge(cfg, tmp_path / "run")
+    said = finish.merged_before(cfg, tmp_path / "run")
+    assert f"all {len(base.layers)} layers are the same" in said and "\n" not in said
+    other = random_adapter(base, tmp_path / "other", size=0.05)
+    with pytest.raises(ConfigError, match=r"another result .*qalora verify"):
+        finish.merged_before(cfg, other)
