@@ -240,7 +240,7 @@ class Format:
         except ImportError as error:
             raise ConfigError(
                 f"format {self.name!r} needs the package {module.partition('.')[0]!r} ({error}). "
-                "Install it with: pip install 'qalora-plugin[export]'"
+                "Install what exports need: pip install '.[export]', in a clone of qalora-plugin"
             ) from error
 
     def check_libraries(self) -> None:

@@ -21,7 +21,7 @@ def add_parser(subparsers: Any) -> None:
     add = parser.add_argument
     add("adapter", help="directory of the adapter, or a Hub id")
     add("--out", required=True, metavar="DIR", help="directory to make")
-    about = "the quantized base, ours or stock GPTQ (default: what the adapter's config names)"
+    about = "the quantized base, in any format (default: what the adapter's config names)"
     add("--base", metavar="DIR", help=about)
     about = (
         "how the adapter was trained to pool its inputs, where its config does not say: mean "

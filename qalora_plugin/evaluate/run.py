@@ -148,8 +148,8 @@ def _harness() -> Any:
         import lm_eval.tasks
     except ImportError as error:
         raise ConfigError(
-            f"evaluating needs lm-evaluation-harness ({error}). Install it with: "
-            "pip install 'qalora-plugin[eval]'"
+            f"evaluating needs lm-evaluation-harness ({error}). Install it: pip install "
+            "'.[eval]', in a clone of qalora-plugin"
         ) from error
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of a model that is no string
     return lm_eval

@@ -156,7 +156,8 @@ def check_manifest(directory: str | Path) -> bool:
     _check_weights_listed(directory, files)
     present = [name for name in files if _check_size(directory, name, files[name]["size"])]
     if _skips():
-        _log.warning("%s: hashes are not checked, as %s says", directory, SKIP_VARIABLE)
+        asked = "this run was asked (--no-hash-check)" if _skipped else f"{SKIP_VARIABLE} says"
+        _log.warning("%s: hashes are not checked, as %s", directory, asked)
         return False
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         digests = pool.map(lambda name: file_sha256(directory / name), present)

@@ -142,6 +142,11 @@ def export_path(merged: Path, format: str, base: str | Path | None) -> Path:
     return path if source is None else path.with_name(path.name + source.suffix)
 
 
+def is_file_name(path: str | Path) -> bool:
+    """Say whether a name is read as that of a model in one file, such as model.gguf."""
+    return Path(path).suffix in {format.suffix for format in formats() if format.suffix}
+
+
 def export_model(
     source: str | Path,
     out: str | Path,
@@ -156,12 +161,14 @@ def export_model(
         source: the merged model: a directory in our format or stock GPTQ, or a Hub id. For "lora",
             the adapter.
         out: the directory to make (for "gguf", the file); it must not exist.
-        format: "gptq", "compressed-tensors", "gguf", "mlx", "onnx", "torchao" or "lora".
+        format: "gptq", "compressed-tensors", "gguf", "mlx", "onnx", "torchao", "lora", or
+            "original": the base's own file or directory again.
         progress: called with (tensors written, tensors in all).
-        options: `base` and `convention` for "lora", as `merge_adapter` has them;
-            `exact` for "gguf" (layers in fp32); `checkpoint_format` for "gptq" ("gptq", or
-            "gptq_v2" for GPTQModel); for "gptq" and "compressed-tensors" `requantize`, and the
-            settings that go with it (see `formats.requantize.Text`).
+        options: `base` and `convention` for "lora", as `merge_adapter` has them; `original` for
+            "original" (where the base's file lies by now); `exact` for "gguf" (layers in fp32);
+            `checkpoint_format` for "gptq" ("gptq", or "gptq_v2" for GPTQModel); for "gptq" and
+            "compressed-tensors" `requantize`, and the settings that go with it (see
+            `formats.requantize.Text`).
 
     Returns:
         What was written, and how exactly.
@@ -181,8 +188,13 @@ def export_model(
     found.check_libraries()
     if not found.of_adapter:
         check_fit(open_quantized(source))
-    write = found.module("write").export
-    if Path(out).suffix in {other.suffix for other in formats() if other.suffix} or found.suffix:
+    write, names_file = found.module("write").export, is_file_name(out)
+    if names_file and not (found.suffix or found.of_source):
+        raise ConfigError(
+            f"{out}: expected the name of a directory, which format {format!r} is, found one that "
+            f"ends in {Path(out).suffix}. Choose another name."
+        )
+    if names_file or found.suffix:
         # a file says itself what it is
         result: ExportResult = write(source, out, progress=progress, **options)
         return result

@@ -13,6 +13,7 @@ from qalora_kernels.stored import QUANT_METHOD
 
 from ..checkpoint.checkpoint import QuantizedCheckpoint, open_quantized
 from ..checkpoint.format import Engine, format_named
+from ..checkpoint.kind import find_kind
 from ..errors import OutputError, QALoRAError
 from ..files.hub import hub_failures, public_name
 from ..files.inside import check_inside, check_regular
@@ -31,7 +32,7 @@ _BASE = "This is the quantized base, to train adapters on; it was not fine-tuned
 _OUR_USAGE = """**Needs the `qalora_plugin` package.** Without it transformers refuses to load it.
 
 ```python
-import qalora_plugin  # pip install qalora-plugin
+import qalora_plugin  # the package qalora-plugin
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("{repo_id}")
@@ -163,6 +164,8 @@ def find_subject(path: str | Path) -> Subject:
         if checkpoint.is_foreign:
             raise OutputError(f"It is a model in format {checkpoint.format}.")
     except QALoRAError as error:
+        if path.is_dir() and find_kind(path).method == QUANT_METHOD:
+            raise OutputError(str(error)) from error  # it is ours, and damaged
         raise OutputError(
             f"{path}: is neither a model in qalora's format nor an export by `qalora export` (no "
             f"{RECORD_FILE}). {error}"

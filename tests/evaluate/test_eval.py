@@ -54,4 +54,4 @@ def test_what_is_refused_before_anything_is_loaded(tmp_path, capsys):
     assert "nowhere" in capsys.readouterr().err
     if importlib.util.find_spec("lm_eval") is None:
         assert main(["eval", str(llama_dir), "--tasks", "x"]) == 1
-        assert "pip install 'qalora-plugin[eval]'" in capsys.readouterr().err
+        assert "pip install '.[eval]', in a clone" in capsys.readouterr().err

@@ -155,8 +155,10 @@ def test_hashes_can_be_left_out_and_it_is_said(directory, caplog, monkeypatch):
     with unchecked_hashes():
         assert check_manifest(directory) is False
     assert "hashes are not checked" in caplog.text and str(directory) in caplog.text
+    assert "--no-hash-check" in caplog.text and "QALORA_NO_HASH_CHECK" not in caplog.text
     monkeypatch.setenv("QALORA_NO_HASH_CHECK", "1")
     assert check_manifest(directory) is False
+    assert "as QALORA_NO_HASH_CHECK says" in caplog.text
     edit_json(directory / "config.json", model_type="gpt2")  # configs are compared all the same
     with pytest.raises(CheckpointError, match="model_type"):
         check_manifest(directory)

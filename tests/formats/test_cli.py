@@ -79,5 +79,5 @@ def test_missing_library_names_the_extra(
     monkeypatch.setitem(sys.modules, "gguf", None)
     source = str(quantized(4).directory)
     assert main(["export", source, "--format", "gguf", "--out", str(tmp_path / "m.gguf")]) == 1
-    assert "pip install 'qalora-plugin[export]'" in capsys.readouterr().err
+    assert "pip install '.[export]', in a clone" in capsys.readouterr().err
     assert not any(tmp_path.iterdir())

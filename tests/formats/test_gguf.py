@@ -32,7 +32,7 @@ from qalora_plugin.verify.export import verify_export
 
 from .weights import ACT_ORDER, BLOCKS_OF_32, SIZES, error_in_steps, exact_weight
 
-gguf = pytest.importorskip("gguf", reason="needs gguf: pip install 'qalora-plugin[export]'")
+gguf = pytest.importorskip("gguf", reason="needs gguf: pip install '.[export]'")
 
 PARTS = {
     "self_attn.q_proj": "attn_q",

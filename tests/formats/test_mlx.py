@@ -19,7 +19,7 @@ from qalora_plugin.verify.export import verify_export
 
 from .weights import ACT_ORDER, FIXTURES, error_in_steps
 
-mx = pytest.importorskip("mlx.core", reason="needs MLX: pip install 'qalora-plugin[export]'")
+mx = pytest.importorskip("mlx.core", reason="needs MLX: pip install '.[export]'")
 PARTS = ("weight", "scales", "biases")
 
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from qalora_plugin import QALoRAConfig, QALoRAQuantConfig, export_model, merge_adapter
 from qalora_plugin.checkpoint.checkpoint import open_quantized
 from qalora_plugin.cli import main as cli
-from qalora_plugin.errors import CheckpointError
+from qalora_plugin.errors import CheckpointError, ConfigError
 from qalora_plugin.formats.directory import dense_weight
 from qalora_plugin.verify.merge import verify_merge
 
@@ -206,3 +206,11 @@ def test_what_is_not_read_is_refused_by_name(case, tmp_path):
         AutoModelForCausalLM.from_pretrained(directory)
     assert cli(["import", str(directory), "--out", str(tmp_path / "out")]) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_directory_gets_no_name_of_a_file(tmp_path):
+    merged = _merged(MIXED, tmp_path)
+    for format in ("mlx", "original"):
+        with pytest.raises(ConfigError, match=r"name of a directory.*ends in \.gguf"):
+            export_model(merged, tmp_path / "out.gguf", format)
+    assert not (tmp_path / "out.gguf").exists()

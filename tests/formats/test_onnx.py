@@ -11,7 +11,7 @@ from qalora_plugin.formats.onnx.write import matmul_nbits
 
 from .weights import ACT_ORDER, SIZES, error_in_steps
 
-REASON = "needs onnxruntime: pip install 'qalora-plugin[export]'"
+REASON = "needs onnxruntime: pip install '.[export]'"
 onnx = pytest.importorskip("onnx", reason=REASON)
 onnxruntime = pytest.importorskip("onnxruntime", reason=REASON)
 

@@ -96,7 +96,7 @@ def test_a_runtime_that_is_not_installed_is_named(tmp_path, capsys):
 
 
 def test_rounding_of_activations_is_ggmls(sources, tmp_path):
-    gguf = pytest.importorskip("gguf", reason="needs gguf: pip install 'qalora-plugin[export]'")
+    gguf = pytest.importorskip("gguf", reason="needs gguf: pip install '.[export]'")
     x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
     x[0, :32] = 0
     kind = gguf.GGMLQuantizationType.Q8_0  # the same numbers as Q8_1, which adds their sum

@@ -12,7 +12,7 @@ from qalora_plugin.formats.export import export_model
 
 from .weights import ACT_ORDER, error_in_steps
 
-pytest.importorskip("torchao", reason="needs torchao: pip install 'qalora-plugin[export]'")
+pytest.importorskip("torchao", reason="needs torchao: pip install '.[export]'")
 
 
 def dequantized(directory):

@@ -17,7 +17,7 @@ from qalora_plugin.verify.export import verify_export
 
 from .weights import SIZES, STOCK
 
-REASON = "needs the format's library: pip install 'qalora-plugin[export]'"
+REASON = "needs the format's library: pip install '.[export]'"
 LIBRARIES = {"mlx": "mlx.core", "torchao": "torchao", "gguf": "gguf", "onnx": "onnx_ir"}
 
 

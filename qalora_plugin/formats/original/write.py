@@ -8,7 +8,7 @@ from ...checkpoint.format import Format, format_named
 from ...checkpoint.source import SOURCE_KEY, check_source
 from ...errors import CheckpointError, ConfigError
 from ...files.hub import locate
-from ..export import ExportResult, Progress
+from ..export import ExportResult, Progress, is_file_name
 
 
 def export(
@@ -34,6 +34,11 @@ def export(
     path = Path(out).expanduser()
     if format.suffix and path.suffix != format.suffix:
         raise ConfigError(f"{path}: expected the name of a file that ends in {format.suffix}")
+    if not format.suffix and is_file_name(path):
+        raise ConfigError(
+            f"{path}: expected the name of a directory, which the base is, found one that ends in "
+            f"{path.suffix}. Choose another name."
+        )
     original = _open(merged, record, given.get("original"))
     if original.format != format.name:
         raise CheckpointError(
