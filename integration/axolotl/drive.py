@@ -154,7 +154,9 @@ def dpo(driver):
     formats = {f"{part}_format": f"{{{part}}}" for part in parts}
     data = {"path": str(path), "ds_type": "json", "split": "train", "type": fields | formats}
     block = {"quantize_method": "rtn"}
-    return driver.train("dpo", rl="dpo", max_steps=2, val_set_size=0, qalora=block, datasets=[data])
+    return driver.train(
+        "dpo", rl="dpo", max_steps=10, val_set_size=0, qalora=block, datasets=[data]
+    )
 
 
 def resumed(driver):

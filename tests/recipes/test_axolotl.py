@@ -1,5 +1,6 @@
 """Each Axolotl recipe passes the plugin's own checks, at every width that its comment offers."""
 
+import importlib.util
 import re
 from pathlib import Path
 
@@ -13,7 +14,8 @@ ROOT = Path(__file__).parents[2]
 README = (ROOT / "recipes" / "README.md").read_text()
 MODELS = sorted((ROOT / "recipes" / "models").glob("*.yaml"))
 PAPER = sorted((ROOT / "recipes" / "paper").glob("*.yaml"))
-RECIPES = [*MODELS, *PAPER, ROOT / "recipes" / "quickstart.yaml"]
+PREFERENCE = sorted((ROOT / "recipes" / "preference").glob("*.yaml"))
+RECIPES = [*MODELS, *PAPER, *PREFERENCE, ROOT / "recipes" / "quickstart.yaml"]
 
 
 def paper_models():
@@ -57,3 +59,21 @@ def test_the_papers_recipe_is_the_first_row_of_its_table(path):
     assert recipe | rows[0] == recipe
     for row in rows:
         assert row["micro_batch_size"] * row["gradient_accumulation_steps"] == 16
+
+
+def test_preference_recipes_name_their_method():
+    assert [path.stem for path in PREFERENCE] == ["dpo", "grpo", "kto", "orpo"]
+    for path in PREFERENCE:
+        assert yaml.safe_load(path.read_text())["rl"] == path.stem
+
+
+def test_rewards_of_gsm8k():
+    path = ROOT / "recipes" / "preference" / "gsm8k_rewards.py"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    rewards = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(rewards)
+    row, _ = rewards.transform(None)
+    answer = row({"question": "1000 + 1?", "answer": "so\n#### 1,001"})["answer"]
+    texts = ["so 1001", "1,001", "1001, no: 7", "none"]
+    assert rewards.right_number([""] * 4, texts, [answer] * 4) == [1, 1, 0, 0]
