@@ -94,7 +94,7 @@ def as_html(figures: Mapping[str, Any], title: str) -> str:
     if "not_measured" in figures:
         body += f'<p class="note">Not measured: {escape(figures["not_measured"])}</p>'
     if not charts.has_charts():
-        body += '<p class="note">Charts need pygal: pip install "qalora-plugin[report]".</p>'
+        body += '<p class="note">Charts need pygal: pip install ".[report]", in a clone.</p>'
     return (
         '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
