@@ -1,7 +1,7 @@
 """The numbers that an adapter may hold, whoever reads it."""
 
 from ..errors import AdapterError
-from ..files.reader import CheckpointReader
+from ..files.reader import CheckpointReader, all_finite
 
 _MATRICES = ("A.weight", "B.weight")
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
@@ -24,7 +24,7 @@ def check_adapter_values(reader: CheckpointReader) -> None:
                 "damaged, or was written wrongly: save the adapter again."
             )
         tensor = reader.get(key)
-        if tensor.is_floating_point() and not tensor.isfinite().all():
+        if tensor.is_floating_point() and not all_finite(tensor):
             raise AdapterError(
                 f"{info.file}: {key} holds NaN or infinity: training diverged. Use an earlier "
                 "checkpoint, or a lower learning rate."

@@ -110,8 +110,12 @@ class QuantizedCheckpoint:
         """Write what belongs to the model beside weights and config: tokenizer, licence, ..."""
         copy_side_files(self.directory, target)
 
-    def layer(self, name: str) -> "PackedWeight":
+    def layer(self, name: str, *, integers: bool = True) -> "PackedWeight":
         """Read one layer, its values checked.
+
+        Args:
+            name: of the layer.
+            integers: of our format, False leaves them out: `qweight` is on the meta device.
 
         Returns:
             Scales [G, N] in fp32, each representable in fp16, and offsets [G, N] in fp32, each
@@ -121,9 +125,12 @@ class QuantizedCheckpoint:
         Raises:
             CheckpointError: a scale or offset that is not finite, or a group index out of range.
         """
-        weight = self._read_layer(name)
+        weight = self._read_layer(name) if integers else self._read_grid(name)
         check_values(self.where(name), weight)
         return weight
+
+    def _read_grid(self, name: str) -> "PackedWeight":
+        return read_layer(self.reader, name, self.layers[name], integers=False)
 
     def _read_layer(self, name: str) -> "PackedWeight":
         return read_layer(self.reader, name, self.layers[name])

@@ -43,14 +43,26 @@ def pack_layer(name: str, weight: "PackedWeight") -> "dict[str, torch.Tensor]":
     return tensors
 
 
-def read_layer(reader: CheckpointReader, name: str, spec: QuantSpec) -> "PackedWeight":
-    """Return the layer that `pack_layer` stored, its scales and offsets in fp32."""
+def read_layer(
+    reader: CheckpointReader, name: str, spec: QuantSpec, *, integers: bool = True
+) -> "PackedWeight":
+    """Return the layer that `pack_layer` stored, its scales and offsets in fp32.
+
+    Without `integers` its qweight is not read: it has a shape alone, on the meta device.
+    """
+    import torch
+
     from qalora_kernels import PackedWeight, load_offsets
 
     scales = reader.get(f"{name}.scales").float()
     offsets = load_offsets(reader.get(f"{name}.offsets"), scales, spec).float()
     g_idx = reader.get(f"{name}.g_idx") if f"{name}.g_idx" in reader else None
-    return PackedWeight(reader.get(f"{name}.qweight"), scales, offsets, g_idx, spec)
+    if integers:
+        qweight = reader.get(f"{name}.qweight")
+    else:
+        shape = (spec.packed_rows, spec.out_features)
+        qweight = torch.empty(shape, dtype=torch.int32, device="meta")
+    return PackedWeight(qweight, scales, offsets, g_idx, spec)
 
 
 def quantized_layers(names: Iterable[str]) -> list[str]:

@@ -10,7 +10,7 @@ from qalora_kernels.stored import GUARD, is_excluded, layer_header
 
 from ..errors import CheckpointError
 from ..files.names import CONFIG_FILE
-from ..files.reader import CheckpointReader
+from ..files.reader import CheckpointReader, all_finite
 from .config import QALoRAQuantConfig
 from .layout import quantized_layers, read_in_features
 
@@ -124,9 +124,8 @@ def bad_values(scales: "torch.Tensor", offsets: "torch.Tensor") -> str | None:
         offsets: [G, N], which have to be finite.
     """
     for name, tensor in (("scales", scales), ("offsets", offsets)):
-        valid = tensor.isfinite()
-        if not valid.all():
-            wrong = f"{int((~valid).sum())} of {tensor.numel()}"
+        if not all_finite(tensor):
+            wrong = f"{int((~tensor.isfinite()).sum())} of {tensor.numel()}"
             return f"{name}: expected finite numbers, found {wrong} that are not"
     return None
 

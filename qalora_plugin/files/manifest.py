@@ -9,6 +9,7 @@ Version 1, of earlier releases, has the hashes of weights alone. A directory wit
 written by another program, or by `save_pretrained`.
 """
 
+import errno
 import hashlib
 import logging
 import os
@@ -16,6 +17,7 @@ import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -30,6 +32,7 @@ MANIFEST_VERSION = 2
 SKIP_VARIABLE = "QALORA_NO_HASH_CHECK"
 _CONFIGS = (CONFIG_FILE, ADAPTER_CONFIG_FILE)
 _WEIGHTS = ".safetensors"
+_PIECE = 4 << 20  # of a file, hashed at a time: each has to wait for the interpreter's lock
 _RACY = 50_000_000  # ns: a file so young may change again without a newer time stamp
 _AGAIN = "Write or copy it again."
 _ACCEPT = (
@@ -43,22 +46,81 @@ _Key = tuple[int, int, int, int]
 _hashes: dict[_Key, str] = {}
 
 
-def file_sha256(path: Path, *, settled: bool = False) -> str:
-    """Return the SHA-256 of a file, as hex digits; a file that has not changed is read once.
-
-    Args:
-        path: the file.
-        settled: this process wrote it, and nobody will write to it again.
-    """
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, as hex digits; a file that has not changed is read once."""
     key = _key(path)
     if key not in _hashes:
         young = time.time_ns() - key[-1] < _RACY
+        digest, buffer = hashlib.sha256(), memoryview(bytearray(min(key[2] + 1, _PIECE)))
         with open_regular(path) as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if young and not settled:
-            return digest
-        _hashes[key] = digest
+            while count := file.raw.readinto(buffer):
+                digest.update(buffer[:count])
+        if young:
+            return digest.hexdigest()
+        _hashes[key] = digest.hexdigest()
     return _hashes[key]
+
+
+class WrittenHash:
+    """The SHA-256 of a file that is being written: a thread hashes what is complete so far.
+
+    Pieces may come in any order; those behind a gap wait until it is filled.
+    """
+
+    def __init__(self, file: FileIO) -> None:
+        """Begin at the file's start; it has to be open for reading too, until `finish` or `drop`.
+
+        Args:
+            file: the file, unbuffered.
+        """
+        self._file = file
+        self._digest = hashlib.sha256()
+        self._pool = ThreadPoolExecutor(1)
+        self._jobs: list[Future[None]] = []
+        self._behind: dict[int, int] = {}  # end of each piece behind a gap, by its start
+        self._written = self._given = 0
+
+    def wrote(self, start: int, stop: int) -> None:
+        """Take note of a piece that has been written, and will not be written again."""
+        if start < stop:
+            self._behind[start] = stop
+        while self._written in self._behind:
+            self._written = self._behind.pop(self._written)
+        if self._written - self._given >= _PIECE:
+            self._give()
+
+    def _give(self) -> None:
+        self._jobs.append(self._pool.submit(self._update, self._given, self._written))
+        self._given = self._written
+
+    def _update(self, start: int, stop: int) -> None:
+        while start < stop:
+            piece = os.pread(self._file.fileno(), min(_PIECE, stop - start), start)
+            if not piece:
+                raise OSError(errno.EIO, "it became shorter while it was written")
+            self._digest.update(piece)
+            start += len(piece)
+
+    def finish(self, path: Path) -> None:
+        """Wait for the thread, and remember the hash for the manifest.
+
+        Args:
+            path: the file's name now; a rename keeps what is remembered.
+
+        Raises:
+            OSError: the file cannot be read back.
+        """
+        self._give()
+        with self._pool:
+            for job in self._jobs:
+                job.result()
+        key = _key(path)
+        if key[2] == self._written:  # else the file has a gap, and is read once it is asked for
+            _hashes[key] = self._digest.hexdigest()
+
+    def drop(self) -> None:
+        """Stop the thread; the file may be closed then."""
+        self._pool.shutdown(cancel_futures=True)
 
 
 def _key(path: Path) -> _Key:
@@ -160,6 +222,8 @@ def check_manifest(directory: str | Path) -> bool:
         _log.warning("%s: hashes are not checked, as %s", directory, asked)
         return False
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        # the largest first: the others fit beside it
+        present.sort(key=lambda name: -files[name]["size"])
         digests = pool.map(lambda name: file_sha256(directory / name), present)
         for name, digest in zip(present, digests, strict=True):
             stated = files[name]["sha256"]

@@ -18,7 +18,7 @@ import torch
 from .atomic import cannot_write, check_space, replace_file
 from .binding import bound_metadata
 from .json import write_json
-from .manifest import file_sha256
+from .manifest import WrittenHash
 from .names import CONFIG_FILE, INDEX_FILE, SINGLE_FILE
 from .reader import CheckpointReader
 from .safetensors import DTYPES, LENGTH_BYTES, TensorInfo, dtype_code, tensor_nbytes
@@ -72,8 +72,9 @@ class ShardWriter:
         self._missing = set(plan)
         end = max((info.start + info.nbytes for info in self._infos.values()), default=len(header))
         try:
-            self._file = open(self._part, "wb", buffering=0)  # noqa: SIM115, closed by close()
-            _write_all(self._file.fileno(), memoryview(header), 0)
+            self._file = open(self._part, "w+b", buffering=0)  # noqa: SIM115, closed by close()
+            self._hash = WrittenHash(self._file)
+            self._write_at(0, memoryview(header))
             self._file.truncate(end)
         except OSError as error:
             raise cannot_write(self._part, error) from error
@@ -137,9 +138,10 @@ class ShardWriter:
             _write_all(self._file.fileno(), view, start)
         except OSError as error:
             raise cannot_write(self._part, error) from error
+        self._hash.wrote(start, start + view.nbytes)
 
     def close(self) -> None:
-        """Sync the file, hash it while it is in memory, and give it its name.
+        """Sync the file, hashed while it was written, and give it its name.
 
         Raises:
             ValueError: a planned tensor was not written.
@@ -149,14 +151,15 @@ class ShardWriter:
             raise ValueError(f"{self.path.name}: not written: {sorted(self._missing)[:5]}")
         try:
             os.fsync(self._file.fileno())
+            self._hash.finish(self._part)
             self._file.close()
-            file_sha256(self._part, settled=True)  # remembered for the manifest
             replace_file(self._part, self.path)
         except OSError as error:
             raise cannot_write(self._part, error) from error
 
     def abort(self) -> None:
         """Drop what was written."""
+        self._hash.drop()
         self._file.close()
         self._part.unlink(missing_ok=True)
 

@@ -205,8 +205,12 @@ def open_adapter(path: str | Path) -> Adapter:
     return replace(adapter, layers=layers, saved=saved)
 
 
-def open_base(adapter: Adapter, base: str | Path | None) -> QuantizedCheckpoint:
+def open_base(
+    adapter: Adapter, base: str | Path | None, *, check_hashes: bool = True
+) -> QuantizedCheckpoint:
     """Open the base, all its headers checked: `base`, or by default what the config names.
+
+    Hashes are compared as `open_quantized` says.
 
     Raises:
         AdapterError: the config names no base, one that cannot be opened, or one of 16 bits.
@@ -237,7 +241,7 @@ def open_base(adapter: Adapter, base: str | Path | None) -> QuantizedCheckpoint:
             f"{adapter.directory / ADAPTER_CONFIG_FILE} shows whether they are the same. "
             "(MergeCallback takes them from memory.)"
         )
-    return open_quantized(directory)
+    return open_quantized(directory, check_hashes=check_hashes)
 
 
 def _read_config(directory: Path) -> dict[str, Any]:

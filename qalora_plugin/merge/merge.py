@@ -4,9 +4,13 @@ Works on files alone, one layer in memory at a time. What is folded in is what t
 computed, since both call `qalora_kernels.fold`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from ..checkpoint.source import sealed_base
 from ..files.atomic import AtomicDirectory
@@ -14,7 +18,9 @@ from ..files.json import read_json, write_json
 from ..files.names import CONFIG_FILE
 from ..files.writer import bound_to, write_weights
 from .inherit import inherit
-from .plan import plan_merge
+from .plan import start_plan
+
+_HASHING = 2  # threads beside the merge: one hashes what is read, one what is written
 
 
 @dataclass(frozen=True)
@@ -62,10 +68,9 @@ def merge_adapter(
         CheckpointError: the base is damaged or not quantized.
     """
     target = AtomicDirectory(out)  # checks it before the long reading
-    plan = plan_merge(adapter, base, convention)
-    copies = {name: (plan.base.reader, own) for name, own in plan.dense.from_base.items()}
-    copies |= {name: (plan.adapter.reader, key) for name, key in plan.dense.from_adapter.items()}
-    with target as partial:
+    plan, hashes = start_plan(adapter, base, convention)
+    # in this order: an exception waits for the hashes, which may explain it
+    with target as partial, _joined(hashes), _cores_left(_HASHING):
         inherit(plan.base, plan.adapter.directory, partial)
         quantization = plan.config["quantization_config"] | {"base": sealed_base(plan.base)}
         write_json(partial / CONFIG_FILE, plan.config | {"quantization_config": quantization})
@@ -76,11 +81,30 @@ def merge_adapter(
         write_weights(
             partial,
             plan.tensors,
-            copies,
-            plan.stored_layer,
+            plan.copied,
+            plan.written_layer,
             metadata=bound_to(config),
             progress=progress,
         )
         write_json(partial / CONFIG_FILE, config)
     replaced = sorted(plan.dense.from_adapter)
     return MergeResult(target.target, len(plan.layers), plan.convention, replaced)
+
+
+@contextmanager
+def _cores_left(cores: int) -> Iterator[None]:
+    """Leave cores to other threads: torch's own all wait for one whose core is taken."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(1, before - cores))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _joined(hashes: Future[bool]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        hashes.result()

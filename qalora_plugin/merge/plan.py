@@ -7,6 +7,7 @@
 No step changes what an earlier one made. Verifying and exporting start from the same plan.
 """
 
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,9 @@ from ..checkpoint.fit import check_fit
 from ..checkpoint.layout import pack_layer
 from ..checkpoint.merged import MergedAdapter, merged_from_files
 from ..checkpoint.validate import bad_values
-from ..files.manifest import file_sha256
+from ..errors import QALoRAError
+from ..files.manifest import file_sha256, start_check
+from ..files.reader import CheckpointReader
 from .adapter import Adapter, open_adapter, open_base
 from .inherit import with_special_tokens
 from .modules_to_save import DenseTensors, plan_dense
@@ -59,7 +62,9 @@ class MergePlan:
         Raises:
             AdapterError: folded in, the change leaves the range of the stored dtype.
         """
-        weight = self.base.layer(name)
+        return self._merge(name, self.base.layer(name))
+
+    def _merge(self, name: str, weight: PackedWeight) -> PackedWeight:
         if name not in self.layers:
             return weight
         merged = self.layers[name].fold(self.adapter, weight)
@@ -75,16 +80,51 @@ class MergePlan:
         """Return the tensors of one quantized layer by name, as the result stores them."""
         return pack_layer(name, self.merged_layer(name))
 
+    def written_layer(self, name: str) -> dict[str, torch.Tensor]:
+        """Return the same; the integers, where they are `copied`, are on the meta device."""
+        weight = self.base.layer(name, integers=self.base.is_foreign)
+        return pack_layer(name, self._merge(name, weight))
+
+    @property
+    def copied(self) -> dict[str, tuple[CheckpointReader, str]]:
+        """Where the tensors that are copied come from: a checkpoint, and the name there."""
+        base, adapter = self.base, self.adapter
+        found = {name: (base.reader, own) for name, own in self.dense.from_base.items()}
+        found |= {name: (adapter.reader, key) for name, key in self.dense.from_adapter.items()}
+        if not base.is_foreign:  # the integers stay as they are
+            integers = [f"{name}.{base.integers}" for name in base.layers]
+            found |= {name: (base.reader, name) for name in integers}
+        return found
+
 
 def plan_merge(
     adapter: str | Path, base: str | Path | None = None, convention: str = "auto"
 ) -> MergePlan:
     """Read and plan a merge; see `merge.merge_adapter` for arguments and errors."""
+    plan, hashes = start_plan(adapter, base, convention)
+    hashes.result()
+    return plan
+
+
+def start_plan(
+    adapter: str | Path, base: str | Path | None = None, convention: str = "auto"
+) -> tuple[MergePlan, Future[bool]]:
+    """Do the same while the base's files are hashed, for who writes before that is done.
+
+    Returns:
+        The plan, and the check of the base's hashes: what was written may be given its name once
+        its `result` is there, which raises the error that `plan_merge` does.
+    """
     opened = open_adapter(adapter)
     chosen = opened.convention(convention)
-    found = open_base(opened, base)
-    check_fit(found)
-    return make_plan(opened, found, chosen)
+    found = open_base(opened, base, check_hashes=False)
+    hashes = start_check(found.directory)
+    try:
+        check_fit(found)
+        return make_plan(opened, found, chosen), hashes
+    except QALoRAError:
+        hashes.result()  # a damaged file explains more than what does not fit
+        raise
 
 
 def make_plan(adapter: Adapter, base: QuantizedCheckpoint, convention: str) -> MergePlan:

@@ -15,7 +15,7 @@ from qalora_plugin.errors import CheckpointError
 from qalora_plugin.files import reader as reader_module
 from qalora_plugin.files.hub import resolve_model_dir
 from qalora_plugin.files.names import INDEX_FILE
-from qalora_plugin.files.reader import CheckpointReader
+from qalora_plugin.files.reader import CheckpointReader, all_finite
 from qalora_plugin.files.safetensors import DTYPES
 
 FLOAT = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
@@ -209,3 +209,13 @@ def test_memory_falls_after_every_tensor(tmp_path):
     for name in reader.tensors:
         reader.get(name).sum()
     assert resident_mib() - before < 40  # of 128 read
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("place", [0, 40, 77])
+def test_one_number_that_is_not_finite_is_found_anywhere(dtype, bad, place):
+    values = torch.linspace(-9, 9, 78).to(dtype)
+    assert all_finite(values) and all_finite(values[:0])
+    values[place] = bad
+    assert not all_finite(values)

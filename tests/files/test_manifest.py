@@ -1,5 +1,6 @@
 """The manifest: every file, every door, once."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ from support.adapters import edit_json
 from qalora_plugin.errors import CheckpointError
 from qalora_plugin.files import manifest
 from qalora_plugin.files.manifest import (
+    WrittenHash,
     accept_edits,
     check_manifest,
     file_sha256,
@@ -133,7 +135,7 @@ def test_each_file_is_read_once_as_long_as_it_does_not_change(directory, monkeyp
     old = path.stat().st_mtime_ns - 10**9
     os.utime(path, ns=(old, old))
     first = file_sha256(path)
-    monkeypatch.setattr(manifest.hashlib, "file_digest", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr(manifest, "open_regular", lambda *_: pytest.fail("read again"))
     assert file_sha256(path) == first
     monkeypatch.undo()
     flip(path)
@@ -148,6 +150,29 @@ def test_a_file_that_was_just_written_is_read_again(directory):
     flip(path)
     os.utime(path, ns=(stamp, path.stat().st_mtime_ns))
     assert file_sha256(path) != before
+
+
+def test_a_file_is_hashed_while_it_is_written_in_any_order(tmp_path, monkeypatch):
+    monkeypatch.setattr(manifest, "_PIECE", 1000)
+    path, data = tmp_path / "model.safetensors", os.urandom(16000)
+    with path.open("w+b", buffering=0) as file:
+        written = WrittenHash(file)
+        for start in (4000, 0, 12000, 2000, 2000 + 4000, 8000, 10000, 14000):
+            os.pwrite(file.fileno(), data[start : start + 2000], start)
+            written.wrote(start, start + 2000)
+        written.finish(path)
+    monkeypatch.setattr(manifest, "open_regular", lambda *_: pytest.fail("read again"))
+    assert file_sha256(path) == hashlib.sha256(data).hexdigest()
+
+
+def test_a_file_with_a_gap_is_read_whole(tmp_path):
+    path = tmp_path / "model.safetensors"
+    with path.open("w+b", buffering=0) as file:
+        written = WrittenHash(file)
+        os.pwrite(file.fileno(), b"end", 5)
+        written.wrote(5, 8)
+        written.finish(path)
+    assert file_sha256(path) == hashlib.sha256(bytes(5) + b"end").hexdigest()
 
 
 def test_hashes_can_be_left_out_and_it_is_said(directory, caplog, monkeypatch):
