@@ -93,10 +93,11 @@ def test_inputs_come_from_the_quantized_layers_before(llama_dir, tmp_path):
 def test_gptq_beats_rtn_on_the_calibration_text(tmp_path):
     source = base_model_path()
     text = ["def area(radius):\n    return math.pi * radius ** 2\n\n" * 20]
-    common = {"bits": 2, "group_size": 128, "seq_len": 64, "samples": 4}
+    common = {"bits": 2, "group_size": 128, "progress": False}
     common["modules_to_not_convert"] = ["layers.2", "layers.3"]  # two of four blocks will do
-    solved = quantize_model(source, tmp_path / "gptq", calibration=text, progress=False, **common)
-    free = quantize_model(source, tmp_path / "rtn", method="rtn", progress=False, **common)
+    windows = {"calibration": text, "seq_len": 64, "samples": 4}
+    solved = quantize_model(source, tmp_path / "gptq", **windows, **common)
+    free = quantize_model(source, tmp_path / "rtn", method="rtn", **common)
     original, gptq, nearest = (_load(path) for path in (source, solved.out, free.out))
     tokenizer = transformers.AutoTokenizer.from_pretrained(solved.out)
     ids = tokenizer(text[0], return_tensors="pt")["input_ids"][:, :200]
