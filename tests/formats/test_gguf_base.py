@@ -336,6 +336,8 @@ def test_tokenizer_with_scores(tmp_path):
         ({"llama.expert_count": 8}, "llama.expert_count is 8"),
         ({"llama.rope.dimension_count": 8}, "partial rotary embedding"),
         ({"llama.rope.scaling.type": "longrope"}, "'longrope' is not read"),
+        ({"llama.rope.scaling.yarn_beta_fast": 16.0}, "yarn_beta_fast is 16.0.*only 32.0 is read"),
+        ({"llama.rope.scaling.attn_factor": 0.5}, "attn_factor is 0.5"),
         ({"llama.feed_forward_length": [96, 96]}, "expected one number, found a list"),
         ({"llama.block_count": 3}, r"no tensor blk.2.*The file is incomplete"),
     ],

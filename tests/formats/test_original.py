@@ -48,6 +48,22 @@ def test_a_zero_adapter_gives_the_same_bytes(base, tmp_path):
     assert filecmp.cmpfiles(base, result.out, names, shallow=False) == (names, [], [])
 
 
+def test_a_trained_template_and_end_token_are_named(base, tmp_path):
+    config = {"bos_token_id": 0, "eos_token_id": 1}
+    (base / "generation_config.json").write_text(json.dumps(config))
+    (base / "chat_template.jinja").write_text("{{ messages }}")
+    _merged(base, tmp_path)
+    assert "Mind" not in export_model(tmp_path / "merged", tmp_path / "1", "original").exactness
+    shutil.rmtree(tmp_path / "merged")
+    (tmp_path / "adapter" / "chat_template.jinja").write_text("<|turn|>{{ messages }}")
+    config["eos_token_id"] = [2, 1]
+    (tmp_path / "adapter" / "generation_config.json").write_text(json.dumps(config))
+    merged = merge_adapter(tmp_path / "adapter", tmp_path / "merged").out
+    result = export_model(merged, tmp_path / "2", "original")
+    assert "Mind: chat template and end tokens of the source are kept" in result.exactness
+    assert (result.out / "chat_template.jinja").read_text() == "{{ messages }}"
+
+
 def test_scales_alone_change(base, tmp_path):
     merged = _merged(base, tmp_path)
     out = export_model(merged, tmp_path / "out", "original").out

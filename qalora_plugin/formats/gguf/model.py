@@ -26,6 +26,14 @@ _LOCAL_ROPE = 10000.0  # of Gemma 3's sliding layers, where the file does not sa
 # numbers of a file that change what the model computes, and the value that we have
 _UNREAD = ("expert_count", "attention.scale", "residual_scale", "logit_scale", "embedding_scale")
 # rope_freqs.weight of Llama 3.1 and 3.3 (factor 8), and of 3.2 (factor 32)
+_ROPE_DEFAULTS = {  # of rope.scaling.*, of which no other values are read
+    "attn_factor": 1.0,
+    "yarn_attn_factor": 1.0,
+    "yarn_beta_fast": 32.0,
+    "yarn_beta_slow": 1.0,
+    "yarn_ext_factor": 1.0,
+    "yarn_log_multiplier": 0.0,
+}
 _LLAMA3 = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
@@ -132,6 +140,18 @@ class Model:
         factor = self._get("rope.scaling.factor") or self._get("rope.scale_linear")  # its old name
         # llama.cpp takes a factor without a type for that of linear scaling
         kind = self._get("rope.scaling.type", "linear" if factor else "none")
+        for name, default in _ROPE_DEFAULTS.items():
+            found = self._get(f"rope.scaling.{name}", default)
+            if found != default:
+                raise CheckpointError(
+                    f"{self._path}: {self._family}.rope.scaling.{name} is {found}: of this key "
+                    f"only {default} is read."
+                )
+        if ROPE_FACTORS in self._tensors and kind != "none":
+            raise CheckpointError(
+                f"{self._path}: {self._family}.rope.scaling.type is {kind!r} beside the tensor "
+                f"{ROPE_FACTORS}: two position encodings at once are not read."
+            )
         if ROPE_FACTORS in self._tensors:
             rope |= {"rope_type": "llama3", **_LLAMA3}
         elif kind in ("linear", "yarn"):

@@ -1,13 +1,18 @@
 """Find the file that a merged model's base was read from, check it, and have it patched."""
 
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from ...checkpoint.checkpoint import QuantizedCheckpoint, open_quantized
 from ...checkpoint.format import Format, format_named
+from ...checkpoint.side_files import chat_templates
 from ...checkpoint.source import SOURCE_KEY, check_source
 from ...errors import CheckpointError, ConfigError
 from ...files.hub import locate
+from ...files.json import read_json
+from ...files.names import GENERATION_CONFIG_FILE
 from ..export import ExportResult, Progress, is_file_name
 
 
@@ -47,7 +52,29 @@ def export(
         )
     check_source(record, original)
     result: ExportResult = format.module("write_back").write_back(original, merged, path, progress)
-    return result
+    return replace(result, exactness=result.exactness + _kept(original, merged.directory))
+
+
+def _kept(original: QuantizedCheckpoint, merged: Path) -> str:
+    """Say what of a trained tokenizer the source's files do not get; empty if nothing."""
+    with TemporaryDirectory() as directory:
+        source = Path(directory)
+        original.write_side_files(source)
+        pairs = {
+            "chat template": [chat_templates(where) for where in (source, merged)],
+            "end tokens": [_ends(where) for where in (source, merged)],
+        }
+    changed = [what for what, (before, after) in pairs.items() if after and before != after]
+    if not changed:
+        return ""
+    which = " and ".join(changed)
+    return f" Mind: {which} of the source are kept, and {merged} has others: give them at run time."
+
+
+def _ends(directory: Path) -> set[int]:
+    path = directory / GENERATION_CONFIG_FILE
+    found = read_json(path).get("eos_token_id") if path.is_file() else None
+    return {found} if isinstance(found, int) else set(found or ())
 
 
 def check(source: QuantizedCheckpoint) -> Format:
