@@ -96,7 +96,9 @@ def evaluate(
 
     language_model = harness.models.huggingface.HFLM(
         pretrained=loaded,
-        tokenizer=AutoTokenizer.from_pretrained(base_directory or directory),
+        tokenizer=AutoTokenizer.from_pretrained(
+            base_directory or directory, trust_remote_code=False
+        ),
         batch_size=options.batch_size,
     )
     found = harness.simple_evaluate(
@@ -193,7 +195,7 @@ def _load(
     if foreign is not None:
         config = foreign.module("read").open_checkpoint(source).config
         settings["quantization_config"] = QALoRAQuantConfig(config.bits, config.group_size)
-    model = AutoModelForCausalLM.from_pretrained(source, **settings)
+    model = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False, **settings)
     if base_directory is not None:
         model = PeftModel.from_pretrained(model, directory)
     return model.to(options.device).eval(), base_directory

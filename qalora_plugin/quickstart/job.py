@@ -69,7 +69,7 @@ class Job:
 
         gpu = torch.cuda.is_available()
         dtype = torch.bfloat16 if gpu else torch.float32
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False)
         return model.to("cuda" if gpu else "cpu").eval()
 
     def measure(self, name: str, model: Any | None, *paths: Path) -> Row:
@@ -98,7 +98,7 @@ def prepare(settings: Settings) -> Job:
     file = _gguf_file(settings)
     training, held_out = _load_data(settings)
     source = _base_directory(settings, file)
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     samples = [_sample(row) for row in held_out[:_SAMPLES]]
     paths = {name: settings.out / name for name in ("training", "adapter", "merged")}
     windows = None
