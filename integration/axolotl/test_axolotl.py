@@ -136,7 +136,7 @@ def test_our_figures_are_logged(driven):
     ("key", "allowed"),
     [
         ("qalora.bitz", "group_size"),
-        ("qalora.bits", "2, 3, 4 or 8"),
+        ("qalora.bits", "2, 3, 4, 8 or 'auto'"),
         ("qalora.merge_formats", "Set adapt: scales"),
         ("qalora.zero_points", "set zero_points: integer"),
         ("load_in_4bit", "remove it"),

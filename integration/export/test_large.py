@@ -62,7 +62,7 @@ def test_export_is_fast_and_small(
     tmp_path,
 ):
     source = large / ("adapter" if format == "lora" else "model")
-    out = tmp_path / "out.gguf"
+    out = tmp_path / ("out.gguf" if format == "gguf" else "out")
     command = [env_python("export"), "-P", "-m", "qalora_plugin", "export", source]
     started = time.monotonic()
     process = subprocess.Popen(

@@ -6,7 +6,7 @@ from support.smollm2 import find_smollm2
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from qalora_plugin.formats.convert import import_model
+from qalora_plugin.checkpoint.convert import import_model
 from qalora_plugin.layers.linear import QuantLinear
 
 TEXTS = (8, 24)  # tokens

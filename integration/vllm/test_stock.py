@@ -39,16 +39,16 @@ def merged(tmp_path_factory):
         if key not in made:
             bits, zero_points, desc_act = key
             folder = tmp_path_factory.mktemp("merged")
-            text = {"calibration": torch.tensor(PROMPTS[1:2] * 4)} if desc_act else {}
+            ids = torch.tensor(PROMPTS[1:2] * 4)
+            settings = {"calibration": ids, "mse": False} if desc_act else {}  # quick
             quantize_model(
                 base_model_path(),
                 folder / "base",
                 bits=bits,
                 method="gptq" if desc_act else "rtn",
                 zero_points=zero_points,
-                mse=False,  # quick
                 desc_act=desc_act,
-                **text,
+                **settings,
             )
             source = open_quantized(folder / "base")
             random_adapter(source, folder / "adapter", "scales", rank=8, size=0.05)

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+from transformers import modeling_utils
 from transformers.integrations import deepspeed as settings
 
 from .ranks import rank
@@ -75,7 +76,10 @@ def in_one_process() -> Iterator[None]:
     """Build models whole for a while, though ZeRO-3 is set up: for what one rank does alone."""
     config = settings._hf_deepspeed_config_weak_ref
     settings.unset_hf_deepspeed_config()
+    enabled = modeling_utils.is_deepspeed_zero3_enabled  # Axolotl makes it True for good
+    modeling_utils.is_deepspeed_zero3_enabled = lambda: False
     try:
         yield
     finally:
         settings._hf_deepspeed_config_weak_ref = config
+        modeling_utils.is_deepspeed_zero3_enabled = enabled

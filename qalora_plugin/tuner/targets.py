@@ -62,9 +62,11 @@ def resolve_targets(config: QALoRAConfig, model: nn.Module) -> None:
     """
     quantized = quantized_layers(model)
     other = getattr(getattr(model, "config", None), "quantization_config", None)
-    if not quantized and other is not None and not isinstance(other, QALoRAQuantConfig):
+    method = None
+    if other is not None and not isinstance(other, QALoRAQuantConfig):
         stated = other if isinstance(other, dict) else other.to_dict()
         method = getattr(stated.get("quant_method"), "value", stated.get("quant_method"))
+    if not quantized and method not in (None, "gguf"):  # transformers dequantizes GGUF, marked so
         raise ConfigError(
             f"QALoRAConfig: the base model is quantized with quant_method {method!r}"
             f"{unread_note(method)}, and has no layer of ours. Load the 16-bit model that it was "

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from support.adapters import rewrite
 from support.random_adapter import random_adapter
@@ -73,6 +74,10 @@ def test_command_runs_it_and_a_crash_is_an_error(sources, tmp_path, capsys):
     assert main([*command, "--json"]) == 0
     runtime = json.loads(capsys.readouterr().out)["runtime"]
     assert runtime["not_run"] is None and runtime["difference"] <= runtime["allowed"]
+    weights = out / "model.safetensors"
+    with safe_open(weights, "pt") as file:
+        metadata = {k: v for k, v in file.metadata().items() if k != "qalora_config"}
+    rewrite(load_file(weights), weights, metadata)  # no longer bound to config.json
     config = json.loads((out / "config.json").read_text())
     (out / "config.json").write_text(json.dumps(config | {"model_type": "nonsense"}))
     assert main([*command, "--no-run"]) == 0

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
 from qalora_plugin import QALoRAConfig, QALoRAError, parameter_groups
@@ -52,7 +53,7 @@ def test_the_trainers_own_groups_decay_the_same(bases, make_trainer):
 @pytest.mark.parametrize(("adapt", "rates"), [("zeros", [1.0]), ("scales", [SCALE_LR_RATIO])])
 def test_one_part_is_one_group(bases, adapt, rates):
     model = AutoModelForCausalLM.from_pretrained(bases["ours"])
-    model.add_adapter(QALoRAConfig(r=4, adapt=adapt))
+    model = get_peft_model(model, QALoRAConfig(r=4, adapt=adapt))
     assert [group["lr"] for group in parameter_groups(model, lr=1.0)] == rates
 
 
