@@ -60,11 +60,9 @@ def _kept(original: QuantizedCheckpoint, merged: Path) -> str:
     with TemporaryDirectory() as directory:
         source = Path(directory)
         original.write_side_files(source)
-        pairs = {
-            "chat template": [chat_templates(where) for where in (source, merged)],
-            "end tokens": [_ends(where) for where in (source, merged)],
-        }
-    changed = [what for what, (before, after) in pairs.items() if after and before != after]
+        kept = {"chat template": chat_templates(source), "end tokens": _ends(source)}
+    trained = {"chat template": chat_templates(merged), "end tokens": _ends(merged)}
+    changed = [what for what, found in trained.items() if found and found != kept[what]]
     if not changed:
         return ""
     which = " and ".join(changed)
