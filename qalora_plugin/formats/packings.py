@@ -13,6 +13,8 @@ AutoAWQ 0.2.9 (`awq/utils/packing_utils.py`): the 8 codes of a word are those of
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,12 +22,13 @@ from qalora_kernels import PackedWeight, QuantSpec
 from qalora_kernels.packing import pack, unpack_columns
 
 from ..checkpoint.checkpoint import QuantizedCheckpoint
-from ..errors import CheckpointError
+from ..checkpoint.config import QALoRAQuantConfig
+from ..errors import CheckpointError, ConfigError
 from .zero_points import layer_of_zeros
 
 AWQ_BITS = 4
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-_QUANTIZE_AGAIN = "Quantize the 16-bit model again with `qalora quantize`."
+QUANTIZE_AGAIN = "Quantize the 16-bit model again with `qalora quantize`."
 _DAMAGED = "The checkpoint is damaged or incomplete: copy or download it again."
 
 
@@ -83,6 +86,24 @@ def _in_order(packed: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
     return codes.flatten(1)
 
 
+def integer_config(bits: Any, group_size: Any, path: Path) -> QALoRAQuantConfig:
+    """Return our config of a base with integer zero-points; offsets are held in fp32, exactly.
+
+    Args:
+        bits: as the foreign config.json states them.
+        group_size: likewise.
+        path: of that config.json, for messages.
+
+    Raises:
+        CheckpointError: bits or group size are none of ours.
+    """
+    try:
+        return QALoRAQuantConfig(bits, group_size, offsets_dtype="float32", method="other")
+    except ConfigError as error:
+        why = str(error).removeprefix("quantization_config: ")
+        raise CheckpointError(f"{path}: {why}. {QUANTIZE_AGAIN}") from error
+
+
 def check_integers(
     checkpoint: QuantizedCheckpoint,
     packing: Packing,
@@ -129,7 +150,7 @@ def _check_layer(
                 f"{info.file}: {info.name}: expected {'floats' if part == 'scales' else 'int32'} "
                 f"{list(shape)} for bits={bits}, group_size={group_size}, "
                 f"in_features={spec.in_features}, found {info.dtype} {list(info.shape)}. The "
-                f"config contradicts the tensors. {_QUANTIZE_AGAIN}"
+                f"config contradicts the tensors. {QUANTIZE_AGAIN}"
             )
     return spec
 

@@ -86,9 +86,9 @@ class MergeCallback(TrainerCallback):
         self.private = private
         self.report = report
         self.result: MergeResult | None = None
-        """What was written, None before."""
+        """Says what was written; None before."""
         self.exported: list[ExportResult] = []
-        """What was written in other formats."""
+        """Says what was written in other formats."""
         self._model: PeftModel | None = None
         self._processing_class: Any = None
         self._data: str | None = None

@@ -55,7 +55,7 @@ def merged(base, make_adapter, tmp_path):
 
 
 def prompt(directory):
-    """What transformers makes of a talk."""
+    """Return the text that transformers makes of a talk."""
     return AutoTokenizer.from_pretrained(directory).apply_chat_template(TALK, tokenize=False)
 
 

@@ -1,11 +1,11 @@
 """Tiny trainings: a Llama of two layers, byte-like tokens, a few steps."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
+from support.training import TRAINING
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -69,20 +69,7 @@ def make_trainer(tokenizer, tmp_path):
     ):
         if adapter == "default":
             adapter = QALoRAConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM")
-        defaults: dict[str, Any] = {
-            "output_dir": str(tmp_path / run),
-            "max_steps": 2,
-            "per_device_train_batch_size": 2,
-            "learning_rate": 1e-2,
-            "max_length": 32,
-            "use_cpu": True,
-            "bf16": False,
-            "report_to": "none",
-            "save_strategy": "no",
-            "logging_steps": 1,
-            "gradient_checkpointing": False,
-            "disable_tqdm": True,
-        }
+        defaults = {**TRAINING, "output_dir": str(tmp_path / run)}
         return SFTTrainer(
             str(model) if isinstance(model, Path) else model,
             args=SFTConfig(**{**defaults, **settings}),

@@ -7,6 +7,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
+from support.training import TRAINING
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from trl import (
     DPOConfig,
@@ -67,18 +68,8 @@ def make(tokenizer, tmp_path):
     def build(name, model, *, adapter=None, callbacks=None, run="run", **settings):
         trainer, config, rows, own = TRAINERS[name]
         defaults = {
+            **TRAINING,
             "output_dir": str(tmp_path / run),
-            "max_steps": 2,
-            "per_device_train_batch_size": 2,
-            "learning_rate": 1e-2,
-            "max_length": 32,
-            "use_cpu": True,
-            "bf16": False,
-            "report_to": "none",
-            "save_strategy": "no",
-            "logging_steps": 1,
-            "gradient_checkpointing": False,
-            "disable_tqdm": True,
             **own,
         }
         settings = {key: v for key, v in {**defaults, **settings}.items() if v is not None}

@@ -22,8 +22,10 @@ from ..packings import (
     ALONG_INPUTS_V1,
     ALONG_OUTPUTS,
     AWQ_BITS,
+    QUANTIZE_AGAIN,
     Packing,
     check_integers,
+    integer_config,
     read_integers,
 )
 from . import FORMAT
@@ -34,7 +36,6 @@ PACKINGS = {
     "auto_round:auto_gptq": ALONG_INPUTS_V1,
     "auto_round:auto_awq": ALONG_OUTPUTS,
 }
-_QUANTIZE_AGAIN = "Quantize the 16-bit model again with `qalora quantize`."
 
 
 def _packing(raw: dict[str, Any], path: Path) -> Packing:
@@ -51,7 +52,7 @@ def _packing(raw: dict[str, Any], path: Path) -> Packing:
             f"{path}: AutoRound's {raw.get('bits')}-bit weights of type {kind!r} in packing_format "
             f"{name!r}, with activations of {activations} bits, are not read; expected 'int' in "
             f"one of {', '.join(PACKINGS)} (the last with {AWQ_BITS} bits), with activations of 16 "
-            f"bits. {_QUANTIZE_AGAIN}"
+            f"bits. {QUANTIZE_AGAIN}"
         )
     return PACKINGS[name]
 
@@ -65,11 +66,7 @@ def parse_config(raw: dict[str, Any], path: Path) -> QALoRAQuantConfig:
     _packing(raw, path)
     bits: Any = raw.get("bits")
     group_size: Any = raw.get("group_size", 128)
-    try:
-        return QALoRAQuantConfig(bits, group_size, offsets_dtype="float32", method="other")
-    except ConfigError as error:
-        why = str(error).removeprefix("quantization_config: ")
-        raise CheckpointError(f"{path}: {why}. {_QUANTIZE_AGAIN}") from error
+    return integer_config(bits, group_size, path)
 
 
 class AutoRoundCheckpoint(QuantizedCheckpoint):

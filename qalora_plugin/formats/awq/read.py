@@ -9,12 +9,17 @@ from qalora_kernels import PackedWeight, QuantSpec
 
 from ...checkpoint.checkpoint import QuantizedCheckpoint
 from ...checkpoint.config import QALoRAQuantConfig
-from ...errors import CheckpointError, ConfigError
+from ...errors import CheckpointError
 from ...files.names import CONFIG_FILE
-from ..packings import ALONG_OUTPUTS, AWQ_BITS, check_integers, read_integers
+from ..packings import (
+    ALONG_OUTPUTS,
+    AWQ_BITS,
+    QUANTIZE_AGAIN,
+    check_integers,
+    integer_config,
+    read_integers,
+)
 from . import FORMAT
-
-_QUANTIZE_AGAIN = "Quantize the 16-bit model again with `qalora quantize`."
 
 
 def parse_config(raw: dict[str, Any], path: Path) -> QALoRAQuantConfig:
@@ -30,13 +35,9 @@ def parse_config(raw: dict[str, Any], path: Path) -> QALoRAQuantConfig:
     if version != "gemm" or bits != AWQ_BITS:
         raise CheckpointError(
             f"{path}: AWQ of {bits!r} bits in version {version!r} is not read; expected {AWQ_BITS} "
-            f"bits in version 'gemm'. Convert it with AutoAWQ. {_QUANTIZE_AGAIN}"
+            f"bits in version 'gemm'. Convert it with AutoAWQ. {QUANTIZE_AGAIN}"
         )
-    try:
-        return QALoRAQuantConfig(bits, group_size, offsets_dtype="float32", method="other")
-    except ConfigError as error:
-        why = str(error).removeprefix("quantization_config: ")
-        raise CheckpointError(f"{path}: {why}. {_QUANTIZE_AGAIN}") from error
+    return integer_config(bits, group_size, path)
 
 
 class AWQCheckpoint(QuantizedCheckpoint):

@@ -21,12 +21,12 @@ from ...checkpoint.checkpoint import QuantizedCheckpoint
 from ...checkpoint.config import QALoRAQuantConfig
 from ...errors import CheckpointError, ConfigError
 from ...files.names import CONFIG_FILE
+from ..packings import QUANTIZE_AGAIN
 from ..zero_points import layer_of_zeros
 from . import FORMAT
 from .layout import G_IDX, PARTS, SCALE, SHAPE, WEIGHT, ZERO_POINT, unpack_columns_of, words
 
 PACKED = "pack-quantized"
-_QUANTIZE_AGAIN = "Quantize the 16-bit model again with `qalora quantize`."
 _DAMAGED = "The checkpoint is damaged or incomplete: copy or download it again."
 
 
@@ -69,12 +69,12 @@ def _schemes(raw: dict[str, Any], path: Path) -> list[Scheme]:
     if sparsity != "dense":
         raise CheckpointError(
             f"{path}: sparsity_config: format {sparsity!r} is not read, only 'dense' is. "
-            f"{_QUANTIZE_AGAIN}"
+            f"{QUANTIZE_AGAIN}"
         )
     if (raw.get("transform_config") or {}).get("config_groups"):
         raise CheckpointError(
             f"{path}: transform_config: expected none, found rotations of the activations, which "
-            f"this package does not compute. {_QUANTIZE_AGAIN}"
+            f"this package does not compute. {QUANTIZE_AGAIN}"
         )
     return [
         _scheme(f"{path}: config_groups[{name!r}]: ", group, raw.get("format"))
@@ -90,18 +90,18 @@ def _scheme(where: str, group: Any, usual_format: Any) -> Scheme:
     if format != PACKED or type != "int":
         raise CheckpointError(
             f"{where}{weights.get('num_bits')}-bit {type} weights in format {format!r} are not "
-            f"read; expected integers in format {PACKED!r}. {_QUANTIZE_AGAIN}"
+            f"read; expected integers in format {PACKED!r}. {QUANTIZE_AGAIN}"
         )
     if group.get("input_activations") is not None:
         raise CheckpointError(
             f"{where}input_activations: expected null, found quantized activations, which this "
-            f"package does not compute. {_QUANTIZE_AGAIN}"
+            f"package does not compute. {QUANTIZE_AGAIN}"
         )
     strategy = weights.get("strategy") or ("group" if weights.get("group_size") else "channel")
     if strategy not in ("group", "channel") or weights.get("dynamic"):
         raise CheckpointError(
             f"{where}strategy {strategy!r} (dynamic: {weights.get('dynamic', False)}) is not read; "
-            f"expected 'group' or 'channel'. {_QUANTIZE_AGAIN}"
+            f"expected 'group' or 'channel'. {QUANTIZE_AGAIN}"
         )
     bits: Any = weights.get("num_bits")
     size: Any = weights.get("group_size") if strategy == "group" else -1
@@ -109,7 +109,7 @@ def _scheme(where: str, group: Any, usual_format: Any) -> Scheme:
         QALoRAQuantConfig(bits, size)
     except ConfigError as error:
         why = str(error).removeprefix("quantization_config: ")
-        raise CheckpointError(f"{where}{why}. {_QUANTIZE_AGAIN}") from error
+        raise CheckpointError(f"{where}{why}. {QUANTIZE_AGAIN}") from error
     symmetric = bool(weights.get("symmetric", True))
     return Scheme(tuple(group.get("targets") or ()), bits, size, symmetric)
 

@@ -26,12 +26,12 @@ from ...checkpoint.config import QALoRAQuantConfig
 from ...errors import CheckpointError, ConfigError
 from ...files.json import read_json
 from ...files.names import CONFIG_FILE, QUANTIZE_CONFIG_FILE
+from ..packings import QUANTIZE_AGAIN
 from ..zero_points import layer_of_zeros
 from .limits import VERSIONS
 
 _TENSORS = ("qweight", "qzeros", "scales", "g_idx")
 _OVERRIDES = {"bits", "group_size", "desc_act", "sym"}
-_QUANTIZE_AGAIN = "Quantize the 16-bit model again with `qalora quantize`."
 # What GPTQModel before 7.0 adds to the three words of 32 packed 3-bit zero-points to come from v1
 # to v2 (and subtracts on the way back): the right constants, but for words in reverse order
 # (corrected by https://github.com/ModelCloud/GPTQModel/pull/2763).
@@ -94,7 +94,7 @@ def _parse(raw: dict[str, Any], path: Path) -> StockConfig:
     pack_dtype = raw.get("pack_dtype") or "int32"
     if pack_dtype != "int32":
         raise CheckpointError(
-            f"{path}: pack_dtype {pack_dtype!r} is not read; expected 'int32'. {_QUANTIZE_AGAIN}"
+            f"{path}: pack_dtype {pack_dtype!r} is not read; expected 'int32'. {QUANTIZE_AGAIN}"
         )
     meta = raw.get("meta") or {}
     quantizer = meta.get("quantizer", "") if isinstance(meta, dict) else ""
@@ -102,7 +102,7 @@ def _parse(raw: dict[str, Any], path: Path) -> StockConfig:
     dynamic = raw.get("dynamic") or {}
     if not isinstance(dynamic, dict):
         raise CheckpointError(
-            f"{path}: dynamic: expected an object, found {dynamic!r}. {_QUANTIZE_AGAIN}"
+            f"{path}: dynamic: expected an object, found {dynamic!r}. {QUANTIZE_AGAIN}"
         )
     for pattern, override in dynamic.items():
         _check_override(f"{path}: dynamic[{pattern!r}]: ", pattern, override, bits, group_size)
@@ -122,7 +122,7 @@ def _check_grid(where: str, bits: Any, group_size: Any) -> None:
         QALoRAQuantConfig(bits, group_size)
     except ConfigError as error:
         why = str(error).removeprefix("quantization_config: ")
-        raise CheckpointError(f"{where}{why}. {_QUANTIZE_AGAIN}") from error
+        raise CheckpointError(f"{where}{why}. {QUANTIZE_AGAIN}") from error
 
 
 def _check_override(where: str, pattern: str, override: Any, bits: int, group_size: int) -> None:
@@ -134,7 +134,7 @@ def _check_override(where: str, pattern: str, override: Any, bits: int, group_si
         return
     if not isinstance(override, dict) or set(override) - _OVERRIDES:
         raise CheckpointError(
-            f"{where}expected some of {sorted(_OVERRIDES)}, found {override!r}. {_QUANTIZE_AGAIN}"
+            f"{where}expected some of {sorted(_OVERRIDES)}, found {override!r}. {QUANTIZE_AGAIN}"
         )
     _check_grid(where, override.get("bits", bits), override.get("group_size", group_size))
 
@@ -201,7 +201,7 @@ class GPTQCheckpoint(QuantizedCheckpoint):
         if len(qweight.shape) != 2 or len(g_idx.shape) != 1:
             raise CheckpointError(
                 f"{qweight.file}: {name}: expected qweight [rows, out_features] and g_idx "
-                f"[in_features], found shapes {qweight.shape} and {g_idx.shape}. {_QUANTIZE_AGAIN}"
+                f"[in_features], found shapes {qweight.shape} and {g_idx.shape}. {QUANTIZE_AGAIN}"
             )
         spec = self.stock.spec_for(name, g_idx.shape[0], qweight.shape[1])
         expected = {
@@ -215,7 +215,7 @@ class GPTQCheckpoint(QuantizedCheckpoint):
                     f"{info.file}: {info.name}: expected shape {list(shape)} for bits={spec.bits}, "
                     f"group_size={spec.group_size}, in_features={spec.in_features}, found "
                     f"{list(info.shape)}. The config contradicts the tensors, or the layer was cut "
-                    f"off by a quantizer that needs multiples of 32. {_QUANTIZE_AGAIN}"
+                    f"off by a quantizer that needs multiples of 32. {QUANTIZE_AGAIN}"
                 )
         for info in (qweight, qzeros, scales, g_idx):
             wanted = "floats" if info is scales else "int32"
@@ -223,7 +223,7 @@ class GPTQCheckpoint(QuantizedCheckpoint):
             if not fits:
                 raise CheckpointError(
                     f"{info.file}: {info.name}: expected {wanted}, found {info.dtype}. "
-                    f"{_QUANTIZE_AGAIN}"
+                    f"{QUANTIZE_AGAIN}"
                 )
         return spec
 
