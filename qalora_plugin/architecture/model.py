@@ -15,7 +15,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from ..distributed.sharding import in_one_process
 from ..errors import CheckpointError
 from ..files.names import CONFIG_FILE
-from .names import LayerNames
+from .names import LayerNames, unfuse_experts
 
 
 @dataclass(frozen=True)
@@ -133,5 +133,7 @@ def read_architecture(
     if not hasattr(model_class, "_from_config") or model_type not in CONFIG_MAPPING:
         return None
     model = empty_model(CONFIG_MAPPING[model_type].from_dict(raw), classes[0])
+    names = list(names)
+    unfuse_experts(model, names)
     translate = LayerNames(model)
     return Architecture(model, translate.stored(names), translate.are_converted)

@@ -1,15 +1,19 @@
 """The names of modules and tensors: a checkpoint's and a model's."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
     WeightConverter,
     WeightRenaming,
     rename_source_key,
 )
+
+from .experts import FUSED, ExpertNames, Experts, find_experts, is_fused, without_fusing
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class LayerNames:
     def __init__(self, model: PreTrainedModel) -> None:
         self._prefix: str = model.base_model_prefix
         self._state = model.state_dict()
-        mapping = get_model_conversion_mapping(model)
+        mapping = without_fusing(get_model_conversion_mapping(model), find_experts(model))
         self._renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         self._converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
         self.are_converted = len(self._renamings) < len(mapping)
@@ -55,9 +59,29 @@ class LayerNames:
             )
         if pattern is None:
             return Places((self.parameter(name),), is_converted=False)
-        used = next(entry for entry in self._converters if pattern in entry.source_patterns)
-        first, *others = used.target_patterns
+        first, *others = self._converter(pattern).target_patterns
         return Places((found, *(found.replace(first, other) for other in others)), True)
+
+    def _converter(self, pattern: str) -> WeightConverter:
+        return next(entry for entry in self._converters if pattern in entry.source_patterns)
+
+    def fused_part(self, name: str) -> tuple[str, int] | None:
+        """Return which parameter transformers fuses a tensor of the checkpoint into, if it does.
+
+        Returns:
+            The parameter's name, and which part of it comes from such tensors: 0 for an expert's
+            gate and 1 for its up; None where the tensor is not one of a list to put together.
+        """
+        found, pattern = rename_source_key(
+            name, self._renamings, self._converters, self._prefix, self._state
+        )
+        if pattern is None:
+            return None
+        converter = self._converter(pattern)
+        operations = [type(operation) for operation in converter.operations]
+        if operations not in ([MergeModulelist], [MergeModulelist, Concatenate]):
+            return None
+        return found, converter.source_patterns.index(pattern)
 
     def unknown(self, name: str) -> str:
         """Return the name by which transformers reports a tensor that the model does not have."""
@@ -71,3 +95,41 @@ class LayerNames:
         """Return which of a checkpoint's names each of the model's tensors has that it stores."""
         found = {self.parameter(name): name for name in names}
         return {name: stored for name, stored in found.items() if self.has(name)}
+
+
+def unfuse_experts(
+    model: PreTrainedModel,
+    stored: Iterable[str],
+    is_chosen: Callable[[str], bool] = lambda layer: True,
+) -> None:
+    """Give a model `Experts` for fused ones that a checkpoint stores one by one.
+
+    Experts that transformers computes in a way of their own stay as they are.
+
+    Args:
+        model: without weights.
+        stored: names of the checkpoint's tensors; a quantized layer's is that of its `weight`.
+        is_chosen: whether a layer, by the checkpoint's name, is one to quantize, or quantized;
+            where no expert has one, they stay fused.
+    """
+    fused = {name: module for name, module in model.named_modules() if is_fused(module)}
+    if not fused:
+        return
+    names = LayerNames(model)
+    leaves: dict[str, dict[tuple[str, int], str]] = {}
+    is_any_chosen = False
+    for name in stored:
+        part = names.fused_part(name)
+        if part is not None:
+            owner, _, parameter = part[0].rpartition(".")
+            layer = name.removesuffix(".weight")
+            leaves.setdefault(owner, {})[parameter, part[1]] = layer.rpartition(".")[2]
+            is_any_chosen = is_any_chosen or is_chosen(layer)
+    if not is_any_chosen:
+        return
+    up, down = FUSED
+    for name, module in fused.items():
+        found = leaves.get(name, {})
+        if found.keys() == {(up, 0), (up, 1), (down, 0)}:
+            leaf = ExpertNames(found[up, 0], found[up, 1], found[down, 0])
+            model.set_submodule(name, Experts(module, leaf))

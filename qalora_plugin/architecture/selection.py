@@ -8,6 +8,7 @@ from transformers.pytorch_utils import Conv1D
 from qalora_kernels.stored import is_excluded, matches
 
 from ..errors import ConfigError
+from .experts import Experts, is_fused
 
 # parents whose forward computes with the `weight` of these layers instead of calling them, by
 # class name; what is missing here is refused by `AbsentWeight` when it happens
@@ -23,15 +24,24 @@ def linears_in_blocks(model: nn.Module) -> dict[str, nn.Linear]:
     """Return the `nn.Linear` layers inside a model's repeated blocks (`nn.ModuleList`s), by name.
 
     Embeddings, heads, poolers and projections outside the blocks are not among them, nor are
-    output embeddings and subclasses of `nn.Linear`, whose forward may do something else.
+    output embeddings, subclasses of `nn.Linear`, whose forward may do something else, and what
+    stands beside a mixture's experts: routers, and the gates of shared experts.
     """
     modules = dict(model.named_modules())
+    routed = {
+        name.rpartition(".")[0]
+        for name, module in modules.items()
+        if isinstance(module, Experts) or is_fused(module)
+    }
     blocks = tuple(f"{name}." for name, m in modules.items() if isinstance(m, nn.ModuleList))
     head = getattr(model, "get_output_embeddings", lambda: None)()
     return {
         name: module
         for name, module in modules.items()
-        if type(module) is nn.Linear and module is not head and name.startswith(blocks)
+        if type(module) is nn.Linear
+        and module is not head
+        and name.startswith(blocks)
+        and name.rpartition(".")[0] not in routed
     }
 
 

@@ -188,6 +188,7 @@ class Format:
         of_source: whether it stands for the format that the model's base came in.
         adapts: what an adapter may change so that the format holds the result.
         advice: why it may not change more, and what to do.
+        holds_experts: whether an export holds the experts of a mixture; else mixtures are refused.
         options: of an export.
         libraries: modules that writing needs, installed by the extra "export".
         runs_in: the programs that load it.
@@ -221,6 +222,7 @@ class Format:
     of_source: bool = False
     adapts: tuple[str, ...] = ADAPT_MODES
     advice: str = ""
+    holds_experts: bool = False
     options: tuple[Option, ...] = ()
     libraries: tuple[str, ...] = ()
 

@@ -3,9 +3,10 @@
 `qalora_kernels.stored` says which they are.
 """
 
+import re
 import struct
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from qalora_kernels import QuantSpec
 from qalora_kernels.stored import GUARD, GUARD_DTYPE_NAME
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     import torch
 
     from qalora_kernels import PackedWeight
+
+_EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.([^.]+)")
 
 
 def guard_tensor(in_features: int) -> "torch.Tensor":
@@ -68,6 +71,20 @@ def read_layer(
 def quantized_layers(names: Iterable[str]) -> list[str]:
     """Return the layers that have a `qweight` among these tensor names, in their order."""
     return [name.removesuffix(".qweight") for name in names if name.endswith(".qweight")]
+
+
+class ExpertPlace(NamedTuple):
+    """The place of a layer that is one projection of one expert: `mlp.experts`, 3, `up_proj`."""
+
+    experts: str
+    number: int
+    projection: str
+
+
+def expert_place(layer: str) -> ExpertPlace | None:
+    """Return where in a mixture a layer is, by its name; None of one that is no expert's."""
+    found = _EXPERT.fullmatch(layer)
+    return None if found is None else ExpertPlace(found[1], int(found[2]), found[3])
 
 
 def read_in_features(reader: CheckpointReader, name: str) -> int:

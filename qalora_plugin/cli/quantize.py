@@ -161,6 +161,12 @@ def main(args: argparse.Namespace) -> int:
         worst = max(errors, key=lambda name: errors[name])
         mean = sum(errors.values()) / len(errors)
         print(f"relative error on calibration: mean {mean:.2e}, {errors[worst]:.2e} in {worst}")
+    if result.experts:
+        few, total = (result.experts[key] for key in ("few_tokens", "calibrated"))
+        print(
+            f"experts: {few} of {total} saw fewer tokens than they have inputs, and were "
+            "calibrated on all tokens"
+        )
     if result.refined:
         before, after = (result.refined[f"heldout_kl_{when}"] for when in ("before", "after"))
         print(f"held-out KL from the 16-bit model: {before:.4f}, refined {after:.4f}")

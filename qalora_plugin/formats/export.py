@@ -10,6 +10,7 @@ from ..checkpoint.checkpoint import QuantizedCheckpoint, open_quantized
 from ..checkpoint.fit import check_fit
 from ..checkpoint.format import Format, exports, format_named, formats
 from ..checkpoint.kind import find_kind, find_model
+from ..checkpoint.layout import expert_place
 from ..checkpoint.source import SOURCE_KEY
 from ..errors import CheckpointError, ConfigError
 from ..files.atomic import AtomicDirectory
@@ -81,6 +82,22 @@ def obstacles(source: QuantizedCheckpoint, format: Format) -> dict[str, str]:
     return reasons
 
 
+def refuse_experts(source: QuantizedCheckpoint, format: Format) -> None:
+    """Refuse a mixture that a format does not hold.
+
+    Raises:
+        CheckpointError: one of its quantized layers belongs to an expert.
+    """
+    expert = next((name for name in source.layers if expert_place(name)), None)
+    if expert is not None and not format.holds_experts:
+        held = [found.name for found in exports() if found.holds_experts]
+        raise CheckpointError(
+            f"{source.directory}: {expert} is part of a mixture of experts, which format "
+            f"{format.name!r} does not hold. Run the model in our format, which transformers loads "
+            f"with qalora_plugin{f', or choose {chr(32).join(held)}' if held else ''}."
+        )
+
+
 def check_format(base: str | Path, format: str) -> None:
     """Refuse now what `export_model` would refuse of this base with any adapter it allows.
 
@@ -89,10 +106,12 @@ def check_format(base: str | Path, format: str) -> None:
         ConfigError: no such format, or its library is not installed.
     """
     found = _writable(format)
+    source = open_quantized(base)
+    refuse_experts(source, found)
     found.check_libraries()
-    if found.of_adapter:  # any base's adapter is held
+    if found.of_adapter:  # any other base's adapter is held
         return
-    source, write = open_quantized(base), found.module("write")
+    write = found.module("write")
     obstacles(source, found)
     if hasattr(write, "check"):
         write.check(source)
@@ -185,6 +204,8 @@ def export_model(
         raise ConfigError(
             f"format {format!r} has no option {unknown[0]!r}; it has {', '.join(known) or 'none'}"
         )
+    if not found.of_adapter:
+        refuse_experts(open_quantized(source), found)
     found.check_libraries()
     if not found.of_adapter:
         check_fit(open_quantized(source))

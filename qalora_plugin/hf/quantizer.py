@@ -25,8 +25,10 @@ from transformers.quantizers.auto import (
 )
 
 from qalora_kernels import store_offsets
-from qalora_kernels.stored import GUARD, QUANT_METHOD
+from qalora_kernels.stored import GUARD, QUANT_METHOD, is_excluded
 
+from ..architecture.experts import find_experts, without_fusing
+from ..architecture.names import unfuse_experts
 from ..architecture.places import places_problem
 from ..checkpoint.checkpoint import QuantizedCheckpoint, open_quantized
 from ..checkpoint.layout import guard_tensor, quantized_layers
@@ -58,6 +60,7 @@ class QALoRAQuantizer(HfQuantizer):
         self._layers: StoredLayers | LayerQuantizer | None = None
         self._check: Future[bool] | None = None
         self._dtype = torch.get_default_dtype()
+        self._experts: list[str] = []
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuse offloading to disk, which would bypass the layers.
@@ -87,9 +90,14 @@ class QALoRAQuantizer(HfQuantizer):
         _check_place(files, model.config.name_or_path)
         checkpoint = self._open(files)
         if checkpoint is None:
-            problem = places_problem(
-                model, _tensor_names(files), architectures=model.config.architectures
-            )
+            names, kept = _tensor_names(files), self.quantization_config.modules_to_not_convert
+            unfuse_experts(model, names, lambda layer: not is_excluded(layer, kept or ()))
+        else:
+            unfuse_experts(model, checkpoint.weight_names, checkpoint.layers.__contains__)
+        self._experts = list(find_experts(model))
+        _check_dispatch(model, self._experts)
+        if checkpoint is None:
+            problem = places_problem(model, names, architectures=model.config.architectures)
             if problem is not None:
                 raise CheckpointError(f"{files[0].parent}: {problem}.")
             self._layers = LayerQuantizer(model, self.quantization_config)
@@ -111,6 +119,10 @@ class QALoRAQuantizer(HfQuantizer):
                 self.pre_quantized: bool = True
                 return open_quantized(files[0].parent, check_hashes=False)  # `_check` does
         return None
+
+    def update_weight_conversions(self, weight_conversions: list[Any], *args: Any) -> list[Any]:
+        """Return transformers' conversions less those that fuse the experts that we unfused."""
+        return without_fusing(weight_conversions, self._experts)
 
     def param_needs_quantization(
         self, model: PreTrainedModel, param_name: str, **kwargs: Any
@@ -197,6 +209,20 @@ class QALoRAQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """True: the operators have fake kernels."""
         return True
+
+
+def _check_dispatch(model: PreTrainedModel, experts: list[str]) -> None:
+    """Refuse a way to compute experts that ours do not have.
+
+    Raises:
+        ConfigError: names it.
+    """
+    asked = getattr(model.config, "_experts_implementation", None)
+    if experts and asked not in (None, "eager", "grouped_mm"):  # the latter is the default
+        raise ConfigError(
+            f"experts_implementation {asked!r} computes with 16-bit experts; quantized ones are "
+            "called one by one. Leave it out, or set it to 'eager'."
+        )
 
 
 def _check_place(files: list[Path], name_or_path: str) -> None:

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from qalora_kernels import QuantSpec
 
+from ..architecture.experts import find_experts
 from ..checkpoint.checkpoint import QuantizedCheckpoint
 from ..checkpoint.fingerprint import fingerprint
 from ..distributed.sharding import fsdp_enabled, loads_from_rank_0, partition, zero3_enabled
@@ -72,6 +73,12 @@ def shard(layer: ShardedQuantLinear) -> ShardedQuantLinear:
 
 
 def finish_sharding(model: nn.Module) -> None:
-    """Partition what is left under ZeRO-3: embeddings, norms, biases."""
+    """Partition what is left under ZeRO-3: embeddings, norms, biases.
+
+    A rank that skipped an expert would not take part in gathering its parts.
+    """
+    if loads_sharded():
+        for experts in find_experts(model).values():
+            experts.calls_all = True
     if zero3_enabled():
         partition(model)

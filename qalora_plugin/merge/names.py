@@ -63,7 +63,7 @@ def find_trained_model(adapter: Adapter, base: QuantizedCheckpoint) -> TrainedMo
     Nothing is built where the adapter brings low-rank changes alone and the names are the base's.
     """
     is_plain = not adapter.saved and not adapter.config.get("modules_to_save")
-    if is_plain and any(name in base.layers for name in adapter.layers):
+    if is_plain and all(name in base.layers for name in adapter.layers):
         return TrainedModel(None)
     for class_name in _class_names(adapter, base):
         found = read_architecture(base.reader.config, base.weight_names, class_name)

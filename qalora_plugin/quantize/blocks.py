@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from ..architecture.experts import Experts
 from ..errors import ConfigError
 
 
@@ -199,3 +200,27 @@ def watch_inputs(
             seen = 0
             with suppress(_StopForwardError):
                 call_block(block, call, states)
+
+
+@torch.no_grad()
+def watch_experts(
+    block: nn.Module, experts: Experts, calls: list[Call], hidden: list[torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run all batches up to a mixture's experts, and return what the router sends them.
+
+    Returns:
+        The tokens' hidden states [T, H], and the experts that each goes to [T, k].
+    """
+    states, chosen = [], []
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found = dict(zip(("hidden_states", "top_k_index"), args, strict=False)) | kwargs
+        states.append(found["hidden_states"])
+        chosen.append(found["top_k_index"])
+        raise _StopForwardError
+
+    with experts.register_forward_pre_hook(hook, with_kwargs=True):
+        for call, batch in zip(calls, hidden, strict=True):
+            with suppress(_StopForwardError):
+                call_block(block, call, batch)
+    return torch.cat(states), torch.cat(chosen)

@@ -46,6 +46,8 @@ class QuantizeResult:
             is all zero.
         kept: linear modules that stayed in 16 bits.
         resumed: blocks that an earlier, interrupted run had finished.
+        experts: of a calibrated mixture: how many experts were "calibrated", and how many of these
+            saw fewer tokens than they have inputs ("few_tokens"), and took all tokens instead.
         refined: where scales and offsets were trained, the settings of that, and the held-out KL
             divergence from the 16-bit model before and after, in nats a token.
     """
@@ -55,6 +57,7 @@ class QuantizeResult:
     kept: list[str]
     resumed: int
     refined: dict[str, Any] | None = None
+    experts: dict[str, int] | None = None
 
 
 def quantize_model(
@@ -255,7 +258,8 @@ class _Job:
         """Return the result that a finished directory holds."""
         report = read_json(out / REPORT_FILE)
         kept = self.config.modules_to_not_convert or []
-        return QuantizeResult(out, report["layers"], kept, 0, report.get("refined"))
+        found = report.get("refined"), report.get("experts")
+        return QuantizeResult(out, report["layers"], kept, 0, *found)
 
     def _write(self, shards: BlockShards) -> None:
         """Write the weights that are not there yet."""
@@ -273,8 +277,12 @@ class _Job:
                 if finished:
                     bar.update(len(layers))
                 else:
-                    free = round_layers(source, specs, options, layers)
-                    for _ in shards.write_block(index, walk.solve(index, layers) if walk else free):
+                    if walk:
+                        walk.experts.clear()
+                        solved, counts = walk.solve(index, layers), walk.experts
+                    else:
+                        solved, counts = round_layers(source, specs, options, layers), None
+                    for _ in shards.write_block(index, solved, counts):
                         bar.update()
                 if walk:
                     walk.leave(index)

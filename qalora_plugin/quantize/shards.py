@@ -1,5 +1,6 @@
 """Write a model's shards one block after another, leaving out those that are finished already."""
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ from ..files.reader import CheckpointReader
 from ..files.writer import CheckpointWriter, ShardWriter, bound_to, split_plan
 from .source import ModelSource
 
+EXPERT_COUNTS = ("calibrated", "few_tokens")
+"""A mixture's experts, and those among them that fewer tokens than inputs reached."""
+
 Tensors = Mapping[str, torch.Tensor]
 Solved = Iterator[tuple[str, PackedWeight, float | None]]
 """(layer, weight, relative error of its output or None), one after the other."""
@@ -37,7 +41,7 @@ class BlockShards:
         writer: of the shards; its `finish` writes the index.
         finished: whether each block was written by an earlier run.
         report: quantization_report.json: {"layers": ...} as in `pipeline.QuantizeResult`, of the
-            blocks that are written, and {"refined": ...} likewise.
+            blocks that are written, and {"experts": ...} and {"refined": ...} likewise.
     """
 
     def __init__(
@@ -90,8 +94,13 @@ class BlockShards:
                 with self.writer.shard(index) as shard:
                     self._copy(shard, self.writer.plans[index])
 
-    def write_block(self, index: int, solved: Solved) -> Iterator[str]:
-        """Write block `index` layer by layer as `solved` gives them; yield their names."""
+    def write_block(
+        self, index: int, solved: Solved, experts: Mapping[str, int] | None = None
+    ) -> Iterator[str]:
+        """Write block `index` layer by layer as `solved` gives them; yield their names.
+
+        `experts` are counts for the report, complete once `solved` is at its end.
+        """
         with self.writer.shard(self._first + index) as shard:
             for layer, weight, error in solved:
                 name, spec = self._source.layer_name(layer), weight.spec
@@ -101,6 +110,9 @@ class BlockShards:
                 self.report["layers"][name] = entry
                 yield name
             self._copy(shard, self._dense_names(index))
+            if experts:
+                counted = Counter(self.report.get("experts", {})) + Counter(experts)
+                self.report["experts"] = {name: counted[name] for name in EXPERT_COUNTS}
             self.add_to_report()
 
     def add_to_report(self, **facts: Any) -> None:

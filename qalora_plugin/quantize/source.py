@@ -7,14 +7,12 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, rename_source_key
 
 from qalora_kernels import QuantSpec
 
 from ..architecture.blocks import find_blocks
 from ..architecture.model import empty_model
-from ..architecture.names import LayerNames
+from ..architecture.names import LayerNames, unfuse_experts
 from ..architecture.places import places_problem
 from ..architecture.selection import check_group_sizes, check_overrides, linears_to_quantize
 from ..checkpoint.config import QALoRAQuantConfig
@@ -72,14 +70,14 @@ class ModelSource:
     def empty_copy(self) -> transformers.PreTrainedModel:
         """Return another model of the same architecture, parameters on meta."""
         reader = self.reader
-        return _empty_model(reader.directory, reader.config, self._trust_remote_code)
+        model = _empty_model(reader.directory, reader.config, self._trust_remote_code)
+        unfuse_experts(model, reader.tensors)
+        return model
 
     def _check_complete(self) -> None:
-        mapping = get_model_conversion_mapping(self.model)
-        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        names = LayerNames(self.model)
         for name in self.reader.tensors:
-            _, pattern = rename_source_key(name, [], converters)
-            if pattern is not None:
+            if names.places(name).is_converted:
                 raise ConfigError(
                     f"{self.reader.directory}: {name} is stored in another form than "
                     f"{type(self.model).__name__} computes with (fused experts); such models "

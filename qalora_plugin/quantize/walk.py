@@ -1,13 +1,15 @@
 """Quantize layers on calibration activations, which are carried through the blocks, or without."""
 
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import nn
 
 from qalora_kernels import PackedWeight, QuantSpec
 
-from .blocks import Stage, call_block, find_stages, record, watch_inputs
+from ..architecture.experts import Experts, find_experts
+from .blocks import Stage, call_block, find_stages, record, watch_experts, watch_inputs
 from .gptq import Hessian, calibrated_error, gptq
 from .options import QuantizeOptions
 from .rtn import rtn
@@ -44,6 +46,10 @@ class Walk:
         specs: the grid of every layer to quantize, by its name in the model.
         options: the solver's.
         windows: token ids [samples, seq_len].
+
+    Attributes:
+        experts: of the block that is being solved: "calibrated", and among them those that
+            "few_tokens" reached.
     """
 
     def __init__(
@@ -55,6 +61,7 @@ class Walk:
     ) -> None:
         """Run everything before the blocks."""
         self._source, self._specs, self._options = source, specs, options
+        self.experts: Counter[str] = Counter()
         source.move_buffers()
         needed = [*self._before_the_blocks(), *source.names_in(source.block_names[0])]
         source.fill(needed)
@@ -108,10 +115,57 @@ class Walk:
         block, calls = self._source.blocks[index], self._calls[index]
         prefix = f"{self._source.block_names[index]}."
         linears = {layer.removeprefix(prefix): self._linear(layer) for layer in layers}
-        for stage in find_stages(block, linears, calls[0], self._hidden[0]):
+        mixtures = {
+            name: experts
+            for name, experts in find_experts(block).items()
+            if any(layer.startswith(f"{name}.") for layer in linears)
+        }
+        routed = tuple(f"{name}." for name in mixtures)
+        alone = {name: m for name, m in linears.items() if not name.startswith(routed)}
+        for stage in find_stages(block, alone, calls[0], self._hidden[0]):
             hessian = self._hessian(index, stage, linears[stage.names[0]])
             for name in stage.names:
                 yield prefix + name, hessian
+        for name, experts in mixtures.items():
+            for layer, hessian in self._expert_hessians(index, name, experts):
+                if layer in linears:
+                    yield prefix + layer, hessian
+
+    def _expert_hessians(
+        self, index: int, name: str, experts: Experts
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the layers of a mixture in a block expert by expert, each with its H.
+
+        An expert sees the tokens that the router sends it; if these are fewer than its inputs,
+        which leaves H without full rank, all tokens of the layer.
+        """
+        block, calls = self._source.blocks[index], self._calls[index]
+        states, chosen = watch_experts(block, experts, calls, self._hidden)
+        for number, expert in enumerate(experts.experts):
+            tokens = states[(chosen == number).any(-1)]
+            self.experts["calibrated"] += 1
+            if len(tokens) < states.shape[-1]:
+                self.experts["few_tokens"] += 1
+                tokens = states
+            within = f"{self._source.block_names[index]}.{name}.{number}"
+            outer = self._moments(tokens, lambda x: x, within)
+            yield f"{name}.{number}.{expert.names.gate}", outer
+            yield f"{name}.{number}.{expert.names.up}", outer
+            del outer
+            yield (
+                f"{name}.{number}.{expert.names.down}",
+                self._moments(tokens, expert.inner, within),
+            )
+
+    @torch.no_grad()
+    def _moments(
+        self, tokens: torch.Tensor, read: Callable[[torch.Tensor], torch.Tensor], name: str
+    ) -> torch.Tensor:
+        """Return H of what an expert's layer reads, given its tokens [M, H]."""
+        inputs = Hessian(read(tokens[:1]).shape[-1], self._source.device)
+        for part in tokens.split(_BATCH_TOKENS):
+            inputs.add(read(part))
+        return inputs.mean(name)
 
     def _linear(self, layer: str) -> nn.Linear:
         linear = self._source.model.get_submodule(layer)

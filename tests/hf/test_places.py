@@ -26,6 +26,16 @@ MIXTURES = {
     "qwen2_moe": lambda: tf.Qwen2MoeConfig(**SIZES, num_experts=4),
     "deepseek_v3": lambda: tf.DeepseekV3Config(**SIZES | LATENT),
 }
+# experts without gates, which are computed in another way
+UNGATED = tf.NemotronHConfig(
+    **SIZES,
+    head_dim=16,
+    layers_block_type=["moe", "attention"],
+    n_routed_experts=4,
+    num_experts_per_tok=2,
+    moe_shared_expert_intermediate_size=32,
+    time_step_limit=(0.0, 1.0),  # the default does not survive being saved
+)
 OURS = {"quantization_config": QALoRAQuantConfig(bits=4, group_size=32)}
 
 
@@ -64,8 +74,13 @@ def mixture(request, tmp_path_factory):
     return directory
 
 
-def test_stock_gptq_mixtures_are_refused(mixture, tmp_path):
-    directory = write_stock(shutil.copytree(mixture, tmp_path / "stock"))
+def test_experts_that_we_have_no_layer_for_are_refused(tmp_path):
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(UNGATED).save_pretrained(tmp_path / "dense")
+    with pytest.raises(QALoRAError, match=r"experts\.0\.\w+\.weight is stored in another form"):
+        quantize_model(tmp_path / "dense", tmp_path / "q", method="rtn", group_size=32)
+    assert not (tmp_path / "q").exists()
+    directory = write_stock(shutil.copytree(tmp_path / "dense", tmp_path / "stock"))
     with pytest.raises(CheckpointError, match=r"experts\.0\.\w+ is a quantized layer of its own"):
         AutoModelForCausalLM.from_pretrained(directory)
     found = describe(directory)
@@ -73,7 +88,10 @@ def test_stock_gptq_mixtures_are_refused(mixture, tmp_path):
 
 
 def test_a_mixture_whose_dense_experts_are_fused_while_it_loads(mixture):
-    model, info = AutoModelForCausalLM.from_pretrained(mixture, **OURS, output_loading_info=True)
+    kept = QALoRAQuantConfig(bits=4, group_size=32, modules_to_not_convert=["experts"])
+    model, info = AutoModelForCausalLM.from_pretrained(
+        mixture, quantization_config=kept, output_loading_info=True
+    )
     assert not info["missing_keys"] and not info["unexpected_keys"]
     dense = AutoModelForCausalLM.from_pretrained(mixture)
     for name, parameter in dense.named_parameters():

@@ -6,6 +6,7 @@ from qalora_kernels import QuantSpec
 
 from ...checkpoint.checkpoint import QuantizedCheckpoint
 from ...checkpoint.config import QALoRAQuantConfig
+from ...checkpoint.layout import expert_place
 from ...errors import CheckpointError, ConfigError, QALoRAError
 from ..zero_points import integer_zeros
 from . import FORMAT
@@ -19,8 +20,14 @@ def check_specs(specs: Mapping[str, QuantSpec], version: str, config: QALoRAQuan
     """Refuse what `check_writable` or GPTQModel would refuse, before anything is quantized.
 
     Raises:
-        ConfigError: an override with "gptq", a group size, or a layer's sizes.
+        ConfigError: an override with "gptq", a group size, a layer's sizes, or an expert.
     """
+    expert = next((name for name in specs if expert_place(name)), None)
+    if expert is not None:
+        raise ConfigError(
+            f"{expert} is part of a mixture of experts, which format {FORMAT.name!r} is not "
+            "written for: use format 'qalora'"
+        )
     for size in (config.group_size, *(o.get("group_size", -1) for o in config.dynamic.values())):
         if size not in GPTQMODEL_GROUP_SIZES:
             raise ConfigError(

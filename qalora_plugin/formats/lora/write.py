@@ -24,7 +24,7 @@ from ...files.names import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
 from ...files.writer import ShardWriter
 from ...merge.adapter import PREFIX
 from ...merge.plan import MergePlan, plan_merge
-from ..export import ExportResult, Progress
+from ..export import ExportResult, Progress, refuse_experts
 from . import FORMAT
 
 EXACTNESS = (
@@ -59,6 +59,7 @@ def export(
     """
     directory = AtomicDirectory(out)
     plan = plan_merge(source, base, convention)
+    refuse_experts(plan.base, FORMAT)
     adapter = plan.adapter
     if adapter.adapt not in FORMAT.adapts:
         raise AdapterError(

@@ -11,6 +11,7 @@ FORMAT = Format(
     hub_library="transformers",
     usage="`{repo_id}` is used as the model that it was made from.",
     of_source=True,
+    holds_experts=True,
     options=(
         Option(
             "original",

@@ -1,0 +1,82 @@
+"""Mixtures of experts: quantized while they load, saved, and loaded as stock GPTQ."""
+
+import pytest
+import torch
+from support.mixtures import LINEARS, MIXTURES, mixture
+from transformers import AutoModelForCausalLM
+
+from qalora_plugin import QALoRAQuantConfig, quantize_model
+from qalora_plugin.architecture.experts import Experts
+from qalora_plugin.checkpoint.checkpoint import open_quantized
+from qalora_plugin.checkpoint.describe import describe
+from qalora_plugin.errors import ConfigError
+from qalora_plugin.formats.gptq.write import write_stock_gptq
+from qalora_plugin.layers.linear import QuantLinear
+
+IDS = torch.arange(3, 35).view(2, 16)
+OWN = {"mixtral": ("block_sparse_moe.experts.3.w1", "mlp.experts.3.w1")}
+
+
+def _logits(model):
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+def _fused(model, directory):
+    """Compute the logits of the dequantized weights in transformers' own fused experts."""
+    model.dequantize(dtype=torch.float32).save_pretrained(directory)
+    plain = AutoModelForCausalLM.from_pretrained(directory, experts_implementation="eager")
+    assert not any(isinstance(module, Experts) for module in plain.modules())
+    return _logits(plain)
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_round_trip(name, tmp_path):
+    mixture(name).save_pretrained(tmp_path / "dense")
+    grid = QALoRAQuantConfig(bits=3, group_size=16)
+    model, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "dense", quantization_config=grid, output_loading_info=True
+    )
+    assert not any(info.values()), info
+    layers = [n for n, m in model.named_modules() if isinstance(m, QuantLinear)]
+    assert len(layers) == LINEARS[name] and not any("gate" in n.split(".") for n in layers)
+    found = _logits(model)
+    model.save_pretrained(tmp_path / "q")
+    stored, own = OWN.get(name, ("mlp.experts.3.up_proj",) * 2)
+    layer = open_quantized(tmp_path / "q").layer(f"model.layers.1.{stored}")
+    assert torch.equal(layer.qweight, model.get_submodule(f"model.layers.1.{own}").qweight)
+    assert describe(tmp_path / "q")["valid"]
+    again, info = AutoModelForCausalLM.from_pretrained(tmp_path / "q", output_loading_info=True)
+    assert not any(info.values()), info
+    assert torch.equal(_logits(again), found)
+    torch.testing.assert_close(_fused(model, tmp_path / "plain"), found, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_stock_gptq(name, tmp_path):
+    mixture(name, inner=64).save_pretrained(tmp_path / "dense")
+    rounded = dict(method="rtn", group_size=32, zero_points="integer", progress=False)
+    kept = {"modules_to_not_convert": ["self_attn"]}  # as 16-bit layers in a stock file
+    quantize_model(tmp_path / "dense", tmp_path / "q", **rounded, **kept)
+    write_stock_gptq(tmp_path / "q", tmp_path / "stock")
+    model, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "stock", dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(info.values()), info
+    found = describe(tmp_path / "stock")
+    assert found["valid"] and found["kind"] == "gptq model"
+    logits = _logits(model)
+    torch.testing.assert_close(_fused(model, tmp_path / "plain"), logits, rtol=0, atol=1e-5)
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "q", dtype=torch.float32)
+    torch.testing.assert_close(_logits(ours), logits, rtol=0, atol=1e-5)
+    with pytest.raises(ConfigError, match=r"experts\.0\.\w+ is part of a mixture"):
+        quantize_model(tmp_path / "dense", tmp_path / "g", format="gptq", **rounded)
+
+
+def test_other_dispatch_is_refused(tmp_path):
+    mixture("qwen3_moe").save_pretrained(tmp_path)
+    grid = QALoRAQuantConfig(bits=4, group_size=16)
+    with pytest.raises(ConfigError, match="experts_implementation 'batched_mm'"):
+        AutoModelForCausalLM.from_pretrained(
+            tmp_path, quantization_config=grid, experts_implementation="batched_mm"
+        )
