@@ -1,5 +1,6 @@
 """The names of modules and tensors: a checkpoint's and a model's."""
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -83,6 +84,12 @@ class LayerNames:
             return None
         return found, converter.source_patterns.index(pattern)
 
+    def expert_projections(self) -> list[str]:
+        """Return what files call the projections that transformers fuses, such as "w1"."""
+        patterns = [p for entry in self._converters for p in entry.source_patterns]
+        found = (re.search(r"\.\*\.(\w+)\.weight$", pattern) for pattern in patterns)
+        return [match[1] for match in found if match]
+
     def unknown(self, name: str) -> str:
         """Return the name by which transformers reports a tensor that the model does not have."""
         return rename_source_key(name, self._renamings, [])[0]
@@ -133,3 +140,10 @@ def unfuse_experts(
         if found.keys() == {(up, 0), (up, 1), (down, 0)}:
             leaf = ExpertNames(found[up, 0], found[up, 1], found[down, 0])
             model.set_submodule(name, Experts(module, leaf))
+
+
+def unfuse_all(model: PreTrainedModel) -> None:
+    """Give a model `Experts` for fused ones that 16-bit checkpoints usually store one by one."""
+    leaves = LayerNames(model).expert_projections()
+    fused = [name for name, module in model.named_modules() if is_fused(module)]
+    unfuse_experts(model, [f"{name}.0.{leaf}.weight" for name in fused for leaf in leaves])

@@ -85,7 +85,7 @@ def _add_setting(group: Any, name: str, text: str) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Plan the run; the result goes to stdout."""
-    from ..plan import PlanSettings, load_shape, plan
+    from ..plan import PlanSettings, count_parameters, load_shape, plan
     from ..plan.memory import USUAL_GPU_MEMORY
     from ..plan.table import table
 
@@ -99,6 +99,7 @@ def main(args: argparse.Namespace) -> int:
     shape = load_shape(args.model, settings, args.revision, args.trust_remote_code)
     settings = replace(settings, bits=shape.base.bits, group_size=shape.base.group_size)
     plans = plan(shape, settings)
+    total, active = count_parameters(shape, settings)
     if shape.max_tokens is not None and settings.seq_len > shape.max_tokens:
         print(
             f"qalora: note: the model takes {shape.max_tokens} tokens (max_position_embeddings), "
@@ -107,9 +108,14 @@ def main(args: argparse.Namespace) -> int:
         )
     if args.json:
         found = {name: result.as_json(sizes) for name, result in plans.items()}
-        print(json.dumps({"settings": asdict(settings), "methods": found}))
+        counted = {"total": total, "active": active}
+        found_all = {"settings": asdict(settings), "parameters": counted, "methods": found}
+        print(json.dumps(found_all))
         return 0
-    print(table(plans, settings, _title(args.model, settings), sizes))
+    title = _title(args.model, settings)
+    if active < total:
+        title += f"\n{total / 1e9:.2f} B parameters, of which a token uses {active / 1e9:.2f} B"
+    print(table(plans, settings, title, sizes))
     return 0
 
 

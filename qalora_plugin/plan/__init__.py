@@ -11,15 +11,24 @@ from .settings import PlanSettings
 
 if TYPE_CHECKING:
     from .memory import MethodPlan, plan, plan_method
-    from .shapes import ModelShape, load_shape
+    from .shapes import ModelShape, count_parameters, load_shape
 
-__all__ = ["MethodPlan", "ModelShape", "PlanSettings", "load_shape", "plan", "plan_method"]
+__all__ = [
+    "MethodPlan",
+    "ModelShape",
+    "PlanSettings",
+    "count_parameters",
+    "load_shape",
+    "plan",
+    "plan_method",
+]
 
 __getattr__ = lazy_names(
     __name__,
     {
         "MethodPlan": ".memory",
         "ModelShape": ".shapes",
+        "count_parameters": ".shapes",
         "load_shape": ".shapes",
         "plan": ".memory",
         "plan_method": ".memory",

@@ -9,7 +9,15 @@ from qalora_kernels.stored import GUARD_BYTES
 
 from ..layers.linear import QuantLinear
 from .settings import PlanSettings
-from .shapes import METHODS, ModelShape, NF4Linear, TensorShape, build_model, tensor_shapes
+from .shapes import (
+    METHODS,
+    ModelShape,
+    NF4Linear,
+    TensorShape,
+    build_model,
+    repeats,
+    tensor_shapes,
+)
 from .simulate import simulate
 
 USUAL_GPU_MEMORY = (16, 24, 40, 48, 80, 141)  # GiB
@@ -189,10 +197,13 @@ def _disk(model: PeftModel, tensors: list[TensorShape], settings: PlanSettings) 
     """Return the bytes of the tensors in checkpoints; headers and tokenizers come on top."""
     adapter = sum(tensor.nbytes for tensor in tensors if tensor.part == "adapters")
     base = sum(tensor.numel * tensor.stored for tensor in tensors if tensor.part != "adapters")
-    base += GUARD_BYTES * sum(isinstance(m, QuantLinear) for m in model.modules())
-    nf4 = [module for module in model.modules() if isinstance(module, NF4Linear)]
-    packed = sum(layer.packed_bytes for layer in nf4)
-    dense = sum(layer.in_features * layer.out_features for layer in nf4)
+    counts, packed, dense = repeats(model), 0, 0
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLinear):
+            base += GUARD_BYTES * counts[name]
+        elif isinstance(module, NF4Linear):
+            packed += module.packed_bytes * counts[name]
+            dense += module.in_features * module.out_features * counts[name]
     # merging QLoRA gives dense weights
     merged = base - packed + dense * settings.torch_dtype.itemsize
     return {"base": base, "adapter": adapter, "merged": merged}

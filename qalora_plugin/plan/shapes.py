@@ -5,15 +5,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
+from unittest.mock import patch
 
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils import transformers_weight_conversion
 from torch import nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from qalora_kernels.stored import QUANT_METHOD
 
+from ..architecture.experts import Experts, find_experts
+from ..architecture.names import unfuse_all
 from ..architecture.selection import check_group_sizes, linears_in_blocks, linears_to_quantize
 from ..checkpoint.checkpoint import open_quantized
 from ..checkpoint.config import QALoRAQuantConfig
@@ -195,7 +199,60 @@ def _empty_model(shape: ModelShape, settings: PlanSettings) -> transformers.PreT
     build = getattr(model_class, "_from_config", None) or model_class.from_config
     with torch.device("meta"):
         model = build(shape.config, dtype=settings.torch_dtype, attn_implementation="sdpa")
+        unfuse_all(model)
+    for name, experts in find_experts(model).items():
+        model.set_submodule(name, OneExpert(experts))
     return model.requires_grad_(False)
+
+
+class OneExpert(Experts):
+    """Stands for a mixture's experts, of which it has one, `num_experts` times.
+
+    All tokens that are routed go through it: which expert takes how many changes no sum of bytes.
+    """
+
+    def __init__(self, experts: Experts) -> None:
+        nn.Module.__init__(self)
+        self.num_experts = experts.num_experts
+        self.add_module("0", experts.experts[0])
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Compute tensors of the shapes that `Experts` computes."""
+        rows = hidden_states.repeat_interleave(top_k_index.shape[-1], dim=0)
+        outputs = self.experts[0](rows).view(*top_k_index.shape, -1)
+        return (outputs * top_k_weights.unsqueeze(-1)).sum(1).to(hidden_states.dtype)
+
+
+def repeats(model: nn.Module) -> dict[str, int]:
+    """Return how often each module of a model that stands for experts is there, others once."""
+    counts = {}
+    for name, module in model.named_modules():
+        owner = name.rpartition(".")[0]
+        counts[name] = counts.get(owner, 1)
+        if isinstance(module, OneExpert):
+            counts[name] = module.num_experts
+    return counts
+
+
+def count_parameters(shape: ModelShape, settings: PlanSettings) -> tuple[int, int]:
+    """Return the parameters of the dense model, and those among them that a token is sent through.
+
+    The two differ by the experts of a mixture that the router does not choose.
+    """
+    model, chosen = _empty_model(shape, settings), 0
+    text = shape.config.get_text_config()
+    counts, seen, total = repeats(model), set(), 0
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            if id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            total += parameter.numel() * counts[name]
+            is_expert = counts[name] > 1
+            chosen += parameter.numel() * (text.num_experts_per_tok if is_expert else 1)
+    return total, chosen
 
 
 def _int_layer(name: str, linear: nn.Linear, base: QALoRAQuantConfig) -> QuantLinear:
@@ -231,7 +288,9 @@ def build_model(method: str, shape: ModelShape, settings: PlanSettings) -> PeftM
         config = QALoRAConfig(r=settings.r, adapt=settings.adapt, target_modules=chosen)
     else:
         config = LoraConfig(r=settings.r, target_modules=list(targets or linears))
-    with torch.device("meta"):
+    # PEFT would look for the experts as transformers fuses them
+    unchanged = patch.object(transformers_weight_conversion, "convert_peft_config_for_transformers")
+    with torch.device("meta"), unchanged:
         return get_peft_model(model, config)
 
 
@@ -265,9 +324,9 @@ _GRID = {"scales", "offsets", "g_idx", "absmax", "nested_absmax"}
 
 def tensor_shapes(model: PeftModel) -> list[TensorShape]:
     """List every parameter and buffer of a model, tied ones once, in the order of execution."""
-    found: dict[int, TensorShape] = {}
-    linears = set(linears_in_blocks(model.get_base_model()).values())
-    for module in model.modules():
+    found: dict[int, list[TensorShape]] = {}
+    linears, counts = set(linears_in_blocks(model.get_base_model()).values()), repeats(model)
+    for place, module in model.named_modules():
         is_linear = module in linears or isinstance(module, NF4Linear)
         for name, tensor in itertools.chain(
             module.named_parameters(recurse=False), module.named_buffers(recurse=False)
@@ -281,8 +340,9 @@ def tensor_shapes(model: PeftModel) -> list[TensorShape]:
                 part = "scales_offsets"
             elif name == "qweight" or (name == "weight" and is_linear):
                 part = "linear_weights"
-            found[id(tensor)] = TensorShape(part, tensor.numel(), *_itemsizes(module, name, tensor))
-    return list(found.values())
+            sizes = TensorShape(part, tensor.numel(), *_itemsizes(module, name, tensor))
+            found[id(tensor)] = [sizes] * counts[place]
+    return list(itertools.chain.from_iterable(found.values()))
 
 
 def _itemsizes(module: nn.Module, name: str, tensor: torch.Tensor) -> tuple[int, int, int]:

@@ -4,12 +4,12 @@ import json
 from dataclasses import asdict
 
 import pytest
-from transformers import LlamaConfig, MixtralConfig
+from transformers import GraniteMoeConfig, LlamaConfig, MixtralConfig
 
 from qalora_plugin.checkpoint.describe import describe
 from qalora_plugin.cli import build_parser, main
 from qalora_plugin.errors import ConfigError
-from qalora_plugin.plan import PlanSettings, load_shape, plan_method
+from qalora_plugin.plan import PlanSettings, count_parameters, load_shape, plan_method
 from qalora_plugin.plan.memory import PARTS, ZERO2_BUCKET
 from qalora_plugin.plan.settings import CHOICES
 from qalora_plugin.quickstart.embedded import base_model_path
@@ -202,20 +202,58 @@ def experts(tmp_path):
         num_attention_heads=2,
         num_key_value_heads=2,
         num_local_experts=2,
+        num_experts_per_tok=1,
     )
     config.save_pretrained(tmp_path)
     return tmp_path
 
 
-def test_experts_are_not_quantized(experts):
-    memory = planned(experts).memory
-    assert memory["linear_weights"] == 4 * 32 * 32 // 2
-    assert memory["rest"] > 2 * 2 * 3 * 32 * 32  # two experts of three matrices in 16 bits
+def test_every_expert_counts(experts):
+    lora = planned(experts, "lora").memory
+    assert lora["linear_weights"] == (4 + 2 * 3) * 32 * 32 * 2
+    assert lora["adapters"] == (4 + 2 * 3) * R * (32 + 32) * 4
+    memory, disk = planned(experts).memory, planned(experts).disk
+    assert memory["linear_weights"] == (4 + 2 * 3) * 32 * 32 // 2
+    assert memory["adapters"] == (4 + 2 * 3) * R * (1 + 32) * 4
+    assert planned(experts, "qlora").disk["merged"] == lora_base(experts)
+    guards = (4 + 2 * 3) * 4
+    assert disk["base"] - guards == memory["linear_weights"] + memory["scales_offsets"] + dense(
+        experts
+    )
 
 
-def test_a_path_that_depends_on_data_is_refused(experts):
+def lora_base(directory):
+    return planned(directory, "lora").disk["base"]
+
+
+def dense(directory):
+    """Bytes in a file of what is not quantized: rotary frequencies are in none."""
+    return lora_base(directory) - planned(directory, "lora").memory["linear_weights"]
+
+
+def test_active_parameters(experts, capsys):
+    settings = PlanSettings()
+    total, active = count_parameters(load_shape(str(experts), settings), settings)
+    outside = 2 * 64 * 32 + 3 * 32 + 2 * 32  # embeddings and head, norms, router
+    assert total == outside + (4 + 2 * 3) * 32 * 32
+    assert active == outside + (4 + 1 * 3) * 32 * 32
+    assert main(["plan", str(experts), "--seq-len", "64"]) == 0
+    assert "0.00 B parameters, of which a token uses 0.00 B" in capsys.readouterr().out
+    assert main(["plan", str(experts), "--seq-len", "64", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["parameters"]
+    assert found == {"total": total, "active": active}
+
+
+def test_all_routed_tokens_are_kept_for_the_backward(experts):
+    one, two = (planned(experts, seq_len=n, adapt="scales").memory for n in (512, 1024))
+    assert 1.99 * one["activations"] < two["activations"] < 2.01 * one["activations"]
+
+
+def test_a_path_that_depends_on_data_is_refused(tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
+    GraniteMoeConfig(vocab_size=64, num_hidden_layers=1, **sizes).save_pretrained(tmp_path)
     settings = PlanSettings(seq_len=TOKENS)
-    shape = load_shape(str(experts), settings)
+    shape = load_shape(str(tmp_path), settings)
     shape.config._experts_implementation = "eager"  # a loop over the experts that were hit
     with pytest.raises(ConfigError, match="depends on the data"):
         plan_method("qalora", shape, settings)
