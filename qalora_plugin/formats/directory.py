@@ -22,6 +22,7 @@ from ..files.names import CONFIG_FILE
 from ..files.safetensors import TensorInfo
 from ..files.writer import DEFAULT_METADATA, write_weights
 from .export import Progress
+from .stacks import expert_stacks
 
 
 def regroup(per_group: torch.Tensor, spec: QuantSpec, block: int) -> torch.Tensor:
@@ -75,6 +76,10 @@ class DenseLayers:
         """Return such a tensor as it is written."""
         raise NotImplementedError(name)
 
+    def stack_name(self, stack: str) -> str:
+        """Return the layer that holds the experts of a stack (`stacks.expert_stacks`)."""
+        raise NotImplementedError(stack)
+
     def plan(self, name: str, spec: QuantSpec) -> TensorPlan:
         """Return full names, dtypes and shapes of a layer's tensors."""
         return {f"{name}.weight": (torch.float32, (spec.out_features, spec.in_features))}
@@ -103,6 +108,8 @@ def write_directory(
 ) -> Path:
     """Write a model directory: layers as `layers` converts them, everything else as it is.
 
+    Experts become one tensor [E, ...], all of which is in memory while it is written.
+
     Args:
         source: the model.
         out: the directory to make, which is returned.
@@ -118,6 +125,9 @@ def write_directory(
     directory = AtomicDirectory(out)
     dense = DenseLayers()
     held = {name: dense if name in reasons else layers for name in source.layers}
+    stacks = {layers.stack_name(name): found for name, found in expert_stacks(source).items()}
+    first = {found[0]: name for name, found in stacks.items()}
+    stacked = {layer for found in stacks.values() for layer in found}
     others = set(source.dense_names)
     copies = {name: (source.reader, name) for name in others if not layers.changes(name)}
     plan: TensorPlan = {}
@@ -125,10 +135,17 @@ def write_directory(
         name, _, part = tensor.rpartition(".")
         if tensor in others:
             plan[tensor] = (layers.dense_dtype(info), info.shape)
-        elif part == source.integers and name in held:
+        elif part == source.integers and name in first:
+            one = held[name].plan(first[name], source.layers[name])
+            count = len(stacks[first[name]])
+            plan |= {full: (dtype, (count, *shape)) for full, (dtype, shape) in one.items()}
+        elif part == source.integers and name in held and name not in stacked:
             plan |= held[name].plan(name, source.layers[name])
 
     def convert(name: str) -> Mapping[str, torch.Tensor]:
+        if name in stacks:
+            parts = [held[layer].convert(name, source.layer(layer)) for layer in stacks[name]]
+            return {full: torch.stack([part[full] for part in parts]) for full in parts[0]}
         if name not in held:
             mine = [t for t in others - copies.keys() if t.rpartition(".")[0] == name]
             return {tensor: layers.changed(tensor, source.reader.get(tensor)) for tensor in mine}

@@ -90,11 +90,11 @@ def refuse_experts(source: QuantizedCheckpoint, format: Format) -> None:
     """
     expert = next((name for name in source.layers if expert_place(name)), None)
     if expert is not None and not format.holds_experts:
-        held = [found.name for found in exports() if found.holds_experts]
+        held = [f.name for f in exports() if f.holds_experts and not f.of_source]
         raise CheckpointError(
             f"{source.directory}: {expert} is part of a mixture of experts, which format "
-            f"{format.name!r} does not hold. Run the model in our format, which transformers loads "
-            f"with qalora_plugin{f', or choose {chr(32).join(held)}' if held else ''}."
+            f"{format.name!r} does not hold. Choose one of {', '.join(held)}, or run the model in "
+            "our format, which transformers loads with qalora_plugin."
         )
 
 

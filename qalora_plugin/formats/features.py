@@ -26,8 +26,9 @@ _SIZES = frozenset({
 # these change no logits, or have a check of their own below
 _HARMLESS = frozenset({
     "attention_dropout", "bos_token_id", "eos_token_id", "initializer_range", "layer_types",
-    "max_window_layers", "pad_token_id", "pretraining_tp", "rope_parameters", "sliding_window",
-    "use_cache", "use_sliding_window", "_sliding_window_pattern",
+    "max_window_layers", "output_router_logits", "pad_token_id", "pretraining_tp",
+    "rope_parameters", "router_aux_loss_coef", "router_jitter_noise", "sliding_window", "use_cache",
+    "use_sliding_window", "_sliding_window_pattern",
 })  # fmt: skip
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 # what transformers reads beyond sizes and factor (modeling_rope_utils.py), and takes without it
@@ -120,6 +121,8 @@ def all_settings(config: PreTrainedConfig) -> dict[str, Any]:
         for key, value in config.to_dict().items()
         if key in known and not key.startswith("_")
     }
+    if "num_local_experts" in found:  # the name that most runtimes know beside Mixtral's
+        found["num_experts"] = config.num_local_experts
     rope = config.rope_parameters
     kinds = [kind for kind in (_FULL, _SLIDING) if kind in rope]
     found["rope_parameters"] = (

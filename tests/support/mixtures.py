@@ -16,29 +16,29 @@ _SIZES = dict(
 INNER = 44  # width of an expert: no multiple of 16 or 32, so that groups are short
 
 MIXTURES = {
-    "qwen3_moe": lambda inner: tf.Qwen3MoeForCausalLM(
+    "qwen3_moe": lambda sizes, inner: tf.Qwen3MoeForCausalLM(
         tf.Qwen3MoeConfig(
-            **_SIZES, num_experts=8, moe_intermediate_size=inner, head_dim=8, norm_topk_prob=True
+            **sizes, num_experts=8, moe_intermediate_size=inner, head_dim=8, norm_topk_prob=True
         )
     ),
-    "mixtral": lambda inner: tf.MixtralForCausalLM(
-        tf.MixtralConfig(**_SIZES, num_local_experts=8, intermediate_size=inner)
+    "mixtral": lambda sizes, inner: tf.MixtralForCausalLM(
+        tf.MixtralConfig(**sizes, num_local_experts=8, intermediate_size=inner)
     ),
-    "olmoe": lambda inner: tf.OlmoeForCausalLM(
-        tf.OlmoeConfig(**_SIZES, num_experts=8, intermediate_size=inner)
+    "olmoe": lambda sizes, inner: tf.OlmoeForCausalLM(
+        tf.OlmoeConfig(**sizes | {"num_key_value_heads": 4}, num_experts=8, intermediate_size=inner)
     ),
-    "qwen2_moe": lambda inner: tf.Qwen2MoeForCausalLM(
+    "qwen2_moe": lambda sizes, inner: tf.Qwen2MoeForCausalLM(
         tf.Qwen2MoeConfig(
-            **_SIZES,
+            **sizes,
             num_experts=8,
             moe_intermediate_size=inner,
             shared_expert_intermediate_size=64,
             intermediate_size=64,
         )
     ),
-    "deepseek_v3": lambda inner: tf.DeepseekV3ForCausalLM(
+    "deepseek_v3": lambda sizes, inner: tf.DeepseekV3ForCausalLM(
         tf.DeepseekV3Config(
-            **_SIZES | {"num_key_value_heads": 4},
+            **sizes | {"num_key_value_heads": 4},
             n_routed_experts=8,
             n_group=2,
             topk_group=1,
@@ -58,10 +58,10 @@ LINEARS = {"qwen3_moe": 56, "mixtral": 56, "olmoe": 56, "qwen2_moe": 62, "deepse
 """The linear layers in the blocks of each, an expert's projections counted one by one."""
 
 
-def mixture(name, inner=INNER):
+def mixture(name, inner=INNER, **sizes):
     """Return a mixture of random weights; a router's are large, so that it prefers some experts."""
     torch.manual_seed(0)
-    model = MIXTURES[name](inner)
+    model = MIXTURES[name](_SIZES | sizes, inner)
     for key, parameter in model.named_parameters():
         if key.endswith(("mlp.gate.weight", "router.weight")):
             torch.nn.init.normal_(parameter, std=0.5)

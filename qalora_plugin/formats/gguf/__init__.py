@@ -17,12 +17,19 @@ FORMAT = Format(
             "it rounds activations to 8 bits",
             "integration/export/test_runtimes.py::test_llama_cpp",
         ),
+        Engine(
+            "llama.cpp",
+            "approximately",
+            "mixtures of experts; routers are not rounded, but what they read is",
+            "integration/export/test_mixtures.py::test_runtime",
+        ),
     ),
     hub_library="gguf",
     usage="""```
 hf download {repo_id} {file} --local-dir .
 llama-cli -m {file} -p "Once upon a time"
 ```""",
+    holds_experts=True,
     suffix=".gguf",
     options=(
         Option("exact", "layers in fp32, 6.4 times the size: Q4_1 may round minima to f16", bool),

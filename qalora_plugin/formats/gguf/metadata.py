@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ...checkpoint.checkpoint import QuantizedCheckpoint
+from ...checkpoint.layout import expert_place
 from ...errors import CheckpointError
 from ...files.names import CONFIG_FILE
 from ..features import Family, head_size, read_config, rope_of
@@ -37,9 +38,16 @@ ARCHITECTURES = {
     "gemma": Architecture("gemma", norm_plus_one=True),
     "gemma2": Architecture("gemma2", norm_plus_one=True),
     "gemma3_text": Architecture("gemma3", norm_plus_one=True),
+    "mixtral": Architecture("llama", permuted=True),
+    "olmoe": Architecture("olmoe"),
+    "qwen2_moe": Architecture("qwen2moe"),
+    "qwen3_moe": Architecture("qwen3moe"),
 }
 
 _ROPES = ("default", "linear", "yarn")
+_ROUTING = frozenset({
+    "moe_intermediate_size", "num_experts", "num_experts_per_tok", "num_local_experts",
+})  # fmt: skip
 FAMILIES = {
     "llama": Family(frozenset({"attention_bias", "mlp_bias"}), ropes=(*_ROPES, "llama3")),
     "mistral": Family(ropes=(*_ROPES, "llama3")),
@@ -58,6 +66,15 @@ FAMILIES = {
         windows=6,
         ropes=("default", "linear"),
     ),
+    "mixtral": Family(_ROUTING, ropes=_ROPES),
+    "olmoe": Family(_ROUTING, {"norm_topk_prob": False}),
+    "qwen2_moe": Family(
+        _ROUTING | {"shared_expert_intermediate_size"},
+        {"norm_topk_prob": False},
+        ropes=_ROPES,
+        any_head_size=False,
+    ),
+    "qwen3_moe": Family(_ROUTING, {"norm_topk_prob": True}, ropes=_ROPES),
 }  # fmt: skip
 _LAYERS_OF_27B = {"gemma2": 46, "gemma3": 62}  # whose attention llama.cpp scales otherwise
 
@@ -102,6 +119,12 @@ class Metadata:
         self._rope = rope_of(self.config)
         self._rope_type = self._rope["rope_type"]
         self._check_attention_scale(source.directory)
+        if self.architecture.name == "olmoe" and self.kv_heads != self.heads:
+            raise CheckpointError(
+                f"{source.directory / CONFIG_FILE}: num_key_value_heads is {self.kv_heads}, but "
+                f"{FORMAT.runs_in} has num_attention_heads ({self.heads}) built in for OLMoE. "
+                "Choose format mlx."
+            )
 
     def _check_attention_scale(self, directory: Path) -> None:
         """Refuse a scale of Gemma's attention that llama.cpp does not derive from sizes."""
@@ -138,6 +161,8 @@ class Metadata:
         if self.architecture.name == "gemma2":
             writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
             writer.add_final_logit_softcapping(config.final_logit_softcapping)
+        if getattr(config, "num_experts_per_tok", None):
+            self._add_experts(writer)
         if self._rope_type in ("linear", "yarn"):
             kinds = FORMAT.library("gguf").RopeScalingType
             writer.add_rope_scaling_type(kinds[self._rope_type.upper()])
@@ -145,6 +170,17 @@ class Metadata:
         if self._rope_type == "yarn":
             original = self._rope["original_max_position_embeddings"]
             writer.add_rope_scaling_orig_ctx_len(original)
+
+    def _add_experts(self, writer: Any) -> None:
+        config = self.config
+        names = ("num_experts", "num_local_experts")
+        writer.add_expert_count(next(getattr(config, n) for n in names if hasattr(config, n)))
+        writer.add_expert_used_count(config.num_experts_per_tok)
+        if hasattr(config, "moe_intermediate_size"):
+            writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+        if hasattr(config, "shared_expert_intermediate_size"):
+            width = config.shared_expert_intermediate_size
+            writer.add_expert_shared_feed_forward_length(width)
 
     def rope_factors(self) -> torch.Tensor | None:
         """Return Llama 3's stretch of each frequency, fp32 [head_dim / 2], None without."""
@@ -162,7 +198,7 @@ class Metadata:
     def tensor_names(self, source: QuantizedCheckpoint) -> dict[str, str]:
         """Return {name in the source: name in GGUF}, in the order of the source's files.
 
-        A quantized layer is there as its `weight`.
+        A quantized layer is there as its `weight`. Those of all experts have one name in GGUF.
 
         Raises:
             CheckpointError: llama.cpp has no place for a tensor.
@@ -180,7 +216,9 @@ class Metadata:
             wanted = tensor if tensor in other else f"{layer}.weight"
             if tied and wanted == "lm_head.weight":
                 continue  # a copy of the embedding
-            found = table.get_name(wanted, try_suffixes=(".weight", ".bias"))
+            place = None if tensor in other else expert_place(layer)
+            known = wanted if place is None else f"{place.experts}.{place.projection}.weight"
+            found = table.get_name(known, try_suffixes=(".weight", ".bias"))
             if found is None:
                 raise CheckpointError(
                     f"{source.directory}: llama.cpp's {family} has no place for the tensor "

@@ -18,6 +18,7 @@ from torch import nn
 from qalora_kernels import SCALES_DTYPE
 
 from ...checkpoint.checkpoint import QuantizedCheckpoint
+from ..stacks import expert_stacks
 from ..weights import ExactWeight, ExportedWeights
 from . import FORMAT
 from .blocks import BLOCK, TOP_CODE
@@ -34,14 +35,22 @@ class Weights(ExportedWeights):
         self._gguf, self._metadata = FORMAT.library("gguf"), Metadata(source)
         self._names = self._metadata.tensor_names(source)
         self._tensors = {tensor.name: tensor for tensor in self._gguf.GGUFReader(exported).tensors}
+        self._numbers = {
+            f"{layer}.weight": number
+            for layers in expert_stacks(source).values()
+            for number, layer in enumerate(layers)
+        }
 
     def get(self, name: str) -> torch.Tensor | None:
         """Return one tensor; None of an output head that is the embedding."""
         stored = self._tensors.get(self._names.get(name, ""))
         if stored is None:
             return None
-        values = self._gguf.quants.dequantize(stored.data, stored.tensor_type)
+        data = stored.data[self._numbers[name]] if name in self._numbers else stored.data
+        values = self._gguf.quants.dequantize(data, stored.tensor_type)
         value = torch.from_numpy(np.array(values, dtype=np.float32))
+        if name.removesuffix(".weight") not in self.source.layers:
+            value = value.view(self.source.reader.info(name).shape)  # a shared gate has one row
         if self._metadata.architecture.norm_plus_one and name.endswith("norm.weight"):
             value -= 1
         rows = self._metadata.in_pairs(name, torch.arange(value.shape[0]))
@@ -103,10 +112,11 @@ ROUNDINGS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 def rounded(model: nn.Module, exported: Path, source: QuantizedCheckpoint) -> Iterator[None]:
     """Within it, the model's layers round their inputs as llama.cpp does for this GGUF file."""
     handles = []
+    own = {getattr(m, "stored_name", None) or name: m for name, m in model.named_modules()}
     for name, kind in Weights(exported, source).matrices().items():
-        module = model.get_submodule(name.removesuffix(".weight"))
+        module = own.get(name.removesuffix(".weight"))
         # an embedding is looked up, not multiplied
-        if kind in ROUNDINGS and not isinstance(module, nn.Embedding):
+        if kind in ROUNDINGS and module is not None and not isinstance(module, nn.Embedding):
             hook = partial(_round_input, ROUNDINGS[kind])
             handles.append(module.register_forward_pre_hook(hook))
     try:

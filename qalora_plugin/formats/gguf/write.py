@@ -3,7 +3,8 @@
 A layer of at most 4 bits becomes Q4_1 (see `blocks`). A layer that blocks of 32 cannot hold, or of
 8 bits (no type has 8 bits and a minimum), becomes F16. With `exact` everything is F32, and so are
 llama.cpp's products: GGUF's other types round the minimum too, or the weights, and with them
-activations. Otherwise norms are F32, and other dense tensors keep their dtype.
+activations. Otherwise norms and routers are F32, and other dense tensors keep their dtype. A
+mixture's experts are one tensor [E, N, K] for each projection.
 """
 
 import json
@@ -21,6 +22,7 @@ from ...files.atomic import atomic_file, check_space, check_target
 from ..directory import dense_weight
 from ..export import ExportResult, Progress, obstacles
 from ..record import describe_source
+from ..stacks import expert_stacks
 from . import FORMAT
 from .blocks import BLOCK, BLOCK_BYTES, Rounding, q4_1
 from .metadata import Metadata
@@ -77,6 +79,11 @@ def check(source: QuantizedCheckpoint) -> tuple[Metadata, Tokenizer, dict[str, s
     return metadata, tokenizer, metadata.tensor_names(source)
 
 
+def is_router(name: str) -> bool:
+    """Say whether a tensor is a mixture's router, whose products decide and are not rounded."""
+    return name.endswith((".mlp.gate.weight", ".block_sparse_moe.gate.weight"))
+
+
 @dataclass
 class _Export:
     """One export: which layers become dense, and in which dtype."""
@@ -94,8 +101,9 @@ class _Export:
             info = self.source.reader.info(name)
             if info.dtype not in _DTYPES:
                 raise CheckpointError(f"{info.file}: {name}: GGUF does not hold {info.dtype} here.")
-            wide = len(info.shape) == 1 or self.dense_dtype == torch.float32
-            return info.shape, torch.float32 if wide else info.dtype
+            shape = (info.shape[1],) if info.shape[:-1] == (1,) else info.shape  # a shared gate
+            wide = len(shape) == 1 or is_router(name) or self.dense_dtype == torch.float32
+            return shape, torch.float32 if wide else info.dtype
         if layer in self.reasons:
             return (spec.out_features, spec.in_features), self.dense_dtype
         return (spec.out_features, spec.in_features // BLOCK * BLOCK_BYTES), None
@@ -113,7 +121,8 @@ class _Export:
             value = self.source.reader.get(name)
             if self.metadata.architecture.norm_plus_one and name.endswith("norm.weight"):
                 value = value.float() + 1
-            value = value.to(self.stored(name)[1])
+            shape, dtype = self.stored(name)
+            value = value.to(dtype).view(shape)
         elif layer not in self.reasons:
             value = q4_1(self.source.layer(layer))
         else:
@@ -161,8 +170,13 @@ def _write_tensors(
     factors = state.metadata.rope_factors()
     if factors is not None:
         writer.add_tensor_info("rope_freqs.weight", factors.shape, np.float32, factors.nbytes)
+    stacks = {found[0]: found for found in expert_stacks(state.source).values()}
+    inside = {layer for found in stacks.values() for layer in found[1:]}
+    names = {n: written for n, written in names.items() if n.removesuffix(".weight") not in inside}
     for name, written in names.items():
         in_bytes, kind = state.in_bytes(name)
+        experts = stacks.get(name.removesuffix(".weight"))
+        in_bytes = in_bytes if experts is None else (len(experts), *in_bytes)
         writer.add_tensor_info(
             written, in_bytes, np.uint8, math.prod(in_bytes), raw_dtype=types[kind]
         )
@@ -172,6 +186,9 @@ def _write_tensors(
     if factors is not None:
         writer.write_tensor_data(factors.numpy())
     for done, name in enumerate(names, start=1):
-        writer.write_tensor_data(state.data(name).contiguous().view(torch.uint8).numpy())
+        layers = stacks.get(name.removesuffix(".weight"))
+        parts = [name] if layers is None else [f"{layer}.weight" for layer in layers]
+        data = torch.cat([state.data(part).contiguous().view(torch.uint8) for part in parts])
+        writer.write_tensor_data(data.numpy())
         if progress is not None:
             progress(done, len(names))

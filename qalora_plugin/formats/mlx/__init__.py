@@ -14,12 +14,19 @@ FORMAT = Format(
     runtime=Runtime("mlx-lm", (("mlx_lm",),), "'mlx[cpu]' mlx-lm"),
     engines=(
         Engine("mlx-lm 0.32.2", "exactly", "", "integration/export/test_runtimes.py::test_mlx"),
+        Engine(
+            "mlx-lm 0.32.2",
+            "exactly",
+            "mixtures of experts",
+            "integration/export/test_mixtures.py::test_runtime",
+        ),
     ),
     hub_library="mlx",
     usage="""```
 pip install mlx-lm
 mlx_lm.generate --model {repo_id} --ignore-chat-template --prompt "Once upon a time"
 ```""",
+    holds_experts=True,
     config_key=QUANTIZATION,
     unnamed_keys=("bits", "group_size"),
     is_base=True,

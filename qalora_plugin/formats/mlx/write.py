@@ -8,6 +8,8 @@ first. That is GPTQ's stream, so qweight is only transposed:
     <name>.scales  fp32   [N, groups]
     <name>.biases  fp32   [N, groups]     offsets - scales * 2^(bits-1)
 
+The layers of all experts are one layer, whose tensors have a leading E.
+
 MLX computes in the widest dtype that it meets, so fp32 scales, biases and norms make it compute in
 fp32. Nothing but safetensors is needed to write it.
 """
@@ -34,6 +36,7 @@ from ..features import (
     read_config,
 )
 from ..rope import with_legacy_rope
+from ..stacks import expert_stacks, projection
 from . import FORMAT
 
 EXACTNESS = "Exact in fp32 (scales and biases are stored so, to 1e-7 of themselves)."
@@ -44,6 +47,10 @@ _PERIODIC = Family(
 )
 _SOFT_CAPS = {"attn_logit_softcapping", "final_logit_softcapping"}
 _ROPES = ("default", "linear", "llama3", "yarn")
+_ROUTING = frozenset({
+    "decoder_sparse_step", "moe_intermediate_size", "num_experts", "num_experts_per_tok",
+    "num_local_experts",
+})  # fmt: skip
 FAMILIES = {
     "llama": Family(frozenset({"attention_bias", "mlp_bias"}), ropes=_ROPES),
     "mistral": Family(ropes=_ROPES),
@@ -52,6 +59,13 @@ FAMILIES = {
     "gemma": Family(built_in={"hidden_act": "gelu"}),
     "gemma2": Family(frozenset({"query_pre_attn_scalar", *_SOFT_CAPS})),
     "gemma3_text": _PERIODIC,
+    "qwen3_moe": Family(_ROUTING | {"norm_topk_prob", "mlp_only_layers"}, ropes=_ROPES),
+    "mixtral": Family(_ROUTING, ropes=_ROPES),
+    "olmoe": Family(_ROUTING | {"norm_topk_prob", "attention_bias"}, ropes=_ROPES),
+    "qwen2_moe": Family(
+        _ROUTING - {"decoder_sparse_step"} | {"shared_expert_intermediate_size"},
+        any_head_size=False,
+    ),
 }
 # the norms of Gemma 3 whose output is added to the residual stream
 _ADDING_NORMS = ("post_attention_layernorm.weight", "post_feedforward_layernorm.weight")
@@ -90,6 +104,11 @@ class MLXLayers(DenseLayers):
     def changed(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """Return such a norm, fp32; Gemma computes with 1 + its weight."""
         return ((1 + tensor.double()) * self._factor - 1).float()
+
+    def stack_name(self, stack: str) -> str:
+        """Return the name of a stack's `SwitchLinear` (mlx_lm/models/switch_layers.py)."""
+        experts, _, name = stack.rpartition(".")
+        return f"{experts.removesuffix('experts')}switch_mlp.{projection(name)}"
 
     def plan(self, name: str, spec: QuantSpec) -> TensorPlan:
         """Return full names, dtypes and shapes of a layer's tensors."""
@@ -138,8 +157,12 @@ def _config(source: QuantizedCheckpoint, found: Any, reasons: dict[str, str]) ->
     config = with_legacy_rope(all_settings(found))
     if found.model_type == "gemma3_text":
         config["sliding_window_pattern"] = period_of(layer_kinds(found)) or 1
+    layers, stacks = MLXLayers(found), expert_stacks(source)
+    names = {name: name for name in source.layers}
+    for stack, members in stacks.items():
+        names |= dict.fromkeys(members, layers.stack_name(stack))
     grids = {
-        name: {"group_size": FORMAT.grids.block(spec), "bits": spec.bits, "mode": "affine"}
+        names[name]: {"group_size": FORMAT.grids.block(spec), "bits": spec.bits, "mode": "affine"}
         for name, spec in source.layers.items()
         if name not in reasons
     }
@@ -147,6 +170,6 @@ def _config(source: QuantizedCheckpoint, found: Any, reasons: dict[str, str]) ->
     quantization = {
         **common,
         **{name: grid for name, grid in grids.items() if grid != common},
-        **dict.fromkeys(reasons, False),
+        **{names[name]: False for name in reasons},
     }
     return {**config, "quantization": quantization, "quantization_config": quantization}
