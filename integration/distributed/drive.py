@@ -7,6 +7,7 @@ than any of the runs; like `srun` or `mpirun`, nothing here ends the ranks that 
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from support.mixtures import mixture
 from train import SHARDED, Job, run
 
 from qalora_plugin import quantize_model, verify_merge
@@ -246,8 +248,28 @@ def other_bases(runs):
     return found
 
 
+def mixtures(runs):
+    """Train a mixture whose ranks send tokens to different experts, and some to none."""
+    dense = runs.work / "mixture"
+    mixture("qwen3_moe", inner=64, vocab_size=2048).save_pretrained(dense)
+    for file in runs.dense.glob("*token*"):
+        shutil.copy(file, dense)
+    base = runs.work / "mixture-int4"
+    quantize_model(dense, base, bits=4, group_size=16, method="rtn", progress=False)
+    own, found = Runs(dense, base, runs.work), {}
+    names = [("one", 1, "ddp"), ("ddp", 2, "ddp"), ("zero3", 2, "zero3"), ("fsdp2", 2, "fsdp2")]
+    for name, ranks, mode in names:
+        merged = str(runs.work / f"mixture-{name}" / "merged")
+        result = own.train(f"mixture-{name}", ranks, mode, merged=merged, steps=4, adapt="both")
+        found[name] = result | {
+            "difference": own.difference("mixture-one", f"mixture-{name}"),
+            "layers": own.verified(f"mixture-{name}"),
+        }
+    return found
+
+
 STOCK = Path(__file__).resolve().parents[2] / "tests/fixtures/gptq_4bit_g128_actorder_asym"
-ALL = (straight, same_bytes, resumed, other_ranks, killed_merge, other_bases)
+ALL = (straight, same_bytes, resumed, other_ranks, killed_merge, other_bases, mixtures)
 
 
 def main():

@@ -57,6 +57,15 @@ def test_every_mode_trains_the_adapter_of_one_rank(driven, mode):
     assert found[mode]["layers"] == 28  # verified, merged
 
 
+@pytest.mark.parametrize("mode", ["ddp", "zero3", "fsdp2"])
+def test_a_mixture_trains_the_adapter_of_one_rank(driven, mode):
+    """Each rank sends its own tokens to its own experts: none waits for another for ever."""
+    found = step(driven, "mixtures")
+    assert found[mode]["ranks"] == 2
+    assert found[mode]["difference"] < 1e-4
+    assert found[mode]["layers"] == 56  # verified, merged
+
+
 @pytest.mark.parametrize("mode", ["zero3", "fsdp2"])
 def test_merging_after_sharded_training_writes_the_same_bytes(driven, mode):
     found = step(driven, "same_bytes")[mode]

@@ -69,7 +69,7 @@ class Experts(nn.Module):
     need be with no token: then all ranks call the same modules, and every adapter has a gradient.
 
     Args:
-        fused: transformers' module.
+        fused: transformers' module, whose numbers are dropped.
         names: of the linear layers.
     """
 
@@ -85,6 +85,21 @@ class Experts(nn.Module):
         for index in range(self.num_experts):
             self.add_module(str(index), Expert(names, sizes, act_fn, up))  # type: ignore[arg-type]
         self.train(fused.training)
+        self._fused = (fused.to("meta"),)  # in a tuple: no module of this one
+
+    def fuse(self) -> nn.Module:
+        """Return transformers' module with the weights of these experts, which have to be dense."""
+        (fused,) = self._fused
+        weights = [
+            [e.get_submodule(n).get_parameter("weight") for n in e.names] for e in self.experts
+        ]
+        stacks = (
+            torch.stack([torch.cat(found[:2]) for found in weights]),
+            torch.stack([found[2] for found in weights]),
+        )
+        for name, stack in zip(FUSED, stacks, strict=True):
+            setattr(fused, name, nn.Parameter(stack.detach()))
+        return fused.train(self.training)
 
     @property
     def experts(self) -> list[Expert]:

@@ -15,7 +15,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from ..distributed.sharding import in_one_process
 from ..errors import CheckpointError
 from ..files.names import CONFIG_FILE
-from .names import LayerNames, unfuse_experts
+from .names import LayerNames
+from .unfuse import unfuse_experts
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The names of modules and tensors: a checkpoint's and a model's."""
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from transformers import PreTrainedModel
@@ -14,7 +14,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from .experts import FUSED, ExpertNames, Experts, find_experts, is_fused, without_fusing
+from .experts import find_experts, without_fusing
 
 
 @dataclass(frozen=True)
@@ -102,48 +102,3 @@ class LayerNames:
         """Return which of a checkpoint's names each of the model's tensors has that it stores."""
         found = {self.parameter(name): name for name in names}
         return {name: stored for name, stored in found.items() if self.has(name)}
-
-
-def unfuse_experts(
-    model: PreTrainedModel,
-    stored: Iterable[str],
-    is_chosen: Callable[[str], bool] = lambda layer: True,
-) -> None:
-    """Give a model `Experts` for fused ones that a checkpoint stores one by one.
-
-    Experts that transformers computes in a way of their own stay as they are.
-
-    Args:
-        model: without weights.
-        stored: names of the checkpoint's tensors; a quantized layer's is that of its `weight`.
-        is_chosen: whether a layer, by the checkpoint's name, is one to quantize, or quantized;
-            where no expert has one, they stay fused.
-    """
-    fused = {name: module for name, module in model.named_modules() if is_fused(module)}
-    if not fused:
-        return
-    names = LayerNames(model)
-    leaves: dict[str, dict[tuple[str, int], str]] = {}
-    is_any_chosen = False
-    for name in stored:
-        part = names.fused_part(name)
-        if part is not None:
-            owner, _, parameter = part[0].rpartition(".")
-            layer = name.removesuffix(".weight")
-            leaves.setdefault(owner, {})[parameter, part[1]] = layer.rpartition(".")[2]
-            is_any_chosen = is_any_chosen or is_chosen(layer)
-    if not is_any_chosen:
-        return
-    up, down = FUSED
-    for name, module in fused.items():
-        found = leaves.get(name, {})
-        if found.keys() == {(up, 0), (up, 1), (down, 0)}:
-            leaf = ExpertNames(found[up, 0], found[up, 1], found[down, 0])
-            model.set_submodule(name, Experts(module, leaf))
-
-
-def unfuse_all(model: PreTrainedModel) -> None:
-    """Give a model `Experts` for fused ones that 16-bit checkpoints usually store one by one."""
-    leaves = LayerNames(model).expert_projections()
-    fused = [name for name, module in model.named_modules() if is_fused(module)]
-    unfuse_experts(model, [f"{name}.0.{leaf}.weight" for name in fused for leaf in leaves])

@@ -28,8 +28,8 @@ from qalora_kernels import store_offsets
 from qalora_kernels.stored import GUARD, QUANT_METHOD, is_excluded
 
 from ..architecture.experts import find_experts, without_fusing
-from ..architecture.names import unfuse_experts
 from ..architecture.places import places_problem
+from ..architecture.unfuse import split_experts, unfuse_experts
 from ..checkpoint.checkpoint import QuantizedCheckpoint, open_quantized
 from ..checkpoint.layout import guard_tensor, quantized_layers
 from ..errors import CheckpointError, ConfigError
@@ -90,8 +90,7 @@ class QALoRAQuantizer(HfQuantizer):
         _check_place(files, model.config.name_or_path)
         checkpoint = self._open(files)
         if checkpoint is None:
-            names, kept = _tensor_names(files), self.quantization_config.modules_to_not_convert
-            unfuse_experts(model, names, lambda layer: not is_excluded(layer, kept or ()))
+            names = self._unfuse(model, files)
         else:
             unfuse_experts(model, checkpoint.weight_names, checkpoint.layers.__contains__)
         self._experts = list(find_experts(model))
@@ -110,6 +109,26 @@ class QALoRAQuantizer(HfQuantizer):
             self._check = start_check(checkpoint.directory)
         self._layers = StoredLayers(model, checkpoint, pending=loads_sharded())
         stored_tensors.bring_state(model, checkpoint)
+
+    def _unfuse(self, model: PreTrainedModel, files: list[Path]) -> list[str]:
+        """Unfuse the experts of a 16-bit model to quantize; return the names of its tensors.
+
+        Where the files hold them fused, transformers is brought their parts.
+        """
+        kept = self.quantization_config.modules_to_not_convert or ()
+        names = stored = _tensor_names(files)
+        reader = None
+        if not _is_variant(files):
+            with torch.device("cpu"):
+                reader = CheckpointReader(files[0].parent)
+            reader.tensors = split_experts(model, reader.tensors)
+            names = list(reader.tensors)
+        unfuse_experts(model, names, lambda layer: not is_excluded(layer, kept))
+        if names == stored or not find_experts(model):
+            return stored
+        assert reader is not None
+        stored_tensors.bring_tensors(model, reader, names)
+        return names
 
     def _open(self, files: list[Path]) -> QuantizedCheckpoint | None:
         """Open the directory of these files, or return None if they are to be quantized."""
@@ -194,6 +213,9 @@ class QALoRAQuantizer(HfQuantizer):
                 linear.weight = nn.Parameter(dense)
                 linear.bias = module.bias  # type: ignore[assignment]
                 model.set_submodule(name, linear.train(module.training))
+        for name, experts in find_experts(model).items():
+            model.set_submodule(name, experts.fuse())
+            model.__dict__.pop("_weight_conversions", None)  # those of the unfused experts
         return model
 
     def is_serializable(self) -> bool:
@@ -253,9 +275,14 @@ def _config_on_disk(model: PreTrainedModel) -> dict[str, Any]:
     return written
 
 
+def _is_variant(files: list[Path]) -> bool:
+    """Say whether the files are those of from_pretrained(variant="fp16")."""
+    return all(_VARIANT.fullmatch(path.name) for path in files)
+
+
 def _tensor_names(files: list[Path]) -> list[str]:
     """Return the names of the tensors in the files of one directory that transformers will read."""
-    if all(_VARIANT.fullmatch(path.name) for path in files):  # from_pretrained(variant="fp16")
+    if _is_variant(files):
         return [name for path in files for name in read_header(path)[0]]
     return list(CheckpointReader(files[0].parent).tensors)
 

@@ -6,6 +6,7 @@ its state dict is to be, and transformers treats that as it does a file's: names
 """
 
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -41,8 +42,12 @@ class StoredTensor:
 def bring_state(model: PreTrainedModel, checkpoint: QuantizedCheckpoint) -> None:
     """Have a model that is loaded take its dense tensors from a reader of the format's own."""
     if type(checkpoint.reader) is not CheckpointReader:
-        tensors = {name: StoredTensor(checkpoint.reader, name) for name in checkpoint.dense_names}
-        setattr(model, _ATTRIBUTE, tensors)
+        bring_tensors(model, checkpoint.reader, checkpoint.dense_names)
+
+
+def bring_tensors(model: PreTrainedModel, reader: CheckpointReader, names: Iterable[str]) -> None:
+    """Have a model that is loaded take these tensors from a reader, and none from its files."""
+    setattr(model, _ATTRIBUTE, {name: StoredTensor(reader, name) for name in names})
 
 
 def install() -> None:

@@ -17,8 +17,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from qalora_kernels.stored import QUANT_METHOD
 
 from ..architecture.experts import Experts, find_experts
-from ..architecture.names import unfuse_all
 from ..architecture.selection import check_group_sizes, linears_in_blocks, linears_to_quantize
+from ..architecture.unfuse import unfuse_all
 from ..checkpoint.checkpoint import open_quantized
 from ..checkpoint.config import QALoRAQuantConfig
 from ..checkpoint.format import foreign_config

@@ -12,9 +12,10 @@ from qalora_kernels import QuantSpec
 
 from ..architecture.blocks import find_blocks
 from ..architecture.model import empty_model
-from ..architecture.names import LayerNames, unfuse_experts
+from ..architecture.names import LayerNames
 from ..architecture.places import places_problem
 from ..architecture.selection import check_group_sizes, check_overrides, linears_to_quantize
+from ..architecture.unfuse import split_experts, unfuse_experts
 from ..checkpoint.config import QALoRAQuantConfig
 from ..checkpoint.format import unread_note
 from ..checkpoint.kind import find_kind
@@ -71,6 +72,7 @@ class ModelSource:
         """Return another model of the same architecture, parameters on meta."""
         reader = self.reader
         model = _empty_model(reader.directory, reader.config, self._trust_remote_code)
+        reader.tensors = split_experts(model, reader.tensors)
         unfuse_experts(model, reader.tensors)
         return model
 

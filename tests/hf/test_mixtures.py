@@ -14,7 +14,10 @@ from qalora_plugin.formats.gptq.write import write_stock_gptq
 from qalora_plugin.layers.linear import QuantLinear
 
 IDS = torch.arange(3, 35).view(2, 16)
-OWN = {"mixtral": ("block_sparse_moe.experts.3.w1", "mlp.experts.3.w1")}
+OWN = {
+    "mixtral": ("block_sparse_moe.experts.3.w1", "mlp.experts.3.w1"),
+    "granitemoe": ("block_sparse_moe.experts.3.up_proj",) * 2,
+}
 
 
 def _logits(model):
@@ -24,10 +27,15 @@ def _logits(model):
 
 def _fused(model, directory):
     """Compute the logits of the dequantized weights in transformers' own fused experts."""
-    model.dequantize(dtype=torch.float32).save_pretrained(directory)
-    plain = AutoModelForCausalLM.from_pretrained(directory, experts_implementation="eager")
+    plain = model.dequantize(dtype=torch.float32)
     assert not any(isinstance(module, Experts) for module in plain.modules())
-    return _logits(plain)
+    plain.save_pretrained(directory)
+    again, info = AutoModelForCausalLM.from_pretrained(
+        directory, experts_implementation="eager", output_loading_info=True
+    )
+    assert not any(info.values()), info
+    assert torch.allclose(_logits(plain), _logits(again), atol=1e-5)
+    return _logits(again)
 
 
 @pytest.mark.parametrize("name", MIXTURES)

@@ -14,7 +14,9 @@ from qalora_plugin.formats.export import check_format, export_model
 from qalora_plugin.formats.gptq.write import write_stock_gptq
 
 IDS = torch.arange(3, 35).view(2, 16)
-BITS = {"qwen3_moe": 2, "mixtral": 3, "olmoe": 4, "qwen2_moe": 8, "deepseek_v3": 4}
+BITS = {
+    "qwen3_moe": 2, "mixtral": 3, "olmoe": 4, "qwen2_moe": 8, "deepseek_v3": 4, "granitemoe": 3,
+}  # fmt: skip
 
 
 def _load(directory):

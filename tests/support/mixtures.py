@@ -27,6 +27,10 @@ MIXTURES = {
     "olmoe": lambda sizes, inner: tf.OlmoeForCausalLM(
         tf.OlmoeConfig(**sizes | {"num_key_value_heads": 4}, num_experts=8, intermediate_size=inner)
     ),
+    # its files hold the experts fused
+    "granitemoe": lambda sizes, inner: tf.GraniteMoeForCausalLM(
+        tf.GraniteMoeConfig(**sizes, num_local_experts=8, intermediate_size=inner)
+    ),
     "qwen2_moe": lambda sizes, inner: tf.Qwen2MoeForCausalLM(
         tf.Qwen2MoeConfig(
             **sizes,
@@ -54,7 +58,10 @@ MIXTURES = {
         )
     ),
 }  # fmt: skip
-LINEARS = {"qwen3_moe": 56, "mixtral": 56, "olmoe": 56, "qwen2_moe": 62, "deepseek_v3": 40}
+LINEARS = {
+    "qwen3_moe": 56, "mixtral": 56, "olmoe": 56, "granitemoe": 56, "qwen2_moe": 62,
+    "deepseek_v3": 40,
+}  # fmt: skip
 """The linear layers in the blocks of each, an expert's projections counted one by one."""
 
 

@@ -23,7 +23,7 @@ def _unfused(model):
     """Give every block of a model with "mlp.experts" unfused experts with the same weights."""
     for block in model.model.layers:
         fused = block.mlp.experts
-        experts = Experts(fused, ExpertNames())
+        experts = Experts(copy.deepcopy(fused), ExpertNames())
         inner = fused.down_proj.shape[2]
         for index in range(experts.num_experts):
             expert = experts.get_submodule(str(index))
