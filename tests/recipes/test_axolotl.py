@@ -26,7 +26,7 @@ def paper_models():
 
 
 def test_there_is_one_file_a_model_and_a_data_set():
-    assert len(MODELS) == 14
+    assert len(MODELS) == 17
     assert [path.stem for path in PAPER] == ["alpaca", "flanv2"]
     assert len(paper_models()) == 7
 
