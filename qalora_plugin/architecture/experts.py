@@ -94,8 +94,8 @@ class Experts(nn.Module):
             [e.get_submodule(n).get_parameter("weight") for n in e.names] for e in self.experts
         ]
         stacks = (
-            torch.stack([torch.cat(found[:2]) for found in weights]),
-            torch.stack([found[2] for found in weights]),
+            torch.stack([torch.cat((gate, up)) for gate, up, _ in weights]),
+            torch.stack([down for *_, down in weights]),
         )
         for name, stack in zip(FUSED, stacks, strict=True):
             setattr(fused, name, nn.Parameter(stack.detach()))

@@ -77,7 +77,8 @@ def split_experts(
         The same tensors where the experts are stored one by one.
     """
     fused = {name for name, module in model.named_modules() if is_fused(module)}
-    names, found = LayerNames(model), {}
+    names = LayerNames(model)
+    found: dict[str, TensorInfo] = {}
     for stored, info in tensors.items():
         target = names.parameter(stored)
         owner, _, parameter = target.rpartition(".")

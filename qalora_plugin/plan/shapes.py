@@ -227,7 +227,7 @@ class OneExpert(Experts):
 
 def repeats(model: nn.Module) -> dict[str, int]:
     """Return how often each module of a model that stands for experts is there, others once."""
-    counts = {}
+    counts: dict[str, int] = {}
     for name, module in model.named_modules():
         owner = name.rpartition(".")[0]
         counts[name] = counts.get(owner, 1)
