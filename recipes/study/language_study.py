@@ -4,8 +4,8 @@
     python recipes/study/language_study.py MODEL_DIR --data DATA --bases BASES [--seconds N]
 
 Started again it makes the rows that are missing; --seconds says when to begin no further run.
---tasks, --settings, --methods and --seeds choose a part; --slice makes ten minutes of it (2 bits,
-GSM8K, three methods at one rate, a third of the steps).
+--tasks, --settings, --methods, --seeds and --middle-rate choose a part; --slice makes ten minutes
+of it (2 bits, GSM8K, three methods at one rate, a third of the steps).
 
 The learning rate of every method is swept alike (three rates, at the first setting and seed, chosen
 by the validation loss); the other settings and seeds take the best. Rows are in
@@ -73,7 +73,7 @@ def wanted(rows: list[Row], task: str, methods: tuple[str, ...], arguments: Any)
     """Return the next run that is missing, as the entries that tell its row from others."""
     first = SETTINGS[0]
     settings = (first, *(setting for setting in arguments.settings if setting != first))
-    swept = (lambda method: RATES[1:2]) if arguments.slice else rates
+    middle = slice(1, 2) if arguments.middle_rate else slice(None)
     seeds = (SEEDS[0], *(seed for seed in arguments.seeds if seed != SEEDS[0]))
     for setting in ((16, None), *settings):
         base = {"task": task} | place("base", setting)
@@ -84,7 +84,7 @@ def wanted(rows: list[Row], task: str, methods: tuple[str, ...], arguments: Any)
             run = {"task": task} | place(method, setting)
             for seed in seeds:
                 sweeps = setting == first and seed == SEEDS[0]
-                for rate in swept(method) if sweeps else (best_rate(rows, task, method),):
+                for rate in rates(method)[middle] if sweeps else (best_rate(rows, task, method),):
                     if not _matching(rows, **run, seed=seed, lr=rate):
                         return run | {"seed": seed, "lr": rate}
     return None
@@ -151,6 +151,8 @@ def main() -> int:
     parser.add_argument("--settings", nargs="+", type=_setting, default=SETTINGS, help=about)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
+    about = "leave the sweep for later: the middle one of each method's rates alone"
+    parser.add_argument("--middle-rate", action="store_true", help=about)
     parser.add_argument("--slice", action="store_true", help="ten minutes of it, for CI")
     arguments = parser.parse_args()
     qalora_plugin.register()
@@ -158,6 +160,7 @@ def main() -> int:
     if arguments.slice:
         arguments.tasks, arguments.settings = ("gsm8k",), SETTINGS[:1]
         arguments.methods, arguments.seeds = ("lora+gptq", "zeros", "both"), SEEDS[:1]
+        arguments.middle_rate = True
         sizes, refine_steps = replace(sizes, steps=20, validation=16, test=64), 20
     tokenizer = AutoTokenizer.from_pretrained(arguments.source)
     names = ("qalora-plugin", "torch", "transformers", "peft")
