@@ -7,6 +7,7 @@ the packages, read from their sources.
 
 import ast
 import re
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -16,6 +17,7 @@ _OUTSIDE = re.compile(r"(!?)\[([^\]]*)\]\((\.\./[^)#]+)(#[^)]*)?\)")
 _IMAGES = (".svg", ".png")
 
 
+@cache
 def error_classes():
     """Return the names of the errors of qalora_plugin/errors.py, by their docstrings."""
     tree = ast.parse((ROOT / "qalora_plugin" / "errors.py").read_text())
@@ -47,6 +49,7 @@ def _makers(trees):
     return makers
 
 
+@cache
 def messages():
     """Return (class, file, line, message) of every error of ours that is made in the packages.
 

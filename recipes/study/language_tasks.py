@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 from torch.nn import functional
 
@@ -127,14 +128,14 @@ def padded(examples: list[Example]) -> dict[str, torch.Tensor]:
 
 
 def answer_losses(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Return the summed cross entropy of each row's answer, fp32 [B]."""
+    """Return the summed cross entropy of each row's answer, fp32 [B]; no other logits are made."""
+    whole = model.get_base_model() if isinstance(model, PeftModel) else model
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    logits = model(**inputs).logits[:, :-1]
-    labels = batch["labels"][:, 1:]
-    losses = functional.cross_entropy(
-        logits.float().transpose(1, 2), labels, ignore_index=IGNORED, reduction="none"
-    )
-    return losses.sum(1)
+    hidden, labels = whole.model(**inputs).last_hidden_state[:, :-1], batch["labels"][:, 1:]
+    rows, places = torch.nonzero(labels != IGNORED, as_tuple=True)
+    logits = whole.lm_head(hidden[rows, places]).float()
+    losses = functional.cross_entropy(logits, labels[rows, places], reduction="none")
+    return losses.new_zeros(len(labels)).index_add(0, rows, losses)
 
 
 def _batches(examples: list[Example], size: int) -> Iterator[list[Example]]:
@@ -147,7 +148,8 @@ def loss(model: nn.Module, examples: list[Example], batch: int) -> float:
     """Return the mean cross entropy of answers, in nats a token."""
     model.eval()
     total, tokens = 0.0, sum(len(answer) for _, answer in examples)
-    for part in _batches(examples, batch):
+    by_length = sorted(examples, key=lambda example: len(example[0]) + len(example[1]))
+    for part in _batches(by_length, batch):
         total += answer_losses(model, padded(part)).sum().item()
     return total / tokens
 

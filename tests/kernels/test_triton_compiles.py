@@ -61,9 +61,9 @@ def test_every_kernel_compiles(capability, bits, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bits", ["3", "4"])
-def test_every_candidate_of_tuning_compiles_for_hopper(bits, tmp_path):
-    halves = [[f"candidates:{first}/2", "90", bits] for first in (0, 1)]
+@pytest.mark.parametrize(("bits", "of"), [("3", 8), ("4", 2)])  # 3 bits take 5 times as long
+def test_candidates_of_tuning_compile_for_hopper(bits, of, tmp_path):
+    halves = [[f"candidates:{first}/{of}", "90", bits] for first in (0, 1)]
     compiled = compile_with(halves, tmp_path)
     assert {line["plan"]["op"] for line in compiled} == {"linear", "grad_input"}
     for line in compiled:
