@@ -1,53 +1,131 @@
-"""Measure what checking costs: checking.py ADAPTER BASE WORK [REPETITIONS].
+"""Measure what checking costs, side by side with copying: checking.py WORK [LAYERS] [REPETITIONS].
 
-Prints seconds of copying the base's files with fsync, of merging, and of loading, each with and
-without the hashes of what is read, side by side. WORK is a directory with room for the base.
+WORK is a directory with room for four times the models, which have Llama-2-7B's widths, and its 32
+layers unless fewer are asked for. They are made there, or found from an earlier run:
+
+    base, adapter    in our format: copied with fsync, merged, and loaded, with and without hashes
+    model.gguf       copied with fsync, imported, and written back with the adapter of the import
+
+Prints, of every repetition, wall seconds and CPU seconds (user and system) of each step; then the
+medians of the ratios to copying the same bytes.
 """
 
 import json
 import os
+import resource
 import shutil
+import statistics
 import sys
 import time
 from pathlib import Path
 
-from transformers import AutoModelForCausalLM
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "tests"), str(Path(__file__).parent)]
 
-from qalora_plugin.files import manifest
-from qalora_plugin.merge.merge import merge_adapter
+from models import write_adapter, write_base, write_gguf  # noqa: E402
+from transformers import AutoModelForCausalLM  # noqa: E402
+
+from qalora_plugin import export_model, merge_adapter  # noqa: E402
+from qalora_plugin.checkpoint.convert import import_model  # noqa: E402
+from qalora_plugin.files import manifest  # noqa: E402
+
+BUFFER = 16 << 20
 
 
 def seconds(action):
-    """Return how long a call takes in which no file's hash is known."""
+    """Return wall and CPU seconds of a call in which no file's hash is known."""
     manifest._hashes.clear()
-    started = time.monotonic()
+    before, started = resource.getrusage(resource.RUSAGE_SELF), time.monotonic()
     action()
-    return round(time.monotonic() - started, 2)
+    wall, after = time.monotonic() - started, resource.getrusage(resource.RUSAGE_SELF)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return round(wall, 2), round(cpu, 2)
 
 
-def copy(base, target):
-    """Copy a directory's files, each synced."""
-    target.mkdir()
-    for path in base.iterdir():
-        shutil.copyfile(path, target / path.name)
-        with open(target / path.name, "rb") as file:
-            os.fsync(file.fileno())
+def copy(source, target):
+    """Copy a file, or a directory's files, each synced."""
+    pairs = [(source, target)]
+    if source.is_dir():
+        target.mkdir()
+        pairs = [(path, target / path.name) for path in source.iterdir()]
+    for path, new in pairs:
+        with path.open("rb") as reading, new.open("wb") as writing:
+            shutil.copyfileobj(reading, writing, BUFFER)
+            writing.flush()
+            os.fsync(writing.fileno())
 
 
-def main(adapter, base, work, repetitions="3"):
-    """Print one line of JSON a repetition."""
-    base, target = Path(base), Path(work) / "checking"
-    for _ in range(int(repetitions)):
-        row = {"load": round(os.getloadavg()[0], 1), "copy": seconds(lambda: copy(base, target))}
-        shutil.rmtree(target)
-        row["merge"] = seconds(lambda: merge_adapter(adapter, target, base))
-        shutil.rmtree(target)
-        row["loading"] = seconds(lambda: AutoModelForCausalLM.from_pretrained(base))
+def remove(path):
+    """Remove what a step wrote."""
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def steps_of_a_base(work, layers):
+    """Return the steps, {name: action}; each writes `work / "out"`, or nothing."""
+    base, adapter, out = work / "base", work / "adapter", work / "out"
+    if not base.exists():
+        write_adapter(write_base(base, layers), adapter)
+
+    def load():
+        AutoModelForCausalLM.from_pretrained(base)
+
+    def unchecked(action):
         with manifest.unchecked_hashes():
-            row["merge_unchecked"] = seconds(lambda: merge_adapter(adapter, target, base))
-            shutil.rmtree(target)
-            row["loading_unchecked"] = seconds(lambda: AutoModelForCausalLM.from_pretrained(base))
-        print(json.dumps(row), flush=True)
+            action()
+
+    return {
+        "copy": lambda: copy(base, out),
+        "merge": lambda: merge_adapter(adapter, out, base),
+        "load": load,
+        "load unchecked": lambda: unchecked(load),
+    }
+
+
+def steps_of_gguf(work, layers):
+    """Return the same of a GGUF file."""
+    path, merged, out = work / "model.gguf", work / "gguf-merged", work / "out.gguf"
+    if not merged.exists():
+        if not path.exists():
+            write_gguf(path, layers)
+        base = import_model(path, work / "gguf-base").out
+        merge_adapter(write_adapter(base, work / "gguf-adapter"), merged, base)
+        remove(base)
+    return {
+        "copy": lambda: copy(path, out),
+        "import": lambda: import_model(path, out),
+        "write back": lambda: export_model(merged, out, "original"),
+    }
+
+
+def measure(steps, out, repetitions):
+    """Print the seconds of each repetition, and the medians of the ratios to the first step."""
+    rows = []
+    for _ in range(repetitions):
+        rows.append({})
+        for name, action in steps.items():
+            rows[-1][name] = seconds(action)
+            if out.exists():
+                remove(out)
+        print(json.dumps({"load": round(os.getloadavg()[0], 1), **rows[-1]}), flush=True)
+    against = {name: "load unchecked" if name == "load" else next(iter(steps)) for name in steps}
+    for name in steps:
+        if name not in (against[name], "load unchecked"):
+            wall, cpu = (
+                [row[name][kind] / row[against[name]][kind] for row in rows] for kind in (0, 1)
+            )
+            print(
+                f"{name} / {against[name]}: {statistics.median(wall):.2f} of the time "
+                f"({min(wall):.2f} to {max(wall):.2f}), {statistics.median(cpu):.2f} of the CPU's",
+                flush=True,
+            )
+
+
+def main(work, layers="32", repetitions="3"):
+    """Make the models, and measure."""
+    work = Path(work)
+    work.mkdir(exist_ok=True)
+    for steps, out in ((steps_of_a_base, "out"), (steps_of_gguf, "out.gguf")):
+        measure(steps(work, int(layers)), work / out, int(repetitions))
 
 
 if __name__ == "__main__":

@@ -9,16 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import save_file
 
-from qalora_plugin import QALoRAConfig
-from qalora_plugin.checkpoint.checkpoint import open_quantized
+from .models import write_adapter
 
 QUANTIZE_LIMIT = 2.5e9
 MERGE_LIMIT = 1.0e9
 TIME_LIMIT = 3  # of the time that copying the file takes
-RANK = 16
 
 QUANTIZE = """
 import sys, torch
@@ -46,21 +42,6 @@ def peak_of(step, *arguments):
     print(json.dumps({"step": step, "peak_gb": peak / 1e9, "seconds": seconds}))
     assert process.returncode == 0
     return peak
-
-
-def write_adapter(base, out):
-    """Write an adapter of random numbers for every quantized layer, as PEFT lays it out."""
-    source, tensors = open_quantized(base), {}
-    for name, spec in source.layers.items():
-        key = f"base_model.model.{name}"
-        tensors[f"{key}.qalora_A.weight"] = torch.randn(RANK, spec.num_groups) * 1e-2
-        tensors[f"{key}.qalora_B.weight"] = torch.randn(spec.out_features, RANK) * 1e-2
-    out.mkdir()
-    save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = QALoRAConfig(r=RANK, lora_alpha=RANK, base_model_name_or_path=str(base))
-    config.bits, config.group_size = source.config.bits, source.config.group_size
-    config.fingerprint = source.config.base.get("fingerprint")
-    config.save_pretrained(out)
 
 
 @pytest.mark.slow

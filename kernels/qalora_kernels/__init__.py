@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .autograd import folded_linear, grid_linear, quantized_linear
     from .backends import get_backend
     from .fold import LowRank, load_offsets, round_minimum, store_offsets
+    from .ops import pack_halves
     from .packed import SCALES_DTYPE, PackedWeight
     from .packing import pack, unpack
 
@@ -27,6 +28,7 @@ _LAZY = {
     "grid_linear": ".autograd",
     "load_offsets": ".fold",
     "pack": ".packing",
+    "pack_halves": ".ops",
     "quantized_linear": ".autograd",
     "round_minimum": ".fold",
     "store_offsets": ".fold",
@@ -45,6 +47,7 @@ __all__ = [
     "grid_linear",
     "load_offsets",
     "pack",
+    "pack_halves",
     "quantized_linear",
     "round_minimum",
     "store_offsets",

@@ -13,6 +13,7 @@ It computes in float64 and rounds once: then a GPU and a laptop round to the sam
 the cost, N*G*r operations, is far below that of the layer's matrix product.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,9 @@ from .spec import QuantSpec, wide
 
 if TYPE_CHECKING:
     from .packed import PackedWeight
+
+
+_CACHED = 1 << 16  # float64 numbers
 
 
 @dataclass(frozen=True)
@@ -41,8 +45,13 @@ class LowRank:
 
     def delta(self) -> torch.Tensor:
         """Return the change, float64 [G, N]."""
+        a, b = self._factors()
+        return a @ b
+
+    def _factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return float64 [G, r] and [r, N], whose product the change is."""
         # the factor goes onto B, which is small
-        return self.a.t().double() @ (self.b.t().double() * self.factor)
+        return self.a.t().double(), self.b.t().double() * self.factor
 
     def gradients(self, d: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the gradients of A and B, in their dtypes, given that of the change, [G, N].
@@ -68,23 +77,48 @@ def fold(weight: "PackedWeight", zeros: LowRank | None, scale: LowRank | None) -
     Returns:
         The same integers with new scales and offsets, in the dtypes of the old ones.
     """
-    spec, scales, offsets = weight.spec, weight.scales, weight.offsets
-    change = None if zeros is None else zeros.delta()
-    if scale is not None:
-        share = 1 + scale.delta()
-        scales = (scales.double() * share).to(spec.scales_dtype).to(scales.dtype)
+    factors = [None if change is None else change._factors() for change in (zeros, scale)]
+    folded: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for rows in _in_cache(weight.scales):
+        deltas = (None if pair is None else pair[0][rows] @ pair[1] for pair in factors)
+        folded.append(_folded(weight.spec, weight.scales[rows], weight.offsets[rows], *deltas))
+    scales, offsets = folded[0] if len(folded) == 1 else map(torch.cat, zip(*folded, strict=True))
+    return replace(weight, scales=weight.scales if scale is None else scales, offsets=offsets)
+
+
+def _in_cache(grid: torch.Tensor) -> Iterator[slice]:
+    """Yield groups whose numbers stay in a core's cache: what folding costs is passes over them."""
+    groups, columns = grid.shape
+    step = groups
+    if grid.device.type == "cpu" and not torch.compiler.is_compiling():
+        step = max(1, _CACHED // max(columns, 1))
+    for start in range(0, max(groups, 1), max(step, 1)):
+        yield slice(start, start + step)
+
+
+def _folded(
+    spec: QuantSpec,
+    scales: torch.Tensor,
+    offsets: torch.Tensor,
+    change: torch.Tensor | None,
+    relative: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return new scales and offsets of some groups, given the changes in float64."""
+    dtypes = scales.dtype, offsets.dtype
+    if relative is not None:
+        share, before = 1 + relative, scales
+        scales = (scales.double() * share).to(spec.scales_dtype).to(dtypes[0])
         # (offsets / scales) is the exact mid - z of a stock base, so its integer z survives
-        kept = scales.double() * (offsets / weight.scales.double())
-        offsets = torch.where(weight.scales == 0, offsets * share, kept)
+        kept = scales.double() * (offsets / before.double())
+        offsets = torch.where(before == 0, offsets * share, kept)
     if spec.minimum_below is not None:
         exact = offsets.double() if change is None else offsets + change
         offsets = round_minimum(exact, scales, spec.minimum_below, spec.scales_dtype)
     elif change is not None:
-        # added in float64 and rounded in one pass: what folding costs is passes over [G, N]
-        rounded = torch.empty_like(weight.offsets, dtype=spec.offsets_dtype)
+        # added in float64 and rounded in one pass
+        rounded = torch.empty_like(offsets, dtype=spec.offsets_dtype)
         offsets = torch.add(offsets, change, out=rounded)
-    offsets = offsets.to(spec.offsets_dtype).to(weight.offsets.dtype)
-    return replace(weight, scales=scales, offsets=offsets)
+    return scales, offsets.to(spec.offsets_dtype).to(dtypes[1])
 
 
 def round_minimum(

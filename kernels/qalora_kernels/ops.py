@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from . import checks
+from . import checks, packing
 from .backends import get_backend
 from .packed import PackedWeight
 from .spec import QuantSpec, wide
@@ -129,3 +129,9 @@ def weighted_group_grad(dy: torch.Tensor, x: torch.Tensor, weight: PackedWeight)
     checks.rows("dy", dy, weight.spec.out_features, weight.qweight)
     checks.rows("x", x, weight.spec.in_features, dy, like_rows=True)
     return get_backend(dy.device, dy.dtype).weighted_group_grad(dy, x, weight)
+
+
+def pack_halves(halves: torch.Tensor, out: torch.Tensor) -> None:
+    """Pack 4-bit codes by the backend of their device, see `packing.pack_halves`."""
+    backend = get_backend(out.device, torch.float32)
+    getattr(backend, "pack_halves", packing.pack_halves)(halves, out)

@@ -10,6 +10,8 @@ import torch
 
 _VALUES = 32  # positions in one stream; 32 * bits is a whole number of words for every width
 _WORD = 32
+_LOW_HALVES = 0x0F0F0F0F0F0F0F0F
+_PAIRS, _QUADS = 0x00FF00FF00FF00FF, 0x0000FFFF0000FFFF
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
@@ -77,3 +79,22 @@ def unpack_columns(packed: torch.Tensor, bits: int, columns: int) -> torch.Tenso
     words = torch.zeros(rows, packed.shape[0], dtype=torch.int32, device=packed.device)
     words[: packed.shape[1]] = packed.t()
     return unpack(words, bits, columns).t().contiguous()
+
+
+def pack_halves(halves: torch.Tensor, out: torch.Tensor) -> None:
+    """Pack 4-bit codes of which a byte holds two, 16 inputs apart, as GGUF and llama.cpp have them.
+
+    Args:
+        halves: uint8 [N, S, 16] of S streams of 32 inputs: byte i holds inputs i (low) and i + 16.
+        out: int32 [4*S, N], rows of `qweight`; it is written.
+    """
+    n, streams, _ = halves.shape
+    # a clone starts where int64 may
+    pairs = halves.clone(memory_format=torch.contiguous_format).view(torch.int64)
+    words = torch.empty(n, streams, 4, dtype=torch.int32)
+    for place, shift in ((0, 0), (2, 4)):
+        x = pairs >> shift & _LOW_HALVES  # eight codes, a byte each
+        x = (x | x >> 4) & _PAIRS
+        x = (x | x >> 8) & _QUADS
+        words[..., place : place + 2] = (x | x >> 16).to(torch.int32)  # keeps the low 32 bits
+    out.copy_(words.view(n, 4 * streams).t())

@@ -1,7 +1,7 @@
 """A checkpoint's model as transformers builds it, without weights, for what its class knows."""
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,9 @@ from ..errors import CheckpointError
 from ..files.names import CONFIG_FILE
 from .names import LayerNames
 from .unfuse import unfuse_experts
+
+_DEPTHS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
+_LARGEST = 1 << 28  # of any size in a config; the longest contexts have 10^7 positions
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,44 @@ def empty_model(
         )
 
 
+def build_empty(
+    config: dict[str, Any], names: Sequence[str], class_name: str | None = None
+) -> PreTrainedModel:
+    """Build the model of a config.json without weights, which may have been written by anybody.
+
+    Args:
+        config: config.json, without `quantization_config`.
+        names: of the checkpoint's tensors, of which every layer has some.
+        class_name: see `empty_model`.
+
+    Raises:
+        CheckpointError: it has more layers than there are tensors, or transformers cannot build it.
+    """
+    _check_sizes(config, len(names))
+    try:
+        return empty_model(CONFIG_MAPPING[config["model_type"]].from_dict(config), class_name)
+    except Exception as error:  # of transformers' code, which trusts a config
+        raise CheckpointError(
+            f"{CONFIG_FILE}: transformers cannot build the model that it describes "
+            f"({type(error).__name__}: {str(error).strip().partition(chr(10))[0]:.200}). Restore "
+            "the original file."
+        ) from error
+
+
+def _check_sizes(config: dict[str, Any], tensors: int) -> None:
+    """Refuse sizes that would take hours or all memory, before anything is built."""
+    for key, value in config.items():
+        if isinstance(value, dict) and key.endswith("_config"):
+            _check_sizes(value, tensors)
+        most = tensors if key in _DEPTHS else _LARGEST
+        if isinstance(value, int) and abs(value) > most:
+            expected = f"at most {tensors}, one for each tensor," if key in _DEPTHS else "a size"
+            raise CheckpointError(
+                f"{CONFIG_FILE}: {key}: expected {expected} found {value}. Restore the original "
+                "file."
+            )
+
+
 def read_architecture(
     config: dict[str, Any], names: Iterable[str], class_name: str | None = None
 ) -> Architecture | None:
@@ -125,7 +166,7 @@ def read_architecture(
     Returns:
         None where transformers has no such class (a model with code of its own).
     """
-    raw = copy.deepcopy(config)
+    raw, names = copy.deepcopy(config), list(names)
     raw.pop("quantization_config", None)
     model_type = raw.get("model_type")
     classes = [class_name] if class_name else raw.get("architectures")
@@ -133,8 +174,7 @@ def read_architecture(
     model_class = getattr(transformers, str(classes[0]), None) if classes else None
     if not hasattr(model_class, "_from_config") or model_type not in CONFIG_MAPPING:
         return None
-    model = empty_model(CONFIG_MAPPING[model_type].from_dict(raw), classes[0])
-    names = list(names)
+    model = build_empty(raw, names, classes[0])
     unfuse_experts(model, names)
     translate = LayerNames(model)
     return Architecture(model, translate.stored(names), translate.are_converted)

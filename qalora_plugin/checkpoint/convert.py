@@ -15,11 +15,12 @@ from qalora_kernels import cache
 from ..errors import ConfigError, OutputError
 from ..files.atomic import AtomicDirectory
 from ..files.json import write_json
+from ..files.manifest import checked_beside
 from ..files.names import CONFIG_FILE
 from ..files.writer import write_weights
 from .checkpoint import open_quantized
 from .layout import pack_layer
-from .source import sealed_base
+from .source import hash_files, sealed_base
 
 _log = logging.getLogger(__name__)
 
@@ -75,8 +76,10 @@ def import_model(
     def stored(name: str) -> dict[str, torch.Tensor]:
         return pack_layer(name, checkpoint.layer(name))
 
+    hashed = checked_beside(checkpoint.directory, lambda _: hash_files(checkpoint))
     with target as partial:
-        write_weights(partial, checkpoint.plan(), copies, stored, progress=progress)
+        with hashed:
+            write_weights(partial, checkpoint.plan(), copies, stored, progress=progress)
         checkpoint.write_side_files(partial)
         base = sealed_base(checkpoint)
         quantization = checkpoint.config.to_dict() | {"base": base}

@@ -7,7 +7,8 @@ merged from it:
     path          where it lies on this machine
     repo, revision, file  where it lies on the Hub, if it came from there; no file: all of it
     frozen        by mode of `adapt`, the layers that cannot take its result back; "*" for all
-    files         {name: {size, sha256}} of its weight files, from the import or the merge on
+    files         {name: {size, sha256}} of its files, from the import or the merge on; of earlier
+                  releases' of the weights alone
 """
 
 import copy
@@ -36,16 +37,33 @@ def describe_location(path: Path) -> dict[str, Any]:
     return found
 
 
+def hash_files(checkpoint: "QuantizedCheckpoint") -> dict[str, dict[str, Any]]:
+    """Return size and SHA-256 of every file that writing back copies; each is read once."""
+    return {
+        name: {"size": path.stat().st_size, "sha256": file_sha256(path)}
+        for name, path in source_files(checkpoint).items()
+    }
+
+
+def source_files(checkpoint: "QuantizedCheckpoint") -> dict[str, Path]:
+    """Return the files of a source by name: one, or all of a directory that are not hidden."""
+    directory = checkpoint.directory
+    if directory.is_file():
+        return {directory.name: directory}
+    found = {path.relative_to(directory): path for path in sorted(directory.rglob("*"))}
+    return {
+        name.as_posix(): path
+        for name, path in found.items()
+        if path.is_file() and not any(part.startswith(".") for part in name.parts)
+    }
+
+
 def sealed_base(checkpoint: "QuantizedCheckpoint") -> dict[str, Any]:
     """Return `quantization_config.base` with the hashes of the source's files."""
     base = dict(checkpoint.config.base)
     source = base.get(SOURCE_KEY)
     if source is not None and "files" not in source:
-        files = {
-            path.name: {"size": path.stat().st_size, "sha256": file_sha256(path)}
-            for path in checkpoint.reader.files
-        }
-        base[SOURCE_KEY] = {**source, "files": files}
+        base[SOURCE_KEY] = {**source, "files": hash_files(checkpoint)}
     return base
 
 
@@ -62,21 +80,25 @@ def public_config(config: dict[str, Any]) -> dict[str, Any]:
 def check_source(record: dict[str, Any], checkpoint: "QuantizedCheckpoint") -> None:
     """Check that a source is what it was when it was read, by its files' hashes.
 
+    Records of earlier releases know the weight files alone. What was added since is let through.
+
     Raises:
-        CheckpointError: a file is missing, surplus, or has changed.
+        CheckpointError: a file is missing or has changed, or a weight file is surplus.
     """
-    known = record.get("files") or {}
-    found = {path.name: path for path in checkpoint.reader.files}
-    if known.keys() != found.keys():
+    known, found = record.get("files") or {}, source_files(checkpoint)
+    weights = {path.name for path in checkpoint.reader.files}
+    if not weights <= known.keys() or not known.keys() <= found.keys():
+        listed = sorted(known.keys() - found.keys()) or sorted(known)
         raise CheckpointError(
-            f"{checkpoint.directory}: expected the weight files {sorted(known)}, found "
-            f"{sorted(found)}. Name the source that was trained on with --original."
+            f"{checkpoint.directory}: expected the files {listed}, found "
+            f"{sorted(weights if known.keys() <= found.keys() else found)}. Name the source that "
+            "was trained on with --original."
         )
-    for name, path in found.items():
-        same = path.stat().st_size == known[name]["size"]
-        if not same or file_sha256(path) != known[name]["sha256"]:
+    for name, stated in known.items():
+        path = found[name]
+        if path.stat().st_size != stated["size"] or file_sha256(path) != stated["sha256"]:
             raise CheckpointError(
                 f"{path}: has changed since the base was read from it (expected SHA-256 "
-                f"{known[name]['sha256']}). Restore the file, or name a copy of the original one "
-                "with --original."
+                f"{stated['sha256']}). Restore the file, or name a copy of the original one with "
+                "--original."
             )

@@ -12,6 +12,7 @@ import qalora_plugin
 from qalora_plugin.errors import QALoRAError
 
 from .parser import Parser, PrintCompletion
+from .say import say
 
 _FILES_ONLY = ("inspect", "push")
 """Commands that load no model, and need neither transformers nor PEFT to know us."""
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.version:
         from qalora_plugin._version import __version__
 
-        print(__version__)
+        say(__version__)
         return 0
     if not hasattr(args, "func"):
         parser.print_help(sys.stderr)
@@ -68,12 +69,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except QALoRAError as error:
         if os.environ.get("QALORA_TRACEBACK"):
             raise
-        print(f"qalora: error: {error}", file=sys.stderr)
+        say(f"qalora: error: {error}", file=sys.stderr)
         if getattr(args, "json", False):
-            print(json.dumps({"error": type(error).__name__, "message": str(error)}))
+            say(json.dumps({"error": type(error).__name__, "message": str(error)}))
         return 1
     except KeyboardInterrupt:
-        print("qalora: interrupted", file=sys.stderr)
+        say("qalora: interrupted", file=sys.stderr)
         return 130
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .options import at_least
+from .say import say
 
 
 def add_parser(subparsers: Any) -> None:
@@ -53,5 +54,5 @@ def main(args: argparse.Namespace) -> int:
     )
     tasks = [name.strip() for name in args.tasks.split(",") if name.strip()]
     found = evaluate(args.model, tasks, args.base, options)
-    print(json.dumps(found) if args.json else table(found["results"]))
+    say(json.dumps(found) if args.json else table(found["results"]))
     return 0

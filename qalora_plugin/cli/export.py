@@ -4,9 +4,9 @@ import argparse
 import json
 from typing import Any
 
-from ..errors import printable
 from ..files.progress import progress_bar
 from .options import add_no_hash_check
+from .say import say
 
 
 def add_parser(subparsers: Any) -> None:
@@ -68,5 +68,5 @@ def main(args: argparse.Namespace) -> int:
     options = {key: getattr(args, key) for key in names if getattr(args, key) is not None}
     with progress_bar("exporting", "tensor") as progress:
         result = export_model(args.model, args.out, args.format, progress=progress, **options)
-    print(json.dumps(result.as_dict()) if args.json else printable(result.as_text()))
+    say(json.dumps(result.as_dict()) if args.json else result.as_text())
     return 0

@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from ..files.progress import progress_bar
+from .say import say
 
 
 def add_parser(subparsers: Any) -> None:
@@ -33,10 +34,10 @@ def main(args: argparse.Namespace) -> int:
     with progress_bar("importing", "tensor") as progress:
         result = import_model(args.source, args.out, revision=args.revision, progress=progress)
     if args.json:
-        print(json.dumps(dataclasses.asdict(result), default=str))
+        say(json.dumps(dataclasses.asdict(result), default=str))
         return 0
-    print(f"{result.out}: {result.layers} layers of a {result.format} model, nothing rounded")
+    say(f"{result.out}: {result.layers} layers of a {result.format} model, nothing rounded")
     frozen = {mode: len(names) for mode, names in result.source["frozen"].items()}
     taken = [mode for mode in ("zeros", "scales", "both") if mode not in frozen]
-    print(f"written back with --format original: adapt {', '.join(taken) or 'none'}")
+    say(f"written back with --format original: adapt {', '.join(taken) or 'none'}")
     return 0

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import printable
 from ..files.progress import progress_bar
+from .say import say
 
 
 def add_parser(subparsers: Any) -> None:
@@ -49,13 +50,13 @@ def main(args: argparse.Namespace) -> int:
         from ..files.manifest import accept_edits
 
         for name in accept_edits(directory):
-            print(f"qalora: accepted: {name}", file=sys.stderr)
+            say(f"qalora: accepted: {name}", file=sys.stderr)
     if not is_export:
         with progress_bar("checking", "layer") as progress:
             found = describe(directory, args.quick, progress, args.values)
     else:
         found = _describe_export(directory, args.quick)
-    print(json.dumps(found) if args.json else table(found))
+    say(json.dumps(found) if args.json else table(found))
     return 0 if found["valid"] else 1
 
 

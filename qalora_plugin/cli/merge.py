@@ -7,6 +7,7 @@ from typing import Any
 
 from ..files.progress import progress_bar
 from .options import add_no_hash_check
+from .say import say
 
 
 def add_parser(subparsers: Any) -> None:
@@ -42,10 +43,8 @@ def main(args: argparse.Namespace) -> int:
             args.adapter, args.out, args.base, convention=args.convention, progress=progress
         )
     if args.json:
-        print(json.dumps(dataclasses.asdict(result), default=str))
+        say(json.dumps(dataclasses.asdict(result), default=str))
     else:
         saved = f" and {len(result.replaced)} whole tensors" if result.replaced else ""
-        print(
-            f"{result.out}: {result.layers} layers merged{saved} (convention {result.convention})"
-        )
+        say(f"{result.out}: {result.layers} layers merged{saved} (convention {result.convention})")
     return 0

@@ -8,6 +8,8 @@ from typing import Any
 
 from qalora_kernels import SUPPORTED_BITS, QuantSpec
 
+from .say import say
+
 
 def _parser(kind: type, accepts: Callable[[Any], bool], expected: str) -> Callable[[str], Any]:
     """Return a function that parses what argparse gives it, or says what was expected."""
@@ -64,7 +66,7 @@ def note_what_gguf_cannot_hold(args: argparse.Namespace) -> None:
     desc_act = getattr(args, "desc_act", False)  # not every command has it
     if grids.obstacle(spec, desc_act):
         order = " in act-order" if desc_act else ""
-        print(
+        say(
             f"qalora: note: --offsets-at minimum is of no use with {args.bits} bits and groups of "
             f"{args.group_size}{order}: GGUF holds up to 4 bits in contiguous groups that are a "
             f"multiple of {block}, other layers become F16",

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import ConfigError
 from .options import bits, group_size
+from .say import say
 
 
 def add_parser(subparsers: Any) -> None:
@@ -101,7 +102,7 @@ def main(args: argparse.Namespace) -> int:
     plans = plan(shape, settings)
     total, active = count_parameters(shape, settings)
     if shape.max_tokens is not None and settings.seq_len > shape.max_tokens:
-        print(
+        say(
             f"qalora: note: the model takes {shape.max_tokens} tokens (max_position_embeddings), "
             f"planned for rows of {settings.seq_len}: give --seq-len",
             file=sys.stderr,
@@ -110,12 +111,12 @@ def main(args: argparse.Namespace) -> int:
         found = {name: result.as_json(sizes) for name, result in plans.items()}
         counted = {"total": total, "active": active}
         found_all = {"settings": asdict(settings), "parameters": counted, "methods": found}
-        print(json.dumps(found_all))
+        say(json.dumps(found_all))
         return 0
     title = _title(args.model, settings)
     if active < total:
         title += f"\n{total / 1e9:.2f} B parameters, of which a token uses {active / 1e9:.2f} B"
-    print(table(plans, settings, title, sizes))
+    say(table(plans, settings, title, sizes))
     return 0
 
 

@@ -5,8 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..errors import printable
 from .options import add_no_hash_check
+from .say import say
 
 
 def add_parser(subparsers: Any) -> None:
@@ -42,7 +42,7 @@ def main(args: argparse.Namespace) -> int:
     names = ("private", "revision", "data", "dry_run")
     options = {name: getattr(args, name) for name in names}
     result = push(args.dir, args.repo, log_history=history, **options)
-    print(json.dumps(result.as_dict()) if args.json else printable(result.as_text()))
+    say(json.dumps(result.as_dict()) if args.json else result.as_text())
     return 0
 
 

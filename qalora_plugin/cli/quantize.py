@@ -17,6 +17,7 @@ from .options import (
     group_size,
     note_what_gguf_cannot_hold,
 )
+from .say import say
 
 _OVERRIDES = {"bits": bits, "group_size": group_size}
 
@@ -151,26 +152,26 @@ def main(args: argparse.Namespace) -> int:
     note_what_gguf_cannot_hold(args)
     result = quantize_model(args.model, args.out, options=options)
     if args.json:
-        print(json.dumps({**dataclasses.asdict(result), "out": str(result.out)}))
+        say(json.dumps({**dataclasses.asdict(result), "out": str(result.out)}))
         return 0
     errors = {n: layer["error"] for n, layer in result.layers.items() if layer["error"] is not None}
     widths = sorted(Counter(layer["bits"] for layer in result.layers.values()).items())
     counts = ", ".join(f"{count} layers in {width} bits" for width, count in widths)
-    print(f"{result.out}: {counts}")
+    say(f"{result.out}: {counts}")
     if errors:
         worst = max(errors, key=lambda name: errors[name])
         mean = sum(errors.values()) / len(errors)
-        print(f"relative error on calibration: mean {mean:.2e}, {errors[worst]:.2e} in {worst}")
+        say(f"relative error on calibration: mean {mean:.2e}, {errors[worst]:.2e} in {worst}")
     if result.experts:
         few, total = (result.experts[key] for key in ("few_tokens", "calibrated"))
-        print(
+        say(
             f"experts: {few} of {total} saw fewer tokens than they have inputs, and were "
             "calibrated on all tokens"
         )
     if result.refined:
         before, after = (result.refined[f"heldout_kl_{when}"] for when in ("before", "after"))
-        print(f"held-out KL from the 16-bit model: {before:.4f}, refined {after:.4f}")
-    print(f"in 16 bits: {', '.join(result.kept) or 'no linear layer'}", file=sys.stderr)
+        say(f"held-out KL from the 16-bit model: {before:.4f}, refined {after:.4f}")
+    say(f"in 16 bits: {', '.join(result.kept) or 'no linear layer'}", file=sys.stderr)
     return 0
 
 

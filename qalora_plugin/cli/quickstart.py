@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .options import OFFSETS_AT_HELP, bits, group_size, note_what_gguf_cannot_hold
+from .say import say
 
 
 def add_parser(subparsers: Any) -> None:
@@ -69,6 +70,6 @@ def main(args: argparse.Namespace) -> int:
     if not settings.is_gguf:
         note_what_gguf_cannot_hold(argparse.Namespace(**vars(settings)))
     with redirect_stdout(sys.stderr):  # what a Trainer prints is progress
-        result = run(settings, say=lambda line: print(line, flush=True))
-    print(report.as_json(result) if args.json else report.as_text(result))
+        result = run(settings, say=say)
+    say(report.as_json(result) if args.json else report.as_text(result))
     return 0

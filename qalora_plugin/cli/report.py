@@ -4,6 +4,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from .say import say
+
 
 def add_parser(subparsers: Any) -> None:
     """Add the subcommand."""
@@ -28,5 +30,5 @@ def main(args: argparse.Namespace) -> int:
     from ..report.page import write_report
 
     page = write_report(args.run, merged=args.merged, verify=not args.no_verify)
-    print(page.with_name(FIGURES_FILE).read_text() if args.json else page)
+    say(page.with_name(FIGURES_FILE).read_text() if args.json else page)
     return 0

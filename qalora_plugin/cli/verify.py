@@ -4,9 +4,10 @@ import argparse
 import json
 from typing import Any
 
-from ..errors import ConfigError, printable
+from ..errors import ConfigError
 from ..files.progress import progress_bar
 from .options import add_no_hash_check
+from .say import say
 
 
 def add_parser(subparsers: Any) -> None:
@@ -60,7 +61,7 @@ def main(args: argparse.Namespace) -> int:
 
             options = {"logits": args.logits, "reference": args.reference, "progress": progress}
             report = verify_merge(args.merged, args.adapter, args.base, **options)
-    print(json.dumps(report.as_dict()) if args.json else printable(report.as_text()))
+    say(json.dumps(report.as_dict()) if args.json else report.as_text())
     return 0
 
 

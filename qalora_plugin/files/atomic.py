@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import OutputError
-from .manifest import write_manifest
+from .manifest import await_checks, write_manifest
 
 _ATTEMPTS = 5
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -153,6 +153,7 @@ class AtomicDirectory(_Partial):
                 self._check_target()
                 write_manifest(self.partial)
                 _sync_tree(self.partial)
+                await_checks()
                 os.rename(self.partial, self.target)
                 done = True
                 _sync_directory(self.target.parent)
@@ -303,6 +304,7 @@ def atomic_file(target: Path) -> Iterator[Path]:
         yield partial
         with partial.open("rb") as file:
             os.fsync(file.fileno())
+        await_checks()
         check_target(target)
         os.rename(partial, target)
         _sync_directory(target.parent)

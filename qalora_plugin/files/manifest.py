@@ -14,11 +14,13 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from io import FileIO
 from pathlib import Path, PurePosixPath
+from types import MappingProxyType
 from typing import Any
 
 from ..errors import CheckpointError
@@ -44,6 +46,9 @@ _skipped = 0
 
 _Key = tuple[int, int, int, int]
 _hashes: dict[_Key, str] = {}
+_beside: ContextVar[Mapping[Path, Future[Any]]] = ContextVar(
+    "checks beside the work", default=MappingProxyType({})
+)
 
 
 def file_sha256(path: Path) -> str:
@@ -76,6 +81,7 @@ class WrittenHash:
         self._file = file
         self._digest = hashlib.sha256()
         self._pool = ThreadPoolExecutor(1)
+        self._buffer = memoryview(bytearray(_PIECE))
         self._jobs: list[Future[None]] = []
         self._behind: dict[int, int] = {}  # end of each piece behind a gap, by its start
         self._written = self._given = 0
@@ -95,11 +101,12 @@ class WrittenHash:
 
     def _update(self, start: int, stop: int) -> None:
         while start < stop:
-            piece = os.pread(self._file.fileno(), min(_PIECE, stop - start), start)
-            if not piece:
+            view = self._buffer[: min(_PIECE, stop - start)]
+            count = os.preadv(self._file.fileno(), [view], start)
+            if not count:
                 raise OSError(errno.EIO, "it became shorter while it was written")
-            self._digest.update(piece)
-            start += len(piece)
+            self._digest.update(view[:count])
+            start += count
 
     def finish(self, path: Path) -> None:
         """Wait for the thread, and remember the hash for the manifest.
@@ -200,6 +207,12 @@ def check_manifest(directory: str | Path) -> bool:
             listed, or a config contradicts what was bound.
     """
     directory = Path(directory)
+    if directory in _beside.get():  # whose result is waited for before anything is named
+        return not _skips() and (directory / MANIFEST_FILE).exists()
+    return _check(directory)
+
+
+def _check(directory: Path) -> bool:
     path = directory / MANIFEST_FILE
     if not path.exists():
         return False
@@ -238,10 +251,46 @@ def check_manifest(directory: str | Path) -> bool:
 
 def start_check(directory: Path) -> Future[bool]:
     """Run `check_manifest` in a thread; hashing leaves other threads free to read."""
+    return _in_thread(check_manifest, directory)
+
+
+def _in_thread(function: Callable[..., Any], *arguments: Any) -> Future[Any]:
     with_thread = ThreadPoolExecutor(1)
-    future = with_thread.submit(check_manifest, directory)
+    future = with_thread.submit(function, *arguments)
     with_thread.shutdown(wait=False)
     return future
+
+
+@contextmanager
+def checked_beside(directory: Path, check: Callable[[Path], Any] | None = None) -> Iterator[None]:
+    """Check what lies in a directory in a thread while this is open.
+
+    No output of `atomic` gets its name before `await_checks` has seen the check pass.
+
+    Args:
+        directory: that is read meanwhile; of a file, which has no manifest, its path.
+        check: called with it; by default `check_manifest`, which then does not wait for it.
+
+    Raises:
+        CheckpointError: the check failed, which also explains any error inside.
+    """
+    future = _in_thread(_check if check is None else check, directory)
+    token = _beside.set({**_beside.get(), directory: future})
+    try:
+        yield
+    finally:
+        _beside.reset(token)
+        future.result()
+
+
+def await_checks() -> None:
+    """Wait for the checks beside the work, before a result of it gets its name.
+
+    Raises:
+        CheckpointError: one of them failed.
+    """
+    for future in _beside.get().values():
+        future.result()
 
 
 def _check_weights_listed(directory: Path, files: dict[str, Any]) -> None:

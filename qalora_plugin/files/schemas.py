@@ -42,11 +42,31 @@ class MergedEntry(TypedDict, total=False):
     adapters: list[Object]
 
 
+class ManifestEntry(TypedDict):
+    """One file in our manifest, or of the source of a base."""
+
+    size: Size
+    sha256: str
+
+
+class SourceEntry(TypedDict, total=False):
+    """`source` of `base`: where a base in a foreign format was read from."""
+
+    format: str
+    path: str
+    repo: str
+    revision: str
+    file: str
+    frozen: dict[str, list[str]]
+    files: dict[str, ManifestEntry]
+
+
 class BaseEntry(TypedDict, total=False):
     """`base` of our quantization config, as far as it is read."""
 
     name_or_path: str | None
     fingerprint: str | None
+    source: SourceEntry | None
 
 
 class QuantizationConfig(TypedDict, total=False):
@@ -96,13 +116,6 @@ class Index(TypedDict):
     metadata: NotRequired[Object]
 
 
-class ManifestEntry(TypedDict):
-    """One file in our manifest."""
-
-    size: Size
-    sha256: str
-
-
 class Manifest(TypedDict):
     """qalora_manifest.json."""
 
@@ -142,6 +155,12 @@ class Record(TypedDict, total=False):
     exactness: str
     source: SourceFacts
     measured: Measured | None
+
+
+class Card(TypedDict, total=False):
+    """The front matter of a README.md, as far as it is read."""
+
+    license: str | None
 
 
 def read_as(

@@ -7,8 +7,9 @@ that are there can be kept.
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -247,32 +248,50 @@ def write_weights(
     metadata: Mapping[str, str] = DEFAULT_METADATA,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Write all weight files of a directory with one layer in memory at a time.
+    """Write all weight files of a directory; while a layer is written, a thread makes the next one.
 
     Args:
         directory: where the files go, usually a partial directory.
         plan: every tensor, in the order of the files; those of a layer follow each other.
         copies: of the tensors that are copied, where from: a checkpoint, and the name there.
-        layer_tensors: returns the tensors <layer>.<part> by name, given the name of the layer.
+        layer_tensors: returns the tensors <layer>.<part> by name, given the name of the layer;
+            called in a thread.
         metadata: `__metadata__` of every shard's header.
         progress: called with (tensors written, tensors in all).
     """
     writer = CheckpointWriter(directory, split_plan(plan), metadata)
+    names = (name.rpartition(".")[0] for name in plan if name not in copies)
+    layers = _one_ahead(layer_tensors, list(dict.fromkeys(names)))
     layer: Mapping[str, torch.Tensor] = {}
     done = 0
-    for index, names in enumerate(writer.plans):
-        with writer.shard(index) as shard:
-            for name in names:
-                if name in copies:
-                    shard.copy(name, *copies[name])
-                else:
-                    if name not in layer:
-                        layer = layer_tensors(name.rpartition(".")[0])
-                    shard.write(name, layer[name])
-                done += 1
-                if progress is not None:
-                    progress(done, len(plan))
+    with closing(layers):
+        for index, shard_plan in enumerate(writer.plans):
+            with writer.shard(index) as shard:
+                for name in shard_plan:
+                    if name in copies:
+                        shard.copy(name, *copies[name])
+                    else:
+                        if name not in layer:
+                            layer = next(layers)
+                        shard.write(name, layer[name])
+                    done += 1
+                    if progress is not None:
+                        progress(done, len(plan))
     writer.finish()
+
+
+def _one_ahead(
+    make: Callable[[str], Mapping[str, torch.Tensor]], names: Sequence[str]
+) -> Generator[Mapping[str, torch.Tensor]]:
+    """Yield what is made of each name, in order; a thread makes the next one meanwhile."""
+    with ThreadPoolExecutor(1) as pool:
+        coming: Future[Mapping[str, torch.Tensor]] | None = None
+        for name in names:
+            made, coming = coming, pool.submit(make, name)
+            if made is not None:
+                yield made.result()
+        if coming is not None:
+            yield coming.result()
 
 
 def _layout(

@@ -15,6 +15,7 @@ from ..checkpoint.source import SOURCE_KEY
 from ..errors import CheckpointError, ConfigError
 from ..files.atomic import AtomicDirectory
 from ..files.json import read_json
+from ..files.manifest import checked_beside
 from ..files.names import CONFIG_FILE
 from .record import write_record
 
@@ -204,26 +205,38 @@ def export_model(
         raise ConfigError(
             f"format {format!r} has no option {unknown[0]!r}; it has {', '.join(known) or 'none'}"
         )
-    if not found.of_adapter:
-        refuse_experts(open_quantized(source), found)
-    found.check_libraries()
-    if not found.of_adapter:
-        check_fit(open_quantized(source))
-    write, names_file = found.module("write").export, is_file_name(out)
-    if names_file and not (found.suffix or found.of_source):
+    options["progress"] = progress
+    if found.of_adapter:
+        found.check_libraries()
+        return _write(found, source, out, options)
+    place = find_model(source)
+    with checked_beside(place):
+        opened = open_quantized(place)
+        refuse_experts(opened, found)
+        found.check_libraries()
+        check_fit(opened)
+        return _write(found, source, out, options)
+
+
+def _write(
+    format: Format, source: str | Path, out: str | Path, options: dict[str, Any]
+) -> ExportResult:
+    """Write the file or directory, once the source is known to fit its config."""
+    write, names_file = format.module("write").export, is_file_name(out)
+    if names_file and not (format.suffix or format.of_source):
         raise ConfigError(
-            f"{out}: expected the name of a directory, which format {format!r} is, found one that "
-            f"ends in {Path(out).suffix}. Choose another name."
+            f"{out}: expected the name of a directory, which format {format.name!r} is, found one "
+            f"that ends in {Path(out).suffix}. Choose another name."
         )
-    if names_file or found.suffix:
+    if names_file or format.suffix:
         # a file says itself what it is
-        result: ExportResult = write(source, out, progress=progress, **options)
+        result: ExportResult = write(source, out, **options)
         return result
     directory = AtomicDirectory(out)
     with directory as partial:  # the record appears with what it is of
         inner = partial / Path(out).name
-        result = write(source, inner, progress=progress, **options)
-        record = result.as_dict() | ({"written_back": True} if found.of_source else {})
+        result = write(source, inner, **options)
+        record = result.as_dict() | ({"written_back": True} if format.of_source else {})
         del record["out"]
         write_record(inner, record, source)
         work = inner.rename(partial / f".{secrets.token_hex(4)}")  # a file may have its name

@@ -5,6 +5,7 @@ A directory has qalora_export.json, a file in a format that is one file holds th
 `measured` (see `formats.requantize.Loss`).
 """
 
+import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,14 @@ from ..checkpoint.checkpoint import QuantizedCheckpoint, open_quantized
 from ..checkpoint.format import format_named
 from ..checkpoint.kind import find_kind
 from ..errors import CheckpointError
+from ..files.front_matter import read_front_matter
 from ..files.hub import public_name, resolve_model_dir
 from ..files.json import read_json, write_json
-from ..files.names import ADAPTER_CONFIG_FILE, CONFIG_FILE, RECORD_FILE
+from ..files.names import ADAPTER_CONFIG_FILE, CARD_FILE, CONFIG_FILE, RECORD_FILE
 from ..files.schemas import Record, read_as
 
 _ADAPTER_FACTS = ("r", "lora_alpha", "layers")
+_LICENCE = re.compile(r"[A-Za-z0-9][\w.+ -]{0,63}")  # the Hub's names of licences, and longer ones
 
 
 def describe_source(checkpoint: QuantizedCheckpoint) -> dict[str, Any]:
@@ -51,17 +54,13 @@ def _describe_adapter(exported: Path, adapter: str | Path) -> dict[str, Any]:
 
 def licence_of(base: str) -> str | None:
     """Return the licence that a base on this disk names in its card, or in its config.json."""
-    from huggingface_hub import ModelCard
-    from yaml import YAMLError  # type: ignore[import-untyped]
-
-    card, config = Path(base, "README.md"), Path(base, CONFIG_FILE)
-    licence = None
-    if card.is_file():
-        with suppress(OSError, ValueError, YAMLError):
-            licence = ModelCard.load(card).data.license
-    if not licence and config.is_file():
-        licence = read_json(config).get("license")
-    return str(licence) if licence else None
+    card, config = Path(base, CARD_FILE), Path(base, CONFIG_FILE)
+    found = [read_front_matter(card).get("license")] if card.is_file() else []
+    if config.is_file():
+        with suppress(CheckpointError):
+            found.append(read_json(config).get("license"))
+    names = (str(name) for name in found if name)
+    return next((name for name in names if _LICENCE.fullmatch(name)), None)
 
 
 def write_record(exported: Path, result: dict[str, Any], source: str | Path) -> None:

@@ -16,6 +16,7 @@ from qalora_kernels import PackedWeight
 
 from ..checkpoint.checkpoint import QuantizedCheckpoint
 from ..checkpoint.format import Format
+from ..checkpoint.source import source_files
 from ..errors import CheckpointError
 from ..files.atomic import AtomicDirectory, cannot_write
 from ..files.reader import CheckpointReader
@@ -187,9 +188,7 @@ def patched_directory(source: QuantizedCheckpoint, out: Path) -> Iterator[Patch]
         OutputError: the target is not empty, or cannot be written.
     """
     with AtomicDirectory(out) as partial:
-        for path in sorted(source.directory.rglob("*")):
-            place = path.relative_to(source.directory)
-            if path.is_file() and not any(part.startswith(".") for part in place.parts):
-                (partial / place).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, partial / place)  # follows links, as in the Hub's cache
+        for name, path in source_files(source).items():
+            (partial / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, partial / name)  # follows links, as in the Hub's cache
         yield Patch(source, partial)

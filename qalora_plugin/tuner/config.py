@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from ..files.safetensors import read_header
 from ..files.schemas import AdapterConfig, read_as
 from .names import ADAPT_PARTS
 from .scaling import SCALING_FIELDS, check_scaling, is_int, is_number, rank_and_scaling
+
+_log = logging.getLogger(__name__)
 
 PEFT_TYPE = "QALORA"
 CONVENTION = "sum"
@@ -242,4 +245,11 @@ class QALoRAConfig(PeftConfig):
         if safe.exists():
             read_header(safe)
             check_manifest(directory)
-        return super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+        found = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+        if getattr(found, "fingerprint", "") is None:
+            _log.warning(
+                "%s: fingerprint: found none: nothing shows that the adapter was trained on the "
+                "base that it is put on, and `qalora merge` will refuse it",
+                directory / ADAPTER_CONFIG_FILE,
+            )
+        return found

@@ -10,10 +10,12 @@ from support.adapters import edit_json
 
 from qalora_plugin.errors import CheckpointError
 from qalora_plugin.files import manifest
+from qalora_plugin.files.atomic import AtomicDirectory, atomic_file
 from qalora_plugin.files.manifest import (
     WrittenHash,
     accept_edits,
     check_manifest,
+    checked_beside,
     file_sha256,
     start_check,
     unchecked_hashes,
@@ -220,6 +222,32 @@ def test_a_check_in_the_background_raises_when_it_is_asked(directory):
     flip(directory / "model.safetensors")
     with pytest.raises(CheckpointError, match="SHA-256"):
         start_check(directory).result()
+
+
+def test_nothing_gets_its_name_before_a_check_beside_the_work_has_passed(directory, tmp_path):
+    for target in ("good", "bad"):
+        outputs = [tmp_path / f"{target}-{kind}" for kind in ("directory", "file")]
+        try:
+            with checked_beside(directory):
+                assert check_manifest(directory)  # is not waited for
+                with AtomicDirectory(outputs[0]) as partial:
+                    (partial / "a").write_text("written meanwhile")
+                with atomic_file(outputs[1]) as partial:
+                    partial.write_text("written meanwhile")
+        except CheckpointError as error:
+            assert "tokenizer.json: SHA-256" in str(error) and target == "bad"
+        assert [path.exists() for path in outputs] == [target == "good"] * 2
+        assert not list(tmp_path.glob(".*"))
+        flip(directory / "tokenizer.json")
+
+
+def test_a_damaged_file_explains_what_fails_beside_its_check(directory):
+    with pytest.raises(ValueError, match="of its own"), checked_beside(directory):
+        raise ValueError("of its own")
+    flip(directory / "tokenizer.json")
+    with pytest.raises(CheckpointError, match="SHA-256"), checked_beside(directory):
+        raise ValueError("a number that is not finite")
+    assert not manifest._beside.get()
 
 
 def test_in_the_hub_cache_files_other_than_weights_may_be_missing(directory, tmp_path):

@@ -25,7 +25,7 @@ from qalora_plugin.checkpoint.checkpoint import open_quantized
 from qalora_plugin.checkpoint.convert import import_model
 from qalora_plugin.cli import main as cli
 from qalora_plugin.errors import CheckpointError, ConfigError
-from qalora_plugin.formats.gguf.decode import BLOCK_TYPES, read_minima, read_scales, read_words
+from qalora_plugin.formats.gguf.decode import BLOCK_TYPES, read_minima, read_scales, write_words
 from qalora_plugin.formats.gguf.k_quants import K_TYPES, read_k
 from qalora_plugin.tuner.targets import resolve_targets
 
@@ -70,7 +70,8 @@ def test_every_weight_is_that_of_gguf_py(kind):
     blocks = torch.from_numpy(raw).view(48, 32, block.nbytes)
     scales, minima = read_scales(block, blocks).float(), read_minima(block, blocks).float()
     assert (scales < 0).sum() > 300 and (scales == 0).sum() > 100
-    words = read_words(block, blocks).view(48, -1).t().contiguous()
+    words = torch.empty(32 * block.bits, 48, dtype=torch.int32)
+    write_words(block, blocks, words)
     codes = packing.unpack(words, block.bits, 1024).t().reshape(48, 32, 32).float()
     found = scales.unsqueeze(-1) * codes + minima.unsqueeze(-1)
     expected = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[kind])
@@ -171,6 +172,31 @@ def test_a_file_that_grows_keeps_its_alignment(tmp_path):
     out = export_model(merged, tmp_path / "again.gguf", "original").out
     assert all(tensor.data_offset % 256 == 0 for tensor in gguf.GGUFReader(out).tensors)
     _equal_models(out, merged)
+
+
+def _empty_array(path):
+    """Make of the key general.languages an array without entries; gguf-py writes none."""
+    raw, entries = (
+        path.read_bytes(),
+        b"".join(len(word).to_bytes(8, "little") + word for word in (b"en", b"de")),
+    )
+    head = (9).to_bytes(4, "little") + (8).to_bytes(4, "little")
+    full = head + (2).to_bytes(8, "little") + entries
+    assert raw.count(full) == 1
+    tensors = gguf.GGUFReader(path).data_offset
+    before, after = raw[:tensors].split(full)
+    start = (before + head + bytes(8) + after).rstrip(b"\0")
+    path.write_bytes(start + bytes(-len(start) % 32) + raw[tensors:])
+
+
+def test_a_file_that_grows_keeps_an_empty_array(tmp_path):
+    path = write_gguf(tmp_path / "model.gguf", kind="Q4_0")
+    _empty_array(path)
+    merged = _merged(path, tmp_path / "m")
+    out = export_model(merged, tmp_path / "again.gguf", "original").out
+    assert _fields(out) == _fields(path) and _fields(out)["general.languages"] == []
+    kind, count = gguf.GGUFReader(out).fields["general.languages"].parts[-2:]
+    assert (int(kind[0]), int(count[0])) == (gguf.GGUFValueType.STRING, 0)
 
 
 @pytest.mark.parametrize("key", ["factor", "scale_linear"])

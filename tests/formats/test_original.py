@@ -7,6 +7,7 @@ import shutil
 import pytest
 from safetensors.torch import load_file
 from support.adapters import RANK, qalora_tensors, write_adapter
+from support.directories import unbound
 from transformers import AutoModelForCausalLM
 
 from qalora_plugin import QALoRAConfig, export_model, merge_adapter
@@ -95,6 +96,44 @@ def test_a_source_that_changed_is_refused(base, tmp_path):
     with pytest.raises(CheckpointError, match=r"is not there. Name a copy of it with --original"):
         export_model(merged, tmp_path / "out", "original")
     assert export_model(merged, tmp_path / "out", "original", original=STOCK).layers
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "extra/notes.txt"])
+def test_any_file_of_the_source_that_changed_is_refused(name, base, tmp_path):
+    (base / "extra").mkdir()
+    (base / "extra" / "notes.txt").write_text("one")
+    merged = _merged(base, tmp_path)
+    before = (base / name).read_text()
+    (base / name).write_text(before + "\n")
+    with pytest.raises(CheckpointError, match=f"{name}: has changed since"):
+        export_model(merged, tmp_path / "out", "original")
+    (base / name).unlink()
+    with pytest.raises(CheckpointError):
+        export_model(merged, tmp_path / "out", "original")
+    (base / name).write_text(before)
+    (base / "added.txt").write_text("later")
+    assert (export_model(merged, tmp_path / "out", "original").out / name).read_text() == before
+
+
+def test_a_record_of_an_earlier_release_knows_the_weights_alone(base, tmp_path):
+    merged = unbound(_merged(base, tmp_path))
+    config = json.loads((merged / "config.json").read_text())
+    source = config["quantization_config"]["base"]["source"]
+    source["files"] = {n: f for n, f in source["files"].items() if n.endswith(".safetensors")}
+    (merged / "config.json").write_text(json.dumps(config))
+    assert export_model(merged, tmp_path / "out", "original").format == "gptq"
+
+
+@pytest.mark.parametrize(
+    ("files", "key"), [({"a": 1}, "source.files.a"), ([], "source.files"), (3, "source.files")]
+)
+def test_a_record_of_other_types_is_refused(files, key, base, tmp_path):
+    merged = unbound(_merged(base, tmp_path))
+    config = json.loads((merged / "config.json").read_text())
+    config["quantization_config"]["base"]["source"]["files"] = files
+    (merged / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=f"base.{key}: expected"):
+        export_model(merged, tmp_path / "out", "original")
 
 
 def test_a_model_without_a_source_is_refused(quantized, tmp_path):

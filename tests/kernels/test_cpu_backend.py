@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from qalora_kernels import PackedWeight, QuantSpec
+from qalora_kernels import PackedWeight, QuantSpec, pack_halves, packing
 from qalora_kernels.backends import cpu
 from qalora_kernels.backends import torch as plain
 from qalora_kernels.backends.cpu import native
@@ -224,3 +224,17 @@ def test_threads_have_their_own_workspace():
     for thread in threads:
         thread.join()
     assert wrong == []
+
+
+@pytest.mark.parametrize(("rows", "streams"), [(1, 1), (5, 3), (16, 2), (70, 4), (513, 9)])
+def test_packed_halves_are_those_of_plain_pytorch(rows, streams, compiled, threads):
+    generator = torch.Generator().manual_seed(0)
+    blocks = torch.randint(0, 256, (rows, streams, 20), generator=generator, dtype=torch.uint8)
+    codes = torch.cat((blocks[..., 4:] & 15, blocks[..., 4:] >> 4), -1).view(rows, -1).t()
+    expected = packing.pack(codes, 4)
+    for count, pack in ((1, packing.pack_halves), (1, pack_halves), (2, pack_halves)):
+        threads(count)
+        out = torch.zeros(4 * streams, rows + 7, dtype=torch.int32)
+        pack(blocks[..., 4:], out[:, 3 : rows + 3])
+        assert torch.equal(out[:, 3 : rows + 3], expected)
+        assert not out[:, :3].any() and not out[:, rows + 3 :].any()

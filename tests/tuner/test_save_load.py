@@ -11,6 +11,7 @@ from peft import (
     get_peft_model_state_dict,
 )
 from safetensors.torch import load_file, save_file
+from support.adapters import edit_json
 from support.architectures import ARCHITECTURES
 from support.layers import quantize
 from support.models import llama
@@ -162,6 +163,15 @@ def test_other_integers_are_refused(saved, make_llama):
     found = r"fingerprint='[0-9a-f]{32}', found a base with fingerprint='[0-9a-f]{32}'"
     with pytest.raises(AdapterError, match=found):
         PeftModel.from_pretrained(model, directory)
+
+
+def test_an_adapter_of_no_known_base_is_told_of(saved, make_llama, caplog):
+    directory, _ = saved
+    PeftModel.from_pretrained(make_llama(), directory)
+    assert "fingerprint" not in caplog.text
+    edit_json(directory, fingerprint=None)
+    PeftModel.from_pretrained(make_llama(), directory)
+    assert "adapter_config.json: fingerprint: found none" in caplog.text
 
 
 def test_fingerprint_is_computed_and_not_believed(make_llama):

@@ -11,6 +11,7 @@ these functions (K inputs, N outputs, G groups, M rows); importing one touches n
     pooled_grad(dy, pooled)              pool(x)^T dy -> [G, N], fp32 (fp64 for float64)
     weighted_group_grad(dy, x, weight)   sum over k in group g of (x^T dy)[k, n] * W[n, k],
                                          fp32 (fp64 for float64) -> [G, N]
+    pack_halves(halves, out)             see `packing`, whose own serves where a backend has none
 """
 
 import functools

@@ -18,8 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-_LOW_HALVES = 0x0F0F0F0F0F0F0F0F
-_PAIRS, _QUADS = 0x00FF00FF00FF00FF, 0x0000FFFF0000FFFF
+from qalora_kernels import pack_halves
 
 
 @dataclass(frozen=True)
@@ -54,13 +53,13 @@ BLOCK_TYPES = {
 
 def read_scales(kind: BlockType, raw: torch.Tensor) -> torch.Tensor:
     """Return d of blocks uint8 [..., nbytes], fp16 [...]."""
-    return raw[..., :2].contiguous().view(torch.float16).squeeze(-1)
+    return raw.view(torch.float16)[..., 0]
 
 
 def read_minima(kind: BlockType, raw: torch.Tensor) -> torch.Tensor:
     """Return m of blocks uint8 [..., nbytes], fp16 [...]."""
     if kind.zero is None:
-        return raw[..., 2:4].contiguous().view(torch.float16).squeeze(-1)
+        return raw.view(torch.float16)[..., 1]
     return minima_of(kind, read_scales(kind, raw))
 
 
@@ -70,14 +69,15 @@ def minima_of(kind: BlockType, scales: torch.Tensor) -> torch.Tensor:
     return scales * -kind.zero
 
 
-def read_words(kind: BlockType, raw: torch.Tensor) -> torch.Tensor:
-    """Return the codes of blocks as words of `qweight`: uint8 [N, B, nbytes] -> int32 [N, B, bits].
+def write_words(kind: BlockType, raw: torch.Tensor, out: torch.Tensor) -> None:
+    """Write the codes of blocks uint8 [N, B, nbytes] to `out` int32 [B*bits, N], as in `qweight`.
 
     The 32 codes of a block are one stream of `qalora_kernels.packing`.
     """
     n, blocks, _ = raw.shape
     if kind.bits == 4:
-        return _words_of_halves(raw[..., kind.low :].contiguous())
+        pack_halves(raw[..., kind.low :], out)
+        return
     if kind.high is None:
         codes = raw[..., kind.low :] ^ 0x80  # signed bytes + 128
     else:
@@ -85,16 +85,4 @@ def read_words(kind: BlockType, raw: torch.Tensor) -> torch.Tensor:
         shifts = torch.arange(8, dtype=torch.uint8)
         high = raw[..., kind.high : kind.high + 4].unsqueeze(-1) >> shifts & 1
         codes = torch.cat((low & 0xF, low >> 4), -1) | high.view(n, blocks, 32) << 4
-    return codes.contiguous().view(torch.int32)
-
-
-def _words_of_halves(low: torch.Tensor) -> torch.Tensor:
-    """Return [N, B, 16] bytes of two codes each as [N, B, 4] words of eight neighbours."""
-    halves = low.view(torch.int64)
-    words = torch.empty(*low.shape[:-1], 4, dtype=torch.int32)
-    for place, shift in ((0, 0), (2, 4)):
-        x = halves >> shift & _LOW_HALVES  # eight codes, a byte each
-        x = (x | x >> 4) & _PAIRS
-        x = (x | x >> 8) & _QUADS
-        words[..., place : place + 2] = (x | x >> 16).to(torch.int32)  # keeps the low 32 bits
-    return words
+    out.copy_(codes.contiguous().view(torch.int32).view(n, -1).t())

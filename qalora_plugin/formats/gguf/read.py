@@ -26,7 +26,8 @@ from ...files.reader import CheckpointReader, in_pieces
 from ...files.safetensors import TensorInfo, tensor_nbytes
 from . import FORMAT
 from .blocks import BLOCK
-from .decode import BLOCK_TYPES, BlockType, read_minima, read_scales, read_words
+from .decode import BLOCK_TYPES, BlockType, read_minima, read_scales, write_words
+from .file import open_gguf
 from .k_quants import K_TYPES, read_k
 from .metadata import interleave
 from .model import ROPE_FACTORS, Model
@@ -58,13 +59,7 @@ class GGUFReader(CheckpointReader):
             CheckpointError: damaged, or a model or a type of tensor that is not read.
         """
         self.directory, self.files, self.metadata = path, [path], {}
-        gguf = FORMAT.library("gguf")
-        try:
-            reader = gguf.GGUFReader(path)
-        except (ValueError, IndexError, KeyError, OSError) as error:
-            raise CheckpointError(
-                f"{path}: cannot be read as GGUF ({error}). Download or copy it again."
-            ) from error
+        gguf, reader = FORMAT.library("gguf"), open_gguf(path)
         if reader.endianess != gguf.GGUFEndian.LITTLE:
             raise CheckpointError(f"{path}: a big-endian GGUF file, which is not read.")
         fields = {name: field.contents() for name, field in reader.fields.items()}
@@ -254,7 +249,7 @@ class GGUFCheckpoint(QuantizedCheckpoint):
                 words[:, rows], scales[:, rows], minima[:, rows] = (part.t() for part in parts)
                 continue
             blocks = raw.view(len(raw), spec.num_groups, kind.nbytes)
-            words[:, rows] = read_words(kind, blocks).view(len(raw), -1).t()
+            write_words(kind, blocks, words[:, rows])
             scales[:, rows] = read_scales(kind, blocks).t()
             minima[:, rows] = read_minima(kind, blocks).t()
         order = self.reader.row_order(f"{name}.weight")

@@ -22,6 +22,7 @@ from ..stacks import expert_stacks
 from ..weights import ExactWeight, ExportedWeights
 from . import FORMAT
 from .blocks import BLOCK, TOP_CODE
+from .file import open_gguf
 from .metadata import Metadata
 
 _F16, _F16_SUBNORMAL = 2.0**-11, 2.0**-25  # rounding: of a number, and of the smallest ones
@@ -34,7 +35,7 @@ class Weights(ExportedWeights):
         super().__init__(exported, source)
         self._gguf, self._metadata = FORMAT.library("gguf"), Metadata(source)
         self._names = self._metadata.tensor_names(source)
-        self._tensors = {tensor.name: tensor for tensor in self._gguf.GGUFReader(exported).tensors}
+        self._tensors = {tensor.name: tensor for tensor in open_gguf(exported).tensors}
         self._numbers = {
             f"{layer}.weight": number
             for layers in expert_stacks(source).values()

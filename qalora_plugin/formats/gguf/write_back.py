@@ -1,17 +1,16 @@
 """Write merged minima and scales back into a copy of a GGUF file.
 
-Where a layer's type has a minimum, bytes 0-3 of its blocks are patched: d and m. Where it has none
+Where a layer's type has a minimum, bytes 0-3 of its blocks are new: d and m. Where it has none
 (Q4_0, Q5_0, Q8_0) and the merged minimum is still -d * (code of 0), bytes 0-1 are. Else Q4_0 grows
 into Q4_1, and Q5_0 into Q5_1: then the file is written anew by gguf-py, with every key-value and
 every other tensor as it was.
 """
 
-import os
-import shutil
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 import torch
@@ -21,10 +20,12 @@ from qalora_kernels import store_offsets
 from ...checkpoint.checkpoint import QuantizedCheckpoint
 from ...errors import CheckpointError
 from ...files.atomic import atomic_file, cannot_write, check_target
+from ...files.reader import COPY_BYTES
 from ..export import ExportResult, Progress
 from ..write_back import changed_layer, check_same_model
 from . import FORMAT
 from .decode import BLOCK_TYPES, BlockType, minima_of, read_minima
+from .file import open_gguf
 from .metadata import interleave
 from .read import GGUFCheckpoint
 
@@ -118,15 +119,15 @@ def _blocks(
         if grown is not None:
             wider = torch.empty(*blocks.shape[:2], grown.nbytes, dtype=torch.uint8)
             wider[..., :2], wider[..., 4:] = blocks[..., :2], blocks[..., 2:]
-            wider[..., 2:4] = _bytes(read_minima(kind, blocks))
+            wider.view(torch.float16)[..., 1] = read_minima(kind, blocks)
             blocks, kind = wider, grown
         places = [(0, change.scales, change.scales_changed)]
         if kind.zero is None:
-            places.append((2, change.minima, change.minima_changed))
+            places.append((1, change.minima, change.minima_changed))
+        halves = blocks.view(torch.float16)
         for at, numbers, changed in places:
-            where = changed[rows].unsqueeze(-1)
-            old = blocks[..., at : at + 2]
-            blocks[..., at : at + 2] = torch.where(where, _bytes(numbers[rows]), old)
+            old = halves[..., at]
+            halves[..., at] = torch.where(changed[rows], numbers[rows], old)
         yield rows, blocks.reshape(len(raw), -1)
         kind = own
 
@@ -137,27 +138,38 @@ def _affine(base: GGUFCheckpoint, name: str) -> BlockType:
     return kind
 
 
-def _bytes(numbers: torch.Tensor) -> torch.Tensor:
-    """Return fp16 [...] as uint8 [..., 2]."""
-    return numbers.contiguous().view(torch.uint8).view(*numbers.shape, 2)
-
-
 def _patch_copy(
     base: GGUFCheckpoint, merged: QuantizedCheckpoint, partial: Path, progress: Progress | None
 ) -> None:
+    """Write the source's bytes with new ones where layers have changed, each once and in order."""
+    places = {name: base.reader.place(f"{name}.weight") for name in base.layers}
+    done = 0  # bytes
     try:
-        shutil.copyfile(base.directory, partial)
-        with partial.open("r+b", buffering=0) as file:
-            for done, name in enumerate(base.layers, start=1):
+        with base.directory.open("rb") as old, partial.open("wb") as new:
+            for count, name in enumerate(sorted(places, key=places.__getitem__), start=1):
                 change = _change(base, merged, name)
                 if change.scales_changed.any() or change.minima_changed.any():
-                    start, (_, width) = base.reader.place(f"{name}.weight")
-                    for rows, data in _blocks(base, name, change, None):
-                        os.pwrite(file.fileno(), data.numpy().tobytes(), start + rows.start * width)
+                    start, (rows, width) = places[name]
+                    _copy(old, new, done, start)
+                    for _, data in _blocks(base, name, change, None):
+                        new.write(memoryview(data.numpy()).cast("B"))  # type: ignore[arg-type]
+                    done = start + rows * width
                 if progress is not None:
-                    progress(done, len(base.layers))
+                    progress(count, len(places))
+            _copy(old, new, done, base.directory.stat().st_size)
     except OSError as error:
         raise cannot_write(partial, error) from error
+
+
+def _copy(old: BinaryIO, new: BinaryIO, start: int, stop: int) -> None:
+    """Copy some bytes of a file to the end of another."""
+    old.seek(start)
+    while start < stop:
+        piece = old.read(min(COPY_BYTES, stop - start))
+        if not piece:
+            raise CheckpointError(f"{old.name}: became shorter while it was read. Run it again.")
+        new.write(piece)
+        start += len(piece)
 
 
 def _write_grown(
@@ -169,7 +181,7 @@ def _write_grown(
 ) -> None:
     """Write the file anew: tensors in the source's order, one in memory at a time."""
     gguf = FORMAT.library("gguf")
-    source = gguf.GGUFReader(base.directory)
+    source = open_gguf(base.directory)
     writer = gguf.GGUFWriter(partial, base.reader.model.architecture.name)
     _copy_fields(writer, source)
     writer.data_alignment = source.alignment  # which general.alignment, copied too, states
@@ -200,8 +212,19 @@ def _write_grown(
 
 def _copy_fields(writer: Any, source: Any) -> None:
     """Copy every key-value; the writer made the architecture's already."""
+    pack, array = writer._pack_val, FORMAT.library("gguf").GGUFValueType.ARRAY
+
+    def pack_any(value: Any, kind: Any, add_vtype: bool, sub_type: Any = None) -> Any:
+        if kind != array or value:
+            return pack(value, kind, add_vtype, sub_type)
+        # gguf-py writes no empty array
+        return struct.pack("<IIQ", kind, sub_type, 0)
+
+    writer._pack_val = pack_any
     for name, field in source.fields.items():
         if name.startswith("GGUF.") or name == "general.architecture":
             continue
-        kind, inner = field.types[0], field.types[-1] if len(field.types) > 1 else None
+        kind, inner = field.types[0], None
+        if kind == array:
+            inner = field.types[-1] if field.data else int(field.parts[-2][0])
         writer.add_key_value(name, field.contents(), kind, sub_type=inner)

@@ -12,6 +12,7 @@ from ...checkpoint.source import SOURCE_KEY, check_source
 from ...errors import CheckpointError, ConfigError
 from ...files.hub import locate
 from ...files.json import read_json
+from ...files.manifest import checked_beside
 from ...files.names import GENERATION_CONFIG_FILE
 from ..export import ExportResult, Progress, is_file_name
 
@@ -50,8 +51,9 @@ def export(
             f"{original.directory}: expected the base in format {format.name!r}, found one in "
             f"format {original.format!r}. Name the right one with --original."
         )
-    check_source(record, original)
-    result: ExportResult = format.module("write_back").write_back(original, merged, path, progress)
+    with checked_beside(original.directory, lambda _: check_source(record, original)):
+        write_back = format.module("write_back").write_back
+        result: ExportResult = write_back(original, merged, path, progress)
     return replace(result, exactness=result.exactness + _kept(original, merged.directory))
 
 

@@ -11,6 +11,7 @@ multiplying, the scales' gradient with its matrix product 0.55 to 0.95.
 
 import torch
 
+from ... import packing
 from ...packed import PackedWeight
 from .. import torch as plain
 from . import native
@@ -60,3 +61,9 @@ def weighted_group_grad(dy: torch.Tensor, x: torch.Tensor, weight: PackedWeight)
     product = workspace((weight.spec.in_features, weight.spec.out_features), dy.dtype)
     torch.mm(x.t(), dy, out=product)
     return native.group_grad(product, weight)
+
+
+def pack_halves(halves: torch.Tensor, out: torch.Tensor) -> None:
+    """Pack uint8 [N, S, 16] into `out` int32 [4*S, N], as `packing.pack_halves` does."""
+    served = native if native.packs() else packing
+    served.pack_halves(halves, out)

@@ -48,6 +48,10 @@ def _multiply_library() -> Any:
     return library("multiply.c", ("-O3", "-ffp-contract=fast"))
 
 
+def _pack_library() -> Any:
+    return library("pack.c")
+
+
 def dequantizes(dtype: torch.dtype) -> bool:
     """Say whether `dequantize` and `group_grad` can be called with elements of `dtype`."""
     return dtype in _DTYPES and _dequantize_library() is not None
@@ -56,6 +60,11 @@ def dequantizes(dtype: torch.dtype) -> bool:
 def multiplies() -> bool:
     """Say whether `multiply` can be called."""
     return _multiply_library() is not None
+
+
+def packs() -> bool:
+    """Say whether `pack_halves` can be called."""
+    return _pack_library() is not None
 
 
 def _address(tensor: torch.Tensor | None) -> ctypes.c_void_p:
@@ -100,3 +109,13 @@ def multiply(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -
     sizes = (is_bf16, ctypes.c_int64(m), rows, _address(scratch), _threads(k * n))
     run(ctypes.byref(layer), *tensors, *sizes)
     return y
+
+
+def pack_halves(halves: torch.Tensor, out: torch.Tensor) -> None:
+    """Write `packing.pack_halves` to `out` int32 [4*S, N], whose rows may lie apart."""
+    n, streams, _ = halves.shape
+    apart = (halves.stride(0), halves.stride(1), n, streams)
+    sizes = (ctypes.c_int64(size) for size in apart)
+    assert halves.stride(2) == out.stride(1) == 1
+    ld, threads = ctypes.c_int64(out.stride(0)), _threads(8 * halves.numel())
+    _pack_library().qalora_pack_halves(_address(halves), *sizes, _address(out), ld, threads)

@@ -1,0 +1,62 @@
+"""Open a GGUF file with gguf-py, which believes what a header says: lengths are checked here."""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from ...errors import CheckpointError
+from ...files.inside import check_regular
+from . import FORMAT
+
+_MOST = 1 << 21  # of key-values, tensors, and entries of one array: vocabularies have up to 2^18
+
+
+@cache
+def _reader_class() -> type:
+    gguf = FORMAT.library("gguf")
+
+    class Reader(gguf.GGUFReader):  # type: ignore[misc,name-defined]
+        """The library's reader, for files that end early or count wrongly."""
+
+        def _get(self, offset: int, dtype: Any, count: int = 1, *rest: Any, **more: Any) -> Any:
+            found = super()._get(int(offset), dtype, count, *rest, **more)
+            if len(found) != int(count):
+                raise ValueError(f"it ends in what is at byte {offset}")
+            return found
+
+        def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+            if raw_type == gguf.GGUFValueType.ARRAY:
+                inner = self._get(orig_offs, "<u4")[0]
+                length = int(self._get(orig_offs + 4, "<u8")[0])
+                if length > _MOST or inner == gguf.GGUFValueType.ARRAY:
+                    raise ValueError(f"an array of {length} entries of type {inner}")
+            return super()._get_field_parts(orig_offs, raw_type)
+
+        def _build_fields(self, offs: int, count: int) -> int:
+            return int(super()._build_fields(offs, _counted(count, "key-values")))
+
+        def _build_tensor_info(self, offs: int, count: int) -> Any:
+            return super()._build_tensor_info(offs, _counted(count, "tensors"))
+
+    return Reader
+
+
+def _counted(count: int, what: str) -> int:
+    if count > _MOST:
+        raise ValueError(f"{count} {what}")
+    return int(count)
+
+
+def open_gguf(path: Path) -> Any:
+    """Return gguf-py's reader of a file.
+
+    Raises:
+        CheckpointError: it is not GGUF, or damaged.
+    """
+    check_regular(path)
+    try:
+        return _reader_class()(path)
+    except (ValueError, IndexError, KeyError, OSError, OverflowError, TypeError) as error:
+        raise CheckpointError(
+            f"{path}: cannot be read as GGUF ({error}). Download or copy it again."
+        ) from error
