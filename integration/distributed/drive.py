@@ -220,6 +220,28 @@ def other_ranks(runs):
     return found | {"warm": result["losses"], "cold": cold[:2]}
 
 
+def references(runs):
+    """Train beside a frozen copy of the adapter to start from, and the same resumed halfway."""
+    found = {}
+    for mode in ("zero3", "fsdp2"):
+        start = str(runs.work / mode / "checkpoint-10")
+        job = {"warm_start": start, "reference": True, "steps": 4, "save_steps": 2}
+        for name, more in (
+            ("whole", {}),
+            ("again", {"resume": f"{runs.work}/{mode}-whole/checkpoint-2"}),
+        ):
+            merged = str(runs.work / f"{mode}-{name}" / "merged")
+            runs.train(f"{mode}-{name}", 2, mode, merged=merged, **job, **more)
+        files = (runs.work / f"{mode}-whole" / f"checkpoint-{n}" for n in (2, 4))
+        at_2, at_4 = (load_file(file / "adapter_model.safetensors") for file in files)
+        found[mode] = {
+            "difference": runs.difference(f"{mode}-whole", f"{mode}-again"),
+            "second_half": largest(at_2, at_4),
+            "layers": runs.verified(f"{mode}-again"),
+        }
+    return found
+
+
 def killed_merge(runs):
     """Kill rank 0 when all of the merge is written but has not its name yet; then run again."""
     out = runs.work / "killed-merge"
@@ -269,7 +291,16 @@ def mixtures(runs):
 
 
 STOCK = Path(__file__).resolve().parents[2] / "tests/fixtures/gptq_4bit_g128_actorder_asym"
-ALL = (straight, same_bytes, resumed, other_ranks, killed_merge, other_bases, mixtures)
+ALL = (
+    straight,
+    same_bytes,
+    resumed,
+    other_ranks,
+    references,
+    killed_merge,
+    other_bases,
+    mixtures,
+)
 
 
 def main():

@@ -129,6 +129,14 @@ def test_checkpoints_on_another_number_of_ranks(driven):
     assert found["warm"][0] < found["cold"][0]
 
 
+@pytest.mark.parametrize("mode", ["zero3", "fsdp2"])
+def test_resumed_beside_a_reference_the_policy_goes_on(driven, mode):
+    """DeepSpeed and FSDP load the adapter in training from files of their own."""
+    found = step(driven, "references")[mode]
+    assert found["difference"] < 1e-6 < 1e-3 < found["second_half"]
+    assert found["layers"] == 28
+
+
 @pytest.mark.parametrize("base", ["dense", "stock"])
 @pytest.mark.parametrize("mode", ["zero3", "fsdp2"])
 def test_other_bases(driven, base, mode):

@@ -48,6 +48,7 @@ class Job:
         adapt: as in QALoRAConfig.
         resume: checkpoint to go on from.
         warm_start: adapter to start from, with a new optimizer.
+        reference: keep a frozen copy of it beside it, "ref", as TRL's preference trainers do.
         kill: [rank, step]: that rank kills itself with SIGKILL after that step.
         kill_merge: rank 0 kills itself when all of the merge is written but not in its place.
         quantize: 4 to quantize a 16-bit base while it loads.
@@ -63,6 +64,7 @@ class Job:
     adapt: str = "zeros"
     resume: str | None = None
     warm_start: str | None = None
+    reference: bool = False
     kill_merge: bool = False
     quantize: int = 0
     kill: list[int] | None = None
@@ -158,6 +160,12 @@ def make_trainer(job):
     if job.warm_start:
         base = AutoModelForCausalLM.from_pretrained(job.base, **arguments.model_init_kwargs)
         model = PeftModel.from_pretrained(base, job.warm_start, is_trainable=True)
+        if job.reference:
+            model.add_adapter("ref", model.peft_config["default"])
+            for name, parameter in model.named_parameters():
+                if ".default." in name:
+                    copy = model.get_parameter(name.replace(".default.", ".ref."))
+                    copy.data.copy_(parameter.data)
     return SFTTrainer(
         model,
         args=arguments,

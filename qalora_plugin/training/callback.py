@@ -22,7 +22,7 @@ from ..formats.export import ExportResult, check_format, export_model, export_pa
 from ..merge.merge import MergeResult, merge_adapter
 from ..report.page import try_report
 from ..tuner.config import PEFT_TYPE
-from .resume import load_policy, resumed_checkpoint
+from .resume import check_policy, resumed_checkpoint
 from .save import (
     adapter_directory,
     check_head,
@@ -104,7 +104,7 @@ class MergeCallback(TrainerCallback):
 
         Raises:
             ConfigError: the model has no QALORA adapter, or a random head that nothing saves; the
-                training writes to the target, or goes on from a checkpoint that is not found.
+                training writes to the target, or goes on with another adapter than was saved.
             OutputError: the target has been filled since, or another training has this output_dir.
             CheckpointError: a format cannot hold the base, or has no file to go back to.
             RankError: the processes cannot reach each other, as the merge will need.
@@ -135,7 +135,7 @@ class MergeCallback(TrainerCallback):
                 check_format(base, name)
             check_target(export_path(self.out_dir, name, base))
         self._last_checkpoint = resumed_checkpoint(model, args, state)
-        load_policy(model, args, state, self._last_checkpoint)
+        check_policy(model, state, self._last_checkpoint)
         self._processing_class = kwargs.get("processing_class")
         dataset = getattr(kwargs.get("train_dataloader"), "dataset", None)
         self._data = getattr(getattr(dataset, "info", None), "dataset_name", None)

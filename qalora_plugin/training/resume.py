@@ -1,14 +1,17 @@
-"""Trainings that go on from a checkpoint: which one, and the policy that the Trainer leaves out."""
+"""Trainings that go on from a checkpoint: which one, and whether its adapter is in training."""
 
 from pathlib import Path
 
+import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
-from ..distributed.sharding import fsdp_enabled
+from ..distributed.sharding import gathered, plain_name
 from ..errors import ConfigError
-from ..files.names import ADAPTER_CONFIG_FILE
+from ..files.names import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
+from ..tuner.names import PREFIX
 from .save import adapter_directory
 
 
@@ -31,37 +34,33 @@ def resumed_checkpoint(
     return None
 
 
-def load_policy(
-    model: PeftModel, args: TrainingArguments, state: TrainerState, checkpoint: Path | None
-) -> None:
-    """Load the trained adapter of a checkpoint that holds others too, in place.
+def check_policy(model: PeftModel, state: TrainerState, checkpoint: Path | None) -> None:
+    """Compare the adapter in training with the one in the checkpoint that training goes on from.
 
-    TRL's trainers add a frozen copy "ref" of an adapter that they start from. Where a checkpoint
-    has adapters in subdirectories, the Trainer (transformers 5.16, `_load_from_checkpoint`) loads
-    these alone: the policy would silently start again. Optimizer states are the checkpoint's
-    already, and the loaded numbers go into the parameters that the optimizer holds. DeepSpeed and
-    FSDP load all adapters from files of their own.
+    Only where the model has others beside it: `tuner.resuming` says what the Trainer does then.
+    Where parameters are sharded all ranks have to call.
 
     Args:
-        model: with its adapters; the active one is trained.
-        args: the Trainer's.
-        state: the Trainer's; at step 0 nothing is loaded.
-        checkpoint: what `resumed_checkpoint` found.
+        model: with its adapters, as the Trainer has loaded them.
+        state: the Trainer's; at step 0 nothing is compared.
+        checkpoint: what `resumed_checkpoint` found; None, too, compares nothing.
 
     Raises:
-        ConfigError: the checkpoint was not found.
+        ConfigError: they differ.
     """
-    name = model.active_adapter
-    others = sorted(set(model.peft_config) - {name})
-    by_files = args.deepspeed_plugin is not None or fsdp_enabled()
-    if state.global_step == 0 or not others or name != "default" or by_files:
+    if state.global_step == 0 or len(model.peft_config) == 1 or checkpoint is None:
         return
-    if checkpoint is None:
-        raise ConfigError(
-            f"resume_from_checkpoint: the model has the adapters {[name, *others]}, and of such a "
-            f"checkpoint the Trainer loads {others} alone, so that training would go on with an "
-            f"adapter that is not the checkpoint's. Expected the checkpoint of step "
-            f"{state.global_step} in {args.output_dir}, found none. Set output_dir to the "
-            "directory that holds it, or resume_from_checkpoint in the trainer's config"
-        )
-    model.load_adapter(str(checkpoint), name, is_trainable=True)
+    name, file = model.active_adapter, adapter_directory(model, checkpoint) / ADAPTER_WEIGHTS_FILE
+    stored = load_file(file) if file.exists() else {}  # FSDP may have saved shards alone
+    for key, parameter in model.named_parameters():
+        key = plain_name(key)
+        if PREFIX not in key or f".{name}." not in key:
+            continue
+        (whole,) = gathered([parameter])
+        wanted = stored.get(key.replace(f".{name}.", "."))
+        if wanted is not None and not torch.equal(whole.cpu(), wanted.to(whole.dtype)):
+            raise ConfigError(
+                f"resume_from_checkpoint: {key} is not what {file} holds, so that training would "
+                f"go on with another adapter than that of step {state.global_step}. Merge that one "
+                f"(`qalora merge {file.parent} --out DIR`), or train on without resuming"
+            )

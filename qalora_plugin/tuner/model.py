@@ -15,6 +15,7 @@ from ..checkpoint.merged import MergedAdapter, merged_in_memory
 from ..distributed.sharding import plain_name
 from ..errors import AdapterError
 from ..layers.linear import QuantLinear
+from . import resuming
 from .config import PEFT_TYPE, QALoRAConfig
 from .layer import BASE, QALoRALinear
 from .names import PREFIX
@@ -45,6 +46,8 @@ class QALoRAModel(BaseTuner):
             ConfigError: see `targets.resolve_targets`.
             AdapterError: a loaded adapter belongs to another base.
         """
+        if len(self.peft_config) > 1:
+            resuming.install()
         given = self.peft_config[adapter_name]
         if given.task_type in _HEADS_ADDED_LATER and given.modules_to_save is None:
             given.modules_to_save = []  # PEFT appends the head's name afterwards, to this list

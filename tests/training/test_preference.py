@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from support.training import TRAINING
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer
 from trl import (
     DPOConfig,
     DPOTrainer,
@@ -25,6 +25,7 @@ from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 from qalora_plugin import MergeCallback, QALoRAConfig, quantize_model, verify_merge
 from qalora_plugin.errors import ConfigError
 from qalora_plugin.layers.linear import QuantLinear
+from qalora_plugin.tuner import resuming
 
 IDS = torch.arange(5, 25)[None]
 BASE = Path(__file__).parents[2] / "qalora_plugin" / "quickstart" / "base_model"
@@ -160,20 +161,42 @@ def test_from_a_trained_adapter_resumed_equals_uninterrupted(name, make, start, 
         assert not torch.equal(wanted[key.replace(".ref.", ".default.")], before)
     resumed = make(name, start(), callbacks=[MergeCallback(tmp_path / "resumed")], **saving)
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-5"))
-    found = adapters(resumed.model)
-    assert found.keys() == wanted.keys()
-    for key in wanted:
-        assert torch.equal(found[key], wanted[key]), key
+    same_adapters(resumed.model, wanted)
     assert torch.equal(logits(load(tmp_path / "whole")), logits(load(tmp_path / "resumed")))
     assert torch.equal(logits(load(tmp_path / "whole")), logits(whole.model))
 
 
-def test_checkpoint_elsewhere_whose_policy_would_be_lost_is_refused(make, start, tmp_path):
+def same_adapters(model, wanted):
+    found = adapters(model)
+    assert found.keys() == wanted.keys()
+    for key in wanted:
+        assert torch.equal(found[key], wanted[key]), key
+
+
+def test_resumed_without_our_callback_and_from_another_directory(make, start, tmp_path):
+    saving = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    whole = make("dpo", start(), **saving)
+    whole.train()
+    resumed = make("dpo", start(), run="b", **saving)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    same_adapters(resumed.model, adapters(whole.model))
+
+
+def test_a_policy_that_would_be_lost_is_refused(make, start, tmp_path, monkeypatch):
+    """Where the checkpoint lacks it, and where something else loads another one."""
     saving = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
     make("dpo", start(), **saving).train()
-    trainer = make("dpo", start(), callbacks=[MergeCallback(tmp_path / "m")], run="b", **saving)
-    with pytest.raises(ConfigError, match=r"loads \['ref'\] alone.*Set output_dir"):
-        trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
+    checkpoint = tmp_path / "run" / "checkpoint-1"
+    load_all = Trainer._load_from_checkpoint
+    monkeypatch.setattr(Trainer, "_load_from_checkpoint", load_all.__wrapped__)
+    monkeypatch.setattr(resuming, "install", lambda: None)
+    trainer = make("dpo", start(), callbacks=[MergeCallback(tmp_path / "m")], **saving)
+    with pytest.raises(ConfigError, match=r"resume_from_checkpoint: .* is not what .*checkpoint-1"):
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+    monkeypatch.undo()
+    (checkpoint / "adapter_model.safetensors").unlink()
+    with pytest.raises(ConfigError, match=r"checkpoint-1: expected adapter_model\.safetensors"):
+        make("dpo", start(), **saving).train(resume_from_checkpoint=str(checkpoint))
 
 
 @pytest.mark.parametrize("kind", ["ours", "stock"])
