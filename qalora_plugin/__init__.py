@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .quantize.pipeline import quantize_model
     from .training.callback import MergeCallback
     from .training.figures import FiguresCallback
+    from .training.rollouts import send_changes, sync_with_vllm
     from .tuner.config import QALoRAConfig
     from .tuner.model import QALoRAModel
     from .tuner.parameter_groups import parameter_groups
@@ -38,6 +39,8 @@ _LAZY = {
     "merge_adapter": ".merge.merge",
     "parameter_groups": ".tuner.parameter_groups",
     "quantize_model": ".quantize.pipeline",
+    "send_changes": ".training.rollouts",
+    "sync_with_vllm": ".training.rollouts",
     "verify_merge": ".verify.merge",
 }
 
@@ -55,6 +58,8 @@ __all__ = [
     "parameter_groups",
     "quantize_model",
     "register",
+    "send_changes",
+    "sync_with_vllm",
     "verify_merge",
 ]
 

@@ -35,6 +35,16 @@ def test_every_page_is_on_the_site():
     assert pages == {path.name for path in (ROOT / "docs").glob("*.md")} | {"messages.md"}
 
 
+@pytest.mark.parametrize("trainer", ["DPOTrainer", "GRPOTrainer"])
+def test_a_training_takes_ten_lines(trainer):
+    """Which `make docs-check` runs."""
+    text = (ROOT / "docs" / "preference.md").read_text()
+    blocks = re.findall(r"<!-- run -->\n```python\n(.*?)```", text, re.DOTALL)
+    (block,) = [block for block in blocks if f"import {trainer[:-7]}Config, {trainer}" in block]
+    assert f"{trainer}(" in block and ".train()" in block
+    assert len(list(filter(None, block.splitlines()))) <= 10
+
+
 def _hooks():
     spec = importlib.util.spec_from_file_location("docs_hooks", ROOT / "docs" / "hooks.py")
     module = importlib.util.module_from_spec(spec)

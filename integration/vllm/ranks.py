@@ -3,8 +3,8 @@
     python ranks.py MODEL WEIGHTS
 
 WEIGHTS is a safetensors file of dense W^T [K, N] in fp32, by the names of MODEL's layers. Prints
-one JSON object: how many of the ranks' layers were compared, which of them are not bit-equal, and
-what is said of experts.
+one JSON object: how many of the ranks' layers were compared, which of them are not bit-equal, which
+are not after new scales and offsets have come, and what is said of experts.
 """
 
 import json
@@ -44,8 +44,8 @@ def make_layer(config, prefix, sizes, rank, ranks):
         return linear.RowParallelLinear(inputs, hidden, **options)
 
 
-def load(layer, stored, prefix):
-    """Give a layer the tensors of a checkpoint, as vLLM's loader does."""
+def give(layer, stored, prefix):
+    """Give a layer tensors of a checkpoint, as vLLM's loader does; biases are left out."""
     parent, _, kind = prefix.rpartition(".")
     for index, part in enumerate(JOINED.get(kind, (kind,))):
         shard = (QKV[index],) if kind == "qkv_proj" else (index,) if kind in JOINED else ()
@@ -53,7 +53,19 @@ def load(layer, stored, prefix):
             if name.startswith(f"{parent}.{part}.") and not name.endswith(".bias"):
                 parameter = getattr(layer, name.rpartition(".")[2])
                 parameter.weight_loader(parameter, tensor, *shard)
+
+
+def load(layer, stored, prefix):
+    """Load a layer as vLLM does."""
+    give(layer, stored, prefix)
     layer.quant_method.process_weights_after_loading(layer)
+
+
+def changed(stored):
+    """Return a checkpoint's scales, and then its offsets, as a training might change them."""
+    scales = {name: tensor * 1.25 for name, tensor in stored.items() if name.endswith(".scales")}
+    offsets = {n: t - 0.125 * t.roll(1, 0) for n, t in stored.items() if n.endswith(".offsets")}
+    return scales | offsets
 
 
 def dense(layer):
@@ -96,7 +108,8 @@ def main(model, weights):
     qalora_vllm.register()
     config = get_quantization_config("qalora").from_config(described["quantization_config"])
     config.packed_modules_mapping = {name: list(parts) for name, parts in JOINED.items()}
-    compared, wrong = 0, []
+    new = changed(stored)
+    compared, wrong, stale = 0, [], []
     for ranks in (1, 2, 4):
         for rank in range(ranks):
             for layer in range(described["num_hidden_layers"]):
@@ -112,7 +125,13 @@ def main(model, weights):
                     compared += 1
                     if not torch.equal(dense(made), expected(weights, prefix, sizes, rank, ranks)):
                         wrong.append(f"{prefix} on rank {rank} of {ranks}")
-    print(json.dumps({"compared": compared, "wrong": wrong, "experts": refusal_of_experts(config)}))
+                    give(made, new, prefix)
+                    again = make_layer(config, prefix, sizes, rank, ranks)
+                    load(again, stored | new, prefix)
+                    if not torch.equal(dense(made), dense(again)):
+                        stale.append(f"{prefix} on rank {rank} of {ranks}")
+    found = {"compared": compared, "wrong": wrong, "stale": stale}
+    print(json.dumps(found | {"experts": refusal_of_experts(config)}))
 
 
 if __name__ == "__main__":

@@ -91,7 +91,13 @@ def test_vllm_computes_what_transformers_computes(name, models, served):
 
 
 @pytest.mark.parametrize(
-    "name", ["mixed bits", "4 bits, act-order", "mixed bits, act-order, biases"]
+    "name",
+    [
+        "mixed bits",
+        "4 bits, act-order",
+        "mixed bits, act-order, biases",
+        "8 bits, minima, biases",
+    ],
 )
 def test_every_rank_has_the_bits_of_its_part(
     name, models, env_python, run_json, vllm_environment, tmp_path
@@ -101,7 +107,7 @@ def test_every_rank_has_the_bits_of_its_part(
     save_file(dense, tmp_path / "dense.safetensors")
     arguments = ("integration/vllm/ranks.py", models[name], tmp_path / "dense.safetensors")
     found = run_json(env_python("vllm"), *arguments, **vllm_environment)
-    assert found["wrong"] == [] and found["compared"] == 2 * 4 * (1 + 2 + 4)
+    assert found["wrong"] == found["stale"] == [] and found["compared"] == 2 * 4 * (1 + 2 + 4)
     assert found["experts"].startswith(
         "model.layers.0.mlp.experts: experts quantized by qalora are"
     )

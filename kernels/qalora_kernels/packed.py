@@ -100,13 +100,16 @@ class PackedWeight:
         else:
             codes = packing.unpack(self.qweight, bits, k)[start:stop]
             qweight = packing.pack(codes, bits)
-        used, group_size, g_idx = self._groups_of(start, stop)
+        used, group_size, g_idx = self.groups_of(start, stop)
         scales, offsets = (values[used].contiguous() for values in (self.scales, self.offsets))
         spec = replace(self.spec, in_features=stop - start, group_size=group_size)
         return PackedWeight(qweight, scales, offsets, g_idx, spec)
 
-    def _groups_of(self, start: int, stop: int) -> tuple[torch.Tensor, int, torch.Tensor | None]:
-        """Return the groups that a range of inputs needs, their size, and each input's place."""
+    def groups_of(self, start: int, stop: int) -> tuple[torch.Tensor, int, torch.Tensor | None]:
+        """Return the groups that a range of inputs needs, their size, and each input's place.
+
+        These are the rows of scales and offsets that `inputs` keeps, int64; one may be repeated.
+        """
         if self.g_idx is None:
             group_size = math.gcd(self.spec.group_size, start)
             starts = torch.arange(start, stop, group_size, device=self.qweight.device)

@@ -75,6 +75,14 @@ class QALoRAKernel(nn.Module):
         self.g_idx = None if weight.g_idx is None else _frozen(weight.g_idx)
         self.sizes: tuple[int, ...] = weight.flat[4:]  # type: ignore[assignment]
 
+    def scales_of(self, columns: slice) -> torch.Tensor:
+        """Return the scales of some of the N outputs, [G, columns]."""
+        return self.scales[:, columns]
+
+    def update(self, part: str, columns: slice, values: torch.Tensor) -> None:
+        """Replace the "scales" or "offsets" of some of the N outputs, [G, columns]."""
+        getattr(self, part).data[:, columns].copy_(values)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return x W^T: [M, K] -> [M, N]."""
         tensors = (self.qweight, self.scales, self.offsets, self.g_idx)
@@ -106,6 +114,11 @@ class Int4PackKernel(QALoRAKernel):
         packed = torch._convert_weight_to_int4pack_for_cpu(weight.codes().int(), 1)
         grid = torch.stack((weight.scales, weight.offsets), dim=-1).to(torch.bfloat16)
         self.packed, self.grid = _frozen(packed), _frozen(grid.contiguous())
+
+    def update(self, part: str, columns: slice, values: torch.Tensor) -> None:
+        """Replace the "scales" or "offsets" of some of the N outputs, [G, columns]."""
+        super().update(part, columns, values)
+        self.grid.data[:, columns, ("scales", "offsets").index(part)].copy_(values)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return x W^T: [M, K] -> [M, N]."""
@@ -160,6 +173,24 @@ class EngineKernel(nn.Module):
         self.group_size = weight.spec.group_size
         self.kernel = kind(config, "qweight", "scales", "qzeros")
         self.kernel.process_weights_after_loading(self)
+
+    def scales_of(self, columns: slice) -> torch.Tensor:
+        """Raise a ValueError: the order of the scales is the engine's own by now."""
+        raise ValueError(
+            "vLLM's symmetric kernel keeps scales in an order of its own. To send scales that are "
+            "trained (adapt='scales' or 'both'), or minima (offsets_at='minimum'), set "
+            f"{ENVIRONMENT_VARIABLE}=qalora"
+        )
+
+    def update(self, part: str, columns: slice, values: torch.Tensor) -> None:
+        """Replace the "offsets" of some of the N outputs, [G, columns].
+
+        Raises:
+            ValueError: "scales", see `scales_of`.
+        """
+        if part == "scales":
+            self.scales_of(columns)
+        self.offsets.data[:, columns].copy_(values)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return x W^T: [M, K] -> [M, N]."""

@@ -16,7 +16,8 @@ from qalora_kernels.stored import layer_plan
 
 from .kernels import join, make_kernel
 from .reading import DAMAGED, needed, read_layer
-from .shards import ShardId, own_parts, parts_of
+from .shards import ShardId, own_inputs, own_parts, parts_of
+from .updates import GRID, GridUpdates
 
 if TYPE_CHECKING:
     from .config import QALoRAVLLMConfig
@@ -34,6 +35,8 @@ class _Arriving:
         self.config, self.layer = config, layer
         self.weights: dict[int, PackedWeight] = {}
         """What this rank computes, by the number of the part."""
+        self.groups: torch.Tensor | None = None
+        """Rows of the stored scales and offsets that this rank has, where it has not all."""
         self._tensors: dict[ShardId, dict[str, torch.Tensor]] = {}
 
     def take(
@@ -49,8 +52,12 @@ class _Arriving:
         tensors = self._tensors.pop(shard_id)
         parts, name = parts_of(self.layer, shard_id), self.name(shard_id)
         weight = read_layer(name, tensors, self.config.stored, self.layer.input_size)
+        if (inputs := own_inputs(self.layer)) is not None:
+            self.groups = weight.groups_of(*inputs)[0]
         for part, own in own_parts(self.layer, parts, name, weight):
-            qweight, scales, offsets = (t.to(device).contiguous() for t in own.tensors[:3])
+            qweight = own.qweight.to(device).contiguous()
+            grid = (own.scales, own.offsets)  # these change in place: never the loader's own
+            scales, offsets = (t.contiguous().to(device, copy=True) for t in grid)
             g_idx = None if own.g_idx is None else own.g_idx.to(device)
             self.weights[part] = PackedWeight(qweight, scales, offsets, g_idx, own.spec)
 
@@ -123,20 +130,26 @@ class QALoRALinearMethod(LinearMethodBase):
             layer.register_parameter(part, placeholder)
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Put the layer's kernels, one for each grid, in the place of the placeholders.
+        """Put the layer's kernels, one for each grid, in the place of the integers.
+
+        From now on vLLM's `load_weights` replaces scales and offsets, see `updates`.
 
         Raises:
             ValueError: the layer is incomplete. The message names the tensor.
         """
         if layer.qalora_arriving is None:
             return
-        weights = join(layer.qalora_arriving.all())
+        arriving = layer.qalora_arriving
+        weights = join(arriving.all())
         layer.qalora_arriving = None
-        for part in needed(self.config.stored):
+        for part in needed(self.config.stored) - set(GRID):
             delattr(layer, part)
         dtype = layer.qalora_dtype
         layer.qalora = nn.ModuleList(make_kernel(weight, dtype) for weight in weights)
         layer.qweight = layer.qalora[0].qweight  # LoRA asks it for the device
+        updates = GridUpdates(self.config.stored, layer, arriving.name, arriving.groups)
+        for part in GRID:  # the placeholders stay, and take what a training sends
+            getattr(layer, part).weight_loader = functools.partial(updates.take, part)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Return x W^T + bias: [..., K] -> [..., N], in the dtype of x."""

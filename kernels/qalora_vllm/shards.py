@@ -51,6 +51,45 @@ def parts_of(layer: Any, shard_id: ShardId) -> list[int]:
     return parts
 
 
+def own_inputs(layer: Any) -> tuple[int, int] | None:
+    """Return which inputs of a layer this rank computes, from and up to; None for all of them."""
+    if not isinstance(layer, RowParallelLinear) or layer.tp_size == 1:
+        return None
+    width = layer.input_size_per_partition
+    return layer.tp_rank * width, (layer.tp_rank + 1) * width
+
+
+def own_columns(layer: Any, parts: list[int], name: str, found: int) -> Iterator[tuple[int, slice]]:
+    """Say which outputs of a stored layer this rank computes.
+
+    Args:
+        layer: vLLM's layer.
+        parts: those that the stored layer holds side by side, see `parts_of`.
+        name: of the stored layer, for the message.
+        found: how many outputs it has.
+
+    Yields:
+        The number of a part, and its columns.
+
+    Raises:
+        ValueError: the stored layer has another number of outputs than the model's config says.
+    """
+    sizes = stored_sizes(layer)
+    expected = sum(sizes[part] for part in parts)
+    if found != expected:
+        raise ValueError(
+            f"{name}.qweight: expected {expected} columns, the layer's out_features, found {found}."
+            " config.json belongs to another model: restore the original one."
+        )
+    start = 0
+    for part in parts:
+        width = layer.output_partition_sizes[part]
+        pieces = sizes[part] // width  # fewer than ranks where they share heads, or all of it
+        first = start + layer.tp_rank * pieces // layer.tp_size * width
+        yield part, slice(first, first + width)
+        start += sizes[part]
+
+
 def own_parts(
     layer: Any, parts: list[int], name: str, weight: PackedWeight
 ) -> Iterator[tuple[int, PackedWeight]]:
@@ -67,22 +106,11 @@ def own_parts(
         those.
 
     Raises:
-        ValueError: the stored layer has another number of outputs than the model's config says.
+        ValueError: as `own_columns`.
     """
-    sizes, found = stored_sizes(layer), weight.spec.out_features
-    expected = sum(sizes[part] for part in parts)
-    if found != expected:
-        raise ValueError(
-            f"{name}.qweight: expected {expected} columns, the layer's out_features, found {found}."
-            " config.json belongs to another model: restore the original one."
-        )
-    if isinstance(layer, RowParallelLinear) and layer.tp_size > 1:
-        width = layer.input_size_per_partition
-        weight = weight.inputs(layer.tp_rank * width, (layer.tp_rank + 1) * width)
-    start = 0
-    for part in parts:
-        width = layer.output_partition_sizes[part]
-        pieces = sizes[part] // width  # fewer than ranks where they share heads, or all of it
-        first = start + layer.tp_rank * pieces // layer.tp_size * width
-        yield part, weight.columns(slice(first, first + width))
-        start += sizes[part]
+    columns = list(own_columns(layer, parts, name, weight.spec.out_features))
+    inputs = own_inputs(layer)
+    if inputs is not None:
+        weight = weight.inputs(*inputs)
+    for part, own in columns:
+        yield part, weight.columns(own)

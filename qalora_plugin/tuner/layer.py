@@ -268,6 +268,17 @@ class QALoRALinear(nn.Module, BaseTunerLayer):
         # the model may have moved to another device since
         return scales.to(base.qweight.device), offsets.to(base.qweight.device)
 
+    def merged_grid(self, name: str = "") -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the scales and offsets that merging the active adapters gives, and merge nothing.
+
+        Args:
+            name: of this layer, for messages.
+
+        Raises:
+            AdapterError: as `merge`.
+        """
+        return self._folded([n for n in self.active_adapters if n in self.scaling], name)
+
     def _folded(self, adapters: list[str], name: str = "") -> tuple[torch.Tensor, torch.Tensor]:
         """Return scales and offsets with these adapters and no others; errors as in `merge`."""
         for adapter_name in adapters:
