@@ -8,6 +8,7 @@ from transformers.pytorch_utils import Conv1D
 from qalora_kernels.stored import is_excluded, matches
 
 from ..errors import ConfigError
+from .blocks import find_towers
 from .experts import Experts, is_fused
 
 # parents whose forward computes with the `weight` of these layers instead of calling them, by
@@ -95,15 +96,34 @@ def check_group_sizes(sizes: Iterable[int], linears: Iterable[nn.Linear]) -> Non
             )
 
 
+def linears_in_towers(model: nn.Module, asked: Iterable[str] = ()) -> set[str]:
+    """Return the names of the `linears_in_blocks` that stay dense because they see no text.
+
+    These are the ones in the vision and audio towers of a model that reads text.
+
+    Args:
+        model: the model.
+        asked: keys of `dynamic`; a tower that one of them names is quantized like the rest.
+    """
+    asked = list(asked)
+    left = [t for t in find_towers(model) if not any(matches(t, entry) for entry in asked)]
+    inside = tuple(f"{tower}." for tower in left)
+    return {name for name in linears_in_blocks(model) if name.startswith(inside)}
+
+
 def linears_to_quantize(
-    model: nn.Module, excluded: Iterable[str] | None = None, stored: Iterable[str] = ()
+    model: nn.Module,
+    excluded: Iterable[str] | None = None,
+    stored: Iterable[str] = (),
+    asked: Iterable[str] = (),
 ) -> dict[str, nn.Linear]:
-    """Return `linears_in_blocks`, less what `modules_to_not_convert` excludes.
+    """Return `linears_in_blocks`, less `linears_in_towers` and what `modules_to_not_convert` lists.
 
     Args:
         model: the model.
         excluded: entries of `modules_to_not_convert`.
         stored: names of tensors in the model's files, which `modules_to_not_convert` may use too.
+        asked: keys of `dynamic`, see `linears_in_towers`.
 
     Raises:
         ConfigError: nothing is left, an entry of `modules_to_not_convert` matches nothing, or a
@@ -119,7 +139,12 @@ def linears_to_quantize(
                 f"modules_to_not_convert: {entry!r} matches no module of {type(model).__name__}, "
                 f"whose layers are called like {next(iter(linears), 'none')}. Correct or remove it."
             )
-    chosen = {name: module for name, module in linears.items() if not is_excluded(name, excluded)}
+    towers = linears_in_towers(model, asked)
+    chosen = {
+        name: module
+        for name, module in linears.items()
+        if name not in towers and not is_excluded(name, excluded)
+    }
     if chosen:
         refuse_read_weights(model, chosen)
         return chosen

@@ -68,9 +68,11 @@ class QALoRAQuantConfig(StoredConfig):
             scales * (mid - zero) must be held exactly.
         modules_to_not_convert: modules that stay unquantized, with all that is below them: names,
             the last parts of names ("down_proj", "mlp"), or patterns (*, ?). Output embeddings and
-            other heads always do.
+            other heads always do, and so do the vision and audio towers of a model that reads
+            text, unless `dynamic` names them.
         dynamic: other `bits` and `group_size` for some modules: {name, its last parts, or pattern:
-            {...}}; the last one that matches counts.
+            {...}}; the last one that matches counts. A tower that is named ("vision_model") is
+            quantized while it loads.
         method: how the integers were found: "rtn", "gptq", or "other" of a base from elsewhere;
             while loading, "rtn" only.
         base: where the integers came from (name, revision, calibration, seed); free form.

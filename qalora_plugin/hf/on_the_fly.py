@@ -1,5 +1,6 @@
 """Quantize a 16-bit model while transformers loads it, one layer at a time."""
 
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -9,8 +10,12 @@ from transformers.core_model_loading import ConversionOps
 
 from qalora_kernels import QuantSpec
 
-from ..architecture.selection import check_group_sizes, check_overrides, linears_to_quantize
-from ..checkpoint.config import QALoRAQuantConfig
+from ..architecture.selection import (
+    check_group_sizes,
+    check_overrides,
+    linears_in_towers,
+    linears_to_quantize,
+)
 from ..checkpoint.fingerprint import combine, mark
 from ..errors import ConfigError, QALoRAError
 from ..files.hub import public_name
@@ -18,6 +23,7 @@ from ..layers.absent import mark_loaded
 from ..layers.linear import QuantLinear
 from ..layers.sharded import ShardedQuantLinear
 from ..quantize.rtn import rtn
+from .config import QALoRAQuantConfig
 from .loading import check_finite
 from .sharded_loading import finish_sharding, loads_sharded, shard
 
@@ -27,6 +33,7 @@ class LayerQuantizer:
 
     Attributes:
         specs: the grid of every layer to quantize, by name.
+        config: what the model's config will say; where towers stay dense, it lists what does.
         error: the first error, kept because transformers would only log it.
     """
 
@@ -38,11 +45,15 @@ class LayerQuantizer:
                 for what needs calibration data.
         """
         _check_data_free(config)
-        self._config = config
+        linears = linears_to_quantize(model, config.modules_to_not_convert, asked=config.dynamic)
+        self.config = config
+        if linears_in_towers(model, config.dynamic):  # other engines ask the config
+            plain = (name for name, m in model.named_modules() if isinstance(m, nn.Linear))
+            dense = [name for name in plain if name not in linears]
+            self.config = replace(config, modules_to_not_convert=dense)
         self._marks: list[str] = []  # for the fingerprint, where layers are sharded at once
         self.specs: dict[str, QuantSpec] = {}
         self.error: QALoRAError | None = None
-        linears = linears_to_quantize(model, config.modules_to_not_convert)
         check_group_sizes(config.group_sizes, linears.values())
         for name, linear in linears.items():
             self.specs[name] = config.spec_for(name, linear.in_features, linear.out_features)
@@ -90,7 +101,7 @@ class LayerQuantizer:
             if isinstance(module, nn.Linear):
                 module.weight = nn.Parameter(module.weight.to(dtype))
         check_finite(model, str(getattr(model.config, "name_or_path", "")))
-        base = self._config.base
+        base = self.config.base
         if self._marks:
             base["fingerprint"] = combine(self._marks)
         finish_sharding(model)

@@ -100,6 +100,7 @@ class QALoRAQuantizer(HfQuantizer):
             if problem is not None:
                 raise CheckpointError(f"{files[0].parent}: {problem}.")
             self._layers = LayerQuantizer(model, self.quantization_config)
+            self.quantization_config = self._layers.config
             return
         directory = str(checkpoint.directory)
         routing.check_request(self.quantization_config, checkpoint.config, directory)

@@ -277,7 +277,8 @@ def build_model(method: str, shape: ModelShape, settings: PlanSettings) -> PeftM
         ConfigError: there is nothing to quantize, or `group_size` or `target_modules` does not fit.
     """
     model = _empty_model(shape, settings)
-    linears = linears_to_quantize(model, shape.base.modules_to_not_convert)
+    base = shape.base
+    linears = linears_to_quantize(model, base.modules_to_not_convert, asked=base.dynamic)
     for name, linear in linears.items():
         model.set_submodule(name, METHODS[method](name, linear, shape.base))
     targets = settings.target_modules

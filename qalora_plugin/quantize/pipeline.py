@@ -15,9 +15,11 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from qalora_kernels import QuantSpec
 
+from ..architecture.blocks import reads_text
 from ..checkpoint.config import QALoRAQuantConfig
 from ..checkpoint.format import format_named
 from ..checkpoint.side_files import copy_side_files
+from ..errors import ConfigError
 from ..files.atomic import AtomicDirectory, ScratchDirectory, replace_text
 from ..files.hub import resolve_model_dir
 from ..files.json import json_text, read_json, write_json
@@ -129,6 +131,11 @@ def _on_disk(
 def _windows(source: ModelSource, options: QuantizeOptions) -> torch.Tensor:
     """Return token ids int64 [samples, seq_len] to calibrate, and to refine, on."""
     assert options.calibration is not None
+    if not reads_text(source.model):
+        raise ConfigError(
+            f"{type(source.model).__name__}: method 'gptq' calibrates on text, which this model "
+            "does not read. Use method 'rtn'"
+        )
     length = fitting_length(source.model.config, options.seq_len)
     tokenizer = options.tokenizer
     if tokenizer is None and not isinstance(options.calibration, torch.Tensor):

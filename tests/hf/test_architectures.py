@@ -59,7 +59,7 @@ MADE = ARCHITECTURES | {
 }
 LAYERS = {
     "llama": 14, "mistral": 14, "qwen2": 14, "qwen3": 14, "gemma2": 14, "gemma3": 14,
-    "gemma3_multimodal": 26, "phi": 12, "gpt_neox": 8, "opt": 12, "bert": 12,
+    "gemma3_multimodal": 14, "idefics3": 14, "phi": 12, "gpt_neox": 8, "opt": 12, "bert": 12,
     "bert_classifier": 12, "distilbert": 12, "t5_encoder": 12, "gemma": 14, "mixtral": 20,
     "phi3": 8, "gpt_j": 12, "codegen": 8, "gpt_neo": 12, "bert_backbone": 12,
     "roberta_classifier": 12, "modernbert": 8,

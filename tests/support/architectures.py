@@ -30,6 +30,15 @@ ARCHITECTURES = {
             eoi_token_index=95,
         )
     ),
+    # one whose vision tower does not say so by `main_input_name`
+    "idefics3": lambda: tf.Idefics3ForConditionalGeneration(
+        tf.Idefics3Config(
+            text_config={**_GATED, "model_type": "llama"},
+            vision_config={**_VISION, "image_size": 28, "patch_size": 14, "num_hidden_layers": 8},
+            image_token_id=93,
+            pad_token_id=0,
+        )
+    ),
     "phi": lambda: tf.PhiForCausalLM(tf.PhiConfig(**_PLAIN)),
     "gpt_neox": lambda: tf.GPTNeoXForCausalLM(tf.GPTNeoXConfig(**_PLAIN)),
     "opt": lambda: tf.OPTForCausalLM(
