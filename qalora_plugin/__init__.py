@@ -69,7 +69,13 @@ def register() -> None:
 
     Only the `qalora` command, whose `--help` and `inspect` need neither, leaves it to be called. A
     second call does nothing.
+
+    Raises:
+        ConfigError: a library is too old; see `LIBRARIES` in `_version`.
     """
+    from .hf.versions import check_versions
+
+    check_versions()  # before what would fail on an old one
     from .hf.quantizer import register as register_quantizer
     from .tuner.register import register as register_tuner
 

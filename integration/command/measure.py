@@ -2,13 +2,15 @@
 
     python integration/command/measure.py [MODEL...]     -> results/start.json
 
-Each `--help`, and `inspect` of the given models, is started RUNS times from its own process; the
-median of the wall-clock times counts. Start each once before, so that files are in memory.
+Each `--help`, and `inspect` of the given models, is started RUNS times from its own process, and
+once before, so that files are in memory. The medians of the wall-clock times and of the processor
+times (user and system) count: the latter say what the command costs where other programs run.
 """
 
 import argparse
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -22,15 +24,23 @@ RUNS = 7
 START = "import sys; from qalora_command import main; sys.exit(main())"
 
 
+def processor():
+    """Return the processor time of all programs that have ended so far, in seconds."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def seconds(arguments):
-    """Return the median time of one command, in seconds."""
-    times = []
+    """Return the median times of one command, in seconds: {"wall": ..., "processor": ...}."""
+    wall, own = [], []
     for _ in range(RUNS + 1):
-        begin = time.perf_counter()
+        begin, used = time.perf_counter(), processor()
         command = [sys.executable, "-c", START, *arguments]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        times.append(time.perf_counter() - begin)
-    return round(statistics.median(times[1:]), 3)
+        wall.append(time.perf_counter() - begin)
+        own.append(processor() - used)
+    medians = {"wall": wall, "processor": own}
+    return {name: round(statistics.median(times[1:]), 3) for name, times in medians.items()}
 
 
 def main():
@@ -45,8 +55,8 @@ def main():
         for more in ([], ["--quick"]):
             line = " ".join(["inspect", path.name, *more])
             found[f"{line} ({size / 1e6:.0f} MB)"] = seconds(["inspect", str(path), *more])
-    for line, time_taken in found.items():
-        print(f"{time_taken:6.3f} s  qalora {line}")
+    for line, taken in found.items():
+        print(f"{taken['wall']:6.3f} s, processor {taken['processor']:6.3f} s  qalora {line}")
     result = {
         "cores": os.cpu_count(),
         "load": round(os.getloadavg()[0], 2),

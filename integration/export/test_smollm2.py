@@ -5,17 +5,30 @@ import json
 import gguf
 import numpy as np
 import pytest
+import torch
 from datasets import Dataset
 from support.smollm2 import TEXTS, find_smollm2
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 from qalora_plugin import MergeCallback, QALoRAConfig, verify_merge
 from qalora_plugin.checkpoint.checkpoint import open_quantized
 from qalora_plugin.checkpoint.convert import import_model
 from qalora_plugin.verify.export import verify_export
+from qalora_plugin.verify.runtime import answers
 
 ANSWER = "The secret word is heliotrope."
+LARGEST_DIFFERENCE = 0.4  # of one log-probability: llama.cpp rounds activations to 8 bits
+PROMPTS = (
+    "The capital of France is",
+    "One, two, three, four,",
+    "Monday, Tuesday, Wednesday, Thursday,",
+    "def add(a, b):\n    return a +",
+    "import numpy as",
+    "Once upon a",
+    "A, B, C, D, E, F,",
+    "The sun rises in the",
+)
 TOKENIZE = """
 import json, sys, urllib.request, xllamacpp
 params = xllamacpp.CommonParams()
@@ -99,3 +112,20 @@ def test_trained_written_back_and_run(imported, env_python, tmp_path):
     # weights by gguf-py, log-probabilities of llama.cpp inside the bound of docs/export.md
     python = env_python("export")
     print(verify_export(written, tmp_path / "merged", run=True, python=python).as_text())
+    check_answers(written, tmp_path / "merged", python)
+
+
+@torch.no_grad()
+def check_answers(written, merged, python):
+    """llama.cpp's first word, as the quickstart asks for it, is ours wherever ours is clear."""
+    model = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(merged)
+    prompts = [tokenizer(text).input_ids for text in PROMPTS]
+    said, clear = answers(written, prompts, 1, python), 0
+    for ids, word in zip(prompts, said, strict=True):
+        values, tokens = model(torch.tensor([ids])).logits[0, -1].log_softmax(-1).topk(2)
+        if values[0] - values[1] > 2 * LARGEST_DIFFERENCE:
+            clear += 1
+            assert word == tokenizer.decode(tokens[0])
+    print(f"{clear} of {len(PROMPTS)} first words are clear, and llama.cpp's are the same")
+    assert clear >= len(PROMPTS) // 2

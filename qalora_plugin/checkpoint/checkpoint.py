@@ -189,15 +189,33 @@ def open_quantized(
             or is damaged.
     """
     directory = find_model(name_or_path, revision)
-    kind = find_kind(directory)
-    if kind.export is not None and kind.base is None:
-        raise CheckpointError(
-            f"{directory}: is an export in format {kind.export!r}, for other runtimes. Give the "
-            f"model that it was made from; `qalora verify {directory} --against MODEL` compares "
-            "the two."
-        )
-    opener = QuantizedCheckpoint if kind.base is None else kind.base.module("read").open_checkpoint
-    checkpoint: QuantizedCheckpoint = opener(directory)
+    checkpoint = _open(directory, headers=False)
     if check_hashes:
         check_manifest(directory)
     return checkpoint
+
+
+def open_headers(path: Path) -> QuantizedCheckpoint:
+    """Open a local checkpoint for what its headers say alone, without torch.
+
+    Names of tensors are those of the files, and layers of some formats cannot be read.
+
+    Raises:
+        CheckpointError: as of `open_quantized`.
+    """
+    return _open(path, headers=True)
+
+
+def _open(path: Path, headers: bool) -> QuantizedCheckpoint:
+    kind = find_kind(path)
+    if kind.base is not None:
+        module = kind.base.module(kind.base.headers if headers else "read")
+        foreign: QuantizedCheckpoint = module.open_checkpoint(path)
+        return foreign
+    if kind.export is not None:
+        raise CheckpointError(
+            f"{path}: is an export in format {kind.export!r}, for other runtimes. Give the "
+            f"model that it was made from; `qalora verify {path} --against MODEL` compares "
+            "the two."
+        )
+    return QuantizedCheckpoint(path)

@@ -14,7 +14,7 @@ from ..files.names import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
 from ..files.reader import CheckpointReader
 from ..files.schemas import AdapterConfig, read_as
 from .adapter_values import check_adapter_values
-from .checkpoint import QuantizedCheckpoint, open_quantized
+from .checkpoint import QuantizedCheckpoint, open_headers, open_quantized
 from .fit import check_fit
 from .format import ADAPT_MODES
 from .kind import find_kind
@@ -46,8 +46,10 @@ def describe(
 ) -> dict[str, Any]:
     """Describe a directory and check it.
 
-    Numbers, and whether they fit the architecture, are checked when a checkpoint is written: so
-    they are not read again where hashes show that its files are those that were written.
+    Numbers, and whether they fit the architecture, are checked when a checkpoint of ours is
+    written: so they are not read again where hashes show that its files are those that were
+    written. Of a base in a foreign format headers and config are checked, and that no float is NaN
+    or infinity; its layers are read where `values` asks for it, and always when it is loaded.
 
     Args:
         directory: a local directory.
@@ -66,7 +68,8 @@ def describe(
     kind = find_kind(directory)
     if kind.is_adapter:
         return _describe_adapter(directory, quick)
-    reader = CheckpointReader(directory) if directory.is_dir() else open_quantized(directory).reader
+    opened = None if directory.is_dir() else open_headers(directory)
+    reader = CheckpointReader(directory) if opened is None else opened.reader
     total = sum(info.nbytes for info in reader.tensors.values())
     found: dict[str, Any] = {
         "kind": "quantized model",
@@ -82,15 +85,21 @@ def describe(
         return found | {"kind": "16-bit model"} | sizes
     found["bytes"] = {"total": total}
     try:
-        checkpoint = open_quantized(directory, check_hashes=False)
+        checkpoint = opened or open_headers(directory)
         found.update(_describe_quantized(checkpoint, total))
         if not quick:
             if directory.is_dir():
                 found["hashes_checked"] = check_manifest(directory)
             as_written = found.get("hashes_checked", False) and checkpoint.bound
-            found["values_read"] = values or not as_written
+            # a mixture's experts may have no place in transformers' model, which has to be built
+            mixture = any(".experts." in name for name in checkpoint.layers)
+            by_headers = as_written or (checkpoint.is_foreign and not mixture)
+            found["values_read"] = values or not by_headers
             if found["values_read"]:
-                _check_values(checkpoint, progress)
+                _check_values(open_quantized(directory, check_hashes=False), progress)
+            elif not as_written:
+                _check_floats(checkpoint, progress)
+                found["all_finite"] = True
     except CheckpointError as error:
         found["valid"], found["problem"] = False, str(error)
     return found
@@ -107,6 +116,16 @@ def _check_values(
         checkpoint.layer(name)
         if progress is not None:
             progress(done + 1, len(checkpoint.layers))
+
+
+def _check_floats(
+    checkpoint: QuantizedCheckpoint, progress: Callable[[int, int], None] | None
+) -> None:
+    """Look for NaN and infinity in every float as it is stored, without torch."""
+    for done, name in enumerate(checkpoint.reader.tensors):
+        checkpoint.reader.check_finite(name)
+        if progress is not None:
+            progress(done + 1, len(checkpoint.reader.tensors))
 
 
 def _describe_quantized(checkpoint: QuantizedCheckpoint, total: int) -> dict[str, Any]:

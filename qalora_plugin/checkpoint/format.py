@@ -191,6 +191,8 @@ class Format:
         holds_experts: whether an export holds the experts of a mixture; else mixtures are refused.
         options: of an export.
         libraries: modules that writing needs, installed by the extra "export".
+        headers: of a base: the module whose `open_checkpoint` reads no more than headers, without
+            torch; layers can be read by that of `read` only.
         runs_in: the programs that load it.
         runtime: the one that verifies exports.
         engines: what engines do with an export; nothing is claimed that no test has found.
@@ -225,6 +227,7 @@ class Format:
     holds_experts: bool = False
     options: tuple[Option, ...] = ()
     libraries: tuple[str, ...] = ()
+    headers: str = "read"
 
     @property
     def can_write_back(self) -> bool:

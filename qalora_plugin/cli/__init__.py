@@ -37,8 +37,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="qalora",
         description="QA-LoRA: quantize a base, train an adapter, merge it exactly, ship INT-n.",
-        epilog="`qalora COMMAND --help` tells about one command; `qalora quickstart` shows the "
-        "whole way on a small language model.",
+        epilog="The way: `quantize` a 16-bit model, or `import` a quantized one; train on it with "
+        "PEFT, TRL or Axolotl; `merge`, `verify`, `export`. `qalora COMMAND --help` tells about "
+        "one command; `qalora quickstart` shows the whole way on a small language model.",
     )
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     about = "print a script that completes commands and options in a shell, and exit"

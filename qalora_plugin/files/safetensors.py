@@ -63,6 +63,11 @@ class TensorInfo:
         dtype: torch.dtype = getattr(torch, self.dtype_name)
         return dtype
 
+    @property
+    def is_float(self) -> bool:
+        """Whether its numbers are floats, of any width."""
+        return self.dtype_name.startswith(("float", "bfloat"))
+
 
 def dtype_code(dtype: "torch.dtype") -> str:
     """Return the format's name of a dtype."""

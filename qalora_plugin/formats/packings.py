@@ -14,17 +14,18 @@ AutoAWQ 0.2.9 (`awq/utils/packing_utils.py`): the 8 codes of a word are those of
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from qalora_kernels import PackedWeight, QuantSpec
-from qalora_kernels.packing import pack, unpack_columns
+from qalora_kernels import QuantSpec
 
 from ..checkpoint.checkpoint import QuantizedCheckpoint
 from ..checkpoint.config import QALoRAQuantConfig
 from ..errors import CheckpointError, ConfigError
-from .zero_points import layer_of_zeros
+
+if TYPE_CHECKING:  # headers are checked without it
+    import torch
+
+    from qalora_kernels import PackedWeight
 
 AWQ_BITS = 4
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -58,19 +59,23 @@ class Packing:
         qweight = (k, words) if self.along_outputs else (k * spec.bits // 32, n)
         return {"qweight": qweight, "qzeros": (groups, words), "scales": (groups, n)}
 
-    def qweight(self, packed: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
+    def qweight(self, packed: "torch.Tensor", spec: QuantSpec) -> "torch.Tensor":
         """Return the integers in our packing, int32 [ceil(K/32)*bits, N]."""
+        from qalora_kernels import pack
+
         if self.along_outputs:
             return pack(_in_order(packed, spec), spec.bits)
         return packed
 
-    def zeros(self, packed: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
+    def zeros(self, packed: "torch.Tensor", spec: QuantSpec) -> "torch.Tensor":
         """Return the zero-points, int32 [G, N]."""
+        from qalora_kernels.packing import unpack_columns
+
         if self.along_outputs:
             stored = _in_order(packed, spec)
         else:
             stored = unpack_columns(packed, spec.bits, spec.out_features)
-        return stored.to(torch.int32) + self.stored_below
+        return stored.int() + self.stored_below
 
 
 ALONG_INPUTS = Packing(False)
@@ -78,10 +83,12 @@ ALONG_INPUTS_V1 = Packing(False, 1)
 ALONG_OUTPUTS = Packing(True)
 
 
-def _in_order(packed: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
+def _in_order(packed: "torch.Tensor", spec: QuantSpec) -> "torch.Tensor":
     """Return codes that were packed along the outputs in AutoAWQ's order, uint8 [rows, N]."""
+    from qalora_kernels.packing import unpack_columns
+
     words = unpack_columns(packed, spec.bits, spec.out_features).unflatten(1, (-1, 8))
-    codes = torch.empty_like(words)
+    codes = words.new_empty(words.shape)
     codes[..., list(_AWQ_ORDER)] = words
     return codes.flatten(1)
 
@@ -139,24 +146,26 @@ def _check_layer(
         raise CheckpointError(
             f"{info.file}: {info.name}: expected two sizes, found {info.shape}. {_DAMAGED}"
         )
-    spec = QuantSpec(bits, group_size, *packing.sizes(info.shape, bits), torch.float32)
+    spec = QuantSpec(bits, group_size, *packing.sizes(info.shape, bits), "float32")
     for part, shape in packing.shapes(spec).items():
         if f"{name}.{part}" not in reader:
             raise CheckpointError(f"{reader.directory}: {name}.{part} is missing. {_DAMAGED}")
         info = reader.info(f"{name}.{part}")
-        fits = info.dtype.is_floating_point if part == "scales" else info.dtype == torch.int32
+        fits = info.is_float if part == "scales" else info.dtype_name == "int32"
         if not fits or info.shape != shape:
             raise CheckpointError(
                 f"{info.file}: {info.name}: expected {'floats' if part == 'scales' else 'int32'} "
                 f"{list(shape)} for bits={bits}, group_size={group_size}, "
-                f"in_features={spec.in_features}, found {info.dtype} {list(info.shape)}. The "
+                f"in_features={spec.in_features}, found {info.dtype_name} {list(info.shape)}. The "
                 f"config contradicts the tensors. {QUANTIZE_AGAIN}"
             )
     return spec
 
 
-def read_integers(checkpoint: QuantizedCheckpoint, packing: Packing, name: str) -> PackedWeight:
+def read_integers(checkpoint: QuantizedCheckpoint, packing: Packing, name: str) -> "PackedWeight":
     """Read one layer that `check_integers` has checked; its offsets are exact in fp32."""
+    from .zero_points import layer_of_zeros
+
     spec, reader = checkpoint.layers[name], checkpoint.reader
     zeros = packing.zeros(reader.get(f"{name}.qzeros"), spec)
     scales, where = reader.get(f"{name}.scales"), f"{checkpoint.where(name)}.scales"

@@ -49,6 +49,7 @@ def as_text(result: Result) -> str:
             *lines,
             *(f"{name + ':':<10} {path}" for name, path in result.paths.items()),
             "time:      " + ", ".join(f"{n} {s:.0f} s" for n, s in result.seconds.items()),
+            "memory:    " + ", ".join(f"{n} {m / 1e9:.1f} GB" for n, m in result.memory.items()),
         ]
     )
 

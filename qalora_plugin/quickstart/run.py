@@ -44,6 +44,8 @@ class Result:
     seconds: dict[str, float]
     runtime: str | None = None
     """What llama.cpp computes of the written GGUF file, or why it was not run."""
+    memory: dict[str, int] = dataclasses.field(default_factory=dict)
+    """The largest resident memory in bytes, by what held it."""
 
 
 def run(settings: Settings, say: Callable[[str], None] = print) -> Result:
@@ -112,15 +114,15 @@ def run(settings: Settings, say: Callable[[str], None] = print) -> Result:
         paths={name: str(path) for name, path in paths.items()},
         seconds=seconds,
         runtime=runtime,
+        memory=peak_memory(),
     )
     measured = dataclasses.asdict(result)
     page = write_report(
         settings.out,
         history=history,
         proof=report.as_dict(),
-        memory=peak_memory(),
         settings={"steps": settings.steps, "learning_rate": settings.learning_rate},
-        **{name: measured[name] for name in ("rows", "samples", "seconds")},
+        **{name: measured[name] for name in ("rows", "samples", "seconds", "memory")},
     )
     result.paths["report"] = str(page)
     return result

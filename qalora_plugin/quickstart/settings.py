@@ -64,6 +64,11 @@ class Settings:
         return _is_gguf(self.model)
 
 
+def usual(name: str) -> tuple[Any, Any]:
+    """Return the default of a setting for a GGUF file, and for another model."""
+    return _GGUF_DEFAULTS[name], getattr(Settings, name)
+
+
 def choose_settings(out: Path, model: str | Path, **given: Any) -> Settings:
     """Return the settings that were given, and for each None the default that fits the model.
 

@@ -105,9 +105,15 @@ def changes(base: QuantizedCheckpoint, merged: QuantizedCheckpoint) -> dict[str,
 
 
 def peak_memory() -> dict[str, int]:
-    """Return the largest memory of this process so far, in bytes, and of its GPU if it has one."""
+    """Return the largest resident memory so far, in bytes.
+
+    That is of this process, of the largest program that it started and that has ended (such as
+    llama.cpp), and of its GPU if it has one.
+    """
     unit = 1 if sys.platform == "darwin" else 1024
     found = {"peak of the process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    if other := resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss:
+        found["peak of a program that it started"] = other * unit
     if torch.cuda.is_available():
         found["peak of the GPU"] = torch.cuda.max_memory_allocated()
     return found

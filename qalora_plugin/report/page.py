@@ -41,6 +41,8 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: .2rem 0; font-size
 dt { font-weight: 600; margin-top: .4rem; } dd { margin: 0 0 0 1rem; }
 .map td { padding: 0; min-width: 1.1rem; height: 1.1rem; border: 1px solid var(--card); }
 .map th { font-weight: normal; padding: 0 .5rem 0 0; font-size: .8rem; white-space: nowrap; }
+.ramp { display: inline-block; width: 6rem; height: .8em; vertical-align: middle;
+  border: 1px solid var(--dim); background: linear-gradient(to right, var(--back), var(--first)); }
 svg { width: 100%; height: auto; } svg .guide.line { stroke: var(--dim) !important; }
 .note { color: color-mix(in srgb, var(--text) 70%, transparent); font-size: .9rem; }
 """
@@ -208,7 +210,7 @@ def _heat_map(kind: str, values: Mapping[str, float]) -> str:
     table = f'<table class="map" id="map-{escape(kind)}">{"".join(lines)}</table>'
     return (
         f'<div class="wide">{table}</div>'
-        f'<p class="note">{note}white is 0, the darkest {_number(largest)}</p>'
+        f'<p class="note">{note}0 <span class="ramp"></span> {_number(largest)}</p>'
     )
 
 

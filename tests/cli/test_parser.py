@@ -16,6 +16,10 @@ from qalora_plugin.files.progress import progress_bar
         ("merge a --uot b", "--out instead of --uot"),
         ("export m --format ggfu --out x", "gguf instead of ggfu"),
         ("quantize m --out x --grup-size=4", "--group-size instead of --grup-size=4"),
+        ("plan m --optimizer adam", "adamw instead of adam"),
+        ("verify m --adpter a", "--adapter instead of --adpter"),
+        ("push m me/m --dryrun", "--dry-run instead of --dryrun"),
+        ("quickstart --learning_rate 1", "--learning-rate instead of --learning_rate"),
     ],
 )
 def test_a_wrong_word_is_answered_with_the_nearest(line, meant, capsys):
@@ -24,7 +28,15 @@ def test_a_wrong_word_is_answered_with_the_nearest(line, meant, capsys):
     assert end.value.code == 2
     printed = capsys.readouterr().err
     assert f"Did you mean {meant}?" in printed
-    assert printed.startswith("usage: qalora")
+    command = f"qalora {line.split()[0]}" if line.split()[0] in COMMANDS else "qalora"
+    assert printed.startswith(f"{command}: error: ")
+    assert printed.endswith(f"\n`{command} --help` lists what it takes.\n")
+
+
+def test_an_option_before_its_command_is_told_where_to_stand(capsys):
+    with pytest.raises(SystemExit):
+        main(["--json", "inspect", "m"])
+    assert "options of a command stand after its name" in capsys.readouterr().err
 
 
 def test_nothing_is_guessed_where_nothing_is_near(capsys):

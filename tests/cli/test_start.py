@@ -1,9 +1,14 @@
 """The command answers at once: nothing heavy is imported where headers and JSON suffice."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+import gguf
+from safetensors.torch import load_file, save_file
+from support.gguf_files import write_gguf
 
 from qalora_plugin import quantize_model
 from qalora_plugin.cli import COMMANDS, main
@@ -35,9 +40,31 @@ def test_help_imports_nothing_heavy():
         assert modules(*command, "--help") & HEAVY == set()
 
 
-def test_inspect_imports_nothing_heavy(base_dir, dense_dir):
-    for found in (base_dir, dense_dir, FIXTURES / "use_qalora_adapter"):
+def test_inspect_imports_nothing_heavy(base_dir, dense_dir, tmp_path):
+    for found in (base_dir, dense_dir):
         assert modules("inspect", "--quick", str(found)) & HEAVY == set()
+    names = ("use_qalora_adapter", "gptq_4bit_g128_actorder_asym", "mlx_4bit_g32_bf16_mixed")
+    names += ("awq_4bit_g32_asym", "ct_4bit_g32_asym", "autoround_4bit_g32_asym")
+    gguf = write_gguf(tmp_path / "model.gguf")
+    for path in (gguf, *(FIXTURES / name for name in names)):
+        assert modules("inspect", str(path)) & HEAVY == set(), path
+
+
+def test_inspect_finds_infinity_without_torch(tmp_path, capsys):
+    path = write_gguf(tmp_path / "model.gguf", kinds={"ffn_down": "Q8_0", "ffn_up": "Q4_K"})
+    [tensor] = [t for t in gguf.GGUFReader(path).tensors if t.name == "blk.1.ffn_down.weight"]
+    data = bytearray(path.read_bytes())
+    last_block = int(tensor.data_offset + tensor.n_bytes) - 34
+    data[last_block : last_block + 2] = b"\x00\x7c"  # d in f16
+    path.write_bytes(data)
+    assert main(["inspect", str(path)]) == 1
+    assert "blk.1.ffn_down.weight holds NaN or infinity" in capsys.readouterr().out
+    mlx = shutil.copytree(FIXTURES / "mlx_4bit_g32_bf16_mixed", tmp_path / "mlx")
+    tensors = load_file(mlx / "model.safetensors")
+    tensors["model.embed_tokens.biases"][3, 1] = float("nan")
+    save_file(tensors, mlx / "model.safetensors", {"format": "mlx"})
+    assert main(["inspect", str(mlx)]) == 1
+    assert "model.embed_tokens.biases holds NaN or infinity" in capsys.readouterr().out
 
 
 def test_where_hashes_hold_no_value_is_read(dense_dir, tmp_path, capsys):

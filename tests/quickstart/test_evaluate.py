@@ -55,7 +55,7 @@ def test_the_result_is_a_table_and_the_same_as_json():
     paths, seconds = {"adapter": "out/adapter"}, {"quantize": 1.4, "train": 2.6}
     rows.append(Row("merged, GGUF", None, 10**6, 5))
     samples = [Sample("a\nb", "", "c", "d"), Sample("e", "f", "g", "h", "i")]
-    result = Result(rows, True, 28, samples, paths, seconds, "run in llama.cpp")
+    result = Result(rows, True, 28, samples, paths, seconds, "run in llama.cpp", {"peak": 19e8})
     lines = as_text(result).splitlines()
     assert lines[3] == "INT4 base              2.7500       2.00 MB        15.00"
     assert lines[6] == "merged, GGUF                -       1.00 MB         5.00"
@@ -63,7 +63,8 @@ def test_the_result_is_a_table_and_the_same_as_json():
     assert "run in llama.cpp" in lines
     assert lines[lines.index("prompt:") + 1 :][:2] == ["    a", "    b"]
     assert lines.count("expected:") == lines.count("after, in llama.cpp:") == 1
-    assert lines[-2:] == ["adapter:   out/adapter", "time:      quantize 1 s, train 3 s"]
+    assert lines[-3:-1] == ["adapter:   out/adapter", "time:      quantize 1 s, train 3 s"]
+    assert lines[-1] == "memory:    peak 1.9 GB"
     found = json.loads(as_json(result))
     assert found["rows"][3] == {
         "name": "merged", "loss": 2.25, "size": 4000000, "bits_per_weight": 13

@@ -27,6 +27,7 @@ def test_the_file_is_trained_and_written_back(file, tmp_path, capsys):
     assert [row["name"] for row in found["rows"][2:]] == ["merged", "merged, GGUF"]
     assert merged["loss"] == trained["loss"] != base["loss"] and written["loss"] is None
     assert base["size"] == written["size"] == file.stat().st_size
+    assert 1e8 < found["memory"]["peak of the process"] < 4e9
     assert found["merged_equals_unmerged"] and found["verified_layers"] == 14
     assert "14 layers are equal (bit for bit)" in found["runtime"]
     assert {row["prompt"] for row in found["samples"]} < {f"{n} and the\n" for n in range(80)}

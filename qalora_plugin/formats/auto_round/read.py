@@ -6,11 +6,9 @@ AutoAWQ's. No input lies in another group than k // group_size.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from qalora_kernels import PackedWeight, QuantSpec
+from qalora_kernels import QuantSpec
 
 from ...architecture.patterns import match_inside
 from ...checkpoint.checkpoint import QuantizedCheckpoint
@@ -29,6 +27,11 @@ from ..packings import (
     read_integers,
 )
 from . import FORMAT
+
+if TYPE_CHECKING:  # headers are checked without it
+    import torch
+
+    from qalora_kernels import PackedWeight
 
 PACKINGS = {
     "auto_round": ALONG_INPUTS,
@@ -107,11 +110,11 @@ class AutoRoundCheckpoint(QuantizedCheckpoint):
         config.base = {"name_or_path": self.directory.name, "format": self.format, **self.facts}
         return config, layers
 
-    def qweight(self, name: str) -> torch.Tensor:
+    def qweight(self, name: str) -> "torch.Tensor":
         """Return one layer's integers in our packing, int32 [ceil(K/32)*bits, N]."""
         return self._packed.qweight(self.reader.get(f"{name}.qweight"), self.layers[name])
 
-    def _read_layer(self, name: str) -> PackedWeight:
+    def _read_layer(self, name: str) -> "PackedWeight":
         return read_integers(self, self._packed, name)
 
 

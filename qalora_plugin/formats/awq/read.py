@@ -1,11 +1,9 @@
 """Read AutoAWQ checkpoints of version gemm as quantized bases; the layout is that of `packings`."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from qalora_kernels import PackedWeight, QuantSpec
+from qalora_kernels import QuantSpec
 
 from ...checkpoint.checkpoint import QuantizedCheckpoint
 from ...checkpoint.config import QALoRAQuantConfig
@@ -20,6 +18,11 @@ from ..packings import (
     read_integers,
 )
 from . import FORMAT
+
+if TYPE_CHECKING:  # headers are checked without it
+    import torch
+
+    from qalora_kernels import PackedWeight
 
 
 def parse_config(raw: dict[str, Any], path: Path) -> QALoRAQuantConfig:
@@ -53,11 +56,11 @@ class AWQCheckpoint(QuantizedCheckpoint):
         grid = (config.bits, config.group_size)
         return config, check_integers(self, ALONG_OUTPUTS, lambda name: grid)
 
-    def qweight(self, name: str) -> torch.Tensor:
+    def qweight(self, name: str) -> "torch.Tensor":
         """Return one layer's integers in our packing, int32 [ceil(K/32)*bits, N]."""
         return ALONG_OUTPUTS.qweight(self.reader.get(f"{name}.qweight"), self.layers[name])
 
-    def _read_layer(self, name: str) -> PackedWeight:
+    def _read_layer(self, name: str) -> "PackedWeight":
         return read_integers(self, ALONG_OUTPUTS, name)
 
 

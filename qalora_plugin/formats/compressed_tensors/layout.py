@@ -13,13 +13,13 @@ W[n, k] = weight_scale[n, g] * (code - zero_point), all codes unsigned; symmetri
 0.20 leave the bits of a word free that hold no whole code.
 """
 
-import torch
+from typing import TYPE_CHECKING
 
-from qalora_kernels.packing import pack_columns, unpack_columns
+if TYPE_CHECKING:  # headers are checked without it
+    import torch
 
 WEIGHT, SCALE, ZERO_POINT = "weight_packed", "weight_scale", "weight_zero_point"
 SHAPE, G_IDX = "weight_shape", "weight_g_idx"
-SHAPE_DTYPE = torch.int64
 PARTS = (WEIGHT, SCALE, ZERO_POINT, SHAPE, G_IDX)
 
 
@@ -28,11 +28,15 @@ def words(columns: int, bits: int) -> int:
     return -(-columns * bits // 32)
 
 
-def unpack_columns_of(packed: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
+def unpack_columns_of(packed: "torch.Tensor", bits: int, columns: int) -> "torch.Tensor":
     """Return the codes along the last axis, int32 [rows, words] -> uint8 [rows, columns].
 
     3 bits are dense, or 10 in a word as versions before 0.20 pack them: the width tells.
     """
+    import torch
+
+    from qalora_kernels.packing import unpack_columns
+
     if packed.shape[1] == words(columns, bits):
         return unpack_columns(packed, bits, columns)
     shifts = torch.arange(32 // bits, dtype=torch.int32) * bits
@@ -40,6 +44,8 @@ def unpack_columns_of(packed: torch.Tensor, bits: int, columns: int) -> torch.Te
     return codes.flatten(1)[:, :columns].to(torch.uint8)
 
 
-def pack_zeros(zeros: torch.Tensor, bits: int) -> torch.Tensor:
+def pack_zeros(zeros: "torch.Tensor", bits: int) -> "torch.Tensor":
     """Pack zero-points, integers [G, N] -> int32 [ceil(N * bits / 32), G]."""
+    from qalora_kernels.packing import pack_columns
+
     return pack_columns(zeros, bits).t().contiguous()

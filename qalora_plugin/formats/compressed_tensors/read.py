@@ -9,12 +9,9 @@ zero-points, one scale a group or an output, act-order or not. Then
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from qalora_kernels import PackedWeight, QuantSpec
-from qalora_kernels.packing import pack
+from qalora_kernels import QuantSpec
 
 from ...architecture.patterns import match_start
 from ...checkpoint.checkpoint import QuantizedCheckpoint
@@ -22,9 +19,14 @@ from ...checkpoint.config import QALoRAQuantConfig
 from ...errors import CheckpointError, ConfigError
 from ...files.names import CONFIG_FILE
 from ..packings import QUANTIZE_AGAIN
-from ..zero_points import layer_of_zeros
 from . import FORMAT
 from .layout import G_IDX, PARTS, SCALE, SHAPE, WEIGHT, ZERO_POINT, unpack_columns_of, words
+
+if TYPE_CHECKING:  # headers are checked without it
+    import numpy
+    import torch
+
+    from qalora_kernels import PackedWeight
 
 PACKED = "pack-quantized"
 _DAMAGED = "The checkpoint is damaged or incomplete: copy or download it again."
@@ -187,13 +189,13 @@ class CompressedTensorsCheckpoint(QuantizedCheckpoint):
         for part in needed:
             if f"{name}.{part}" not in reader:
                 raise CheckpointError(f"{self.directory}: {name}.{part} is missing. {_DAMAGED}")
-        shape = reader.get(f"{name}.{SHAPE}").tolist()
+        shape = reader.integers(f"{name}.{SHAPE}").tolist()
         if len(shape) != 2 or min(shape) < 1:
             raise CheckpointError(
                 f"{self.directory}: {name}.{SHAPE}: expected two sizes, found {shape}. {_DAMAGED}"
             )
         n, k = shape
-        spec = QuantSpec(scheme.bits, scheme.group_size, k, n, torch.float32, self._scales_dtype)
+        spec = QuantSpec(scheme.bits, scheme.group_size, k, n, "float32", self._scales_dtype)
         groups = spec.num_groups
         expected = {
             WEIGHT: [(n, width) for width in _widths(k, spec.bits)],
@@ -202,12 +204,12 @@ class CompressedTensorsCheckpoint(QuantizedCheckpoint):
         }
         for part in needed:
             info = reader.info(f"{name}.{part}")
-            fits = info.dtype.is_floating_point if part == SCALE else info.dtype == torch.int32
+            fits = info.is_float if part == SCALE else info.dtype_name == "int32"
             if part != SHAPE and (not fits or info.shape not in expected[part]):
                 raise CheckpointError(
                     f"{info.file}: {info.name}: expected {'floats' if part == SCALE else 'int32'} "
                     f"{list(expected[part][0])} for num_bits={spec.bits}, group_size="
-                    f"{scheme.group_size} and a weight {shape}, found {info.dtype} "
+                    f"{scheme.group_size} and a weight {shape}, found {info.dtype_name} "
                     f"{list(info.shape)}. The config contradicts the tensors. {_DAMAGED}"
                 )
         return spec
@@ -219,17 +221,24 @@ class CompressedTensorsCheckpoint(QuantizedCheckpoint):
         names = [n.removesuffix(suffix) for n in self.reader.tensors if n.endswith(suffix)]
         return any(self._g_idx(name) is not None for name in names)
 
-    def _g_idx(self, name: str) -> torch.Tensor | None:
+    def _g_idx(self, name: str) -> "numpy.ndarray | None":
         """Return the group of each input; None where it is k // group_size, or was never set."""
         if f"{name}.{G_IDX}" not in self.reader:
             return None
-        g_idx = self.reader.get(f"{name}.{G_IDX}")
-        size = self._scheme_of(name).group_size
-        plain = torch.arange(len(g_idx)) // (len(g_idx) if size == -1 else size)
-        return None if (g_idx == -1).any() or torch.equal(g_idx.long(), plain) else g_idx.int()
+        import numpy as np
 
-    def qweight(self, name: str) -> torch.Tensor:
+        g_idx = self.reader.integers(f"{name}.{G_IDX}")
+        size = self._scheme_of(name).group_size
+        plain = np.arange(len(g_idx)) // (len(g_idx) if size == -1 else size)
+        never_set = (g_idx == -1).any()
+        return None if never_set or np.array_equal(g_idx, plain) else g_idx.astype(np.int32)
+
+    def qweight(self, name: str) -> "torch.Tensor":
         """Return one layer's integers in our packing, int32 [ceil(K/32)*bits, N]."""
+        import torch
+
+        from qalora_kernels.packing import pack
+
         spec, packed = self.layers[name], self.reader.get(f"{name}.{WEIGHT}")
         if packed.shape[1] != words(spec.in_features, spec.bits):
             return pack(unpack_columns_of(packed, spec.bits, spec.in_features).t(), spec.bits)
@@ -237,7 +246,11 @@ class CompressedTensorsCheckpoint(QuantizedCheckpoint):
         qweight[: packed.shape[1]] = packed.t()
         return qweight
 
-    def _read_layer(self, name: str) -> PackedWeight:
+    def _read_layer(self, name: str) -> "PackedWeight":
+        import torch
+
+        from ..zero_points import layer_of_zeros
+
         spec, reader = self.layers[name], self.reader
         scales = reader.get(f"{name}.{SCALE}").t().contiguous()
         zeros = torch.full(scales.shape, spec.mid)
@@ -248,7 +261,7 @@ class CompressedTensorsCheckpoint(QuantizedCheckpoint):
         if self.config.desc_act:
             usual = torch.arange(spec.in_features, dtype=torch.int32) // spec.group_size
             found = self._g_idx(name)
-            g_idx = usual if found is None else found
+            g_idx = usual if found is None else torch.from_numpy(found)
         where = f"{self.where(name)}.{SCALE}"
         return layer_of_zeros(where, spec, self.qweight(name), scales, zeros, g_idx)
 

@@ -21,7 +21,7 @@ from ..directory import DenseLayers, dense_config, regroup, write_directory
 from ..export import ExportResult, Progress, obstacles, refuse_calibration
 from ..zero_points import integer_zeros
 from . import FORMAT
-from .layout import SCALE, SHAPE, SHAPE_DTYPE, WEIGHT, ZERO_POINT, pack_zeros, words
+from .layout import SCALE, SHAPE, WEIGHT, ZERO_POINT, pack_zeros, words
 
 EXACTNESS = (
     "Exact in float16 and float32: integers, scales and zero-points as they are (bfloat16 rounds "
@@ -46,7 +46,7 @@ class PackedLayers(DenseLayers):
         plan: TensorPlan = {
             f"{name}.{WEIGHT}": (torch.int32, (n, words(k, bits))),
             f"{name}.{SCALE}": (SCALES_DTYPE, (n, blocks)),
-            f"{name}.{SHAPE}": (SHAPE_DTYPE, (2,)),
+            f"{name}.{SHAPE}": (torch.int64, (2,)),
         }
         if not self._symmetric:
             plan[f"{name}.{ZERO_POINT}"] = (torch.int32, (words(n, bits), blocks))

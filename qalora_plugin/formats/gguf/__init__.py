@@ -38,4 +38,5 @@ llama-cli -m {file} -p "Once upon a time"
     takes_back=ADAPT_MODES,
     back_note="Q8_0 has no minimum, K-quants round theirs to 6 bits",
     libraries=("gguf",),
+    headers="headers",
 )

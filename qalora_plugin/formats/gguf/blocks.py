@@ -16,8 +16,8 @@ from qalora_kernels import PackedWeight
 
 from ...errors import CheckpointError
 from ..directory import regroup
+from .headers import BLOCK
 
-BLOCK = 32
 BLOCK_BYTES = 20  # d, m, 16 bytes of codes
 TOP_CODE = 15
 WANTED = 2e-3  # of a step: a minimum that rounds by more is counted

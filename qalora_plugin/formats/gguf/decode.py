@@ -14,41 +14,11 @@ number, is bit 4 of input i. Q8_0 holds signed bytes. Where there is no m, it is
 which f16 holds as it holds d: a power of two times it.
 """
 
-from dataclasses import dataclass
-
 import torch
 
 from qalora_kernels import pack_halves
 
-
-@dataclass(frozen=True)
-class BlockType:
-    """One affine block type.
-
-    Args:
-        nbytes: of a block.
-        bits: of our container, 4 or 8.
-        low: where the low bits start.
-        high: where the high bits start; None without.
-        zero: the code of weight 0, where there is no minimum.
-        grown: the type that also has a minimum; None if there is none.
-    """
-
-    nbytes: int
-    bits: int
-    low: int
-    high: int | None = None
-    zero: int | None = None
-    grown: str | None = None
-
-
-BLOCK_TYPES = {
-    "Q4_0": BlockType(18, 4, 2, zero=8, grown="Q4_1"),
-    "Q4_1": BlockType(20, 4, 4),
-    "Q5_0": BlockType(22, 8, 6, high=2, zero=16, grown="Q5_1"),
-    "Q5_1": BlockType(24, 8, 8, high=4),
-    "Q8_0": BlockType(34, 8, 2, zero=128),
-}
+from .headers import BlockType
 
 
 def read_scales(kind: BlockType, raw: torch.Tensor) -> torch.Tensor:

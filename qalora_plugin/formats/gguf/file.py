@@ -1,4 +1,8 @@
-"""Open a GGUF file with gguf-py, which believes what a header says: lengths are checked here."""
+"""Open a GGUF file with gguf-py, which believes what a header says: lengths are checked here.
+
+gguf-py also makes two arrays of every token of a vocabulary, which takes seconds. Here a list in the
+file is one array, or a list of the bytes of its strings.
+"""
 
 from functools import cache
 from pathlib import Path
@@ -16,7 +20,7 @@ def _reader_class() -> type:
     gguf = FORMAT.library("gguf")
 
     class Reader(gguf.GGUFReader):  # type: ignore[misc,name-defined]
-        """The library's reader, for files that end early or count wrongly."""
+        """The library's reader, for long lists, and files that end early or count wrongly."""
 
         def _get(self, offset: int, dtype: Any, count: int = 1, *rest: Any, **more: Any) -> Any:
             found = super()._get(int(offset), dtype, count, *rest, **more)
@@ -25,12 +29,20 @@ def _reader_class() -> type:
             return found
 
         def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
-            if raw_type == gguf.GGUFValueType.ARRAY:
-                inner = self._get(orig_offs, "<u4")[0]
-                length = int(self._get(orig_offs + 4, "<u8")[0])
-                if length > _MOST or inner == gguf.GGUFValueType.ARRAY:
-                    raise ValueError(f"an array of {length} entries of type {inner}")
-            return super()._get_field_parts(orig_offs, raw_type)
+            kinds = gguf.GGUFValueType
+            if raw_type != kinds.ARRAY:
+                return super()._get_field_parts(orig_offs, raw_type)
+            inner = kinds(int(self._get(orig_offs, "<u4")[0]))
+            length = int(self._get(orig_offs + 4, "<u8")[0])
+            if length > _MOST or inner == kinds.ARRAY:
+                raise ValueError(f"an array of {length} entries of type {inner}")
+            start = orig_offs + 12
+            if inner == kinds.STRING:
+                size, parts = _strings(memoryview(self.data), start, length)
+            else:
+                parts = [self._get(start, self.gguf_scalar_to_np[inner], length)]
+                size = int(parts[0].nbytes)
+            return 12 + size, parts, list(range(len(parts))), [kinds.ARRAY, inner]
 
         def _build_fields(self, offs: int, count: int) -> int:
             return int(super()._build_fields(offs, _counted(count, "key-values")))
@@ -39,6 +51,18 @@ def _reader_class() -> type:
             return super()._build_tensor_info(offs, _counted(count, "tensors"))
 
     return Reader
+
+
+def _strings(data: memoryview, start: int, count: int) -> tuple[int, list[memoryview]]:
+    """Return the bytes that a list of strings takes, and each of them."""
+    found, at = [], start
+    for _ in range(count):
+        end = at + 8 + int.from_bytes(data[at : at + 8], "little")
+        if end > len(data):
+            raise ValueError(f"it ends in a list of {count} strings")
+        found.append(data[at + 8 : end])
+        at = end
+    return at - start, found
 
 
 def _counted(count: int, what: str) -> int:

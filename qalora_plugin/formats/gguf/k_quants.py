@@ -12,29 +12,11 @@ integers of 6 bits (8 in Q6_K) times one f16 number a block each:
 Both products are exact in fp32. Nothing goes back: a trained minimum is no multiple of dmin.
 """
 
-from dataclasses import dataclass
-
 import torch
 
+from .headers import K_TYPES
+
 _INPUTS = 256
-
-
-@dataclass(frozen=True)
-class KType:
-    """One K-quant.
-
-    Args:
-        nbytes: of a block.
-        bits: of our container, 4 or 8.
-        group_size: inputs that share a scale and a minimum.
-    """
-
-    nbytes: int
-    bits: int
-    group_size: int
-
-
-K_TYPES = {"Q4_K": KType(144, 4, 32), "Q5_K": KType(176, 8, 32), "Q6_K": KType(210, 8, 16)}
 
 
 def read_k(name: str, raw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

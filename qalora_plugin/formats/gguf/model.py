@@ -10,21 +10,12 @@ from ...architecture.model import empty_model
 from ...architecture.selection import linears_in_blocks
 from ...errors import CheckpointError
 from . import FORMAT
+from .headers import MODEL_TYPES, model_class
 from .metadata import ARCHITECTURES, Architecture, llama3_factors
 
 ROPE_FACTORS = "rope_freqs.weight"
-_MODEL_TYPES = {
-    "llama": "llama",
-    "qwen2": "qwen2",
-    "qwen3": "qwen3",
-    "gemma": "gemma",
-    "gemma2": "gemma2",
-    "gemma3": "gemma3_text",
-}
 _WIDE_GEMMAS = {"gemma2": 46, "gemma3": 62}  # layers of those that scale queries otherwise
 _LOCAL_ROPE = 10000.0  # of Gemma 3's sliding layers, where the file does not say
-# numbers of a file that change what the model computes, and the value that we have
-_UNREAD = ("expert_count", "attention.scale", "residual_scale", "logit_scale", "embedding_scale")
 # rope_freqs.weight of Llama 3.1 and 3.3 (factor 8), and of 3.2 (factor 32)
 _ROPE_DEFAULTS = {  # of rope.scaling.*, of which no other values are read
     "attn_factor": 1.0,
@@ -51,23 +42,17 @@ class Model:
         linears: names of the linear layers in the model's blocks.
     """
 
-    def __init__(self, path: Path, fields: dict[str, Any], tensors: dict[str, Any]) -> None:
-        """Rebuild it from the file's key-values and tensors.
+    def __init__(
+        self, path: Path, family: str, fields: dict[str, Any], tensors: dict[str, Any]
+    ) -> None:
+        """Rebuild it from the file's key-values and tensors; `family` is one of `MODEL_TYPES`.
 
         Raises:
-            CheckpointError: an architecture, a setting or a tensor that is not read, or a tensor
-                that is missing.
+            CheckpointError: a setting or a tensor that is not read, or a tensor that is missing.
         """
-        self._path, self._fields, self._tensors = path, fields, tensors
-        self._family = str(fields.get("general.architecture"))
-        if self._family not in _MODEL_TYPES:
-            raise CheckpointError(
-                f"{path}: general.architecture {self._family!r} is not read; "
-                f"{', '.join(_MODEL_TYPES)} are. Quantize the 16-bit model with `qalora quantize`."
-            )
-        model_type = _MODEL_TYPES[self._family]
+        self._path, self._family, self._fields, self._tensors = path, family, fields, tensors
+        model_type = MODEL_TYPES[family]
         self.architecture: Architecture = ARCHITECTURES[model_type]
-        self._check_unread()
         self.config = self._config(model_type)
         self.names, self.linears = self._find_names()
 
@@ -83,14 +68,6 @@ class Model:
                 "not read. Quantize the 16-bit model with `qalora quantize`."
             )
         return value
-
-    def _check_unread(self) -> None:
-        for key in _UNREAD:
-            if self._get(key):
-                raise CheckpointError(
-                    f"{self._path}: {self._family}.{key} is {self._get(key)}: this variant of the "
-                    "architecture is not read. Quantize the 16-bit model with `qalora quantize`."
-                )
 
     def _config(self, model_type: str) -> dict[str, Any]:
         heads = self._need("attention.head_count")
@@ -124,8 +101,7 @@ class Model:
             found = self._fields.get(f"tokenizer.ggml.{key}_token_id")
             wanted[f"{key.removesuffix('ding')}_token_id"] = found
         made = CONFIG_MAPPING[model_type](**wanted).to_diff_dict()
-        classes = {"gemma3_text": "Gemma3ForCausalLM"}
-        made["architectures"] = [classes.get(model_type, f"{model_type.capitalize()}ForCausalLM")]
+        made["architectures"] = [model_class(model_type)]
         return made | wanted | {"model_type": model_type}
 
     def _shape(self, name: str) -> tuple[int, ...]:

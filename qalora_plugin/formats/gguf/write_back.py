@@ -24,8 +24,9 @@ from ...files.reader import COPY_BYTES
 from ..export import ExportResult, Progress
 from ..write_back import changed_layer, check_same_model
 from . import FORMAT
-from .decode import BLOCK_TYPES, BlockType, minima_of, read_minima
+from .decode import minima_of, read_minima
 from .file import open_gguf
+from .headers import BLOCK_TYPES, BlockType
 from .metadata import interleave
 from .read import GGUFCheckpoint
 

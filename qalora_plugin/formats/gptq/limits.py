@@ -8,7 +8,6 @@ from ...checkpoint.checkpoint import QuantizedCheckpoint
 from ...checkpoint.config import QALoRAQuantConfig
 from ...checkpoint.layout import expert_place
 from ...errors import CheckpointError, ConfigError, QALoRAError
-from ..zero_points import integer_zeros
 from . import FORMAT
 
 VERSIONS = ("gptq", "gptq_v2")
@@ -45,6 +44,8 @@ def check_writable(source: QuantizedCheckpoint, version: str = "gptq") -> bool:
         CheckpointError: a layer's sizes, or a zero-point that is not an integer in range.
     """
     _check_shapes(f"{source.directory}: ", source.layers, version, source.config, CheckpointError)
+    from ..zero_points import integer_zeros
+
     symmetric = True
     for name, spec in source.layers.items():
         where = f"{source.directory}: {name}"

@@ -11,14 +11,11 @@ depends on who wrote the file, see `_zero_points`.
 """
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from qalora_kernels import PackedWeight, QuantSpec
-from qalora_kernels.packing import unpack_columns
+from qalora_kernels import QuantSpec
 
 from ...architecture.patterns import match_start
 from ...checkpoint.checkpoint import QuantizedCheckpoint
@@ -27,8 +24,12 @@ from ...errors import CheckpointError, ConfigError
 from ...files.json import read_json
 from ...files.names import CONFIG_FILE, QUANTIZE_CONFIG_FILE
 from ..packings import QUANTIZE_AGAIN
-from ..zero_points import layer_of_zeros
 from .limits import VERSIONS
+
+if TYPE_CHECKING:  # headers are checked without it
+    import torch
+
+    from qalora_kernels import PackedWeight
 
 _TENSORS = ("qweight", "qzeros", "scales", "g_idx")
 _OVERRIDES = {"bits", "group_size", "desc_act", "sym"}
@@ -76,7 +77,7 @@ class StockConfig:
                 bits = override.get("bits", bits)
                 group_size = override.get("group_size", group_size)
                 break
-        return QuantSpec(bits, group_size, in_features, out_features, torch.float32)
+        return QuantSpec(bits, group_size, in_features, out_features, "float32")
 
 
 def _parse(raw: dict[str, Any], path: Path) -> StockConfig:
@@ -178,7 +179,8 @@ class GPTQCheckpoint(QuantizedCheckpoint):
         dynamic = {
             name: {"bits": spec.bits, "group_size": spec.group_size}
             for name, spec in layers.items()
-            if spec != replace(spec, bits=stock.bits, group_size=stock.group_size)
+            if (spec.bits, spec.group_size)
+            != (stock.bits, spec.in_features if stock.group_size == -1 else stock.group_size)
         }
         base = {
             "name_or_path": self.directory.name,
@@ -219,23 +221,27 @@ class GPTQCheckpoint(QuantizedCheckpoint):
                 )
         for info in (qweight, qzeros, scales, g_idx):
             wanted = "floats" if info is scales else "int32"
-            fits = info.dtype.is_floating_point if info is scales else info.dtype == torch.int32
+            fits = info.is_float if info is scales else info.dtype_name == "int32"
             if not fits:
                 raise CheckpointError(
-                    f"{info.file}: {info.name}: expected {wanted}, found {info.dtype}. "
+                    f"{info.file}: {info.name}: expected {wanted}, found {info.dtype_name}. "
                     f"{QUANTIZE_AGAIN}"
                 )
         return spec
 
     def _has_act_order(self, layers: dict[str, QuantSpec]) -> bool:
         """Say whether any layer's groups are not k // group_size, whatever the config declares."""
+        import numpy as np
+
         for name, spec in layers.items():
-            g_idx = self.reader.get(f"{name}.g_idx")
-            if not torch.equal(g_idx, torch.arange(len(g_idx)).int() // spec.group_size):
+            g_idx = self.reader.integers(f"{name}.g_idx")
+            if not np.array_equal(g_idx, np.arange(len(g_idx)) // spec.group_size):
                 return True
         return False
 
-    def _read_layer(self, name: str) -> PackedWeight:
+    def _read_layer(self, name: str) -> "PackedWeight":
+        from ..zero_points import layer_of_zeros
+
         spec = self.layers[name]
         zeros = _zero_points(self.reader.get(f"{name}.qzeros"), spec, self.stock)
         g_idx = self.reader.get(f"{name}.g_idx") if self.config.desc_act else None
@@ -244,12 +250,16 @@ class GPTQCheckpoint(QuantizedCheckpoint):
         return layer_of_zeros(where, spec, self.qweight(name), scales, zeros, g_idx)
 
 
-def _zero_points(qzeros: torch.Tensor, spec: QuantSpec, stock: StockConfig) -> torch.Tensor:
+def _zero_points(qzeros: "torch.Tensor", spec: QuantSpec, stock: StockConfig) -> "torch.Tensor":
     """Return the integer zero-points z, int32 [G, N], from packed `qzeros`; v1 stores z - 1.
 
     AutoGPTQ adds 1 to each unpacked value, modulo 2^bits. GPTQModel adds to whole words, so that a
     z of 0, whose 1 was borrowed from its neighbour when it was written, comes back right.
     """
+    import torch
+
+    from qalora_kernels.packing import unpack_columns
+
     bits, add = spec.bits, int(stock.checkpoint_format == "gptq")
     name, _, version = stock.producer.partition(":")
     major = re.match(r"\d+", version)

@@ -13,11 +13,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-
-from qalora_kernels import PackedWeight, QuantSpec, load_offsets, pack, unpack
+from qalora_kernels import QuantSpec
 
 from ...checkpoint.checkpoint import QuantizedCheckpoint
 from ...checkpoint.config import QALoRAQuantConfig
@@ -27,6 +25,11 @@ from ...files.names import CONFIG_FILE
 from ...files.reader import COPY_BYTES, CheckpointReader, in_pieces
 from ...files.safetensors import TensorInfo
 from . import FORMAT, GROUP_SIZES, QUANTIZATION
+
+if TYPE_CHECKING:  # headers are checked without it
+    import torch
+
+    from qalora_kernels import PackedWeight
 
 _BITS = (2, 3, 4, 5, 6, 8)
 _FLOATS = ("float16", "bfloat16")
@@ -167,8 +170,10 @@ class MLXReader(CheckpointReader):
         self.tensors[stored.name] = dense
         return parts
 
-    def get(self, name: str) -> torch.Tensor:
+    def get(self, name: str) -> "torch.Tensor":
         """Read one tensor; a quantized embedding in fp32."""
+        import torch
+
         if name.removesuffix(".weight") not in self._embeddings:
             return super().get(name)
         return torch.cat(list(self._rows(name)))
@@ -180,8 +185,22 @@ class MLXReader(CheckpointReader):
             return
         yield from in_pieces(self._rows(name))
 
-    def _rows(self, name: str) -> Iterator[torch.Tensor]:
+    def check_finite(self, name: str) -> None:
+        """Read a tensor of floats through; of a quantized embedding its scales and biases."""
+        parts = self._embeddings.get(name.removesuffix(".weight"), (None, {}))[1]
+        if not parts:
+            super().check_finite(name)
+            return
+        stored = CheckpointReader(self.directory)
+        for part in ("scales", "biases"):
+            stored.check_finite(parts[part].name)
+
+    def _rows(self, name: str) -> Iterator["torch.Tensor"]:
         """Yield some rows at a time of an embedding, fp32, contiguous."""
+        import torch
+
+        from qalora_kernels import unpack
+
         grid, parts = self._embeddings[name.removesuffix(".weight")]
         count, k = self.info(name).shape
         step = max(1, COPY_BYTES // (4 * k))
@@ -193,7 +212,9 @@ class MLXReader(CheckpointReader):
             values = groups * scales.float().unsqueeze(2) + biases.float().unsqueeze(2)
             yield values.reshape(stop - start, k)
 
-    def _read_rows(self, info: TensorInfo, start: int, stop: int) -> torch.Tensor:
+    def _read_rows(self, info: TensorInfo, start: int, stop: int) -> "torch.Tensor":
+        import torch
+
         width = info.nbytes // info.shape[0]
         data = torch.empty((stop - start) * width, dtype=torch.uint8, device="cpu")
         view, done = memoryview(data.numpy()), 0  # type: ignore[arg-type]
@@ -247,15 +268,21 @@ class MLXCheckpoint(QuantizedCheckpoint):
             layers[name] = config.spec_for(name, words * 32 // grid.bits, rows)
         return config, layers
 
-    def qweight(self, name: str) -> torch.Tensor:
+    def qweight(self, name: str) -> "torch.Tensor":
         """Return one layer's integers in our packing, int32 [ceil(K/32)*bits, N]."""
+        import torch
+
+        from qalora_kernels import pack, unpack
+
         grid, spec = self.reader.grids[name], self.layers[name]
         words = self.reader.get(f"{name}.weight").view(torch.int32).t().contiguous()
         if grid.bits == spec.bits:
             return words
         return pack(unpack(words, grid.bits, spec.in_features), spec.bits)
 
-    def _read_layer(self, name: str) -> PackedWeight:
+    def _read_layer(self, name: str) -> "PackedWeight":
+        from qalora_kernels import PackedWeight, load_offsets
+
         spec, get = self.layers[name], self.reader.get
         scales = get(f"{name}.scales").t().contiguous().float()
         biases = get(f"{name}.biases").t().contiguous()
