@@ -29,8 +29,8 @@ def bars(name: str, values: Mapping[str, float], y: str) -> str | None:
     import pygal
 
     chart = pygal.HorizontalBar(x_title=y, print_values=True, **_options() | {"show_legend": False})
-    chart.x_labels = list(values)
-    chart.add("", list(values.values()))
+    chart.x_labels = list(values)[::-1]  # pygal draws from the bottom
+    chart.add("", list(values.values())[::-1])
     return _svg(chart, name)
 
 
@@ -52,17 +52,20 @@ def _options() -> dict[str, Any]:
         colors=("var(--first)", "var(--second)"),
         value_colors=("var(--text)", "var(--text)"),
         font_family="inherit",
-        label_font_size=13,
-        major_label_font_size=13,
-        value_font_size=13,
+        label_font_size=14,
+        major_label_font_size=14,
+        title_font_size=14,
+        legend_font_size=14,
+        value_font_size=14,
     )
     return {
         "style": style,
         "js": [],
-        "width": 640,
-        "height": 320,
+        "width": 480,  # scaled to a phone's 330 pixels, and to 576 at most: both can be read
+        "height": 280,
         "disable_xml_declaration": True,
         "legend_at_bottom": True,
+        "max_scale": 6,
         "value_formatter": lambda value: f"{value:.4g}",
     }
 

@@ -43,7 +43,9 @@ dt { font-weight: 600; margin-top: .4rem; } dd { margin: 0 0 0 1rem; }
 .map th { font-weight: normal; padding: 0 .5rem 0 0; font-size: .8rem; white-space: nowrap; }
 .ramp { display: inline-block; width: 6rem; height: .8em; vertical-align: middle;
   border: 1px solid var(--dim); background: linear-gradient(to right, var(--back), var(--first)); }
-svg { width: 100%; height: auto; } svg .guide.line { stroke: var(--dim) !important; }
+.scale { white-space: nowrap; }
+svg { width: 100%; max-width: 36rem; height: auto; }
+svg .guide.line { stroke: var(--dim) !important; }
 .note { color: color-mix(in srgb, var(--text) 70%, transparent); font-size: .9rem; }
 """
 
@@ -157,7 +159,7 @@ def _losses(history: Sequence[Mapping[str, Any]]) -> str:
     details = (
         f"<details><summary>as a table</summary>{_table(('', 'step', 'loss'), rows)}</details>"
     )
-    return _figure(charts.lines("chart-loss", series, "step", "loss, nats a token")) + details
+    return _figure(charts.lines("chart-loss", series, "step", "loss")) + details
 
 
 def _samples(samples: Sequence[Mapping[str, Any]]) -> str:
@@ -210,7 +212,8 @@ def _heat_map(kind: str, values: Mapping[str, float]) -> str:
     table = f'<table class="map" id="map-{escape(kind)}">{"".join(lines)}</table>'
     return (
         f'<div class="wide">{table}</div>'
-        f'<p class="note">{note}0 <span class="ramp"></span> {_number(largest)}</p>'
+        f'<p class="note">{note}<span class="scale">0 <span class="ramp"></span> '
+        f"{_number(largest)}</span></p>"
     )
 
 
