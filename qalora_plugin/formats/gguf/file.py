@@ -1,12 +1,12 @@
 """Open a GGUF file with gguf-py, which believes what a header says: lengths are checked here.
 
-gguf-py also makes two arrays of every token of a vocabulary, which takes seconds. Here a list in the
-file is one array, or a list of the bytes of its strings.
+gguf-py also makes two arrays of every token of a vocabulary, which takes seconds. Here a list of
+numbers is one array, and a list of strings one of views of their bytes.
 """
 
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ...errors import CheckpointError
 from ...files.inside import check_regular
@@ -32,17 +32,18 @@ def _reader_class() -> type:
             kinds = gguf.GGUFValueType
             if raw_type != kinds.ARRAY:
                 return super()._get_field_parts(orig_offs, raw_type)
-            inner = kinds(int(self._get(orig_offs, "<u4")[0]))
-            length = int(self._get(orig_offs + 4, "<u8")[0])
+            head = [self._get(orig_offs, "<u4"), self._get(orig_offs + 4, "<u8")]
+            inner, length = kinds(int(head[0][0])), int(head[1][0])
             if length > _MOST or inner == kinds.ARRAY:
                 raise ValueError(f"an array of {length} entries of type {inner}")
             start = orig_offs + 12
             if inner == kinds.STRING:
-                size, parts = _strings(memoryview(self.data), start, length)
+                size, parts = _strings(memoryview(self.data), start, length, self.byte_order == "S")
             else:
                 parts = [self._get(start, self.gguf_scalar_to_np[inner], length)]
                 size = int(parts[0].nbytes)
-            return 12 + size, parts, list(range(len(parts))), [kinds.ARRAY, inner]
+            places = range(len(head), len(head) + len(parts))
+            return 12 + size, [*head, *parts], list(places), [kinds.ARRAY, inner]
 
         def _build_fields(self, offs: int, count: int) -> int:
             return int(super()._build_fields(offs, _counted(count, "key-values")))
@@ -53,11 +54,14 @@ def _reader_class() -> type:
     return Reader
 
 
-def _strings(data: memoryview, start: int, count: int) -> tuple[int, list[memoryview]]:
-    """Return the bytes that a list of strings takes, and each of them."""
+def _strings(
+    data: memoryview, start: int, count: int, swapped: bool
+) -> tuple[int, list[memoryview]]:
+    """Return how many bytes a list of strings takes, and each of them."""
+    order: Literal["little", "big"] = "big" if swapped else "little"
     found, at = [], start
     for _ in range(count):
-        end = at + 8 + int.from_bytes(data[at : at + 8], "little")
+        end = at + 8 + int.from_bytes(data[at : at + 8], order)
         if end > len(data):
             raise ValueError(f"it ends in a list of {count} strings")
         found.append(data[at + 8 : end])
