@@ -1,10 +1,13 @@
-"""Headers of GGUF files that count what is not there."""
+"""Headers of GGUF files: counts of what is not there, and where a block has floats."""
 
+import gguf
+import numpy as np
 import pytest
 from support.gguf_files import write_gguf
 
 from qalora_plugin.checkpoint.checkpoint import open_quantized
 from qalora_plugin.errors import CheckpointError
+from qalora_plugin.formats.gguf.headers import HALVES
 
 HOSTILE_COUNTS = {
     "key-values": (16, 2**63),
@@ -32,3 +35,16 @@ def test_an_array_longer_than_its_file_is_refused_at_once(length, tmp_path):
     path.write_bytes(raw[:at] + length.to_bytes(8, "little") + raw[at + 8 :])
     with pytest.raises(CheckpointError, match="cannot be read as GGUF"):
         open_quantized(path)
+
+
+@pytest.mark.parametrize("kind", HALVES)
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_where_the_floats_of_a_block_lie(kind):
+    quant, found = gguf.GGMLQuantizationType[kind], set()
+    size = gguf.GGML_QUANT_SIZES[quant][1]
+    for place in range(0, size - 1, 2):
+        block = np.zeros((1, size), np.uint8)
+        block[0, place : place + 2] = (0x00, 0x7C)  # infinity in f16
+        if not np.isfinite(gguf.quants.dequantize(block, quant)).all():
+            found.add(place)
+    assert found == set(HALVES[kind])
