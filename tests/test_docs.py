@@ -45,11 +45,31 @@ def test_a_training_takes_ten_lines(trainer):
     assert len(list(filter(None, block.splitlines()))) <= 10
 
 
-def _hooks():
-    spec = importlib.util.spec_from_file_location("docs_hooks", ROOT / "docs" / "hooks.py")
+def _program(name):
+    """Import a program of docs/, which is no package."""
+    path = ROOT / "docs" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"docs_{name}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def _hooks():
+    return _program("hooks")
+
+
+def test_every_block_runs_or_says_why_not():
+    """The others `make docs-check` runs."""
+    check = _program("check")
+    found = [(path.name, b) for path in check.DOCUMENTS for b in check.blocks(path)]
+    assert sum(block.runs for _, block in found) >= 10
+    wrong = [
+        f"{name}:{block.line}: {problem}"
+        for name, block in found
+        if not block.runs
+        for problem in check.judge(block, folder=None)
+    ]
+    assert wrong == []
 
 
 def test_every_error_has_an_entry():
