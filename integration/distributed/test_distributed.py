@@ -62,7 +62,7 @@ def test_a_mixture_trains_the_adapter_of_one_rank(driven, mode):
     """Each rank sends its own tokens to its own experts: none waits for another for ever."""
     found = step(driven, "mixtures")
     assert found[mode]["ranks"] == 2
-    assert found[mode]["difference"] < 1e-4
+    assert found[mode]["difference"] < 1e-5
     assert found[mode]["layers"] == 56  # verified, merged
 
 
