@@ -1,15 +1,18 @@
 """Without the plugin, transformers must refuse our checkpoints: never a model of random layers."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from support.mixtures import mixture
 from transformers import AutoModel, AutoModelForCausalLM, BertConfig, BertModel
 
 from qalora_plugin import QALoRAQuantConfig
 from qalora_plugin.quickstart.embedded import base_model_path
 
 LOADER = Path(__file__).with_name("load_without_plugin.py")
+MIXTURES = ("qwen3_moe", "granitemoe")
 CLASSES = {auto.__name__: auto for auto in (AutoModelForCausalLM, AutoModel)}
 
 
@@ -26,19 +29,29 @@ def quantized(tmp_path_factory):
         int4 = QALoRAQuantConfig(bits=4, group_size=32)
         model = CLASSES[name].from_pretrained(path, quantization_config=int4)
         model.save_pretrained(folder / name)
-    return {name: folder / name for name in dense}
+    paths = {name: folder / name for name in dense}
+    for name in MIXTURES:
+        mixture(name).save_pretrained(folder / "dense")
+        kept = None if name == "granitemoe" else ["self_attn"]  # the experts alone
+        int4 = QALoRAQuantConfig(bits=4, group_size=16, modules_to_not_convert=kept)
+        model = AutoModelForCausalLM.from_pretrained(folder / "dense", quantization_config=int4)
+        model.save_pretrained(folder / name)
+        shutil.rmtree(folder / "dense")
+        paths[name] = folder / name
+    return paths
 
 
 @pytest.mark.parametrize("environment", ["bare", "newest"])
-@pytest.mark.parametrize("auto_class", CLASSES)
+@pytest.mark.parametrize("name", [*CLASSES, *MIXTURES])
 def test_stock_transformers_refuses(
     environment,
-    auto_class,
+    name,
     quantized,
     env_python,
     run_json,
 ):
-    result = run_json(env_python(environment), LOADER, quantized[auto_class], auto_class)
+    auto_class = name if name in CLASSES else "AutoModelForCausalLM"
+    result = run_json(env_python(environment), LOADER, quantized[name], auto_class)
     assert result["raised"], f"transformers {result['transformers']} returned a model"
     assert "mismatch" in result["raised"], result["raised"]
 

@@ -76,6 +76,9 @@ class Experts(nn.Module):
     calls_all = False
     """Whether to call experts without a token in evaluation too, as sharded ones have to be."""
 
+    is_guarded = True
+    """Whether transformers looks at these layers' `weight`, and so at the guard, without us."""
+
     def __init__(self, fused: nn.Module, names: ExpertNames) -> None:
         super().__init__()
         up, down = (fused.get_parameter(name) for name in FUSED)

@@ -33,9 +33,13 @@ def unfuse_experts(
         return
     names = LayerNames(model)
     leaves: dict[str, dict[tuple[str, int], str]] = {}
+    guarded: set[str] = set()
     is_any_chosen = False
     for name in stored:
-        part = names.fused_part(name) or _own_part(names.parameter(name))
+        converted = names.fused_part(name)
+        part = converted or _own_part(names.parameter(name))
+        if converted is not None:
+            guarded.add(converted[0].rpartition(".")[0])
         if part is not None:
             owner, _, parameter = part[0].rpartition(".")
             layer = name.removesuffix(".weight")
@@ -48,7 +52,9 @@ def unfuse_experts(
         found = leaves.get(name, {})
         if found.keys() == {(up, 0), (up, 1), (down, 0)}:
             leaf = ExpertNames(found[up, 0], found[up, 1], found[down, 0])
-            model.set_submodule(name, Experts(module, leaf))
+            experts = Experts(module, leaf)
+            experts.is_guarded = name in guarded
+            model.set_submodule(name, experts)
 
 
 def _own_part(name: str) -> tuple[str, int] | None:

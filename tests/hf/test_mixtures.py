@@ -64,7 +64,8 @@ def test_round_trip(name, tmp_path):
 def test_stock_gptq(name, tmp_path):
     mixture(name, inner=64).save_pretrained(tmp_path / "dense")
     rounded = dict(method="rtn", group_size=32, zero_points="integer", progress=False)
-    kept = {"modules_to_not_convert": ["self_attn"]}  # as 16-bit layers in a stock file
+    narrow = ["self_attn"] if name == "deepseek_v3" else ["k_proj", "v_proj"]  # 16 outputs
+    kept = {"modules_to_not_convert": narrow}
     quantize_model(tmp_path / "dense", tmp_path / "q", **rounded, **kept)
     write_stock_gptq(tmp_path / "q", tmp_path / "stock")
     model, info = AutoModelForCausalLM.from_pretrained(
@@ -79,6 +80,20 @@ def test_stock_gptq(name, tmp_path):
     torch.testing.assert_close(_logits(ours), logits, rtol=0, atol=1e-5)
     with pytest.raises(ConfigError, match=r"experts\.0\.\w+ is part of a mixture"):
         quantize_model(tmp_path / "dense", tmp_path / "g", format="gptq", **rounded)
+
+
+def test_experts_alone(tmp_path):
+    """Without the plugin transformers overlooks GraniteMoE's, and would fill in random ones."""
+    attention = {"modules_to_not_convert": ["self_attn"]}
+    grid = QALoRAQuantConfig(bits=4, group_size=16, **attention)
+    for name in ("granitemoe", "mixtral"):
+        mixture(name).save_pretrained(tmp_path / name)
+    mixed = AutoModelForCausalLM.from_pretrained(tmp_path / "mixtral", quantization_config=grid)
+    assert sum(isinstance(m, QuantLinear) for m in mixed.modules()) == 48
+    with pytest.raises(ConfigError, match="experts alone cannot be quantized"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "granitemoe", quantization_config=grid)
+    with pytest.raises(ConfigError, match="experts alone cannot be quantized"):
+        quantize_model(tmp_path / "granitemoe", tmp_path / "q", method="rtn", **attention)
 
 
 def test_other_dispatch_is_refused(tmp_path):
