@@ -15,10 +15,12 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from ..distributed.sharding import in_one_process
 from ..errors import CheckpointError
 from ..files.names import CONFIG_FILE
+from ..files.schemas import ConfigFile, read_as
 from .names import LayerNames
 from .unfuse import unfuse_experts
 
 _DEPTHS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
+_DEEPEST = 4096  # layers of a model of which nothing else is known
 _LARGEST = 1 << 28  # of any size in a config; the longest contexts have 10^7 positions
 
 
@@ -77,9 +79,11 @@ def read_hf_config(directory: Path) -> Any:
     Raises:
         CheckpointError: transformers has no such model, or config.json contradicts its class.
     """
+    if (directory / CONFIG_FILE).is_file():
+        check_sizes(read_as(directory / CONFIG_FILE, ConfigFile), directory / CONFIG_FILE)
     try:
         return transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    except (KeyError, OSError, TypeError, ValueError) as error:
+    except Exception as error:  # of transformers' code, which trusts a config
         raise CheckpointError(
             f"{directory / CONFIG_FILE}: transformers cannot read it without running code that the "
             f"model brings, or it is damaged ({str(error).strip().partition(chr(10))[0]}). Use a "
@@ -127,7 +131,7 @@ def build_empty(
     Raises:
         CheckpointError: it has more layers than there are tensors, or transformers cannot build it.
     """
-    _check_sizes(config, len(names))
+    check_sizes(config, CONFIG_FILE, len(names))
     try:
         return empty_model(CONFIG_MAPPING[config["model_type"]].from_dict(config), class_name)
     except Exception as error:  # of transformers' code, which trusts a config
@@ -138,16 +142,24 @@ def build_empty(
         ) from error
 
 
-def _check_sizes(config: dict[str, Any], tensors: int) -> None:
-    """Refuse sizes that would take hours or all memory, before anything is built."""
+def check_sizes(config: dict[str, Any], where: str | Path, layers: int = _DEEPEST) -> None:
+    """Refuse sizes that would take hours or all memory, before anything is built.
+
+    Args:
+        config: config.json.
+        where: the file, for the message.
+        layers: the most that there can be, such as the number of tensors.
+
+    Raises:
+        CheckpointError: names the key.
+    """
     for key, value in config.items():
         if isinstance(value, dict) and key.endswith("_config"):
-            _check_sizes(value, tensors)
-        most = tensors if key in _DEPTHS else _LARGEST
+            check_sizes(value, where, layers)
+        most = layers if key in _DEPTHS else _LARGEST
         if isinstance(value, int) and abs(value) > most:
-            expected = f"at most {tensors}, one for each tensor," if key in _DEPTHS else "a size"
             raise CheckpointError(
-                f"{CONFIG_FILE}: {key}: expected {expected} found {value}. Restore the original "
+                f"{where}: {key}: expected at most {most}, found {value}. Restore the original "
                 "file."
             )
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from qalora_kernels import QuantSpec
 from qalora_kernels.stored import QUANT_METHOD, QUANTIZED_TENSORS, TensorPlan, layer_plan
 
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, ConfigError, QALoRAError
 from ..files.manifest import check_manifest
 from ..files.names import CONFIG_FILE
 from ..files.reader import CheckpointReader
@@ -210,7 +210,15 @@ def _open(path: Path, headers: bool) -> QuantizedCheckpoint:
     kind = find_kind(path)
     if kind.base is not None:
         module = kind.base.module(kind.base.headers if headers else "read")
-        foreign: QuantizedCheckpoint = module.open_checkpoint(path)
+        try:
+            foreign: QuantizedCheckpoint = module.open_checkpoint(path)
+        except (AttributeError, LookupError, OverflowError, TypeError, ValueError) as error:
+            if isinstance(error, QALoRAError):
+                raise
+            raise CheckpointError(
+                f"{path}: its config or its metadata hold values of other types than its format "
+                f"has ({type(error).__name__}: {error!s:.200}). Download or copy it again."
+            ) from error
         return foreign
     if kind.export is not None:
         raise CheckpointError(

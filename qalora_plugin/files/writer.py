@@ -30,6 +30,7 @@ Plan = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 MAX_SHARD_BYTES = 5 << 30
 DEFAULT_METADATA = {"format": "pt"}  # what transformers asks of a file
 _ALIGNMENT = 8
+_HASHING = 2  # threads beside the work: one hashes what is read, one what is written
 
 
 def bound_to(config: Mapping[str, Any]) -> dict[str, str]:
@@ -264,7 +265,7 @@ def write_weights(
     layers = _one_ahead(layer_tensors, list(dict.fromkeys(names)))
     layer: Mapping[str, torch.Tensor] = {}
     done = 0
-    with closing(layers):
+    with closing(layers), cores_left():
         for index, shard_plan in enumerate(writer.plans):
             with writer.shard(index) as shard:
                 for name in shard_plan:
@@ -278,6 +279,17 @@ def write_weights(
                     if progress is not None:
                         progress(done, len(plan))
     writer.finish()
+
+
+@contextmanager
+def cores_left() -> Iterator[None]:
+    """Leave cores to the threads that hash: torch's own all wait for one whose core is taken."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(1, before - _HASHING))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _one_ahead(

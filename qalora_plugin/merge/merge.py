@@ -10,17 +10,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from ..checkpoint.source import sealed_base
 from ..files.atomic import AtomicDirectory
 from ..files.json import read_json, write_json
 from ..files.names import CONFIG_FILE
-from ..files.writer import bound_to, write_weights
+from ..files.writer import bound_to, cores_left, write_weights
 from .inherit import inherit
 from .plan import start_plan
-
-_HASHING = 2  # threads beside the merge: one hashes what is read, one what is written
 
 
 @dataclass(frozen=True)
@@ -68,9 +64,10 @@ def merge_adapter(
         CheckpointError: the base is damaged or not quantized.
     """
     target = AtomicDirectory(out)  # checks it before the long reading
-    plan, hashes = start_plan(adapter, base, convention)
+    with cores_left():
+        plan, hashes = start_plan(adapter, base, convention)
     # in this order: an exception waits for the hashes, which may explain it
-    with target as partial, _joined(hashes), _cores_left(_HASHING):
+    with target as partial, _joined(hashes):
         inherit(plan.base, plan.adapter.directory, partial)
         quantization = plan.config["quantization_config"] | {"base": sealed_base(plan.base)}
         write_json(partial / CONFIG_FILE, plan.config | {"quantization_config": quantization})
@@ -89,17 +86,6 @@ def merge_adapter(
         write_json(partial / CONFIG_FILE, config)
     replaced = sorted(plan.dense.from_adapter)
     return MergeResult(target.target, len(plan.layers), plan.convention, replaced)
-
-
-@contextmanager
-def _cores_left(cores: int) -> Iterator[None]:
-    """Leave cores to other threads: torch's own all wait for one whose core is taken."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(max(1, before - cores))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @contextmanager

@@ -7,6 +7,8 @@ from peft import PeftModel
 
 from qalora_kernels.stored import GUARD_BYTES
 
+from ..errors import ConfigError, QALoRAError
+from ..files.names import CONFIG_FILE
 from ..layers.linear import QuantLinear
 from .settings import PlanSettings
 from .shapes import (
@@ -90,9 +92,19 @@ def plan(shape: ModelShape, settings: PlanSettings) -> dict[str, MethodPlan]:
         {"qalora": ..., "lora": ..., "qlora": ...}
 
     Raises:
-        ConfigError: see `shapes.build_model` and `simulate.simulate`.
+        ConfigError: see `shapes.build_model` and `simulate.simulate`; or the sizes in config.json
+            contradict each other.
     """
-    return {method: plan_method(method, shape, settings) for method in METHODS}
+    try:
+        return {method: plan_method(method, shape, settings) for method in METHODS}
+    except QALoRAError:
+        raise
+    except Exception as error:  # of transformers' code, which trusts a config
+        what = (str(error).splitlines() or [""])[0]
+        raise ConfigError(
+            f"{CONFIG_FILE}: a model of these sizes cannot run a step ({type(error).__name__}: "
+            f"{what:.200}). Restore the original file"
+        ) from error
 
 
 def plan_method(method: str, shape: ModelShape, settings: PlanSettings) -> MethodPlan:

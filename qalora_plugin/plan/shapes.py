@@ -17,6 +17,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from qalora_kernels.stored import QUANT_METHOD
 
 from ..architecture.experts import Experts, find_experts
+from ..architecture.model import check_sizes
 from ..architecture.selection import check_group_sizes, linears_in_blocks, linears_to_quantize
 from ..architecture.unfuse import unfuse_all
 from ..checkpoint.checkpoint import open_quantized
@@ -26,6 +27,7 @@ from ..checkpoint.kind import find_kind
 from ..errors import CheckpointError, ConfigError
 from ..files.json import read_json
 from ..files.names import ADAPTER_CONFIG_FILE, CONFIG_FILE
+from ..files.schemas import ConfigFile, read_as
 from ..layers.linear import QuantLinear
 from ..tuner.config import QALoRAConfig
 from .settings import PlanSettings
@@ -78,6 +80,9 @@ def load_shape(
     directory = Path(name_or_path)
     if directory.is_dir() and not (directory / CONFIG_FILE).exists():
         raise CheckpointError(_no_config(directory))
+    if directory.is_dir():
+        path = directory / CONFIG_FILE
+        check_sizes(read_as(path, ConfigFile), path)
     try:
         config = transformers.AutoConfig.from_pretrained(
             name_or_path, revision=revision, trust_remote_code=trust_remote_code
@@ -88,8 +93,9 @@ def load_shape(
             f"{str(error).splitlines()[0]} Check the name, or log in with `hf auth login` if the "
             "repository is private"
         ) from error
-    except ValueError as error:
-        raise ConfigError(f"{name_or_path}: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # of transformers' code, which trusts a config
+        what = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"{name_or_path}: {what}") from error
     stored = getattr(config, "quantization_config", None)
     base = _base_grid(stored, settings, str(name_or_path))
     if stored is not None:

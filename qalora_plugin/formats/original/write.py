@@ -14,6 +14,7 @@ from ...files.hub import locate
 from ...files.json import read_json
 from ...files.manifest import checked_beside
 from ...files.names import GENERATION_CONFIG_FILE
+from ...files.writer import cores_left
 from ..export import ExportResult, Progress, is_file_name
 
 
@@ -51,7 +52,8 @@ def export(
             f"{original.directory}: expected the base in format {format.name!r}, found one in "
             f"format {original.format!r}. Name the right one with --original."
         )
-    with checked_beside(original.directory, lambda _: check_source(record, original)):
+    hashed = checked_beside(original.directory, lambda _: check_source(record, original))
+    with hashed, cores_left():
         write_back = format.module("write_back").write_back
         result: ExportResult = write_back(original, merged, path, progress)
     return replace(result, exactness=result.exactness + _kept(original, merged.directory))
