@@ -1,5 +1,6 @@
 """Without the plugin, transformers must refuse our checkpoints: never a model of random layers."""
 
+import itertools
 import shutil
 from pathlib import Path
 
@@ -41,8 +42,13 @@ def quantized(tmp_path_factory):
     return paths
 
 
-@pytest.mark.parametrize("environment", ["bare", "newest"])
-@pytest.mark.parametrize("name", [*CLASSES, *MIXTURES])
+@pytest.mark.parametrize(
+    ("environment", "name"),
+    [
+        *itertools.product(["bare", "newest"], CLASSES),
+        *zip(["bare", "newest"], MIXTURES, strict=True),
+    ],
+)
 def test_stock_transformers_refuses(
     environment,
     name,

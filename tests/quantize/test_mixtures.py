@@ -18,7 +18,7 @@ def _windows(samples):
     return torch.randint(0, 64, (samples, 16), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("name", LINEARS)
+@pytest.mark.parametrize("name", ["qwen3_moe", "granitemoe", "deepseek_v3"])
 def test_calibrated_experts(name, tmp_path):
     mixture(name).save_pretrained(tmp_path / "dense")
     found = quantize_model(tmp_path / "dense", tmp_path / "q", calibration=_windows(9), **GRID)
