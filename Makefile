@@ -24,9 +24,10 @@ test: $(VENV)/.installed-dev
 integration: $(VENV)/.installed-dev $(VENV)/.installed-smollm2
 	@$(BIN)/pytest integration -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
-# 200 faults of each kind (kills, full disks, flipped bits), and many writers; about an hour.
+# 200 faults of each kind (kills, full disks, flipped bits), many writers, 20,000 damaged headers and configs;
+# hours. QALORA_FAULTS=20 makes a tenth, QALORA_SEED=1 others.
 faults: $(VENV)/.installed-dev
-	@QALORA_FAULTS=200 $(BIN)/pytest integration/faults -s $(ARGS)
+	@QALORA_FAULTS=$${QALORA_FAULTS:-200} $(BIN)/pytest integration/faults $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	@$(BIN)/ruff check .

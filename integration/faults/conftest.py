@@ -1,35 +1,40 @@
-"""A base, an adapter and a merged model; actions on them in forked processes that may be killed."""
+"""A base, an adapter and a merged model, and everything that writes something of them."""
 
-import multiprocessing
 import os
 import random
-import shutil
-import time
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
+from datasets import Dataset
 from support.random_adapter import random_adapter
+from support.training import TRAINING
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import SFTConfig, SFTTrainer
 
-from qalora_plugin import merge_adapter, quantize_model
+from qalora_plugin import MergeCallback, QALoRAConfig, merge_adapter, quantize_model
 from qalora_plugin.checkpoint.checkpoint import open_quantized
-from qalora_plugin.errors import QALoRAError
 from qalora_plugin.formats.export import export_model
 from qalora_plugin.quickstart.embedded import base_model_path
 
-TIMES = int(os.environ.get("QALORA_FAULTS", "6"))  # of each fault; `make faults` sets 200
-FORK = multiprocessing.get_context("fork")  # at once: nothing is imported again
-EXPORTS = ("torchao", "mlx", "gguf", "lora")
+FULL = "QALORA_FAULTS" in os.environ  # `make faults` sets 200
+TIMES = int(os.environ.get("QALORA_FAULTS", "3"))  # of each fault
+EXPORTS = ("torchao", "mlx", "gguf", "lora", "gptq", "compressed-tensors")
+NAMES = ("quantize", "merge", "hook", *EXPORTS)
+STOCK = Path(__file__).parents[2] / "tests" / "fixtures" / "gptq_4bit_g32_asym"
 
 
 class Models(NamedTuple):
-    """Directories of a 16-bit model, its quantized base, an adapter for it, and both merged."""
+    """Directories of a 16-bit model, its quantized base, an adapter for it, and both merged; a
+    stock GPTQ base with an adapter of its scales merged into it."""
 
     dense: Path
     base: Path
     adapter: Path
     merged: Path
+    stock: Path
 
 
 @pytest.fixture(scope="session")
@@ -37,81 +42,85 @@ def models(tmp_path_factory):
     """Small models on disk."""
     torch.set_num_threads(1)  # forked processes have no other threads
     folder = tmp_path_factory.mktemp("models")
-    found = Models(base_model_path(), *(folder / name for name in ("base", "adapter", "merged")))
+    names = ("base", "adapter", "merged", "stock")
+    found = Models(base_model_path(), *(folder / name for name in names))
     quantize_model(found.dense, found.base, method="rtn", progress=False)
     random_adapter(open_quantized(found.base), found.adapter)
     merge_adapter(found.adapter, found.merged, found.base)
+    scales = random_adapter(open_quantized(STOCK), folder / "scales", "scales")
+    merge_adapter(scales, found.stock, STOCK)
     return found
 
 
-def actions(models, out):
-    """What writes something, by name: (function, target)."""
-    found = {
-        "quantize": (
-            lambda: quantize_model(models.dense, out / "q", method="rtn", progress=False),
-            out / "q",
-        ),
-        "merge": (lambda: merge_adapter(models.adapter, out / "m", models.base), out / "m"),
-    }
-    for name in EXPORTS:
-        source = models.adapter if name == "lora" else models.merged
-        target = out / ("x.gguf" if name == "gguf" else f"x-{name}")
-        options = {"base": models.base} if name == "lora" else {}
-        found[name] = (
-            lambda source=source, target=target, name=name, options=options: export_model(
-                source, target, name, **options
-            ),
-            target,
-        )
-    return found
+@pytest.fixture(scope="session")
+def trainer(models, tmp_path_factory):
+    """An SFTTrainer that has trained the base for a step."""
+    trainer = SFTTrainer(
+        AutoModelForCausalLM.from_pretrained(models.base),
+        args=SFTConfig(**TRAINING | {"max_steps": 1}, output_dir=tmp_path_factory.mktemp("run")),
+        train_dataset=Dataset.from_dict({"text": ["one two three"] * 4}),
+        processing_class=AutoTokenizer.from_pretrained(models.base),
+        peft_config=QALoRAConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"),
+    )
+    trainer.train()
+    return trainer
 
 
-def content(path):
-    """The bytes of a file, or of all files of a directory, by name."""
-    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
-    return {str(file.relative_to(path.parent)): file.read_bytes() for file in files}
+def _export(models, out, name):
+    source = models.adapter if name == "lora" else models.merged
+    if name in ("gptq", "compressed-tensors"):  # which hold integer zero-points
+        source = models.stock
+    target = out / ("x.gguf" if name == "gguf" else f"x-{name}")
+    options = {"base": models.base} if name == "lora" else {}
+    return lambda: export_model(source, target, name, **options), target
 
 
-def remove(path):
-    """Remove a file or a directory, if it is there."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    path.unlink(missing_ok=True)
+def _hook(trainer, out):
+    def end():
+        hook = MergeCallback(out / "h", report=False)
+        for event in (hook.on_train_begin, hook.on_train_end):
+            event(
+                trainer.args,
+                trainer.state,
+                trainer.control,
+                model=trainer.model,
+                processing_class=trainer.processing_class,
+            )
+
+    return end, out / "h"
 
 
-def _child(act, prepare, results):
-    prepare()
-    try:
-        act()
-        results.put("done")
-    except QALoRAError as error:
-        results.put(f"{type(error).__name__}: {error}")
-    except BaseException as error:  # what a user would see as a traceback
-        results.put(f"RAW {type(error).__name__}: {error}")
+@pytest.fixture(scope="session")
+def action_of(models, request):
+    """`action_of(name, out)`: what writes something below `out`, and where: (function, target)."""
 
+    def find(name, out):
+        if name == "quantize":
+            target = out / "q"
+            return lambda: quantize_model(
+                models.dense, target, method="rtn", progress=False
+            ), target
+        if name == "merge":
+            return lambda: merge_adapter(models.adapter, out / "m", models.base), out / "m"
+        if name == "hook":
+            return _hook(request.getfixturevalue("trainer"), out)
+        return _export(models, out, name)
 
-def in_child(act, prepare=lambda: None):
-    """Run an action in a process of its own; return "done", our error, or "RAW ..."."""
-    results = FORK.Queue()
-    process = FORK.Process(target=_child, args=(act, prepare, results), daemon=True)
-    process.start()
-    found = results.get(timeout=120)
-    process.join()
-    return found
-
-
-def killed_after(act, seconds):
-    """Run an action in a process of its own, and kill it; say whether it had ended by then."""
-    process = FORK.Process(target=act, daemon=True)
-    process.start()
-    time.sleep(seconds)
-    ended = process.exitcode is not None
-    process.kill()
-    process.join()
-    return ended
+    return find
 
 
 @pytest.fixture
 def draw():
     """A random generator whose draws are the same in every run."""
-    return random.Random(0)
+    return random.Random(int(os.environ.get("QALORA_SEED", "0")))
+
+
+@pytest.fixture
+def show(capfd):
+    """`show(text)`: print a count past pytest's capturing, so that every run says what it did."""
+
+    def write(text):
+        with capfd.disabled():
+            print(f"\n{text}", file=sys.stderr)
+
+    return write
