@@ -15,8 +15,9 @@ import time
 from pathlib import Path
 
 import torch
+from models import write_adapter
+from peak import peak_of
 from peft import LoraConfig, get_peft_model
-from test_streaming import peak_of, write_adapter
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from qalora_plugin import QALoRAConfig

@@ -3,14 +3,13 @@
 import json
 import os
 import shutil
-import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
 from .models import write_adapter
+from .peak import peak_of
 
 QUANTIZE_LIMIT = 2.5e9
 MERGE_LIMIT = 1.0e9
@@ -23,25 +22,6 @@ ids = torch.randint(0, 32000, (4, 256), generator=torch.Generator().manual_seed(
 quantize_model(sys.argv[1], sys.argv[2], bits=4, group_size=32, calibration=ids, samples=4,
                seq_len=256)
 """
-
-
-def peak_of(step, *arguments):
-    """Run Python, print how long it took, and return its peak of resident bytes.
-
-    The peak is read while it runs: what `wait4` says of a child is no less than what this process
-    had when it started the child.
-    """
-    started, peak = time.monotonic(), 0
-    process = subprocess.Popen([sys.executable, *map(str, arguments)])
-    while process.poll() is None:
-        status = Path(f"/proc/{process.pid}/status").read_text()
-        found = [line for line in status.splitlines() if line.startswith("VmHWM")]
-        peak = int(found[0].split()[1]) * 1024 if found else peak  # a zombie has none
-        time.sleep(0.02)
-    seconds = round(time.monotonic() - started, 1)
-    print(json.dumps({"step": step, "peak_gb": peak / 1e9, "seconds": seconds}))
-    assert process.returncode == 0
-    return peak
 
 
 @pytest.mark.slow
