@@ -42,16 +42,20 @@ def test_quickstart_through_the_command_line(axolotl, work):
     assert axolotl.verify(out)["layers"] == 28
 
 
-def test_lm_eval_stops_on_the_adapter(axolotl, work, driven):
-    """`axolotl lm-eval` loads output_dir in a process without this package: never half a model."""
+def test_lm_eval_takes_an_export_and_stops_on_the_rest(axolotl, work, driven):
+    """`axolotl lm-eval` loads its model in a process without this package: never half a model."""
     script = (
         "import sys; from transformers import AutoModelForCausalLM as M\n"
-        "try: M.from_pretrained(sys.argv[1])\n"
-        "except Exception as error: print('stopped', type(error).__name__)\n"
-        "else: print('loaded')"
+        "for path in sys.argv[1:]:\n"
+        "    try: M.from_pretrained(path)\n"
+        "    except Exception as error: print('stopped', type(error).__name__)\n"
+        "    else: print('loaded')"
     )
-    for directory in (work / "packed", work / "packed" / "merged"):
-        assert "stopped" in axolotl.run("plain", axolotl.python, "-c", script, directory)
+    out = work / "packed"
+    folders = (out, out / "merged", out / "merged-torchao")
+    printed = axolotl.run("plain", axolotl.python, "-c", script, *folders)
+    said = [line.split()[0] for line in printed.splitlines() if line[:7] in ("stopped", "loaded")]
+    assert said == ["stopped", "stopped", "loaded"]
 
 
 def test_preprocess_and_two_bits(driven):

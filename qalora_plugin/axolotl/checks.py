@@ -7,10 +7,6 @@ from ..errors import ConfigError
 
 ADAPTER = "qalora"
 
-LM_EVAL = (
-    'python -c "import qalora_plugin; from lm_eval.__main__ import cli_evaluate; cli_evaluate()" '
-    "--model hf --model_args pretrained=OUTPUT_DIR/merged --tasks TASK"
-)
 _QUANTIZED = "the base is quantized by `qalora:` (bits, group_size), or is a quantized directory"
 _KERNELS = "Axolotl's LoRA kernels read dense weights"
 _RELORA = "ReLoRA merges into 16-bit weights while training"
@@ -54,8 +50,10 @@ _RULES: tuple[tuple[Callable[[Config], Any], str], ...] = (
     (
         lambda cfg: cfg.get("lm_eval_tasks") and cfg.get("lm_eval_post_train") is not False,
         "does not go with lm_eval_post_train: it runs `lm_eval` on output_dir, which is the "
-        "adapter, in a process that does not know this package. Set lm_eval_post_train: false and "
-        f"afterwards run {LM_EVAL}",
+        "adapter, in a process that does not know this package, as `axolotl lm-eval` does. Set "
+        "lm_eval_post_train: false and afterwards run `qalora eval OUTPUT_DIR/merged --tasks "
+        "TASK`; `axolotl lm-eval` takes what qalora: {{merge_formats: [qalora, torchao]}} writes, "
+        "named by lm_eval_model: OUTPUT_DIR/merged-torchao",
     ),
     (
         # Axolotl hands these trainers a PEFT config, no adapter
