@@ -66,20 +66,16 @@ def finite_bytes(data: "memoryview | bytes", dtype_name: str) -> bool:
 
 
 def in_pieces(tensors: "Iterable[torch.Tensor]") -> Iterator[memoryview]:
-    """Yield the bytes of tensors, one after the other, in pieces as `CheckpointReader.chunks` does.
+    """Yield the bytes of tensors, one after the other, in pieces that a core's cache holds.
 
     It serves readers of formats whose tensors are computed, some rows at a time.
     """
     import torch
 
-    left = bytearray()
     for tensor in tensors:
-        left += memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-        while len(left) >= COPY_BYTES:
-            yield memoryview(left[:COPY_BYTES])
-            del left[:COPY_BYTES]
-    if left:
-        yield memoryview(left)
+        view = memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+        for start in range(0, len(view), COPY_BYTES):
+            yield view[start : start + COPY_BYTES]
 
 
 class CheckpointReader:

@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -27,6 +27,7 @@ from .safetensors import DTYPES, LENGTH_BYTES, TensorInfo, dtype_code, tensor_nb
 Plan = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 """dtype and shape of every tensor of a shard, by name."""
 
+_Made = TypeVar("_Made")
 MAX_SHARD_BYTES = 5 << 30
 DEFAULT_METADATA = {"format": "pt"}  # what transformers asks of a file
 _ALIGNMENT = 8
@@ -262,7 +263,7 @@ def write_weights(
     """
     writer = CheckpointWriter(directory, split_plan(plan), metadata)
     names = (name.rpartition(".")[0] for name in plan if name not in copies)
-    layers = _one_ahead(layer_tensors, list(dict.fromkeys(names)))
+    layers = one_ahead(layer_tensors, list(dict.fromkeys(names)))
     layer: Mapping[str, torch.Tensor] = {}
     done = 0
     with closing(layers), cores_left():
@@ -292,12 +293,10 @@ def cores_left() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _one_ahead(
-    make: Callable[[str], Mapping[str, torch.Tensor]], names: Sequence[str]
-) -> Generator[Mapping[str, torch.Tensor]]:
+def one_ahead(make: Callable[[str], _Made], names: Sequence[str]) -> Generator[_Made]:
     """Yield what is made of each name, in order; a thread makes the next one meanwhile."""
     with ThreadPoolExecutor(1) as pool:
-        coming: Future[Mapping[str, torch.Tensor]] | None = None
+        coming: Future[_Made] | None = None
         for name in names:
             made, coming = coming, pool.submit(make, name)
             if made is not None:

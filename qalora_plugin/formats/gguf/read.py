@@ -127,7 +127,7 @@ class GGUFReader(GGUFHeaders):
         return torch.cat([piece.reshape(-1) for piece in self._pieces(name)]).reshape(info.shape)
 
     def chunks(self, name: str) -> Iterator[memoryview]:
-        """Yield the bytes of a dense tensor, in pieces as those of any other file are."""
+        """Yield the bytes of a dense tensor, in pieces."""
         yield from in_pieces(self._pieces(name))
 
 

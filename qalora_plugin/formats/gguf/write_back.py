@@ -8,6 +8,7 @@ every other tensor as it was.
 
 import struct
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -21,6 +22,7 @@ from ...checkpoint.checkpoint import QuantizedCheckpoint
 from ...errors import CheckpointError
 from ...files.atomic import atomic_file, cannot_write, check_target
 from ...files.reader import COPY_BYTES
+from ...files.writer import one_ahead
 from ..export import ExportResult, Progress
 from ..write_back import changed_layer, check_same_model
 from . import FORMAT
@@ -144,11 +146,12 @@ def _patch_copy(
 ) -> None:
     """Write the source's bytes with new ones where layers have changed, each once and in order."""
     places = {name: base.reader.place(f"{name}.weight") for name in base.layers}
+    names = sorted(places, key=places.__getitem__)
+    changes = one_ahead(lambda name: _change(base, merged, name), names)
     done = 0  # bytes
     try:
-        with base.directory.open("rb") as old, partial.open("wb") as new:
-            for count, name in enumerate(sorted(places, key=places.__getitem__), start=1):
-                change = _change(base, merged, name)
+        with base.directory.open("rb") as old, partial.open("wb") as new, closing(changes):
+            for count, (name, change) in enumerate(zip(names, changes, strict=True), start=1):
                 if change.scales_changed.any() or change.minima_changed.any():
                     start, (rows, width) = places[name]
                     _copy(old, new, done, start)
