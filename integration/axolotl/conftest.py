@@ -1,5 +1,6 @@
 """Runs of the real Axolotl, shared by the tests of this folder."""
 
+import itertools
 import json
 import os
 import random
@@ -123,7 +124,27 @@ def killed(axolotl, work, small):
 
 
 @pytest.fixture(scope="session")
-def driven(axolotl, work, small, killed):
+def even(work):
+    """Settings of a run on rows of as many tokens each: Axolotl takes the mean of the ranks' means,
+    and one rank that of all tokens."""
+    colours = itertools.permutations((" red", " green", " blue", " black"))
+    rows = [{"prompt": "colours:", "completion": "".join(order)} for order in colours]
+    path = work / "even.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    kind = {"field_instruction": "prompt", "field_output": "completion", "format": "{instruction}"}
+    settings = {
+        "datasets": [{"path": str(path), "ds_type": "json", "type": kind}],
+        "val_set_size": 0,
+        "micro_batch_size": 4,
+        "learning_rate": 0.01,
+        "qalora": {"quantize_method": "rtn", "quantized_model_dir": str(work / "even_bases")},
+    }
+    (work / "even.json").write_text(json.dumps(settings))
+    return settings
+
+
+@pytest.fixture(scope="session")
+def driven(axolotl, work, small, killed, even):
     """What each step of drive.py left."""
     text = axolotl.run("driven", axolotl.python, HERE / "drive.py", small, STOCK, work)
     return json.loads(text.strip().splitlines()[-1])

@@ -161,6 +161,11 @@ def dpo(driver):
     )
 
 
+def one_rank(driver):
+    """What two ranks of FSDP2 have to reach."""
+    return driver.train("one_rank", **json.loads((driver.work / "even.json").read_text()))
+
+
 def resumed(driver):
     """The run of `killed` in this directory goes on, from its newest complete checkpoint."""
     out = driver.work / "killed"
@@ -197,7 +202,9 @@ def refused(driver):
     return found
 
 
-STEPS = {step.__name__: step for step in (refused, bits2, packed, stock, mlx, dpo, resumed)}
+STEPS = {
+    step.__name__: step for step in (refused, bits2, packed, stock, mlx, dpo, one_rank, resumed)
+}
 
 
 def main():

@@ -144,7 +144,7 @@ def test_our_figures_are_logged(driven):
         ("qalora.merge_formats", "Set adapt: scales"),
         ("qalora.zero_points", "set zero_points: integer"),
         ("load_in_4bit", "remove it"),
-        ("fsdp", "zero2.json"),
+        ("fsdp", "fsdp_version: 2"),
         ("peft_use_dora", "remove it"),
         ("lora_qkv_kernel", "remove it"),
         ("adapter", "adapter: qalora"),
@@ -172,6 +172,29 @@ def test_two_ranks(axolotl, work, small, deepspeed):
     assert state["log_history"][-1]["qalora/offset_change"] > 0
     assert state["epoch"] > 0.15  # of 43 rows, two steps of two rows on each of two ranks
     axolotl.verify(out)
+
+
+def test_fsdp2_reaches_the_adapter_of_one_rank(axolotl, work, small, even, driven):
+    out = work / "ranks" / "fsdp2"
+    sharding = {
+        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "state_dict_type": "SHARDED_STATE_DICT",
+        "reshard_after_forward": True,
+        "cpu_ram_efficient_loading": False,
+    }
+    settings = even | {"output_dir": str(out), "micro_batch_size": 2}
+    settings |= {"fsdp_version": 2, "fsdp_config": sharding}
+    torchrun = [axolotl.python.parent / "torchrun", "--nproc_per_node", 2]
+    axolotl.run("fsdp2", *torchrun, HERE / "two_ranks.py", small, json.dumps(settings))
+    name = "adapter_model.safetensors"
+    one, two = (load_file(folder / name) for folder in (work / "one_rank", out))
+    assert one.keys() == two.keys()
+    difference = sum((one[key] - two[key]).square().sum() for key in one).sqrt()
+    assert difference < 1e-5 * sum(one[key].square().sum() for key in one).sqrt()
+    assert max(one[key].abs().max() for key in one if "qalora_B" in key) > 1e-3  # it was trained
+    state = json.loads((out / "checkpoint-3" / "trainer_state.json").read_text())
+    assert state["log_history"][-1]["qalora/offset_change"] > 0
+    assert axolotl.verify(out)["layers"] == 28
 
 
 def diff_lines(prefix):

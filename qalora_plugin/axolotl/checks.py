@@ -35,6 +35,19 @@ _REFUSED = {
     "quantize_moe_experts": f"{_QUANTIZED}; remove it",
 }
 Config = Mapping[str, Any]
+
+
+def _fsdp(cfg: Config, key: str) -> Any:
+    """Return a key of `fsdp_config`, where it may begin with fsdp_, as `fsdp_version` beside it."""
+    found = cfg.get("fsdp_config") or {}
+    alone = cfg.get("fsdp_version") if key == "version" else None
+    return found.get(key) or found.get(f"fsdp_{key}") or alone
+
+
+def _uses_fsdp(cfg: Config) -> bool:
+    return bool(cfg.get("fsdp") or cfg.get("fsdp_config"))
+
+
 # other contradictions, and the message, in which {key} is the value of a key
 _RULES: tuple[tuple[Callable[[Config], Any], str], ...] = (
     (
@@ -42,10 +55,25 @@ _RULES: tuple[tuple[Callable[[Config], Any], str], ...] = (
         "does not go with peft_autocast_adapter_dtype: False: A and B are fp32 always; remove it",
     ),
     (
-        lambda cfg: cfg.get("fsdp") or cfg.get("fsdp_config"),
-        "does not go with fsdp: Axolotl shards with FSDP code of its own, which is made for other "
-        "adapters. Use DDP (leave it out) or deepspeed: recipes/deepspeed/zero2.json or "
-        "zero3.json; in TRL, FSDP2 works (docs/multi_gpu.md)",
+        lambda cfg: _uses_fsdp(cfg) and str(_fsdp(cfg, "version")) != "2",
+        "does not go with the first FSDP, which flattens integers and adapter into one tensor: set "
+        "fsdp_version: 2 and an fsdp_config (docs/multi_gpu.md), or use deepspeed: "
+        "recipes/deepspeed/zero2.json or zero3.json",
+    ),
+    (
+        lambda cfg: _uses_fsdp(cfg) and _fsdp(cfg, "state_dict_type") != "SHARDED_STATE_DICT",
+        "with fsdp needs fsdp_config: {{state_dict_type: SHARDED_STATE_DICT}}: with another one "
+        "Accelerate fails at the first checkpoint",
+    ),
+    (
+        lambda cfg: _uses_fsdp(cfg) and _fsdp(cfg, "cpu_ram_efficient_loading"),
+        "with fsdp needs fsdp_config: {{cpu_ram_efficient_loading: false}}: otherwise Axolotl "
+        "leaves the buffers of a quantized model without numbers on all ranks but the first",
+    ),
+    (
+        lambda cfg: _uses_fsdp(cfg) and (cfg.get("lora_modules_to_save") or cfg.get("rl")),
+        "with fsdp does not go with lora_modules_to_save or rl: of those Axolotl saves only a part "
+        "there. Use deepspeed: recipes/deepspeed/zero2.json or zero3.json",
     ),
     (
         lambda cfg: cfg.get("lm_eval_tasks") and cfg.get("lm_eval_post_train") is not False,

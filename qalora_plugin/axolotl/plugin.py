@@ -4,6 +4,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from accelerate import accelerator
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from axolotl.integrations.base import AdapterCapabilities, BasePlugin
 from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import TrainerCallback
@@ -125,6 +127,9 @@ class QALoRAPlugin(BasePlugin):
                 "or base_model to a directory written by `qalora quantize`"
             )
         set_scale_rate(cfg)
+        if cfg.fsdp_config:
+            # as in TRL: Axolotl has put code of its own in its place, made for its own adapters
+            accelerator.fsdp2_prepare_model = fsdp2_prepare_model
 
     def load_adapter(
         self, model: Any, cfg: Any, inference: bool = False, config_only: bool = False

@@ -115,6 +115,35 @@ def test_switched_off_keys_are_no_contradiction():
     check_config({"adapter": "qalora", "lm_eval_tasks": ["x"], "lm_eval_post_train": False})
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"fsdp_version": 1}, "set fsdp_version: 2"),
+        ({"fsdp_config": {"state_dict_type": "FULL_STATE_DICT"}}, "{state_dict_type: SHARDED_"),
+        ({"fsdp_config": {"reshard_after_forward": True}}, "{state_dict_type: SHARDED_"),
+        (
+            {
+                "fsdp_config": {
+                    "state_dict_type": "SHARDED_STATE_DICT",
+                    "fsdp_cpu_ram_efficient_loading": True,
+                }
+            },
+            "{cpu_ram_efficient_loading: false}",
+        ),
+        ({"rl": "dpo"}, "lora_modules_to_save or rl"),
+        ({"lora_modules_to_save": ["lm_head"]}, "lora_modules_to_save or rl"),
+    ],
+)
+def test_fsdp_is_the_second_one(changes, message):
+    cfg = {"adapter": "qalora", "fsdp_version": 2}
+    cfg |= {"fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"}}
+    check_config(cfg)
+    inside = {"fsdp_version": 2, "fsdp_state_dict_type": "SHARDED_STATE_DICT"}
+    check_config({"adapter": "qalora", "fsdp_config": inside})
+    with pytest.raises(ConfigError, match=message):
+        check_config(cfg | changes)
+
+
 def test_the_block_needs_the_adapter():
     with pytest.raises(ConfigError, match="adapter: qalora"):
         check_config({"adapter": "lora", "qalora": {"bits": 4}})
