@@ -23,12 +23,18 @@ _Names = list[str] | str | None
 _SHOWN = 80  # characters of a value in a message
 
 
+class AnyQuantization(TypedDict, total=False):
+    """`quantization_config` of a model that anybody quantized."""
+
+    quant_method: str | None
+
+
 class ConfigFile(TypedDict, total=False):
     """config.json of a model."""
 
     architectures: list[str] | None
     model_type: str
-    quantization_config: Object | None
+    quantization_config: AnyQuantization | None
     text_config: Object | None
     tie_word_embeddings: bool | None
     vocab_size: Count | None

@@ -61,6 +61,11 @@ def test_what_transformers_writes_is_read(tmp_path):
 
 WRONG_TYPES = [
     (ConfigFile, {"quantization_config": [1]}, "quantization_config"),
+    (
+        ConfigFile,
+        {"quantization_config": {"quant_method": ["gptq"]}},
+        "quantization_config.quant_method",
+    ),
     (ConfigFile, {"architectures": "LlamaForCausalLM"}, "architectures"),
     (ConfigFile, {"vocab_size": "64"}, "vocab_size"),
     (ConfigFile, {"vocab_size": 10**20}, "vocab_size"),

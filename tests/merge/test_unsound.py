@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from qalora_plugin import QALoRAQuantConfig, merge_adapter, quantize_model
 from qalora_plugin.checkpoint.describe import describe
+from qalora_plugin.cli import main as cli
 from qalora_plugin.errors import CheckpointError, QALoRAError
 from qalora_plugin.formats.export import export_model
 
@@ -96,3 +98,27 @@ def test_sizes_in_config_that_are_not_the_tensors(
     with pytest.raises(CheckpointError, match="expected shape"):
         export_model(directory, tmp_path / "out", "torchao")
     assert not describe(directory)["valid"] and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_hidden_layers": 10**9},
+        {"head_dim": 2**40},
+        {"mlp_bias": "no"},
+        {"hidden_size": -64},
+        {"num_attention_heads": 0},
+    ],
+)
+def test_sizes_and_types_that_no_model_can_have(
+    settings, base_dir, changed, make_adapter, tmp_path, capsys
+):
+    directory = changed(base_dir, lambda state: None)
+    adapter = make_adapter(directory)
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    started = time.process_time()
+    with pytest.raises(QALoRAError, match=r"config\.json"):
+        merge_adapter(adapter, tmp_path / "out")
+    assert cli(["plan", str(directory)]) == cli(["inspect", str(directory)]) == 1
+    assert time.process_time() - started < 10 and not (tmp_path / "out").exists()
