@@ -3,6 +3,7 @@
 `mutated(content, name, draw)` returns the same for the same generator, so a case is its seed.
 """
 
+import copy
 import json
 import struct
 
@@ -86,13 +87,13 @@ def _changed(value, draw, new=None):
         del container[key]
     elif how == "move":
         other, place = draw.choice(places)
-        container[key] = other[place]
+        container[key] = copy.deepcopy(other[place])  # which may hold the container
     elif how == "copy" and isinstance(container, dict):
         container[f"{key}x"] = old
     elif how == "wrap":
         container[key] = draw.choice([[old], {"x": old}, [old, old], str(old)])
     else:
-        container[key] = draw.choice(HOSTILE)
+        container[key] = copy.deepcopy(draw.choice(HOSTILE))
     return value
 
 
