@@ -29,8 +29,6 @@ from qalora_plugin import export_model, merge_adapter  # noqa: E402
 from qalora_plugin.checkpoint.convert import import_model  # noqa: E402
 from qalora_plugin.files import manifest  # noqa: E402
 
-BUFFER = 16 << 20
-
 
 def seconds(action):
     """Return wall and CPU seconds of a call in which no file's hash is known."""
@@ -49,10 +47,9 @@ def copy(source, target):
         target.mkdir()
         pairs = [(path, target / path.name) for path in source.iterdir()]
     for path, new in pairs:
-        with path.open("rb") as reading, new.open("wb") as writing:
-            shutil.copyfileobj(reading, writing, BUFFER)
-            writing.flush()
-            os.fsync(writing.fileno())
+        shutil.copyfile(path, new)  # in the kernel: the fastest way
+        with new.open("rb") as file:
+            os.fsync(file.fileno())
 
 
 def remove(path):
@@ -106,7 +103,7 @@ def measure(steps, out, repetitions):
             rows[-1][name] = seconds(action)
             if out.exists():
                 remove(out)
-        print(json.dumps({"load": round(os.getloadavg()[0], 1), **rows[-1]}), flush=True)
+        print(json.dumps({"busy": round(os.getloadavg()[0], 1), **rows[-1]}), flush=True)
     against = {name: "load unchecked" if name == "load" else next(iter(steps)) for name in steps}
     for name in steps:
         if name not in (against[name], "load unchecked"):
