@@ -2,12 +2,13 @@
 
     python recipes/study/language_report.py [--rows FILE]
 
+report.py writes them into README and docs.
+
 One table a task: the test loss of answers in nats a token, and for commonsense the macro accuracy,
 as mean and standard deviation over the seeds at each method's best rate.
 """
 
 import argparse
-import statistics
 from pathlib import Path
 
 import language_study as study
@@ -42,22 +43,25 @@ def finals(rows: list[Row], task: str, method: str, setting: study.Setting) -> l
 
 
 def table(rows: list[Row], task: str) -> str:
-    """Return the table of one task."""
-    settings = ((16, None), *study.SETTINGS)
+    """Return the table of one task: a line a method and a column a setting that have rows."""
+    methods = ("base", *METHODS)
+    cells = {
+        (method, setting): finals(rows, task, method, setting)
+        for method in methods
+        for setting in ((16, None), *study.SETTINGS)
+    }
+    settings = dict.fromkeys(setting for (_, setting), found in cells.items() if found)
     lines = []
-    for method in ("base", *METHODS):
-        cells = [finals(rows, task, method, setting) for setting in settings]
-        done = [row for cell in cells for row in cell]
-        if not done:
-            continue
-        trained = method != "base"
-        facts = ["", "", ""]
-        if trained:
-            seconds = statistics.median(row["step_seconds"] for row in done)
-            facts = [f"{done[0]['parameters']:,}", f"{done[0]['lr']:g}", f"{seconds:.1f}"]
-        lines.append([NAMES[method], *facts, *(_figures(cell) for cell in cells)])
+    for method in methods:
+        done = [row for setting in settings for row in cells[method, setting]]
+        if done:
+            facts = ["", ""]
+            if method != "base":
+                facts = [f"{done[0]['parameters']:,}", f"{done[0]['lr']:g}"]
+            figures = (_figures(cells[method, setting]) for setting in settings)
+            lines.append([NAMES[method], *facts, *figures])
     widths = ("16 bits" if g is None else f"{b} bits, g={g}" for b, g in settings)
-    return markdown(["", "trained parameters", "rate", "seconds a step", *widths], lines)
+    return markdown(["", "trained parameters", "rate", *widths], lines)
 
 
 def _figures(rows: list[Row]) -> str:
@@ -68,11 +72,16 @@ def _figures(rows: list[Row]) -> str:
     return text
 
 
+def study_rows(path: Path = study.ROWS) -> list[Row]:
+    """Return the rows of the study itself, without those of its slice."""
+    return study.of_sizes(read_rows(path), study.tasks.Sizes())
+
+
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=Path, default=study.ROWS)
-    rows = study.of_sizes(read_rows(parser.parse_args().rows), study.tasks.Sizes())
+    rows = study_rows(parser.parse_args().rows)
     for task in study.TASKS:
         print(f"{task}\n\n{table(rows, task)}\n")
 

@@ -13,6 +13,7 @@ from operator import itemgetter
 from pathlib import Path
 
 import compare_modes
+import language_report
 import plan
 import quantizer_table
 import sweep_scales
@@ -100,8 +101,10 @@ def tables() -> dict[str, dict[str, str]]:
     """Return the tables of each document, by name."""
     quantizers = read_rows(RESULTS / "quantizers.jsonl")
     offsets_at = read_rows(RESULTS / "offsets_at.jsonl")
+    language = language_report.table(language_report.study_rows(), "gsm8k")
     return {
-        "README.md": {"comparison": comparison(read_rows(compare_modes.ROWS))},
+        "README.md": {"language": language},
+        "docs/choosing.md": {"language": language},
         "docs/quantizers.md": {
             "summary": quantizer_table.summary(quantizers),
             "quantizers": quantizer_table.table(quantizers),

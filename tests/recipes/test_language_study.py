@@ -138,12 +138,12 @@ def test_the_table_takes_each_methods_best_rate(report):
                 "validation_loss": lr,
                 "test_loss": loss,
                 "parameters": 1000,
-                "step_seconds": 3.0,
             }
             for seed, lr, loss in ((0, 0.001, 1.0), (0, 0.003, 0.5), (1, 0.001, 1.5))
         ),
     ]
     lines = report.table(rows, "gsm8k").splitlines()
-    assert lines[2] == "| not trained |  |  |  |  | 2.000 |  |  |  |"
-    assert lines[3] == "| `both` | 1,000 | 0.001 | 3.0 |  | 1.250 ± 0.354 |  |  |  |"
+    assert lines[0] == "|  | trained parameters | rate | 2 bits, g=32 |"
+    assert lines[2] == "| not trained |  |  | 2.000 |"
+    assert lines[3] == "| `both` | 1,000 | 0.001 | 1.250 ± 0.354 |"
     assert len(lines) == 4
