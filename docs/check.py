@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -123,6 +124,7 @@ def execute(language, text, folder):
         "PATH": f"{folder}/bin:{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
     }
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     return done.stderr[-2000:] if done.returncode else None
@@ -177,9 +179,10 @@ def check(path):
 def main():
     """Check the documents, print what is wrong; return 1 if anything is."""
     begin, problems, total = time.monotonic(), [], 0
-    for path in [Path(name).resolve() for name in sys.argv[1:]] or DOCUMENTS:
-        found, ran = check(path)
-        problems, total = problems + found, total + ran
+    documents = [Path(name).resolve() for name in sys.argv[1:]] or DOCUMENTS
+    with ProcessPoolExecutor(2) as pool:
+        for found, ran in pool.map(check, documents):
+            problems, total = problems + found, total + ran
     print(*problems, sep="\n", end="\n" if problems else "")
     print(f"{total} blocks ran, {len(problems)} problems, {time.monotonic() - begin:.0f} s")
     return 1 if problems else 0

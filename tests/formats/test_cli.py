@@ -33,16 +33,15 @@ def test_inspect_says_what_an_export_is(
     found = json.loads(capsys.readouterr().out)
     assert (found["kind"], found["format"], found["bits"]) == ("export", "torchao", 4)
     assert found["hashes_checked"] and "--against" in found["weights"]
+    # to every other command it is no model
+    command = ["export", str(out), "--format", "mlx", "--out", str(tmp_path / "again")]
+    assert main(command) == 1
+    assert "is an export in format 'torchao'" in capsys.readouterr().err
     weights = out / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x7f")
     assert main(["inspect", str(out)]) == 1
     assert "FAILED" in (printed := capsys.readouterr().out) and "SHA-256" in printed
     assert main(["inspect", str(out), "--quick"]) == 0
-    capsys.readouterr()
-    # to every other command it is no model
-    command = ["export", str(out), "--format", "mlx", "--out", str(tmp_path / "again")]
-    assert main(command) == 1
-    assert "is an export in format 'torchao'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
