@@ -227,7 +227,7 @@ def validated(axolotl, work):
 
 def test_every_recipe_is_valid(validated):
     """By Axolotl's own validation, on one GPU and with both DeepSpeed configs."""
-    assert len(RECIPES) == 21  # 14 models, 2 data sets of the paper, 4 of rl, the quickstart
+    assert len(RECIPES) == 24  # 17 models, 2 data sets of the paper, 4 of rl, the quickstart
     assert len(validated) == 3 * (len(RECIPES) + 1)
     assert {name: result for name, result in validated.items() if "error" in result} == {}
 

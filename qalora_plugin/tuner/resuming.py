@@ -2,9 +2,9 @@
 
 TRL's trainers of preferences add a frozen copy "ref" of an adapter that they start from. PEFT saves
 "default", the policy, in a checkpoint's own folder and "ref" below it, and of such a checkpoint
-transformers 5.16 to 5.24 (`Trainer._load_from_checkpoint`) loads what lies below alone: the policy
-would start again without a word. DeepSpeed and FSDP load the adapter in training from their own
-files.
+transformers 5.16 (`Trainer._load_from_checkpoint`) loads what lies below alone: the policy would
+start again without a word. transformers 5.24 loads both. DeepSpeed and FSDP load the adapter in
+training from their own files.
 """
 
 import functools

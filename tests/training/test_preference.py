@@ -187,8 +187,7 @@ def test_a_policy_that_would_be_lost_is_refused(make, start, tmp_path, monkeypat
     saving = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
     make("dpo", start(), **saving).train()
     checkpoint = tmp_path / "run" / "checkpoint-1"
-    load_all = Trainer._load_from_checkpoint
-    monkeypatch.setattr(Trainer, "_load_from_checkpoint", load_all.__wrapped__)
+    monkeypatch.setattr(Trainer, "_load_from_checkpoint", lambda *arguments: None)
     monkeypatch.setattr(resuming, "install", lambda: None)
     trainer = make("dpo", start(), callbacks=[MergeCallback(tmp_path / "m")], **saving)
     with pytest.raises(ConfigError, match=r"resume_from_checkpoint: .* is not what .*checkpoint-1"):
