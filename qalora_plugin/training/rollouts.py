@@ -100,7 +100,8 @@ def sync_with_vllm(trainer: Any) -> None:
         trainer.train()
 
     TRL itself would send embeddings, norms and integers, and leave out offsets, which are buffers.
-    Works in both of its modes, "colocate" and "server". What a step sent is logged as
+    Meant for both of its modes, "colocate" and "server", in which it has not run yet;
+    `send_changes`, which it calls, is tested with a real engine. What a step sent is logged as
     "qalora/sync_bytes", and kept as `trainer.vllm_generation.sent`.
 
     Raises:
