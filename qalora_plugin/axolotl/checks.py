@@ -80,8 +80,8 @@ _RULES: tuple[tuple[Callable[[Config], Any], str], ...] = (
         "does not go with lm_eval_post_train: it runs `lm_eval` on output_dir, which is the "
         "adapter, in a process that does not know this package, as `axolotl lm-eval` does. Set "
         "lm_eval_post_train: false and afterwards run `qalora eval OUTPUT_DIR/merged --tasks "
-        "TASK`; `axolotl lm-eval` takes what qalora: {{merge_formats: [qalora, torchao]}} writes, "
-        "named by lm_eval_model: OUTPUT_DIR/merged-torchao",
+        "TASK`; with qalora: {{merge_formats: [qalora, torchao]}} there is also a model that loads "
+        "without this package",
     ),
     (
         # Axolotl hands these trainers a PEFT config, no adapter
