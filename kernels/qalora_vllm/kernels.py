@@ -7,8 +7,8 @@ QALORA_VLLM_KERNEL overrides the choice:
     engine     vLLM's own symmetric kernel (Marlin and the like on a GPU), for 4 and 8 bits without
                act-order in fp16 and bf16: y = x (s * (q - mid))^T + pool(x) offsets, which are
                QA-LoRA's own sums over groups (arXiv 2309.14717, eq. 5-7)
-    int4pack   `torch._weight_int4pack_mm_for_cpu`, for 4 bits in bf16 on a CPU, up to
-               `INT4PACK_ROWS` rows; our operators above
+    int4pack   `torch._weight_int4pack_mm_for_cpu`, for 4 bits in bf16 on a CPU, for products of up
+               to `INT4PACK_PRODUCTS`; our operators above
 
 What a kernel cannot serve our operators do. Without the variable the choice is `_best`.
 """
@@ -24,8 +24,8 @@ from torch import nn
 from qalora_kernels import PackedWeight
 
 ENVIRONMENT_VARIABLE = "QALORA_VLLM_KERNEL"
-INT4PACK_ROWS = 4
-"""Rows up to which int4pack wins over our operators."""
+INT4PACK_PRODUCTS = 1 << 25
+"""M*K*N up to which int4pack wins over our operators: their own cost of a call is larger."""
 
 
 def join(weights: Sequence[PackedWeight]) -> list[PackedWeight]:
@@ -101,7 +101,7 @@ def _served_by_int4pack(weight: PackedWeight, dtype: torch.dtype) -> bool:
 
 
 class Int4PackKernel(QALoRAKernel):
-    """torch's CPU operator for few rows, our operators for more.
+    """torch's CPU operator for small products, our operators for large ones.
 
     Its scales and offsets are bf16, as its activations; it holds the integers a second time.
 
@@ -126,7 +126,6 @@ class Int4PackKernel(QALoRAKernel):
         return torch.ops.qalora_vllm.int4pack_linear(x, *tensors, *self.sizes)
 
 
-@torch.library.custom_op("qalora_vllm::int4pack_linear", mutates_args=())
 def _int4pack_linear(
     x: torch.Tensor,
     packed: torch.Tensor,
@@ -134,21 +133,27 @@ def _int4pack_linear(
     qweight: torch.Tensor,
     scales: torch.Tensor,
     offsets: torch.Tensor,
-    bits: int,
-    group_size: int,
-    in_features: int,
-    out_features: int,
+    *sizes: int,
 ) -> torch.Tensor:
-    # one operator, so that a graph that is compiled for any number of rows keeps the choice
-    if x.shape[0] <= INT4PACK_ROWS:
+    _, group_size, in_features, out_features = sizes
+    if x.shape[0] * in_features * out_features <= INT4PACK_PRODUCTS:
         return torch._weight_int4pack_mm_for_cpu(x.contiguous(), packed, group_size, grid)
-    sizes = (bits, group_size, in_features, out_features)
     return torch.ops.qalora.linear(x, qweight, scales, offsets, None, *sizes, None)
 
 
-@_int4pack_linear.register_fake
-def _(x: torch.Tensor, packed: torch.Tensor, *rest: Any) -> torch.Tensor:
-    return x.new_empty(x.shape[0], rest[-1])
+# One operator, so that a graph that is compiled for any number of rows keeps the choice; registered
+# as in `qalora_kernels.ops`, since torch.library.custom_op costs more than a small product.
+_LIBRARY = torch.library.Library("qalora_vllm", "DEF")
+_LIBRARY.define(
+    "int4pack_linear(Tensor x, Tensor packed, Tensor grid, Tensor qweight, Tensor scales, "
+    "Tensor offsets, int bits, int group_size, int in_features, int out_features) -> Tensor"
+)
+_LIBRARY.impl("int4pack_linear", _int4pack_linear, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "qalora_vllm::int4pack_linear",
+    lambda x, *weight: x.new_empty(x.shape[0], weight[-1]),
+    lib=_LIBRARY,
+)
 
 
 class EngineKernel(nn.Module):

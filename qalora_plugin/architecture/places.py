@@ -14,6 +14,7 @@ from ..errors import ConfigError
 from ..files.names import CONFIG_FILE
 from .blocks import find_blocks
 from .names import LayerNames
+from .selection import experts_alone
 
 # buffers that older releases of transformers wrote into every checkpoint
 _ONCE_STORED = r"(^|\.)rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"\.masked_bias$"
@@ -38,7 +39,8 @@ def places_problem(
         architectures: names of classes in config.json; None if it names none.
 
     Returns:
-        One sentence that names a tensor or a parameter, and says what to do; None if all fits.
+        Sentences that name a tensor, a parameter or the model, and say what to do, without the last
+        full stop; None if all fits.
     """
     names, kind = LayerNames(model), type(model).__name__
     is_named = not architectures or kind in architectures
@@ -76,7 +78,7 @@ def places_problem(
             f"checkpoint is incomplete, or {CONFIG_FILE} belongs to another model: copy both from "
             "one source"
         )
-    return None
+    return experts_alone(model, quantized) if quantized else None
 
 
 def _block_lists(model: nn.Module) -> tuple[str, ...]:

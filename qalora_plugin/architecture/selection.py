@@ -111,23 +111,28 @@ def linears_in_towers(model: nn.Module, asked: Iterable[str] = ()) -> set[str]:
     return {name for name in linears_in_blocks(model) if name.startswith(inside)}
 
 
-def _check_guarded(model: nn.Module, names: Iterable[str]) -> None:
-    """Refuse a choice of layers whose checkpoint stock transformers would load with random experts.
+def experts_alone(model: nn.Module, names: Iterable[str]) -> str | None:
+    """Say why stock transformers would load random experts from a checkpoint of these layers.
 
     It overlooks tensors of single experts where its own files hold them fused. The guard of any
     other quantized layer makes it stop.
 
-    Raises:
-        ConfigError: there is no other layer.
+    Args:
+        model: with its `Experts` in place.
+        names: the layers that are quantized, or to be.
+
+    Returns:
+        Two sentences without the last full stop; None where another layer is quantized.
     """
     found = {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
     silent = tuple(f"{name}." for name, module in found.items() if not module.is_guarded)
-    if silent and all(name.startswith(silent) for name in names):
-        raise ConfigError(
-            f"{type(model).__name__}: experts alone cannot be quantized: its files hold them "
-            "fused, and transformers without this package would load random ones unsaid. Quantize "
-            "other layers, such as the attention, too."
-        )
+    if not silent or not all(name.startswith(silent) for name in names):
+        return None
+    return (
+        f"{type(model).__name__}: experts alone cannot be quantized: its files hold them fused, "
+        "and transformers without this package would load random ones unsaid. Quantize other "
+        "layers, such as the attention, too"
+    )
 
 
 def linears_to_quantize(
@@ -166,7 +171,9 @@ def linears_to_quantize(
     }
     if chosen:
         refuse_read_weights(model, chosen)
-        _check_guarded(model, chosen)
+        problem = experts_alone(model, chosen)
+        if problem is not None:
+            raise ConfigError(f"{problem}.")
         return chosen
     name = type(model).__name__
     if linears:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from support.mixtures import LINEARS, MIXTURES, mixture
 from transformers import AutoModelForCausalLM
 
@@ -9,7 +10,7 @@ from qalora_plugin import QALoRAQuantConfig, quantize_model
 from qalora_plugin.architecture.experts import Experts
 from qalora_plugin.checkpoint.checkpoint import open_quantized
 from qalora_plugin.checkpoint.describe import describe
-from qalora_plugin.errors import ConfigError
+from qalora_plugin.errors import CheckpointError, ConfigError
 from qalora_plugin.formats.gptq.write import write_stock_gptq
 from qalora_plugin.layers.linear import QuantLinear
 
@@ -94,6 +95,24 @@ def test_experts_alone(tmp_path):
         AutoModelForCausalLM.from_pretrained(tmp_path / "granitemoe", quantization_config=grid)
     with pytest.raises(ConfigError, match="experts alone cannot be quantized"):
         quantize_model(tmp_path / "granitemoe", tmp_path / "q", method="rtn", **attention)
+
+
+def test_stock_gptq_of_experts_alone_is_refused(tmp_path):
+    """What is saved of it in our format would load with random experts without the plugin."""
+    mixture("granitemoe", inner=64).save_pretrained(tmp_path / "dense")
+    rounded = dict(method="rtn", group_size=32, zero_points="integer", progress=False)
+    kept = {"modules_to_not_convert": ["k_proj", "v_proj"]}
+    quantize_model(tmp_path / "dense", tmp_path / "q", **rounded, **kept)
+    write_stock_gptq(tmp_path / "q", tmp_path / "stock")
+    stock, dense = (load_file(tmp_path / n / "model.safetensors") for n in ("stock", "dense"))
+    alone = {name: tensor for name, tensor in stock.items() if ".self_attn." not in name}
+    alone |= {name: tensor for name, tensor in dense.items() if ".self_attn." in name}
+    save_file(alone, tmp_path / "stock" / "model.safetensors", {"format": "pt"})
+    (tmp_path / "stock" / "qalora_manifest.json").unlink()
+    with pytest.raises(CheckpointError, match=r"stock.*experts alone cannot be quantized"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "stock")
+    found = describe(tmp_path / "stock")
+    assert not found["valid"] and "experts alone" in found["problem"]
 
 
 def test_other_dispatch_is_refused(tmp_path):

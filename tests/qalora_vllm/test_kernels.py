@@ -5,9 +5,9 @@ import torch
 from support.layers import quant_layer
 
 from qalora_kernels import PackedWeight
+from qalora_vllm import kernels
 from qalora_vllm.kernels import (
     ENVIRONMENT_VARIABLE,
-    INT4PACK_ROWS,
     Int4PackKernel,
     QALoRAKernel,
     join,
@@ -42,15 +42,30 @@ def test_orders_of_groups_are_joined_where_they_are_the_same():
     assert len(join([one, weight()])) == 2
 
 
-@pytest.mark.parametrize("rows", [1, INT4PACK_ROWS, INT4PACK_ROWS + 1, 40])
-def test_int4pack_is_as_close_as_bf16_is(rows):
+@pytest.mark.parametrize("rows", [1, 4, 5, 40])
+def test_int4pack_is_as_close_as_bf16_is(rows, monkeypatch):
     packed, x = weight(), inputs(rows, torch.bfloat16)
-    found = Int4PackKernel(packed)(x)
+    most = 4 * packed.spec.in_features * packed.spec.out_features
+    monkeypatch.setattr(kernels, "INT4PACK_PRODUCTS", most)
+    found, ours = Int4PackKernel(packed)(x), QALoRAKernel(packed)(x)
     exact = x.double() @ packed.dequantize(torch.float64)
     dense = x @ packed.dequantize(torch.bfloat16)
     assert found.dtype == torch.bfloat16
     error, bound = (found - exact).pow(2).mean().sqrt(), (dense - exact).pow(2).mean().sqrt()
     assert error < 1.5 * bound
+    assert torch.equal(found, ours) == (rows > 4)  # above the limit our operator is what ran
+
+
+def test_int4pack_keeps_its_choice_in_a_graph_for_any_number_of_rows():
+    kernel = Int4PackKernel(weight())
+    traced = torch.export.export(
+        kernel, (inputs(8, torch.bfloat16),), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)
+    )
+    assert [n.target for n in traced.graph.nodes if n.op == "call_function"] == [
+        torch.ops.qalora_vllm.int4pack_linear.default
+    ]
+    x = inputs(40, torch.bfloat16)
+    assert torch.equal(traced.module()(x), kernel(x))
 
 
 @pytest.mark.parametrize("changes", [{}, {"bits": 3}, {"act_order": True}, {"group_size": -1}])
