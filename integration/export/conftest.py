@@ -1,8 +1,10 @@
 """Fixtures that export, and run exports, in the environment that has every format's library."""
 
 import json
+import os
+import subprocess
 from collections.abc import Callable
-from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,11 +16,28 @@ from qalora_plugin.checkpoint.format import format_named
 RunExport = Callable[..., tuple[dict[str, Any], dict[str, torch.Tensor]]]
 
 
-@pytest.fixture
-def qalora(env_python, run_python, project_path):
+@pytest.fixture(scope="module")
+def qalora(env_python, project_path):
     """`qalora("export", ...)` -> stdout of this project's command line in that environment."""
-    command = [env_python("export"), "-P", "-m", "qalora_plugin"]
-    return partial(run_python, *command, PYTHONPATH=project_path)
+    program = Path(__file__).parent / "commands.py"
+    environment = os.environ | {"PYTHONPATH": str(project_path), "HF_HUB_OFFLINE": "1"}
+    process = subprocess.Popen(
+        [env_python("export"), "-P", program],
+        env=environment,
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+
+    def run(*arguments):
+        print(json.dumps([str(argument) for argument in arguments]), file=process.stdin, flush=True)
+        found = json.loads(process.stdout.readline())
+        if found["status"]:
+            pytest.fail(f"qalora {arguments}: {found['status']}\n{found['stderr'][-4000:]}")
+        return found["stdout"]
+
+    with process:
+        yield run
 
 
 @pytest.fixture
