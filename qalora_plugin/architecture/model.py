@@ -73,8 +73,12 @@ class Architecture:
         return self.stored.get(name, name)
 
 
-def read_hf_config(directory: Path) -> Any:
-    """Return transformers' config of a directory; code that the model brings is never run.
+def read_hf_config(directory: Path, *, trust_remote_code: bool = False) -> Any:
+    """Return transformers' config of a directory.
+
+    Args:
+        directory: of a model.
+        trust_remote_code: run the model's own Python code; without it that is never run.
 
     Raises:
         CheckpointError: transformers has no such model, or config.json contradicts its class.
@@ -82,7 +86,9 @@ def read_hf_config(directory: Path) -> Any:
     if (directory / CONFIG_FILE).is_file():
         check_sizes(read_as(directory / CONFIG_FILE, ConfigFile), directory / CONFIG_FILE)
     try:
-        return transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        return transformers.AutoConfig.from_pretrained(
+            directory, trust_remote_code=trust_remote_code
+        )
     except Exception as error:  # of transformers' code, which trusts a config
         raise CheckpointError(
             f"{directory / CONFIG_FILE}: transformers cannot read it without running code that the "

@@ -68,7 +68,9 @@ def _own_part(name: str) -> tuple[str, int] | None:
 
 
 def split_experts(
-    model: PreTrainedModel, tensors: Mapping[str, TensorInfo]
+    model: PreTrainedModel,
+    tensors: Mapping[str, TensorInfo],
+    is_chosen: Callable[[str], bool] = lambda layer: True,
 ) -> dict[str, TensorInfo]:
     """Return a checkpoint's tensors with those of fused experts cut into one a projection.
 
@@ -78,6 +80,7 @@ def split_experts(
     Args:
         model: without weights, its experts fused.
         tensors: of the checkpoint, by name.
+        is_chosen: whether a layer is one to quantize; where no expert has one, none is cut.
 
     Returns:
         The same tensors where the experts are stored one by one.
@@ -85,16 +88,19 @@ def split_experts(
     fused = {name for name, module in model.named_modules() if is_fused(module)}
     names = LayerNames(model)
     found: dict[str, TensorInfo] = {}
+    is_any_chosen = False
     for stored, info in tensors.items():
         target = names.parameter(stored)
         owner, _, parameter = target.rpartition(".")
         is_whole = owner in fused and parameter in FUSED and not names.places(stored).is_converted
         if is_whole and info.shape == tuple(model.get_parameter(target).shape):
             parts = ExpertNames()[:2] if parameter == FUSED[0] else ExpertNames()[2:]
-            found |= {part.name: part for part in _cut(info, owner, parts)}
+            cut = {part.name: part for part in _cut(info, owner, parts)}
+            is_any_chosen |= any(is_chosen(name.removesuffix(".weight")) for name in cut)
+            found |= cut
         else:
             found[stored] = info
-    return found
+    return found if is_any_chosen else dict(tensors)
 
 
 def _cut(info: TensorInfo, owner: str, parts: tuple[str, ...]) -> Iterator[TensorInfo]:

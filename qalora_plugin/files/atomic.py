@@ -193,6 +193,8 @@ def _lock_existing(path: Path, flags: int) -> int | None:
     try:
         descriptor = os.open(path, flags, 0o600)
     except FileNotFoundError:
+        if flags & os.O_CREAT:
+            raise  # the directory takes no file
         return None
     try:
         if _try_lock(descriptor) and os.path.samestat(os.stat(path), os.fstat(descriptor)):

@@ -37,7 +37,8 @@ def resolve_model_dir(name_or_path: str | Path, revision: str | None = None) -> 
         return path
     text = str(name_or_path)
     if path.exists() or isinstance(name_or_path, Path) or text.count("/") > 1 or text[:1] in "./~":
-        raise CheckpointError(f"{name_or_path}: not a directory. Give a model directory or Hub id.")
+        what = "a file, not a directory" if path.exists() else "not a directory"
+        raise CheckpointError(f"{name_or_path}: {what}. Give a model directory or Hub id.")
     # imported here: reading a local directory needs no network library
     from huggingface_hub import snapshot_download
 

@@ -8,6 +8,7 @@ from ..checkpoint.checkpoint import QuantizedCheckpoint
 from ..checkpoint.layout import expert_place
 from ..errors import CheckpointError
 
+_ALL_OR_NONE = "Quantize all or none of a layer's experts."
 # Mixtral's names of an expert's projections
 _PROJECTIONS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 
@@ -25,7 +26,8 @@ def expert_stacks(source: QuantizedCheckpoint) -> dict[str, list[str]]:
         model is no mixture.
 
     Raises:
-        CheckpointError: some of these experts are not quantized, or on another grid.
+        CheckpointError: some of these experts, or of their projections, are not quantized, or on
+            another grid.
     """
     stacks: dict[str, dict[int, str]] = {}
     for layer in source.layers:
@@ -35,6 +37,16 @@ def expert_stacks(source: QuantizedCheckpoint) -> dict[str, list[str]]:
             stack[place.number] = layer
     for name, layers in stacks.items():
         _check(source, name, layers)
+    found: dict[str, set[str]] = {}
+    for name in stacks:
+        experts, _, own = name.rpartition(".")
+        found.setdefault(experts, set()).add(projection(own))
+    for experts, projections in found.items():
+        if missing := sorted(set(_PROJECTIONS.values()) - projections):
+            raise CheckpointError(
+                f"{source.directory}: {experts}: {', '.join(missing)} of its experts is in 16 "
+                f"bits, the rest is quantized. {_ALL_OR_NONE}"
+            )
     return {name: [layers[i] for i in range(len(layers))] for name, layers in stacks.items()}
 
 
@@ -45,7 +57,7 @@ def _check(source: QuantizedCheckpoint, name: str, layers: Mapping[int, str]) ->
     if sorted(layers) != list(range(total)):
         raise CheckpointError(
             f"{source.directory}: {name}: {len(layers)} of {total} experts are quantized, and "
-            "this format holds all of them in one tensor. Quantize all or none of a layer."
+            f"this format holds all of them in one tensor. {_ALL_OR_NONE}"
         )
     grids: set[QuantSpec] = {source.layers[layer] for layer in layers.values()}
     if len(grids) > 1:

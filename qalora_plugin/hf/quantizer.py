@@ -119,12 +119,16 @@ class QALoRAQuantizer(HfQuantizer):
         kept = self.quantization_config.modules_to_not_convert or ()
         names = stored = _tensor_names(files)
         reader = None
+
+        def is_chosen(layer: str) -> bool:
+            return not is_excluded(layer, kept)
+
         if not _is_variant(files):
             with torch.device("cpu"):
                 reader = CheckpointReader(files[0].parent)
-            reader.tensors = split_experts(model, reader.tensors)
+            reader.tensors = split_experts(model, reader.tensors, is_chosen)
             names = list(reader.tensors)
-        unfuse_experts(model, names, lambda layer: not is_excluded(layer, kept))
+        unfuse_experts(model, names, is_chosen)
         if names == stored or not find_experts(model):
             return stored
         assert reader is not None

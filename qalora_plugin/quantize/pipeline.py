@@ -4,7 +4,7 @@ import ctypes
 import dataclasses
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,13 @@ from transformers import AutoTokenizer, PreTrainedModel
 from qalora_kernels import QuantSpec
 
 from ..architecture.blocks import reads_text
+from ..architecture.experts import Experts, is_fused
 from ..checkpoint.config import QALoRAQuantConfig
 from ..checkpoint.format import format_named
+from ..checkpoint.kind import find_model
 from ..checkpoint.side_files import copy_side_files
 from ..errors import ConfigError
 from ..files.atomic import AtomicDirectory, ScratchDirectory, replace_text
-from ..files.hub import resolve_model_dir
 from ..files.json import json_text, read_json, write_json
 from ..files.names import CHOSEN_BITS_FILE, CONFIG_FILE, REFINE_STATE_FILE, REPORT_FILE
 from ..files.progress import progress_meter
@@ -46,7 +47,7 @@ class QuantizeResult:
         layers: per quantized layer {"bits", "group_size", "error"}; the error is relative to the
             layer's output on the calibration inputs, None for data-free ones and where that output
             is all zero.
-        kept: linear modules that stayed in 16 bits.
+        kept: linear modules, or whole `experts`, that stayed in 16 bits.
         resumed: blocks that an earlier, interrupted run had finished.
         experts: of a calibrated mixture: how many experts were "calibrated", and how many of these
             saw fewer tokens than they have inputs ("few_tokens"), and took all tokens instead.
@@ -94,12 +95,16 @@ def quantize_model(
     options = read_options(options, settings)
     device = usable_device(options.device)
     with _on_disk(model, out, options) as directory:
-        source = ModelSource(directory, options.trust_remote_code, options.dtype, device)
         config = options.config()
+        source = ModelSource(
+            directory,
+            options.trust_remote_code,
+            options.dtype,
+            device,
+            config.modules_to_not_convert or (),
+        )
         specs = choose_layers(source, config)
-        modules = source.model.named_modules()
-        linears = [name for name, module in modules if isinstance(module, torch.nn.Linear)]
-        config.modules_to_not_convert = [name for name in linears if name not in specs]
+        config.modules_to_not_convert = _in_16_bits(source.model, specs)
         if options.format != "qalora":
             format_named("gptq").module("write").check_specs(specs, options.format, config)
         if options.refine or options.bits == "auto":
@@ -112,13 +117,30 @@ def quantize_model(
         return job.run(out) if options.format == "qalora" else job.run_stock(out)
 
 
+def _in_16_bits(model: PreTrainedModel, specs: Container[str]) -> list[str]:
+    """Return what stays in 16 bits: linear layers, and experts by one name where all of them do."""
+    kept: dict[str, None] = {}
+    for name, module in model.named_modules():
+        if is_fused(module):
+            kept[name] = None
+        elif isinstance(module, Experts):
+            linears = [n for n, m in module.named_modules() if isinstance(m, torch.nn.Linear)]
+            if not any(f"{name}.{linear}" in specs for linear in linears):
+                kept[name] = None
+        elif isinstance(module, torch.nn.Linear):
+            owner = ".".join(name.split(".")[:-2])
+            if name not in specs and owner not in kept:
+                kept[name] = None
+    return list(kept)
+
+
 @contextmanager
 def _on_disk(
     model: str | Path | PreTrainedModel, out: str | Path, options: QuantizeOptions
 ) -> Iterator[Path]:
     """Give the model's directory; a model in memory is saved beside its output for as long."""
     if not isinstance(model, PreTrainedModel):
-        yield resolve_model_dir(model, options.revision)
+        yield find_model(model, options.revision)
         return
     with ScratchDirectory(out) as scratch:
         directory = scratch / (Path(model.name_or_path).name or type(model).__name__)

@@ -9,9 +9,10 @@ import transformers
 from torch import nn
 
 from qalora_kernels import QuantSpec
+from qalora_kernels.stored import is_excluded
 
 from ..architecture.blocks import find_blocks
-from ..architecture.model import empty_model
+from ..architecture.model import empty_model, read_hf_config
 from ..architecture.names import LayerNames
 from ..architecture.places import places_problem
 from ..architecture.selection import check_group_sizes, check_overrides, linears_to_quantize
@@ -42,15 +43,27 @@ class ModelSource:
         trust_remote_code: bool = False,
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
+        kept: Iterable[str] = (),
     ) -> None:
         """Read config.json and the headers; no tensor is read.
 
+        `kept` names what is not to be quantized, as `modules_to_not_convert` does: experts that
+        the files hold fused stay so where it names all of them.
+
         Raises:
-            CheckpointError: already quantized, damaged, or without some of the model's weights.
+            CheckpointError: of no class of transformers, already quantized, damaged, or without
+                some of the model's weights.
             ConfigError: an architecture that cannot be quantized block by block.
         """
-        self.reader = CheckpointReader(directory)
         kind = find_kind(directory)
+        if directory.is_file():
+            raise CheckpointError(
+                f"{directory}: expected the directory of a 16-bit model, found a file in format "
+                f"{kind.format.name if kind.format else 'unknown'}. Take it as a base as it is, "
+                "`qalora import FILE --out DIR`, or give the 16-bit model that it was made from"
+            )
+        self.reader = CheckpointReader(directory)
+        self._kept = tuple(kept)
         if not kind.is_16_bit or quantized_layers(self.reader.tensors):
             raise CheckpointError(
                 f"{directory}: is quantized already ({kind.method or 'unknown method'}"
@@ -72,7 +85,9 @@ class ModelSource:
         """Return another model of the same architecture, parameters on meta."""
         reader = self.reader
         model = _empty_model(reader.directory, reader.config, self._trust_remote_code)
-        reader.tensors = split_experts(model, reader.tensors)
+        reader.tensors = split_experts(
+            model, reader.tensors, lambda layer: not is_excluded(layer, self._kept)
+        )
         unfuse_experts(model, reader.tensors)
         return model
 
@@ -167,7 +182,7 @@ def choose_layers(source: ModelSource, config: QALoRAQuantConfig) -> dict[str, Q
 def _empty_model(
     directory: Path, raw: dict[str, Any], trust_remote_code: bool
 ) -> transformers.PreTrainedModel:
-    config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    config = read_hf_config(directory, trust_remote_code=trust_remote_code)
     if getattr(config, "is_encoder_decoder", False):
         raise ConfigError(
             f"{directory}: encoder-decoder models cannot be quantized block by block; use a "

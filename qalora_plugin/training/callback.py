@@ -103,8 +103,9 @@ class MergeCallback(TrainerCallback):
         """Check that there is something to merge, before hours of training.
 
         Raises:
-            ConfigError: the model has no QALORA adapter, or a random head that nothing saves; the
-                training writes to the target, or goes on with another adapter than was saved.
+            ConfigError: the model has no QALORA adapter, or a frozen one, or a random head that
+                nothing saves; the training writes to the target, or goes on with another adapter
+                than was saved.
             OutputError: the target has been filled since, or another training has this output_dir.
             CheckpointError: a format cannot hold the base, or has no file to go back to.
             RankError: the processes cannot reach each other, as the merge will need.
@@ -120,13 +121,7 @@ class MergeCallback(TrainerCallback):
         if state.is_world_process_zero:
             hold(args.output_dir)
         model = kwargs["model"]
-        kind = getattr(getattr(model, "active_peft_config", None), "peft_type", None)
-        if kind != PEFT_TYPE:
-            found = "no adapter" if kind is None else f"the PEFT method {kind.value}"
-            raise ConfigError(
-                f"MergeCallback: expected a model with a QALORA adapter, found {found}. "
-                "Give SFTTrainer peft_config=QALoRAConfig(...)"
-            )
+        _check_adapter(model)
         self._model, self._state = model, state
         check_head(model)
         base = quantized_base_on_disk(model) if self.formats else None
@@ -286,3 +281,23 @@ def _base_directory(model: PeftModel, out_dir: Path) -> Iterator[Path]:
         base = scratch / "base"
         save_base(model, base)
         yield base
+
+
+def _check_adapter(model: Any) -> None:
+    """Refuse a model that has no QALORA adapter, or trains nothing.
+
+    Raises:
+        ConfigError: see above.
+    """
+    kind = getattr(getattr(model, "active_peft_config", None), "peft_type", None)
+    if kind != PEFT_TYPE:
+        found = "no adapter" if kind is None else f"the PEFT method {kind.value}"
+        raise ConfigError(
+            f"MergeCallback: expected a model with a QALORA adapter, found {found}. "
+            "Give SFTTrainer peft_config=QALoRAConfig(...)"
+        )
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError(
+            "MergeCallback: no parameter is trainable: the adapter was loaded for inference. Load "
+            "it with PeftModel.from_pretrained(base, ADAPTER, is_trainable=True)"
+        )

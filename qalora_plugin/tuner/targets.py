@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -57,9 +58,15 @@ def resolve_targets(config: QALoRAConfig, model: nn.Module) -> None:
     """Check `target_modules` against the base, and write "all of them" out as names.
 
     Raises:
-        ConfigError: the base is not quantized; no layer matches; a matching module, or one in
-            modules_to_save, is of the wrong kind.
+        ConfigError: the base is a PeftModel, or not quantized; no layer matches; a matching module,
+            or one in modules_to_save, is of the wrong kind.
     """
+    if isinstance(model, PeftModel):
+        raise ConfigError(
+            "QALoRAConfig: the model is a PeftModel already, and an adapter around another could "
+            "be neither loaded nor merged. Give get_peft_model what model.unload() returns, or add "
+            "a second adapter with model.add_adapter(NAME, config)"
+        )
     quantized = quantized_layers(model)
     other = getattr(getattr(model, "config", None), "quantization_config", None)
     method = None

@@ -132,7 +132,8 @@ def verify_merge(
     declared = result.config.merged
     if declared is None:
         raise VerificationError(
-            f"{result.directory}: its quantization_config says nothing of a merge: it is a base."
+            f"{result.directory}: its quantization_config says nothing of a merge: it is a base. "
+            "Give what `qalora merge` wrote; what `qalora export` wrote is compared by --against."
         )
     used, opened = str(declared.get("convention")), open_adapter(adapter)
     stated = opened.stated_convention()
@@ -187,7 +188,12 @@ def _check_names(plan: MergePlan, result: QuantizedCheckpoint) -> None:
     for name, expected in plan.tensors.items():
         found = (tensors[name].dtype, tensors[name].shape)
         if found != expected:
-            raise _wrong(result, name, f": expected {expected}, found {found}.")
+            raise _wrong(
+                result,
+                name,
+                f": expected {expected} as base and adapter give, found {found}. It was merged "
+                "from others.",
+            )
 
 
 def _check_dense(plan: MergePlan, result: QuantizedCheckpoint) -> None:

@@ -195,3 +195,8 @@ def test_locks_end_with_the_work(tmp_path):
     with ScratchDirectory(tmp_path / "out"), AtomicDirectory(tmp_path / "out"):
         pass
     assert time.monotonic() - start < 5
+
+
+def test_a_place_that_takes_no_files_is_not_taken_for_another_writer():
+    with pytest.raises(OutputError, match=r"cannot be (made|written)"), AtomicDirectory("/proc/x"):
+        pass

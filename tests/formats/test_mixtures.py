@@ -64,6 +64,10 @@ def test_what_one_tensor_cannot_hold_is_refused(format, quantized, tmp_path):
     kept = ["model.layers.0.mlp.experts.5.up_proj"]
     with pytest.raises(CheckpointError, match=r"7 of 8 experts are quantized|no place for"):
         export_model(quantized("qwen3_moe", modules_to_not_convert=kept), out, format)
+    message = r"down_proj of its experts is in 16 bits" if format == "mlx" else "quantize them"
+    with pytest.raises(CheckpointError, match=message):
+        kept = ["down_proj"] if format == "mlx" else ["experts"]
+        export_model(quantized("qwen3_moe", modules_to_not_convert=kept), out, format)
     with pytest.raises(CheckpointError, match="model_type 'deepseek_v3' cannot be written"):
         export_model(quantized("deepseek_v3"), out, format)
     assert not out.exists()

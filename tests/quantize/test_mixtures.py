@@ -3,6 +3,7 @@
 import pytest
 import torch
 from support.mixtures import LINEARS, mixture
+from transformers import AutoModelForCausalLM
 
 from qalora_plugin import quantize_model
 from qalora_plugin.checkpoint.checkpoint import open_quantized
@@ -99,3 +100,18 @@ def test_kept_experts_stay_in_16_bits(tmp_path):
     stored = open_quantized(tmp_path / "q").reader
     name = "model.layers.1.block_sparse_moe.experts.7.w2.weight"
     assert torch.equal(stored.get(name), source.reader.get(name))
+    names = [f"model.layers.{layer}.mlp.experts" for layer in range(2)]
+    assert found.kept == [*names, "lm_head"]  # by one name, not one for every projection
+
+
+def test_kept_experts_stay_fused_where_the_files_hold_them_so(tmp_path):
+    model = mixture("granitemoe")
+    model.save_pretrained(tmp_path / "dense")
+    kept = {"modules_to_not_convert": ["experts"]}
+    found = quantize_model(
+        tmp_path / "dense", tmp_path / "q", calibration=_windows(8), **GRID, **kept
+    )
+    assert len(found.layers) == 8
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "q")
+    name = "model.layers.1.block_sparse_moe.experts.gate_up_proj"
+    assert torch.equal(loaded.get_parameter(name), model.get_parameter(name))

@@ -278,6 +278,14 @@ def test_sources_that_cannot_be_quantized(tmp_path):
         _quantize(quantized, tmp_path / "out")
     with pytest.raises(CheckpointError, match="not a directory"):
         _quantize(tmp_path / "nowhere", tmp_path / "out")
+    (tmp_path / "quantized" / "model.gguf").touch()
+    with pytest.raises(CheckpointError, match=r"a file in format gguf.*qalora import"):
+        _quantize(tmp_path / "quantized" / "model.gguf", tmp_path / "out")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "model_type": "of tomorrow"}))
+    with pytest.raises(CheckpointError, match="a model whose class transformers has"):
+        _quantize(source, tmp_path / "out")
+    (source / "config.json").write_text(json.dumps(config))
     tensors = load_file(source / "model.safetensors")
     lost = tensors.pop("model.layers.1.mlp.up_proj.weight")
     save_file(tensors, source / "model.safetensors", {"format": "pt"})

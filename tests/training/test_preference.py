@@ -198,6 +198,14 @@ def test_a_policy_that_would_be_lost_is_refused(make, start, tmp_path, monkeypat
         make("dpo", start(), **saving).train(resume_from_checkpoint=str(checkpoint))
 
 
+def test_an_adapter_that_was_loaded_for_inference_is_refused(bases, make, start, tmp_path):
+    start()
+    model = PeftModel.from_pretrained(load(bases["ours"]), tmp_path / "start")
+    trainer = make("dpo", model, callbacks=[MergeCallback(tmp_path / "m")])
+    with pytest.raises(ConfigError, match="is_trainable=True"):
+        trainer.train()
+
+
 @pytest.mark.parametrize("kind", ["ours", "stock"])
 def test_reward_model_whose_head_nothing_saves_is_refused(kind, bases, make, tmp_path):
     model = AutoModelForSequenceClassification.from_pretrained(

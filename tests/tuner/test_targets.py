@@ -123,3 +123,11 @@ def test_one_config_serves_two_bases(make_llama):
     two = get_peft_model(make_llama(bits=2), config).peft_config["default"]
     assert (four.bits, two.bits) == (4, 2)
     assert four.fingerprint != two.fingerprint
+
+
+def test_an_adapter_around_another_is_refused(make_llama):
+    """Its tensors would be named after both, and nothing could load or merge them."""
+    model = get_peft_model(make_llama(), QALoRAConfig(r=2))
+    with pytest.raises(ConfigError, match=r"a PeftModel already.*model\.unload\(\)"):
+        get_peft_model(model, QALoRAConfig(r=2))
+    get_peft_model(model.unload(), QALoRAConfig(r=2))

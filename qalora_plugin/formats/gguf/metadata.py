@@ -220,9 +220,10 @@ class Metadata:
             known = wanted if place is None else f"{place.experts}.{place.projection}.weight"
             found = table.get_name(known, try_suffixes=(".weight", ".bias"))
             if found is None:
+                dense = " Experts in 16 bits are not written: quantize them."
                 raise CheckpointError(
                     f"{source.directory}: llama.cpp's {family} has no place for the tensor "
-                    f"{wanted}."
+                    f"{wanted}.{dense if expert_place(layer) else ''}"
                 )
             names[wanted] = found
         return names

@@ -40,11 +40,11 @@ def export(
         raise CheckpointError(f"{merged.directory}: is the source itself; there is nothing to do.")
     path = Path(out).expanduser()
     if format.suffix and path.suffix != format.suffix:
-        raise ConfigError(f"{path}: expected the name of a file that ends in {format.suffix}")
+        raise ConfigError(f"{path.name}: expected the name of a file that ends in {format.suffix}")
     if not format.suffix and is_file_name(path):
         raise ConfigError(
-            f"{path}: expected the name of a directory, which the base is, found one that ends in "
-            f"{path.suffix}. Choose another name."
+            f"{path.name}: expected the name of a directory, which the base is, found one that "
+            f"ends in {path.suffix}. Choose another name."
         )
     original = _open(merged, record, given.get("original"))
     if original.format != format.name:
