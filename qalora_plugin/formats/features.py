@@ -10,9 +10,10 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import transformers
 from transformers import PreTrainedConfig
 
-from ..architecture.model import read_hf_config
+from ..architecture.model import auto_class_names, read_hf_config
 from ..checkpoint.checkpoint import QuantizedCheckpoint
 from ..errors import CheckpointError
 from ..files.names import CONFIG_FILE
@@ -89,7 +90,8 @@ def read_config(
         )
     config: PreTrainedConfig = read_hf_config(source.directory)
     problem = (
-        _setting_problem(config, family, runs_in)
+        _class_problem(config, runs_in)
+        or _setting_problem(config, family, runs_in)
         or _window_problem(config, family, runs_in)
         or _rope_problem(config, family, runs_in)
         or _size_problem(config, family, runs_in)
@@ -100,6 +102,15 @@ def read_config(
             "keeps every setting."
         )
     return config
+
+
+def _class_problem(config: PreTrainedConfig, runs_in: str) -> str | None:
+    """Say that a model is a classifier, such as a reward model, and no causal language model."""
+    known = auto_class_names(transformers.AutoModelForCausalLM, config.model_type)
+    for name in config.architectures or ():
+        if name not in known and hasattr(transformers, name):  # others are old spellings
+            return f"architectures: {name} is no causal language model, as {runs_in} would take it"
+    return None
 
 
 def head_size(config: Any) -> int:

@@ -85,14 +85,19 @@ def file_rows(path: Path, piece: int) -> Iterator[tuple[str, Any]]:
     """Yield (where, row) for every line of a .jsonl file, or `piece` characters of a text file.
 
     Raises:
-        QuantizationError: the file cannot be read, or a line is not JSON.
+        QuantizationError: the file cannot be read, or is not UTF-8, or a line is not JSON.
     """
     try:
-        content = path.read_text(encoding="utf-8", errors="replace")
+        content = path.read_text(encoding="utf-8-sig")  # with or without Windows' mark
     except OSError as error:
         raise QuantizationError(
             f"{path}: cannot be read ({error.strerror}). Give a .txt or .jsonl file"
         ) from error
+    except UnicodeDecodeError as error:
+        raise QuantizationError(
+            f"{path}: byte {error.start} is not UTF-8 text ({error.reason}). Give a .txt or .jsonl "
+            f"file, or convert it, such as with `iconv -f latin1 -t utf-8`"
+        ) from None
     if path.suffix != ".jsonl":
         for start in range(0, len(content), piece):
             yield str(path), content[start : start + piece]

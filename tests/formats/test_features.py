@@ -33,6 +33,7 @@ BY_KIND = {
     "full_attention": {"rope_type": "default", "rope_theta": 1e6},
     "sliding_attention": {"rope_type": "default", "rope_theta": 5e4},
 }
+CLASSIFIER = {"architectures": ["LlamaForSequenceClassification"]}
 GEMMA = {"query_pre_attn_scalar": 16, "sliding_window": 512}
 REFUSED = [
     ("gguf mlx", MistralConfig, {"sliding_window": 16}, "sliding_window 16"),
@@ -57,6 +58,7 @@ REFUSED = [
     ("gguf", Gemma3TextConfig, GEMMA | {"rope_parameters": BY_KIND}, "rope_theta of sliding"),
     ("gguf mlx onnx", PhiConfig, {}, "model_type 'phi'"),
     ("onnx", Gemma3TextConfig, GEMMA, "model_type 'gemma3_text'"),
+    ("gguf mlx onnx", LlamaConfig, CLASSIFIER, "is no causal language model"),
 ]
 CASES = [(name, *rest) for formats, *rest in REFUSED for name in formats.split()]
 

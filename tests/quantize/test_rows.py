@@ -84,6 +84,11 @@ def test_pieces_of_a_text(tmp_path):
     assert [piece for _, piece in file_rows(path, 3)] == ["abc", "def", "gh"]
     with pytest.raises(QuantizationError, match=r"none\.txt: cannot be read .* Give a \.txt or"):
         list(file_rows(tmp_path / "none.txt", 3))
+    path.write_bytes("\ufeffab".encode())  # as Windows' editors write it
+    assert [piece for _, piece in file_rows(path, 3)] == ["ab"]
+    path.write_bytes("aä".encode("latin-1"))
+    with pytest.raises(QuantizationError, match=r"text\.txt: byte 1 is not UTF-8 text"):
+        list(file_rows(path, 3))
 
 
 TURNS = [{"role": "user", "content": "a"}]
