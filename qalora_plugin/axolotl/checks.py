@@ -10,6 +10,10 @@ ADAPTER = "qalora"
 _QUANTIZED = "the base is quantized by `qalora:` (bits, group_size), or is a quantized directory"
 _KERNELS = "Axolotl's LoRA kernels read dense weights"
 _RELORA = "ReLoRA merges into 16-bit weights while training"
+_LOST = (
+    "what is trained beside the adapter is in none of its files, and the merge would lose it; use "
+    "lora_modules_to_save for whole modules; remove it"
+)
 # keys that must not be set, and the reason
 _REFUSED = {
     "load_in_4bit": f"{_QUANTIZED}; remove it",
@@ -33,6 +37,9 @@ _REFUSED = {
     "quantization": "that is torchao's, for `axolotl quantize`; use `qalora export`; remove it",
     "peft_ensure_weight_tying": "modules_to_save of a tied module is saved untied; remove it",
     "quantize_moe_experts": f"{_QUANTIZED}; remove it",
+    "unfrozen_parameters": _LOST,
+    "lisa_n_layers": _LOST,
+    "fix_untrained_tokens": f"it changes embeddings in memory, and {_LOST}",
 }
 Config = Mapping[str, Any]
 
@@ -104,6 +111,20 @@ _RULES: tuple[tuple[Callable[[Config], Any], str], ...] = (
         "supported",
     ),
 )
+
+
+def check_best_is_kept(cfg: Config, args: Any) -> None:
+    """Refuse a `load_best_model_at_end` that Axolotl has dropped; with the trainer's arguments.
+
+    Raises:
+        ConfigError: it would merge the last adapter, and not the best.
+    """
+    if cfg.get("load_best_model_at_end") and not args.load_best_model_at_end:
+        raise ConfigError(
+            "load_best_model_at_end: Axolotl has dropped it, and the last adapter would be merged. "
+            "It wants eval_steps, save_steps that are a multiple of it, and val_set_size or "
+            "test_datasets, and does not do it with rl. Set these, or remove it"
+        )
 
 
 def check_config(cfg: Config) -> None:

@@ -8,7 +8,7 @@ from accelerate import accelerator
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from axolotl.integrations.base import AdapterCapabilities, BasePlugin
 from peft import PeftConfig, PeftModel, get_peft_model
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 
 from ..distributed.ranks import connect, on_main_process, rank
 from ..errors import ConfigError
@@ -18,10 +18,12 @@ from ..files.json import read_json
 from ..files.names import ADAPTER_CONFIG_FILE
 from ..hf.one_file import directory_of
 from ..report.page import try_report
+from ..training.best import check_best, save_if_best, take_average
 from ..training.figures import FiguresCallback
+from ..training.resume import check_resumed
 from ..tuner import QALoRAConfig
 from .base import check_base, check_calibration, is_quantized, quantized_base
-from .checks import ADAPTER, check_config
+from .checks import ADAPTER, check_best_is_kept, check_config
 from .finish import (
     check_formats,
     check_free,
@@ -42,7 +44,7 @@ class QALoRAPlugin(BasePlugin):
 
     def __init__(self) -> None:
         super().__init__()
-        self._log = _KeepLog()
+        self._watch = _Watch({})
 
     def get_input_args(self) -> str:
         """Return the dotted name of the pydantic model of our keys."""
@@ -160,10 +162,11 @@ class QALoRAPlugin(BasePlugin):
             trainer.model.get_base_model().save_pretrained = trainer.model.save_pretrained
 
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[TrainerCallback]:
-        """Return the callbacks that log our figures, and that keep the log for the model card."""
+        """Return the callbacks that log our figures, and that watch over the run."""
         if cfg.adapter != ADAPTER:
             return []
-        return [FiguresCallback(trainer), self._log]
+        self._watch = _Watch(cfg)
+        return [FiguresCallback(trainer), self._watch]
 
     def post_train_unload(self, cfg: Any) -> None:
         """Merge on rank 0; the last hook, on every rank, after the process group is gone."""
@@ -172,9 +175,10 @@ class QALoRAPlugin(BasePlugin):
         if cfg.qalora["merge_on_finish"]:
             adapter = Path(cfg.output_dir).expanduser()
             safe = f"the trained adapter is safe in {adapter}, but merging it failed"
+            on_main_process(lambda: self._watch.check_end(adapter), "looking for the best", safe)
             on_main_process(lambda: merge(cfg, adapter), "merging", safe)
             _export(cfg, adapter)
-            history = self._log.history
+            history = self._watch.history
             unreported = f"{merged_dir(cfg)} is merged and complete, but no report was written"
             on_main_process(
                 lambda: try_report(cfg["output_dir"], merged=merged_dir(cfg), history=history),
@@ -190,14 +194,30 @@ def _export(cfg: Any, adapter: Path) -> None:
     on_main_process(lambda: export(cfg, adapter), "exporting", failed)
 
 
-class _KeepLog(TrainerCallback):
-    """Keeps the training's log for the time when the trainer is gone."""
+class _Watch(TrainerCallback):
+    """Holds a run to what its end promises, and keeps its log for when the trainer is gone."""
 
-    def __init__(self) -> None:
+    def __init__(self, cfg: Any) -> None:
+        self._cfg = cfg
         self.history: list[dict[str, Any]] = []
+        self._best_of: TrainerState | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        check_best_is_kept(self._cfg, args)
+        check_resumed(kwargs["model"], kwargs["model"].active_adapter, args, state)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        save_if_best(args, state, control, kwargs.get("metrics") or {})
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.history = state.log_history
+        self._best_of = state if args.load_best_model_at_end else None
+        take_average(args, state, kwargs.get("optimizer"))
+
+    def check_end(self, adapter: Path) -> None:
+        """Refuse to merge what Axolotl has saved where it is not the best that was asked for."""
+        if self._best_of is not None:
+            check_best(self._best_of, "default", adapter)
 
 
 def adapter_config(cfg: Any) -> QALoRAConfig:

@@ -44,6 +44,12 @@ def inherit(base: QuantizedCheckpoint, adapter: Path, target: Path) -> None:
         write_json(generation, _aligned(found, special_tokens(adapter), several_ends=True))
 
 
+def remove_inherited(adapter: Path) -> None:
+    """Remove beside an adapter all that a merge would take from there, to be written anew."""
+    generation = (GENERATION_CONFIG_FILE,)
+    _remove(adapter, (*_SETTINGS, *_TEMPLATES, *_VOCABULARY, *_PROCESSORS, *generation))
+
+
 def with_special_tokens(config: dict[str, Any], adapter: Path) -> dict[str, Any]:
     """Return a config.json with the special tokens that an adapter was trained with."""
     tokens, text = special_tokens(adapter), config.get("text_config")

@@ -1,15 +1,14 @@
 """`MergeCallback`: the merged INT-n checkpoint at the end of a TRL or transformers training."""
 
 import logging
+import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel
-from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..checkpoint.format import format_named
@@ -17,15 +16,16 @@ from ..distributed.ranks import connect, on_main_process
 from ..distributed.sharding import fsdp_enabled
 from ..errors import ConfigError
 from ..files.atomic import AtomicDirectory, ScratchDirectory, check_target, hold
-from ..files.names import ADAPTER_WEIGHTS_FILE
 from ..formats.export import ExportResult, check_format, export_model, export_path
+from ..merge.inherit import remove_inherited
 from ..merge.merge import MergeResult, merge_adapter
 from ..report.page import try_report
-from ..tuner.config import PEFT_TYPE
-from .resume import check_policy, resumed_checkpoint
+from ..tuner import resuming
+from ..tuner.resuming import adapter_directory
+from .best import best_adapter, check_best, save_if_best, take_average
+from .checks import check_all_is_saved, check_base, check_head, has_adapter, trained_adapter
+from .resume import check_resumed
 from .save import (
-    adapter_directory,
-    check_head,
     quantized_base_on_disk,
     save_adapter,
     save_base,
@@ -46,7 +46,10 @@ class MergeCallback(TrainerCallback):
     adapter is merged. The adapter itself is saved first, to `<output_dir>/adapter`: if the merge
     fails, nothing is lost. Of several processes the main one writes and the others wait.
 
-    A training that is interrupted (Ctrl-C, a notebook's stop button) merges nothing: call
+    Give it last in `callbacks`: what a later one does to the weights at the end (averages, say)
+    comes after the merge.
+
+    A training that is interrupted (Ctrl-C, a notebook's stop button, SIGTERM) merges nothing: call
     `merge_last_checkpoint()` then, or run `qalora merge` on a checkpoint.
 
     The base is a quantized one on disk, ours or stock GPTQ, or a 16-bit one that was quantized
@@ -89,13 +92,16 @@ class MergeCallback(TrainerCallback):
         """Says what was written; None before."""
         self.exported: list[ExportResult] = []
         """Says what was written in other formats."""
+        resuming.install()
         self._model: PeftModel | None = None
+        self._adapter = "default"
         self._processing_class: Any = None
         self._data: str | None = None
         self._state: TrainerState | None = None
         self._load_best = False
         self._started = time.monotonic()
         self._last_checkpoint: Path | None = None
+        self._training = self._terminated = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -103,9 +109,11 @@ class MergeCallback(TrainerCallback):
         """Check that there is something to merge, before hours of training.
 
         Raises:
-            ConfigError: the model has no QALORA adapter, or a frozen one, or a random head that
-                nothing saves; the training writes to the target, or goes on with another adapter
-                than was saved.
+            ConfigError: the model has no QALORA adapter, or a frozen one, or several active ones, a
+                random head or trained parameters that nothing saves, or a base that was changed in
+                memory; the training writes to the target, is one of a search for hyperparameters,
+                or goes on with another adapter than was saved.
+            AdapterError: it goes on with an adapter of another base.
             OutputError: the target has been filled since, or another training has this output_dir.
             CheckpointError: a format cannot hold the base, or has no file to go back to.
             RankError: the processes cannot reach each other, as the merge will need.
@@ -121,22 +129,42 @@ class MergeCallback(TrainerCallback):
         if state.is_world_process_zero:
             hold(args.output_dir)
         model = kwargs["model"]
-        _check_adapter(model)
+        if state.is_hyper_param_search:
+            raise ConfigError(
+                "MergeCallback: a search for hyperparameters trains many models, and there is one "
+                "directory. Leave it out of the search, and train the best trial again with it"
+            )
+        if self._training and self._state is not None and self._state.global_step:
+            _log.warning(
+                "MergeCallback: the training begins again with weights that %d steps have trained, "
+                "which its log will not show (auto_find_batch_size, or an interrupted one)",
+                self._state.global_step,
+            )
+        self._adapter = trained_adapter(model)
         self._model, self._state = model, state
         check_head(model)
+        check_all_is_saved(model, self._adapter)
+        check_base(model)
         base = quantized_base_on_disk(model) if self.formats else None
         for name in self.formats:
             if base is not None:
                 check_format(base, name)
             check_target(export_path(self.out_dir, name, base))
-        self._last_checkpoint = resumed_checkpoint(model, args, state)
-        check_policy(model, state, self._last_checkpoint)
+        self._last_checkpoint = check_resumed(model, self._adapter, args, state)
         self._processing_class = kwargs.get("processing_class")
         dataset = getattr(kwargs.get("train_dataloader"), "dataset", None)
         self._data = getattr(getattr(dataset, "info", None), "dataset_name", None)
         self._load_best = args.load_best_model_at_end
         self._started = time.monotonic()
+        self._watch_sigterm(args)
         connect()
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """With `load_best_model_at_end` have the best model so far saved, whatever `save_steps`."""
+        if self._training:
+            save_if_best(args, state, control, kwargs.get("metrics") or {})
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -149,9 +177,9 @@ class MergeCallback(TrainerCallback):
         if self._model is None:
             return
         if fsdp_enabled():
-            save_adapter(self._model, self._last_checkpoint)
+            save_adapter(self._model, self._last_checkpoint, self._adapter)
         if state.is_world_process_zero:
-            self._save_beside(adapter_directory(self._model, self._last_checkpoint))
+            self._save_beside(adapter_directory(self._adapter, self._last_checkpoint))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -163,13 +191,28 @@ class MergeCallback(TrainerCallback):
             RankError: the main process has died.
         """
         assert self._model is not None
-        adapter = save_adapter(self._model, Path(args.output_dir) / ADAPTER_DIR)
+        self._training = False
+        if self._terminated and state.global_step < state.max_steps:
+            _log.warning(
+                "MergeCallback: SIGTERM has stopped the training at step %d of %d, nothing is "
+                "merged. Resume it from the checkpoint that the Trainer has saved",
+                *(state.global_step, state.max_steps),
+            )
+            return
+        if not has_adapter(self._model, self._adapter):
+            raise ConfigError(
+                f"MergeCallback: the adapter {self._adapter!r} is gone from the model: another "
+                "callback has called merge_and_unload() or delete_adapter(). Leave that out, and "
+                "merge a checkpoint of this training with `qalora merge`"
+            )
+        take_average(args, state, kwargs.get("optimizer"))
+        adapter = save_adapter(self._model, Path(args.output_dir) / ADAPTER_DIR, self._adapter)
         failed = (
             f"the trained adapter is safe in {adapter}, but merging it failed (repeat with "
             f"`qalora merge {adapter} --out DIR`)"
         )
-        on_main_process(lambda: self._check_best(adapter), "looking for the best adapter", failed)
-        on_main_process(lambda: self._save_beside(adapter), "saving the tokenizer", failed)
+        on_main_process(lambda: self._check_end(adapter), "looking for the best adapter", failed)
+        on_main_process(lambda: self._save_beside(adapter, True), "saving the tokenizer", failed)
         on_main_process(lambda: self._merge(adapter), "merging", failed)
         if self.formats:
             failed = f"merged into {self.out_dir}, but not exported"
@@ -199,37 +242,25 @@ class MergeCallback(TrainerCallback):
         if self._model is None or self._state is None or self._last_checkpoint is None:
             _log.warning("MergeCallback: no checkpoint was saved, there is nothing to merge")
             return None
-        checkpoint = self._last_checkpoint
-        if self._load_best and self._state.best_model_checkpoint:
-            checkpoint = Path(self._state.best_model_checkpoint)
-        adapter = adapter_directory(self._model, checkpoint)
+        best = best_adapter(self._state, self._adapter) if self._load_best else None
+        adapter = best or adapter_directory(self._adapter, self._last_checkpoint)
         self._merge(adapter)
         self._export(adapter)
         self._push()
         return self.result
 
-    def _check_best(self, adapter: Path) -> None:
-        """Refuse to merge another adapter than the best one, where that was asked for.
-
-        The Trainer only warns where it does not find the best adapter, as of one that is not called
-        "default", and goes on with the last one.
-        """
-        best = self._state.best_model_checkpoint if self._state is not None else None
-        if not self._load_best or best is None or self._model is None:
-            return
-        kept = adapter_directory(self._model, Path(best)) / ADAPTER_WEIGHTS_FILE
-        if not kept.exists():  # FSDP's own shards: nothing to compare with
-            return
-        found, wanted = load_file(adapter / ADAPTER_WEIGHTS_FILE), load_file(kept)
-        same = found.keys() == wanted.keys() and all(
-            torch.equal(found[key].float(), wanted[key].float()) for key in found
-        )
-        if not same:
+    def _check_end(self, adapter: Path) -> None:
+        """Refuse to merge another adapter than was trained, or than the best one."""
+        assert self._model is not None and self._state is not None
+        active = list(self._model.active_adapters)
+        if active != [self._adapter]:
             raise ConfigError(
-                f"load_best_model_at_end: the Trainer was to load the best adapter, {kept}, but "
-                "holds another one. Merge the best one with "
-                f"`qalora merge {kept.parent} --out {self.out_dir}`"
+                f"the adapter in training was {self._adapter!r}, and at its end {active} is "
+                "active: it is not clear which one is to be merged"
             )
+        check_all_is_saved(self._model, self._adapter)
+        if self._load_best:
+            check_best(self._state, self._adapter, adapter)
 
     def _merge(self, adapter: Path) -> None:
         assert self._model is not None
@@ -257,14 +288,33 @@ class MergeCallback(TrainerCallback):
                 log_history=self._state.log_history,
             )
 
+    def _watch_sigterm(self, args: TrainingArguments) -> None:
+        """Remember a SIGTERM, at which the Trainer's own handler ends the training as if whole."""
+        self._training, self._terminated = True, False
+        if not args.enable_jit_checkpoint:
+            return
+        before = signal.getsignal(signal.SIGTERM)
+
+        def note(number: int, frame: Any) -> None:
+            self._terminated = True
+            if callable(before):
+                before(number, frame)
+
+        signal.signal(signal.SIGTERM, note)
+
     def _finish(self, partial: Path) -> None:
         """Write labels as they are in this training."""
         assert self._model is not None
         write_head_config(self._model.get_base_model(), partial)
 
-    def _save_beside(self, adapter: Path) -> None:
-        """Write tokenizer and generation config beside an adapter, which a merge then takes."""
+    def _save_beside(self, adapter: Path, alone: bool = False) -> None:
+        """Write tokenizer and generation config beside an adapter, which a merge then takes.
+
+        With `alone`, what an earlier training has left there of these goes first.
+        """
         assert self._model is not None
+        if alone:
+            remove_inherited(adapter)
         if self._processing_class is not None:
             self._processing_class.save_pretrained(adapter)
         write_generation_config(self._model.get_base_model(), adapter)
@@ -281,23 +331,3 @@ def _base_directory(model: PeftModel, out_dir: Path) -> Iterator[Path]:
         base = scratch / "base"
         save_base(model, base)
         yield base
-
-
-def _check_adapter(model: Any) -> None:
-    """Refuse a model that has no QALORA adapter, or trains nothing.
-
-    Raises:
-        ConfigError: see above.
-    """
-    kind = getattr(getattr(model, "active_peft_config", None), "peft_type", None)
-    if kind != PEFT_TYPE:
-        found = "no adapter" if kind is None else f"the PEFT method {kind.value}"
-        raise ConfigError(
-            f"MergeCallback: expected a model with a QALORA adapter, found {found}. "
-            "Give SFTTrainer peft_config=QALoRAConfig(...)"
-        )
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ConfigError(
-            "MergeCallback: no parameter is trainable: the adapter was loaded for inference. Load "
-            "it with PeftModel.from_pretrained(base, ADAPTER, is_trainable=True)"
-        )

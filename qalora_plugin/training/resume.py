@@ -6,17 +6,47 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import TrainerState, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
 
 from ..distributed.sharding import gathered, plain_name
 from ..errors import ConfigError
 from ..files.names import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
 from ..tuner.names import PREFIX
-from .save import adapter_directory
+from ..tuner.resuming import adapter_directory, check_settings
+from .best import find_best, is_before, read_state
 
 
-def resumed_checkpoint(
-    model: PeftModel, args: TrainingArguments, state: TrainerState
+def check_resumed(
+    model: PeftModel, name: str, args: TrainingArguments, state: TrainerState
+) -> Path | None:
+    """Check that a training goes on with what it was stopped with; call it in `on_train_begin`.
+
+    Where parameters are sharded all ranks have to call.
+
+    Args:
+        model: with its adapters, as the Trainer has loaded them.
+        name: of the adapter in training.
+        args: the Trainer's.
+        state: the Trainer's; the path of its best checkpoint is corrected where that was moved.
+
+    Returns:
+        The checkpoint; None where training starts, or none is found.
+
+    Raises:
+        ConfigError: the adapter has other numbers or another scaling than in the checkpoint, or the
+            best checkpoint is gone.
+        AdapterError: the checkpoint's adapter belongs to another base.
+    """
+    checkpoint = _resumed_checkpoint(model, name, args, state)
+    if args.load_best_model_at_end:
+        find_best(state, checkpoint)
+    if checkpoint is not None:
+        check_settings(model, checkpoint)
+        _check_policy(model, name, state, checkpoint)
+    return checkpoint
+
+
+def _resumed_checkpoint(
+    model: PeftModel, name: str, args: TrainingArguments, state: TrainerState
 ) -> Path | None:
     """Find the checkpoint that a training goes on from; None where it starts, or none is found.
 
@@ -25,32 +55,24 @@ def resumed_checkpoint(
     if state.global_step == 0:
         return None
     usual = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-    for path in (Path(str(args.resume_from_checkpoint)), usual):
-        saved, adapter = path / TRAINER_STATE_NAME, adapter_directory(model, path)
-        if saved.exists() and (adapter / ADAPTER_CONFIG_FILE).exists():
-            found = TrainerState.load_from_json(str(saved))
-            if (found.global_step, found.log_history) == (state.global_step, state.log_history):
-                return path
+    given = Path(str(args.resume_from_checkpoint))
+    for path in (model.base_model.resumed_from or given, given, usual):
+        found, adapter = read_state(path), adapter_directory(name, path)
+        if found is None or not (adapter / ADAPTER_CONFIG_FILE).exists():
+            continue
+        if is_before(found, state) and is_before(state, found):
+            return path
     return None
 
 
-def check_policy(model: PeftModel, state: TrainerState, checkpoint: Path | None) -> None:
-    """Compare the adapter in training with the one in the checkpoint that training goes on from.
+def _check_policy(model: PeftModel, name: str, state: TrainerState, checkpoint: Path) -> None:
+    """Compare the adapter in training with the one in the checkpoint.
 
     Only where the model has others beside it: `tuner.resuming` says what the Trainer does then.
-    Where parameters are sharded all ranks have to call.
-
-    Args:
-        model: with its adapters, as the Trainer has loaded them.
-        state: the Trainer's; at step 0 nothing is compared.
-        checkpoint: what `resumed_checkpoint` found; None, too, compares nothing.
-
-    Raises:
-        ConfigError: they differ.
     """
-    if state.global_step == 0 or len(model.peft_config) == 1 or checkpoint is None:
+    if len(model.peft_config) == 1:
         return
-    name, file = model.active_adapter, adapter_directory(model, checkpoint) / ADAPTER_WEIGHTS_FILE
+    file = adapter_directory(name, checkpoint) / ADAPTER_WEIGHTS_FILE
     stored = load_file(file) if file.exists() else {}  # FSDP may have saved shards alone
     for key, parameter in model.named_parameters():
         key = plain_name(key)

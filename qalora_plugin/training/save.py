@@ -17,13 +17,14 @@ from ..checkpoint.checkpoint import open_quantized
 from ..checkpoint.kind import find_kind, find_model
 from ..distributed.ranks import rank
 from ..distributed.sharding import gathered, is_sharded, plain_name
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError
 from ..files.hub import resolve_model_dir
 from ..files.json import read_json, write_json
 from ..files.names import CONFIG_FILE
 from ..tuner.layer import QALoRALinear
+from ..tuner.names import PREFIX
+from ..tuner.resuming import adapter_directory
 
-_HEADS = ("classifier", "score", "qa_outputs")  # as PEFT calls them
 _log = logging.getLogger(__name__)
 
 
@@ -46,29 +47,6 @@ def quantized_base_on_disk(model: PeftModel) -> Path | None:
     if open_quantized(directory).config.merged != config.base_merged:
         return None
     return directory
-
-
-def check_head(model: PeftModel) -> None:
-    """Refuse to train on a head that neither the base's files nor the adapter's will hold.
-
-    Args:
-        model: with adapters, before training.
-
-    Raises:
-        ConfigError: the head is random in this model, and would be lost.
-    """
-    base, directory = model.get_base_model(), quantized_base_on_disk(model)
-    for name in _HEADS:
-        head = getattr(base, name, None)
-        if head is None or isinstance(head, AuxiliaryTrainingWrapper) or directory is None:
-            continue
-        if not any(key.startswith(f"{name}.") for key in open_quantized(directory).reader.tensors):
-            raise ConfigError(
-                f"{type(base).__name__}: {name} is not in the files of {directory} and so is "
-                "random here, and the adapter does not save it: a merge would lose it. Give "
-                f"QALoRAConfig the task_type of this class (SEQ_CLS for a reward model), or "
-                f"modules_to_save=[{name!r}]"
-            )
 
 
 def save_base(model: PeftModel, directory: Path) -> None:
@@ -129,14 +107,17 @@ def write_head_config(model: PreTrainedModel, directory: Path) -> None:
     write_json(path, config)
 
 
-def save_adapter(model: PeftModel, directory: Path) -> Path:
-    """Write the active adapter, on rank 0; where parameters are sharded all ranks have to call.
+def save_adapter(model: PeftModel, directory: Path, name: str) -> Path:
+    """Write an adapter, on rank 0; where parameters are sharded all ranks have to call.
 
     Returns:
         The directory that holds the adapter's files (see `adapter_directory`).
     """
-    name = model.active_adapter
-    trained = {plain_name(n): p for n, p in model.named_parameters() if p.requires_grad}
+    trained = {
+        plain_name(n): p
+        for n, p in model.named_parameters()
+        if p.requires_grad or (PREFIX in n and f".{name}." in n)
+    }
     state: dict[str, torch.Tensor] | None = None
     if any(is_sharded(parameter) for parameter in trained.values()):
         state = {}
@@ -146,16 +127,7 @@ def save_adapter(model: PeftModel, directory: Path) -> Path:
                 state[key] = whole.cpu()
     if rank() == 0:
         model.save_pretrained(str(directory), selected_adapters=[name], state_dict=state)
-    return adapter_directory(model, directory)
-
-
-def adapter_directory(model: PeftModel, directory: Path) -> Path:
-    """Return where PEFT's `save_pretrained(directory)` puts the active adapter.
-
-    That is below the directory, unless the adapter is called "default".
-    """
-    name = model.active_adapter
-    return directory if name == "default" else directory / name
+    return adapter_directory(name, directory)
 
 
 def _quantize_again(base: PreTrainedModel, directory: Path, fingerprint: str) -> None:

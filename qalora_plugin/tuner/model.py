@@ -1,8 +1,10 @@
 """`QALoRAModel`: puts adapters on the quantized layers of a model, as PEFT's tuners do."""
 
 import copy
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -33,7 +35,10 @@ class QALoRAModel(BaseTuner):
     tuner_layer_cls = QALoRALinear
     target_module_mapping: dict[str, list[str]] = {}
 
-    _base: BaseIdentity | None = None
+    identity: BaseIdentity | None = None
+    """Of the base; None before an adapter meets it."""
+    resumed_from: Path | None = None
+    """The checkpoint that the Trainer has loaded last."""
 
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
@@ -46,16 +51,16 @@ class QALoRAModel(BaseTuner):
             ConfigError: see `targets.resolve_targets`.
             AdapterError: a loaded adapter belongs to another base.
         """
-        if len(self.peft_config) > 1:
+        if len(self.peft_config) > 1 or "transformers.trainer" in sys.modules:
             resuming.install()
         given = self.peft_config[adapter_name]
         if given.task_type in _HEADS_ADDED_LATER and given.modules_to_save is None:
             given.modules_to_save = []  # PEFT appends the head's name afterwards, to this list
         config = copy.copy(given)
         resolve_targets(config, model)
-        if self._base is None:
-            self._base = base_identity(model)
-        check_base(config, self._base)
+        if self.identity is None:
+            self.identity = base_identity(model)
+        check_base(config, self.identity)
         self.peft_config[adapter_name] = config
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 

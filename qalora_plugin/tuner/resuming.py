@@ -1,4 +1,7 @@
-"""Resuming with several adapters: the one in training is loaded too.
+"""Resuming: the adapter in training is the one of the checkpoint, on the same base.
+
+Into an adapter that exists PEFT loads numbers alone: a checkpoint's own config, with the scaling
+and the base that the numbers belong to, is never read. So both are compared here.
 
 TRL's trainers of preferences add a frozen copy "ref" of an adapter that they start from. PEFT saves
 "default", the policy, in a checkpoint's own folder and "ref" below it, and of such a checkpoint
@@ -15,8 +18,10 @@ from peft import PeftModel
 
 from ..distributed.sharding import fsdp_enabled
 from ..errors import ConfigError
-from ..files.names import ADAPTER_WEIGHTS_FILE
-from .config import PEFT_TYPE
+from ..files.names import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
+from .config import PEFT_TYPE, QALoRAConfig
+from .scaling import SCALING_FIELDS
+from .targets import check_base
 
 _INSTALLED = "_qalora_original"
 
@@ -31,11 +36,53 @@ def install() -> None:
 
     @functools.wraps(original)
     def load(self: Any, resume_from_checkpoint: str, model: Any = None) -> None:
+        adapted = self.model if model is None else model
+        check_settings(adapted, Path(resume_from_checkpoint))
         original(self, resume_from_checkpoint, model)
-        load_policy(self.model if model is None else model, Path(resume_from_checkpoint))
+        load_policy(adapted, Path(resume_from_checkpoint))
+        if isinstance(adapted, PeftModel):
+            adapted.base_model.resumed_from = Path(resume_from_checkpoint)
 
     setattr(load, _INSTALLED, original)
     Trainer._load_from_checkpoint = load  # type: ignore[method-assign]
+
+
+def adapter_directory(name: str, directory: Path) -> Path:
+    """Return where PEFT's `save_pretrained(directory)` puts the adapter of this name.
+
+    That is below the directory, unless the adapter is called "default".
+    """
+    return directory if name == "default" else directory / name
+
+
+def check_settings(model: Any, checkpoint: Path) -> None:
+    """Compare scaling and base of the model's adapters with those in a checkpoint.
+
+    Args:
+        model: what the Trainer resumes; adapters that are not ours are left alone.
+        checkpoint: the directory; adapters that it does not hold are left alone.
+
+    Raises:
+        ConfigError: a setting that scales the adapter is another one.
+        AdapterError: the checkpoint's adapter was trained on another base.
+    """
+    if not isinstance(model, PeftModel):
+        return
+    for name, config in model.peft_config.items():
+        directory = adapter_directory(name, checkpoint)
+        file = directory / ADAPTER_CONFIG_FILE
+        if config.peft_type != PEFT_TYPE or not file.exists():
+            continue
+        stored = QALoRAConfig.from_pretrained(str(directory))
+        for field in SCALING_FIELDS:
+            was, now = getattr(stored, field), getattr(config, field)
+            if was != now:
+                raise ConfigError(
+                    f"resume_from_checkpoint: {file}: {field} is {was!r}, and {now!r} in this "
+                    "training: the same A and B would give another change. Set it as it was, or "
+                    "start without the checkpoint"
+                )
+        check_base(stored, model.base_model.identity)
 
 
 def load_policy(model: Any, checkpoint: Path) -> None:

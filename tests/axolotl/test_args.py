@@ -2,13 +2,14 @@
 
 import importlib
 import sys
+from types import SimpleNamespace
 
 import pytest
 from pydantic import ValidationError
 
 import qalora_plugin.axolotl
 from qalora_plugin.axolotl import QALoRAArgs, QALoRABlock
-from qalora_plugin.axolotl.checks import check_config
+from qalora_plugin.axolotl.checks import check_best_is_kept, check_config
 from qalora_plugin.checkpoint.format import exports
 from qalora_plugin.errors import ConfigError
 
@@ -102,11 +103,22 @@ def test_every_key_has_a_help_text():
         ("fsdp_config", {"offload_params": False}),
         ("lm_eval_tasks", ["arc_easy"]),
         ("peft_autocast_adapter_dtype", False),
+        ("unfrozen_parameters", ["norm"]),
+        ("lisa_n_layers", 2),
+        ("fix_untrained_tokens", True),
     ],
 )
 def test_a_contradicting_key_is_refused_by_name(key, value):
     with pytest.raises(ConfigError, match=key.removesuffix("_config").removesuffix("_tasks")):
         check_config({"adapter": "qalora", key: value})
+
+
+def test_the_best_adapter_is_not_dropped():
+    kept, dropped = (SimpleNamespace(load_best_model_at_end=best) for best in (True, False))
+    check_best_is_kept({"load_best_model_at_end": True}, kept)
+    check_best_is_kept({"load_best_model_at_end": False}, dropped)
+    with pytest.raises(ConfigError, match=r"load_best_model_at_end: Axolotl has dropped it"):
+        check_best_is_kept({"load_best_model_at_end": True}, dropped)
 
 
 def test_switched_off_keys_are_no_contradiction():

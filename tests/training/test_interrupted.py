@@ -106,9 +106,7 @@ def test_interrupted_before_the_first_new_checkpoint(told, bases, make_trainer, 
     verify_merge(tmp_path / "merged", checkpoint / "tuned", bases["ours"])
 
 
-def test_checkpoint_of_another_training_is_not_taken_for_the_resumed_one(
-    bases, make_trainer, tmp_path
-):
+def test_resumed_beside_the_checkpoint_of_another_training(bases, make_trainer, tmp_path):
     saving = {"max_steps": 3, "save_strategy": "steps", "save_steps": 3}
     make_trainer(bases["ours"], run="first", **saving).train()
     make_trainer(bases["ours"], learning_rate=1e-3, **saving).train()
@@ -117,4 +115,6 @@ def test_checkpoint_of_another_training_is_not_taken_for_the_resumed_one(
     trainer = make_trainer(bases["ours"], callbacks=[callback, _Interrupt()], **saving)
     with pytest.raises(KeyboardInterrupt):
         trainer.train(resume_from_checkpoint=str(tmp_path / "first" / "checkpoint-3"))
-    assert callback.merge_last_checkpoint() is None
+    assert callback.merge_last_checkpoint() is not None
+    first = tmp_path / "first" / "checkpoint-3"
+    verify_merge(tmp_path / "merged", first, bases["ours"])
