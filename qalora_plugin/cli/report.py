@@ -26,9 +26,16 @@ def add_parser(subparsers: Any) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Write it, and print its path or the figures."""
+    from ..errors import AdapterError
     from ..report.figures import FIGURES_FILE
     from ..report.page import write_report
 
-    page = write_report(args.run, merged=args.merged, verify=not args.no_verify)
+    try:
+        page = write_report(args.run, merged=args.merged, verify=not args.no_verify)
+    except AdapterError as error:  # such as a base that was quantized while it was loaded
+        if args.no_verify:
+            raise
+        hint = "A report without the proof of the merge: --no-verify"
+        raise AdapterError(f"{error} {hint}") from error
     say(page.with_name(FIGURES_FILE).read_text() if args.json else page)
     return 0

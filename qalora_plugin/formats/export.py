@@ -106,7 +106,7 @@ def check_format(base: str | Path, format: str) -> None:
         CheckpointError: the base is damaged, or the format cannot hold it.
         ConfigError: no such format, or its library is not installed.
     """
-    found = _writable(format)
+    found = export_format(format)
     source = open_quantized(base)
     refuse_experts(source, found)
     found.check_libraries()
@@ -118,15 +118,21 @@ def check_format(base: str | Path, format: str) -> None:
         write.check(source)
 
 
-def _writable(name: str) -> Format:
-    found = format_named(name)
-    if not found.is_export:
+def export_format(name: str) -> Format:
+    """Return the format of this name, in which models are written.
+
+    Raises:
+        ConfigError: no such format, or one that is read only.
+    """
+    names = [format.name for format in exports()]
+    if name in names:
+        return format_named(name)
+    if name in (format.name for format in formats()):
         raise ConfigError(
-            f"format: {name!r} is read as a base only. Choose one of "
-            f"{', '.join(format.name for format in exports())}; 'original' writes a copy of the "
-            "base's own file"
+            f"format: {name!r} is read as a base only. Choose one of {', '.join(names)}; "
+            "'original' writes a copy of the base's own file"
         )
-    return found
+    raise ConfigError(f"format: expected one of {', '.join(names)}, found {name!r}")
 
 
 def refuse_calibration(text: Mapping[str, Any]) -> None:
@@ -198,7 +204,7 @@ def export_model(
         CheckpointError, AdapterError: the source is damaged, or the format cannot hold it.
         ConfigError: no such format or option, or the format's library is not installed.
     """
-    found = _writable(format)
+    found = export_format(format)
     known = sorted(option.name for option in found.options)
     unknown = sorted(set(options) - set(known))
     if unknown:

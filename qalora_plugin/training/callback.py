@@ -16,7 +16,13 @@ from ..distributed.ranks import connect, on_main_process
 from ..distributed.sharding import fsdp_enabled
 from ..errors import ConfigError
 from ..files.atomic import AtomicDirectory, ScratchDirectory, check_target, hold
-from ..formats.export import ExportResult, check_format, export_model, export_path
+from ..formats.export import (
+    ExportResult,
+    check_format,
+    export_format,
+    export_model,
+    export_path,
+)
 from ..merge.inherit import remove_inherited
 from ..merge.merge import MergeResult, merge_adapter
 from ..report.page import try_report
@@ -83,7 +89,7 @@ class MergeCallback(TrainerCallback):
             ConfigError: no such format.
         """
         self.out_dir = AtomicDirectory(out_dir).target
-        self.formats = [format_named(name).name for name in formats]
+        self.formats = [export_format(name).name for name in formats]
         self.push_to_hub = push_to_hub
         self.repo_id = repo_id
         self.private = private

@@ -117,7 +117,21 @@ def resolve_targets(config: QALoRAConfig, model: nn.Module) -> None:
             "quantize them too (modules_to_not_convert). Quantized are "
             f"{_shorten(_leaves(quantized))}"
         )
+    _tell_of_unmatched(config, matched)
     _keep_within(config, list(matched), quantization_config(model))
+
+
+def _tell_of_unmatched(config: QALoRAConfig, matched: dict[str, nn.Module]) -> None:
+    """Warn of names in `target_modules` that select nothing, such as misspelt ones."""
+    if isinstance(config.target_modules, str):
+        return
+    ends = {name.split(".", count)[-1] for name in matched for count in range(name.count(".") + 1)}
+    if lost := sorted(set(config.target_modules or ()) - ends):
+        _log.warning(
+            "target_modules: %s: no layer of the base is selected by %s; correct the name, or "
+            "leave it out",
+            *(_shorten(lost), "it" if len(lost) == 1 else "these"),
+        )
 
 
 def _keep_within(config: QALoRAConfig, matched: list[str], base: QALoRAQuantConfig | None) -> None:

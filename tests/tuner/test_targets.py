@@ -131,3 +131,12 @@ def test_an_adapter_around_another_is_refused(make_llama):
     with pytest.raises(ConfigError, match=r"a PeftModel already.*model\.unload\(\)"):
         get_peft_model(model, QALoRAConfig(r=2))
     get_peft_model(model.unload(), QALoRAConfig(r=2))
+
+
+def test_a_misspelt_target_is_told_of(make_llama, caplog):
+    get_peft_model(
+        make_llama(), QALoRAConfig(r=2, target_modules=["q_proj", "layers.1.mlp.up_proj"])
+    )
+    assert "target_modules" not in caplog.text
+    get_peft_model(make_llama(), QALoRAConfig(r=2, target_modules=["q_proj", "k_porj"]))
+    assert "target_modules: k_porj: no layer of the base is selected by it" in caplog.text
