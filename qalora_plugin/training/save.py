@@ -17,7 +17,7 @@ from ..checkpoint.checkpoint import open_quantized
 from ..checkpoint.kind import find_kind, find_model
 from ..distributed.ranks import rank
 from ..distributed.sharding import gathered, is_sharded, plain_name
-from ..errors import CheckpointError
+from ..errors import CheckpointError, printable
 from ..files.hub import resolve_model_dir
 from ..files.json import read_json, write_json
 from ..files.names import CONFIG_FILE
@@ -88,7 +88,8 @@ def write_generation_config(model: PreTrainedModel, directory: Path) -> None:
     try:
         generation.save_pretrained(directory)
     except ValueError as error:
-        _log.warning("%s: as inconsistent as the base's: %s", GENERATION_CONFIG_NAME, error)
+        said = printable(str(error))
+        _log.warning("%s: as inconsistent as the base's: %s", GENERATION_CONFIG_NAME, said)
         generation.to_json_file(directory / GENERATION_CONFIG_NAME, keys_to_pop=["compile_config"])
 
 
