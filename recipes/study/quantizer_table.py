@@ -1,13 +1,19 @@
 """The rows of compare_quantizers.py as a table, and as two sentences."""
 
+import math
 import statistics
 import textwrap
 
 from rows import Row, markdown, spread
 
-TEXTS = ("sources", "completions", "prompts", "pairs")
+TEXTS = ("sources", "completions", "prompts", "pairs", "wikitext2")
 UNQUANTIZED = {"none": "", "softened": "logits divided by 1.1"}
-NAMES = {"qalora": "qalora", "qalora-minimum": "qalora (minimum)", "gptqmodel": "GPTQModel"}
+NAMES = {
+    "qalora": "qalora",
+    "qalora-minimum": "qalora (minimum)",
+    "qalora-refined": "qalora --refine",
+    "gptqmodel": "GPTQModel",
+}
 FIGURES = {"heldout_loss": "held-out loss", "heldout_kl": "KL from 16 bits"}
 
 
@@ -41,6 +47,22 @@ def table(rows: list[Row]) -> str:
                 quantizer = f"{NAMES[name]} {same[0]['version']}"
                 lines.append([*setting, quantizer, *figures, f"{len(same)}"])
     return markdown(["text", "bits", "act-order", "quantizer", *FIGURES.values(), "draws"], lines)
+
+
+def real_model(rows: list[Row]) -> str:
+    """Return the table of one draw of a language model: perplexity, KL and cost of each quantizer."""
+    lines = []
+    whole = [row for row in rows if row["engine"] == "none"]
+    by_setting = [same for engines in draws(rows).values() for same in engines.values()]
+    for row in (*whole, *(same[0] for same in by_setting)):
+        name = NAMES.get(row["engine"])
+        figures = [f"{math.exp(row['heldout_loss']):.2f}", f"{row['heldout_kl']:.4f}"]
+        cost = f"{row['seconds'] / 60:.0f}" if name else ""
+        group = str(row["group_size"] or "")
+        quantizer = f"{name} {row['version']}" if name else "not quantized"
+        lines.append([f"{row['bits']}", group, quantizer, *figures, cost])
+    head = ["bits", "group size", "quantizer", "perplexity", "KL from 16 bits", "minutes"]
+    return markdown(head, lines)
 
 
 def summary(rows: list[Row]) -> str:

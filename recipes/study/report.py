@@ -101,6 +101,7 @@ def tables() -> dict[str, dict[str, str]]:
     """Return the tables of each document, by name."""
     quantizers = read_rows(RESULTS / "quantizers.jsonl")
     offsets_at = read_rows(RESULTS / "offsets_at.jsonl")
+    smollm2 = read_rows(RESULTS / "quantizers_smollm2.jsonl")
     language = language_report.table(language_report.study_rows(), "gsm8k")
     return {
         "README.md": {"language": language},
@@ -108,6 +109,7 @@ def tables() -> dict[str, dict[str, str]]:
         "docs/quantizers.md": {
             "summary": quantizer_table.summary(quantizers),
             "quantizers": quantizer_table.table(quantizers),
+            "smollm2": quantizer_table.real_model(smollm2),
         },
         "docs/export.md": {"quantizers": quantizer_table.table(offsets_at)},
         "docs/adapt_modes.md": {
