@@ -14,7 +14,7 @@ from qalora_kernels.stored import QUANT_METHOD
 from ..checkpoint.checkpoint import QuantizedCheckpoint, open_quantized
 from ..checkpoint.format import Engine, format_named
 from ..checkpoint.kind import find_kind
-from ..errors import OutputError, QALoRAError
+from ..errors import CheckpointError, OutputError, QALoRAError
 from ..files.hub import hub_failures, public_name
 from ..files.inside import check_inside, check_regular
 from ..files.json import read_json
@@ -157,7 +157,7 @@ def find_subject(path: str | Path) -> Subject:
     path = Path(path).expanduser().resolve()
     record = read_record(path)
     if record is not None:
-        measured = _loss_rows(record.get("measured"))
+        measured = _loss_rows(path, record.get("measured"))
         return Subject(path, record["format"], record["source"], record["exactness"], measured)
     try:
         checkpoint = open_quantized(path)
@@ -186,10 +186,15 @@ def subject_of(checkpoint: QuantizedCheckpoint) -> Subject:
     )
 
 
-def _loss_rows(measured: dict[str, Any] | None) -> dict[str, str]:
+def _loss_rows(path: Path, measured: dict[str, Any] | None) -> dict[str, str]:
     """Return rows of a `formats.requantize.Loss`, none if nothing was measured."""
     if not measured:
         return {}
+    missing = {"tokens", "exact", "requantized", "divergence"} - measured.keys()
+    if missing:
+        raise CheckpointError(
+            f"{path}: measured.{min(missing)} is missing in {RECORD_FILE}. Export again."
+        )
     where = f"nats a token, {measured['tokens']} held-out tokens"
     return {
         "loss of the exact model": f"{measured['exact']:.4f} ({where})",

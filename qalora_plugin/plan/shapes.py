@@ -20,7 +20,7 @@ from ..architecture.experts import Experts, find_experts
 from ..architecture.model import check_sizes
 from ..architecture.selection import check_group_sizes, linears_in_blocks, linears_to_quantize
 from ..architecture.unfuse import unfuse_all
-from ..checkpoint.checkpoint import open_quantized
+from ..checkpoint.checkpoint import open_headers, open_quantized
 from ..checkpoint.config import QALoRAQuantConfig
 from ..checkpoint.format import foreign_config
 from ..checkpoint.kind import find_kind
@@ -62,7 +62,7 @@ def load_shape(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> ModelShape:
-    """Read config.json of a directory or Hub repository, and nothing else.
+    """Read config.json of a directory or Hub repository; of weights beside it the headers at most.
 
     Args:
         name_or_path: a directory with config.json, or a Hub id.
@@ -71,7 +71,8 @@ def load_shape(
         trust_remote_code: whether Python code that the model brings may run.
 
     Raises:
-        CheckpointError: there is no such directory or repository, or no config.json in it.
+        CheckpointError: there is no such directory or repository, or no config.json in it, or one
+            that contradicts the tensors beside it.
         ConfigError: transformers does not know the architecture, another method quantized the
             base, or `bits` or `group_size` differ from those of a quantized base.
     """
@@ -82,7 +83,11 @@ def load_shape(
         raise CheckpointError(_no_config(directory))
     if directory.is_dir():
         path = directory / CONFIG_FILE
-        check_sizes(read_as(path, ConfigFile), path)
+        raw = read_as(path, ConfigFile)
+        check_sizes(raw, path)
+        method = (raw.get("quantization_config") or {}).get("quant_method")
+        if method == QUANT_METHOD and any(directory.glob("*.safetensors")):
+            check_sizes(raw, path, len(open_headers(directory).weight_names))
     try:
         config = transformers.AutoConfig.from_pretrained(
             name_or_path, revision=revision, trust_remote_code=trust_remote_code

@@ -50,7 +50,7 @@ def table(rows: list[Row]) -> str:
 
 
 def real_model(rows: list[Row]) -> str:
-    """Return the table of one draw of a language model: perplexity, KL and cost of each quantizer."""
+    """Return the table of a language model, one draw: perplexity, KL and cost of each quantizer."""
     lines = []
     whole = [row for row in rows if row["engine"] == "none"]
     by_setting = [same for engines in draws(rows).values() for same in engines.values()]

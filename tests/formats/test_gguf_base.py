@@ -367,12 +367,28 @@ def test_tokenizer_with_scores(tmp_path):
         ({"llama.rope.scaling.attn_factor": 0.5}, "attn_factor is 0.5"),
         ({"llama.feed_forward_length": [96, 96]}, "expected one number, found a list"),
         ({"llama.block_count": 3}, r"no tensor blk.2.*The file is incomplete"),
+        ({"llama.block_count": 1 << 20}, r"block_count: expected at most .*found 1048576"),
+        ({"tokenizer.ggml.token_type": [1]}, r"token_type: expected a value for each .*found 1\."),
     ],
 )
 def test_refused_by_name(fields, message, tmp_path):
     family = fields.pop("general.architecture", "llama")
     with pytest.raises(CheckpointError, match=message):
         open_quantized(write_gguf(tmp_path / "model.gguf", family=family, **fields))
+
+
+def test_a_merge_of_no_token_is_refused(tmp_path):
+    path = write_gguf(tmp_path / "model.gguf", **{"tokenizer.ggml.merges": ["nothing here"]})
+    with pytest.raises(CheckpointError, match=r"no tokenizer can be made .*out of vocabulary"):
+        import_model(path, tmp_path / "base")
+    assert not (tmp_path / "base").exists()
+
+
+def test_without_a_list_of_types_all_tokens_are_normal(tmp_path):
+    path = write_gguf(tmp_path / "model.gguf", **{"tokenizer.ggml.token_type": None})
+    made = AutoTokenizer.from_pretrained(import_model(path, tmp_path / "base").out)
+    names = tokens()[0]
+    assert [names[i] for i in made("the cat").input_ids] == ["the", "Ġ", "c", "a", "t"]
 
 
 def test_inspect_says_what_it_is(tmp_path, capsys):

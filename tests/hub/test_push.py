@@ -12,7 +12,7 @@ from huggingface_hub import constants
 from qalora_plugin import export_model
 from qalora_plugin.checkpoint.checkpoint import open_quantized
 from qalora_plugin.cli import main
-from qalora_plugin.errors import OutputError
+from qalora_plugin.errors import CheckpointError, OutputError
 from qalora_plugin.files.hub import public_name
 from qalora_plugin.hub.card import find_subject, make_card, subject_of
 from qalora_plugin.hub.push import push, push_merged
@@ -234,6 +234,10 @@ def test_card_of_an_inexact_export_says_what_it_costs(merged_dir, exported_dir):
     assert "| loss of the exact model | 2.0000 (nats a token, 99 held-out tokens) |" in card.text
     assert "| loss of this model | 2.2500 (" in card.text
     assert "| KL divergence from the exact model | 1.00e-02 (" in card.text
+    del record["measured"]["tokens"]
+    path.write_text(json.dumps(record))
+    with pytest.raises(CheckpointError, match=r"measured\.tokens is missing in qalora_export.json"):
+        find_subject(exported_dir)
 
 
 def test_result_of_a_push(hub, merged_dir):

@@ -8,7 +8,7 @@ from transformers import GraniteMoeConfig, LlamaConfig, MixtralConfig
 
 from qalora_plugin.checkpoint.describe import describe
 from qalora_plugin.cli import build_parser, main
-from qalora_plugin.errors import ConfigError
+from qalora_plugin.errors import CheckpointError, ConfigError
 from qalora_plugin.plan import PlanSettings, count_parameters, load_shape, plan_method
 from qalora_plugin.plan.memory import PARTS, ZERO2_BUCKET
 from qalora_plugin.plan.settings import CHOICES
@@ -159,6 +159,10 @@ def test_a_quantized_base_states_its_grid(tmp_path):
     with pytest.raises(ConfigError, match=r"with bits=3, --bits asks for 4\. Leave --bits out"):
         load_shape(str(out), PlanSettings(bits=4))
     load_shape(str(out), PlanSettings(bits=3, group_size=64))
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 500}))
+    with pytest.raises(CheckpointError, match=r"num_hidden_layers is 500, 4 when"):
+        load_shape(str(out), PlanSettings())
 
 
 @pytest.mark.parametrize(

@@ -78,10 +78,16 @@ class Model:
                 f"{self._path}: {self._family}.rope.dimension_count is {rotary}, of heads of "
                 f"{head_dim}: a partial rotary embedding is not read."
             )
+        blocks, count = self._need("block_count"), len(self._tensors)
+        if not 0 < blocks <= count:
+            raise CheckpointError(
+                f"{self._path}: {self._family}.block_count: expected at most the number of its "
+                f"tensors, {count}, found {blocks}. The file is damaged: download it again."
+            )
         context = self._need("context_length")
         wanted: dict[str, Any] = {
             "hidden_size": self._need("embedding_length"),
-            "num_hidden_layers": self._need("block_count"),
+            "num_hidden_layers": blocks,
             "intermediate_size": self._need("feed_forward_length"),
             "num_attention_heads": heads,
             "num_key_value_heads": self._get("attention.head_count_kv", heads),

@@ -19,7 +19,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 from ...errors import CheckpointError
 from .tokenizer import IGNORES_MERGES, SPLITS
 
-_CONTROL, _USER_DEFINED, _BYTE = 3, 4, 6  # gguf.TokenType
+_NORMAL, _CONTROL, _USER_DEFINED, _BYTE = 1, 3, 4, 6  # gguf.TokenType
 _SPACE = "▁"
 # llama.cpp's other names of a way to split (llama-vocab.cpp)
 _SAME_SPLIT = {
@@ -52,6 +52,14 @@ class Vocabulary:
             if not self._get(name):
                 raise CheckpointError(
                     f"{path}: no tokenizer.ggml.{name}. The file is incomplete: download it again."
+                )
+        count = len(self._get("tokens"))
+        for name in ("scores", "token_type"):
+            found = self._get(name)
+            if found and len(found) != count:
+                raise CheckpointError(
+                    f"{path}: tokenizer.ggml.{name}: expected a value for each of the {count} "
+                    f"tokens, found {len(found)}. The file is damaged: download it again."
                 )
 
     def _get(self, key: str, default: Any = None) -> Any:
@@ -86,12 +94,21 @@ class Vocabulary:
             pad_token_id=self._get("padding_token_id"),
         ).save_pretrained(directory)
 
+    def _types(self) -> list[int]:
+        """Return the kind of every token; without a list all are normal, as llama.cpp has it."""
+        return self._get("token_type") or [_NORMAL] * len(self._get("tokens"))
+
     def _tokenizer(self) -> Tokenizer:
-        made = self._byte_level() if self._kind == "gpt2" else self._sentencepiece()
-        types = self._get("token_type") or []
+        try:
+            made = self._byte_level() if self._kind == "gpt2" else self._sentencepiece()
+        except Exception as error:  # tokenizers has no class of its own for them
+            raise CheckpointError(
+                f"{self._path}: tokenizer.ggml: no tokenizer can be made of its tokens and merges: "
+                f"{error}. The file is damaged: download it again."
+            ) from error
         added = [
             AddedToken(token, normalized=False, special=kind == _CONTROL)
-            for token, kind in zip(self._get("tokens"), types, strict=True)
+            for token, kind in zip(self._get("tokens"), self._types(), strict=True)
             if kind in (_CONTROL, _USER_DEFINED)
         ]
         made.add_tokens(added)
@@ -121,9 +138,10 @@ class Vocabulary:
         from transformers.tokenization_utils_base import generate_merges
 
         tokens, scores = self._get("tokens"), self._get("scores")
-        types = self._get("token_type") or []
         vocab = {token: index for index, token in enumerate(tokens)}
-        apart = {t for t, kind in zip(tokens, types, strict=True) if kind in (_CONTROL, _BYTE)}
+        apart = {
+            t for t, kind in zip(tokens, self._types(), strict=True) if kind in (_CONTROL, _BYTE)
+        }
         merges = generate_merges(vocab, dict(zip(tokens, scores, strict=True)), apart)
         fallback = "<0x00>" in vocab  # else an unknown character would have no bytes to fall to
         unknown = self._token("unknown")
