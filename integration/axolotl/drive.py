@@ -140,6 +140,17 @@ def mlx(driver):
     return driver.train("mlx", qalora=block, **values)
 
 
+def best(driver):
+    """The best evaluation, here the first, lies between two saves; and what Axolotl would drop."""
+    wanted = {"load_best_model_at_end": True, "eval_steps": 1, "save_steps": 2, "warmup_steps": 0}
+    first = {"metric_for_best_model": "eval_loss", "greater_is_better": True}
+    found = driver.train("best", **wanted, **first)
+    out = driver.work / "best"
+    found["proof"] = verify_merge(out / "merged", out / "checkpoint-1").as_dict()
+    found["dropped"] = refusal(lambda: driver.train("none", **wanted | {"eval_steps": 3}))
+    return found
+
+
 def dpo(driver):
     """Preferences, made of the first rows: the trainer makes the adapter from a config."""
     rows = Path(driver.values["datasets"][0]["path"]).read_text().splitlines()[:12]
@@ -203,7 +214,8 @@ def refused(driver):
 
 
 STEPS = {
-    step.__name__: step for step in (refused, bits2, packed, stock, mlx, dpo, one_rank, resumed)
+    step.__name__: step
+    for step in (refused, bits2, packed, stock, mlx, best, dpo, one_rank, resumed)
 }
 
 

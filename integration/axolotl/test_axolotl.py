@@ -105,6 +105,15 @@ def test_mlx_base_and_its_file_again(driven, work):
     assert changed and {name.rpartition(".")[2] for name in changed} == {"biases"}
 
 
+def test_the_best_adapter_is_merged_or_refused(driven):
+    """It is saved though it lies between two saves; where Axolotl drops the wish, it says so."""
+    found = driven["best"]
+    assert found["proof"]["max_difference"] == 0.0
+    rows = [row["eval_loss"] for row in found["log"] if row.get("eval_loss") and row["step"]]
+    assert rows[0] == max(rows) > min(rows)
+    assert "Axolotl has dropped it" in found["dropped"]
+
+
 def test_dpo(driven):
     found = driven["dpo"]
     check_merged(found, layers=28)
