@@ -256,7 +256,7 @@ class MergeCallback(TrainerCallback):
         return self.result
 
     def _check_end(self, adapter: Path) -> None:
-        """Refuse to merge another adapter than was trained, or than the best one."""
+        """Refuse another adapter than was trained, or than the best one, and another base."""
         assert self._model is not None and self._state is not None
         active = list(self._model.active_adapters)
         if active != [self._adapter]:
@@ -265,6 +265,7 @@ class MergeCallback(TrainerCallback):
                 "active: it is not clear which one is to be merged"
             )
         check_all_is_saved(self._model, self._adapter)
+        check_base(self._model)
         if self._load_best:
             check_best(self._state, self._adapter, adapter)
 

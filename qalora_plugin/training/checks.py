@@ -21,7 +21,7 @@ _HEADS = ("classifier", "score", "qa_outputs")  # as PEFT calls them
 _SET_BY_TRAINERS = {
     "architectures", "bos_token_id", "dtype", "eos_token_id", "id2label", "label2id", "num_labels",
     "output_attentions", "output_hidden_states", "output_router_logits", "pad_token_id",
-    "problem_type", "quantization_config", "return_dict", "router_aux_loss_coef",
+    "problem_type", "quantization", "quantization_config", "return_dict", "router_aux_loss_coef",
     "transformers_version", "use_cache", "vocab_size",
 }  # fmt: skip
 

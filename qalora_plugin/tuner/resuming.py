@@ -74,13 +74,13 @@ def check_settings(model: Any, checkpoint: Path) -> None:
         if config.peft_type != PEFT_TYPE or not file.exists():
             continue
         stored = QALoRAConfig.from_pretrained(str(directory))
-        for field in SCALING_FIELDS:
-            was, now = getattr(stored, field), getattr(config, field)
+        for field in (*SCALING_FIELDS, "adapt", "modules_to_save"):
+            was, now = (getattr(side, field) or None for side in (stored, config))
             if was != now:
                 raise ConfigError(
                     f"resume_from_checkpoint: {file}: {field} is {was!r}, and {now!r} in this "
-                    "training: the same A and B would give another change. Set it as it was, or "
-                    "start without the checkpoint"
+                    "training: the numbers of the checkpoint would mean another change. Set it as "
+                    "it was, or start without the checkpoint"
                 )
         check_base(stored, model.base_model.identity)
 

@@ -1,6 +1,7 @@
 """The merged weights are those that the log calls the result, or nothing is merged."""
 
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -113,6 +114,27 @@ def test_resized_and_trained_embeddings_and_another_16_bit_type(bases, make_trai
     halved.to(torch.float32)
     make_trainer(halved, callbacks=[MergeCallback(tmp_path / "two")]).train()
     assert (tmp_path / "two" / "config.json").exists()
+
+
+def test_base_in_another_format_is_compared_with_its_config(make_trainer, tmp_path):
+    """MLX has its own key for the grid in config.json."""
+    base = Path(__file__).parents[1] / "fixtures" / "mlx_4bit_g32_bf16_mixed"
+    trainer = make_trainer(load(base), callbacks=[MergeCallback(tmp_path / "merged")])
+    trainer.train()
+    assert same(tmp_path / "merged", trainer.model)
+
+
+def test_base_that_is_replaced_while_training_runs(bases, make_trainer, tmp_path):
+    def replace(model, step):
+        other = load(bases["ours"])
+        other.model.norm.weight.data *= 2
+        shutil.rmtree(base)
+        other.save_pretrained(base)
+
+    base = shutil.copytree(bases["ours"], tmp_path / "base")
+    callbacks = [_When("on_step_end", replace), MergeCallback(tmp_path / "merged")]
+    with pytest.raises(OutputError, match=r"safe in .*norm\.weight was changed"):
+        make_trainer(base, callbacks=callbacks, max_steps=1).train()
 
 
 def test_another_adapter_is_active_at_the_end(bases, make_trainer, tmp_path):
@@ -230,6 +252,9 @@ def test_resuming_with_another_scaling_or_on_another_base(bases, make_trainer, t
     other = QALoRAConfig(r=4, lora_alpha=64, task_type="CAUSAL_LM")
     with pytest.raises(ConfigError, match=r"lora_alpha is 8, and 64 in this training"):
         make_trainer(bases["ours"], adapter=other, **SAVED).train(checkpoint)
+    more = config(modules_to_save=["lm_head"])
+    with pytest.raises(ConfigError, match=r"modules_to_save is None, and \['lm_head'\] in this"):
+        make_trainer(bases["ours"], adapter=more, **SAVED).train(checkpoint)
     base = quantize_model(
         bases["dense"], tmp_path / "b", bits=3, group_size=32, method="rtn", progress=False
     )
