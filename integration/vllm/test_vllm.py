@@ -5,10 +5,11 @@ import json
 import pytest
 import torch
 from safetensors.torch import save_file
+from support.mixtures import mixture
 from support.served import merged_quickstart, random_model, with_act_order
 from transformers import AutoModelForCausalLM
 
-from qalora_plugin import QALoRAQuantConfig
+from qalora_plugin import QALoRAQuantConfig, quantize_model
 from qalora_plugin.checkpoint.checkpoint import open_quantized
 
 TOKENS = 96
@@ -34,6 +35,7 @@ RANDOM = {
 }
 QUICKSTART = {f"merged, {bits} bits": bits for bits in (2, 3, 4, 8)}
 COMPILED = "merged, 4 bits, compiled"
+MIXTURE = "mixture, experts in 16 bits"
 
 
 @pytest.fixture(scope="session")
@@ -48,6 +50,11 @@ def models(tmp_path_factory, quickstart):
         folder = tmp_path_factory.mktemp("random")
         model = random_model(folder, QALoRAQuantConfig(**config), biases=biases)
         found[name] = with_act_order(model, folder / "act_order") if act_order else model
+    folder = tmp_path_factory.mktemp("mixture")
+    sizes = {"vocab_size": 256, "hidden_size": 128, "max_position_embeddings": 256}
+    mixture("mixtral", inner=64, **sizes).save_pretrained(folder / "dense")
+    settings = {"method": "rtn", "modules_to_not_convert": ["experts"], "progress": False}
+    found[MIXTURE] = quantize_model(folder / "dense", folder / "model", **settings).out
     return found
 
 
@@ -78,7 +85,7 @@ def expected(directory):
     return logprobs, tokens
 
 
-@pytest.mark.parametrize("name", [*QUICKSTART, *RANDOM, COMPILED])
+@pytest.mark.parametrize("name", [*QUICKSTART, *RANDOM, MIXTURE, COMPILED])
 def test_vllm_computes_what_transformers_computes(name, models, served):
     found = served[name]
     assert "error" not in found, found["error"]

@@ -17,7 +17,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 from vllm.model_executor.models.utils import WeightsMapper
 from vllm.transformers_utils.config import get_safetensors_params_metadata
 
-from qalora_kernels.stored import QUANT_METHOD, StoredConfig, is_excluded
+from qalora_kernels.stored import GUARD, QUANT_METHOD, StoredConfig, is_excluded
 
 from .method import QALoRALinearMethod
 from .reading import check_names, read_config
@@ -34,7 +34,8 @@ class QALoRAVLLMConfig(QuantizationConfig):
         super().__init__()
         self.stored = stored
         self.tensors: set[str] = set()
-        """Names of the checkpoint's tensors, where vLLM can list them before it loads them."""
+        """Names of the checkpoint's tensors, where vLLM can list them before it loads them; guards
+        of quantized layers, which are called `weight` too, are left out."""
 
     @classmethod
     def get_name(cls) -> str:
@@ -86,9 +87,11 @@ class QALoRAVLLMConfig(QuantizationConfig):
         Raises:
             ValueError: a tensor of a quantized layer is missing or surplus.
         """
-        self.tensors = set(get_safetensors_params_metadata(model_name, revision=revision))
-        if self.tensors:
-            check_names(self.tensors, self.stored)
+        found = get_safetensors_params_metadata(model_name, revision=revision)
+        if found:
+            check_names(found, self.stored)
+        guards = {n for n, i in found.items() if n.endswith(f".{GUARD}") and i["shape"] == [1]}
+        self.tensors = found.keys() - guards
 
     def layer_names(self, prefix: str) -> list[str]:
         """Return the layers of the checkpoint that vLLM's layer `prefix` joins, or itself."""
@@ -99,10 +102,15 @@ class QALoRAVLLMConfig(QuantizationConfig):
     def is_dense(self, prefix: str) -> bool:
         """Say whether `modules_to_not_convert` lists all of what a layer joins.
 
+        A router is a linear layer here but none in transformers, so that nothing lists it; where
+        the names of the tensors are known, they say that its weight is whole.
+
         Raises:
             ValueError: it lists some of it only.
         """
         names = self.layer_names(prefix)
+        if all(f"{name}.weight" in self.tensors for name in names):
+            return True
         excluded = [is_excluded(name, self.stored.modules_to_not_convert or ()) for name in names]
         if any(excluded) and not all(excluded):
             raise ValueError(
@@ -121,7 +129,9 @@ class QALoRAVLLMConfig(QuantizationConfig):
         if isinstance(layer, LinearBase):
             return UnquantizedLinearMethod() if self.is_dense(prefix) else QALoRALinearMethod(self)
         if isinstance(layer, RoutedExperts):
-            if self.is_dense(prefix):
+            inside = [name for name in self.tensors if name.startswith(f"{prefix}.")]
+            is_whole = bool(inside) and not any(name.endswith(".qweight") for name in inside)
+            if is_whole or self.is_dense(prefix):
                 return UnquantizedFusedMoEMethod(layer.moe_config)
             raise ValueError(
                 f"{prefix}: experts quantized by qalora are not served by vLLM yet. Experts in 16 "
