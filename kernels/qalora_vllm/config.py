@@ -109,7 +109,8 @@ class QALoRAVLLMConfig(QuantizationConfig):
             ValueError: it lists some of it only.
         """
         names = self.layer_names(prefix)
-        if all(f"{name}.weight" in self.tensors for name in names):
+        known = self.tensors
+        if all(f"{n}.weight" in known and f"{n}.qweight" not in known for n in names):
             return True
         excluded = [is_excluded(name, self.stored.modules_to_not_convert or ()) for name in names]
         if any(excluded) and not all(excluded):
