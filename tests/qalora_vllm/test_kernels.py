@@ -1,5 +1,8 @@
 """The kernels of the vLLM plugin that need torch only, and the choice between them."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from support.layers import quant_layer
@@ -92,3 +95,12 @@ def test_the_environment_variable_overrides_the_choice(monkeypatch):
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, "marlin")
     with pytest.raises(ValueError, match=r"QALORA_VLLM_KERNEL must be one of .*'marlin'"):
         make_kernel(weight(), torch.bfloat16)
+
+
+def test_the_speed_in_the_docs_is_the_measured_one():
+    root = Path(__file__).parents[2]
+    text = (root / "docs" / "serving.md").read_text()
+    lines = (root / "integration" / "vllm" / "results" / "speed.jsonl").read_text().splitlines()
+    ratios = {row["batch"]: row["ratio"] for row in map(json.loads, lines)}
+    assert f"gives {ratios[1]:.2f} times the tokens a second" in text
+    assert f"and {ratios[8]:.2f} times for eight at once" in text
