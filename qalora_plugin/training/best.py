@@ -72,7 +72,9 @@ def find_best(state: TrainerState, resumed: Path | None) -> None:
     Raises:
         ConfigError: the best checkpoint is in neither place.
     """
-    stored = state.best_model_checkpoint
+    stored, step = state.best_model_checkpoint, state.best_global_step
+    if stored is None and step is not None and resumed is not None:
+        stored = f"checkpoint-{step}"  # transformers 5.24 forgets a path that is gone
     if stored is None or Path(stored).is_dir():
         return
     moved = None if resumed is None else resumed.absolute().parent / Path(stored).name

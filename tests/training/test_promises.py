@@ -227,7 +227,7 @@ def test_best_checkpoint_of_a_run_that_was_moved(bases, make_trainer, text_rows,
     (tmp_path / "new" / "checkpoint-1").rename(tmp_path / "gone")
     callbacks = [MergeCallback(tmp_path / "again")]
     trainer = make_trainer(bases["ours"], run="c", callbacks=callbacks, **settings)
-    with pytest.raises(ConfigError, match=r"old/checkpoint-1, the best .*is not there"):
+    with pytest.raises(ConfigError, match=r"checkpoint-1, the best .*is not there"):
         trainer.train(resume_from_checkpoint=resumed)
 
 
