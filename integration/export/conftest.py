@@ -31,7 +31,9 @@ def qalora(env_python, project_path):
 
     def run(*arguments):
         print(json.dumps([str(argument) for argument in arguments]), file=process.stdin, flush=True)
-        found = json.loads(process.stdout.readline())
+        answer = process.stdout.readline()
+        assert answer, f"qalora {arguments}: its process ended; what it said is above"
+        found = json.loads(answer)
         if found["status"]:
             pytest.fail(f"qalora {arguments}: {found['status']}\n{found['stderr'][-4000:]}")
         return found["stdout"]

@@ -5,8 +5,7 @@
 Run it in the environment `vllm` (integration/envs/build.py) with this project on the PYTHONPATH.
 The models take turns, so that what else the machine does slows both. A row holds the median over
 the repeats of new tokens a second of a batch, prompts of 32 tokens included, and the quartiles of
-their ratio. QALORA_VLLM_KERNEL
-chooses our kernel, as in `qalora_vllm.kernels`.
+their ratio. QALORA_VLLM_KERNEL chooses our kernel, as in `qalora_vllm.kernels`.
 """
 
 import argparse

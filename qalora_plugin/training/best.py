@@ -66,22 +66,24 @@ def find_best(state: TrainerState, resumed: Path | None) -> None:
     """Correct the path of the best checkpoint where a training goes on in a folder that was moved.
 
     Args:
-        state: the Trainer's, which holds the path as it was.
+        state: the Trainer's, which holds the path as it was, or, from transformers 5.24 on, none
+            where it is gone.
         resumed: the checkpoint that the training goes on from.
 
     Raises:
         ConfigError: the best checkpoint is in neither place.
     """
     stored, step = state.best_model_checkpoint, state.best_global_step
-    if stored is None and step is not None and resumed is not None:
-        stored = f"checkpoint-{step}"  # transformers 5.24 forgets a path that is gone
-    if stored is None or Path(stored).is_dir():
+    if stored is not None and Path(stored).is_dir():
         return
-    moved = None if resumed is None else resumed.absolute().parent / Path(stored).name
+    if stored is None and (step is None or resumed is None):
+        return
+    name = f"checkpoint-{step}" if stored is None else Path(stored).name
+    moved = None if resumed is None else resumed.absolute().parent / name
     found = None if moved is None else read_state(moved)
     if moved is None or found is None or not is_before(found, state):
         raise ConfigError(
-            f"load_best_model_at_end: {stored}, the best checkpoint until step "
+            f"load_best_model_at_end: {stored or name}, the best checkpoint until step "
             f"{state.global_step}, is not there, nor is it beside the one that training goes on "
             "from. Put it back, or set load_best_model_at_end=False"
         )

@@ -101,6 +101,12 @@ def test_the_speed_in_the_docs_is_the_measured_one():
     root = Path(__file__).parents[2]
     text = (root / "docs" / "serving.md").read_text()
     lines = (root / "integration" / "vllm" / "results" / "speed.jsonl").read_text().splitlines()
-    ratios = {row["batch"]: row["ratio"] for row in map(json.loads, lines)}
-    assert f"gives {ratios[1]:.2f} times the tokens a second" in text
-    assert f"and {ratios[8]:.2f} times for eight at once" in text
+    rows = [json.loads(line) for line in lines]
+
+    def between(batch):
+        found = [row["ratio"] for row in rows if row["batch"] == batch]
+        return f"{min(found):.2f} to {max(found):.2f} times"
+
+    assert f"gave {between(1)} the tokens a second" in text
+    assert f"and {between(8)} for eight at once, in four runs" in text
+    assert len(rows) == 2 * 4
