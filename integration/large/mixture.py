@@ -15,12 +15,14 @@ import time
 from pathlib import Path
 
 import torch
-from models import write_adapter
-from peak import peak_of
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from qalora_plugin import QALoRAConfig
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))  # for `models`
+from models import write_adapter
+from peak import peak_of
 
 CONFIG = Qwen3MoeConfig(
     vocab_size=32000,
