@@ -22,6 +22,7 @@ EXPORTS = {
     "compressed-tensors, 2 bits": ("compressed-tensors", 2, "integer", False),
     "gptq, 4 bits, symmetric": ("gptq", 4, "none", False),
 }
+CONTROL = "16 bits"  # the model before it was quantized: what computing in fp16 costs by itself
 REFUSED = {
     "compressed-tensors, 8 bits": ("compressed-tensors", 8, "integer", False),
     "gptq, 4 bits": ("gptq", 4, "integer", False),
@@ -66,21 +67,41 @@ def served(merged, tmp_path_factory, generate):
     for name, (format, *key) in (EXPORTS | REFUSED).items():
         out = export_model(merged(*key), tmp_path_factory.mktemp("export") / "model", format).out
         jobs[name] = {"model": str(out), "ids": PROMPTS, "tokens": TOKENS, "dtype": "float16"}
+    jobs[CONTROL] = jobs[name] | {"model": str(base_model_path())}
     return dict(zip(jobs, generate(list(jobs.values()), **STOCK), strict=True))
 
 
 @torch.no_grad()
+def differences(model, found):
+    """Return how far vLLM's log-probabilities are from a model's, over all tokens, by prompt."""
+    pairs = zip(PROMPTS, found["logprobs"], strict=True)
+    return [
+        (torch.tensor(theirs)[..., 1] - model(input_ids=ids[None]).logits[0, :-1].log_softmax(-1))
+        .abs()
+        .max()
+        .item()
+        for ids, theirs in ((torch.tensor(prompt), theirs) for prompt, theirs in pairs)
+    ]
+
+
+@pytest.fixture(scope="session")
+def fp16_alone(served):
+    """How far the 16-bit model in vLLM's fp16 is from itself in fp32."""
+    model = AutoModelForCausalLM.from_pretrained(base_model_path(), dtype=torch.float32)
+    return max(differences(model, served[CONTROL]))
+
+
 @pytest.mark.parametrize("name", EXPORTS)
-def test_vllm_runs_it_exactly(name, served, merged):
+def test_vllm_runs_it_exactly(name, served, merged, fp16_alone):
     found = served[name]
     assert "error" not in found, found["error"]
     model = AutoModelForCausalLM.from_pretrained(merged(*EXPORTS[name][1:]), dtype=torch.float32)
-    for prompt, theirs, chosen in zip(PROMPTS, found["logprobs"], found["tokens"], strict=True):
-        ours = model(input_ids=torch.tensor([prompt])).logits[0, :-1].log_softmax(-1)
-        difference = (torch.tensor(theirs)[..., 1] - ours).abs().max().item()
-        print(f"{name}: log-probabilities differ by {difference:.1e}")
-        # of every token of the vocabulary, in fp16; named is what the documentation promises
-        assert difference < (0.01 if name == "compressed-tensors, 4 bits" else 0.02)
+    difference = max(differences(model, found))
+    print(f"{name}: log-probabilities differ by {difference:.1e}, in 16 bits by {fp16_alone:.1e}")
+    assert difference < 1.5 * fp16_alone
+    if name == "compressed-tensors, 4 bits":
+        assert difference < 0.01  # the documentation promises it
+    for prompt, chosen in zip(PROMPTS, found["tokens"], strict=True):
         out = model.generate(
             torch.tensor([prompt]),
             max_new_tokens=TOKENS,
