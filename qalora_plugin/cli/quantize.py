@@ -90,15 +90,17 @@ def add_parser(subparsers: Any) -> None:
     add("--refine-batch", type=at_least(1), default=1, help=f"windows in a step {default}")
     add("--refine-norms", action="store_true", help="train the weights of norms too")
 
-    add = parser.add_argument_group("result").add_argument
+    result = parser.add_argument_group("result")
+    add = result.add_argument
     about = (
         "real is more exact; integer can also be written as stock GPTQ, and merged exactly with "
         "adapt=scales; none (symmetric) also where a runtime takes only sym: true (default: real; "
         "integer with --format gptq)"
     )
-    add("--zero-points", choices=("real", "integer", "none"), help=about)
+    one = result.add_mutually_exclusive_group().add_argument
+    one("--zero-points", choices=("real", "integer", "none"), help=about)
     about = "the same as --zero-points none"
-    add("--sym", dest="zero_points", action="store_const", const="none", help=about)
+    one("--sym", dest="zero_points", action="store_const", const="none", help=about)
     about = (
         "which weight of a group fp16 holds, the one at the middle code or at code 0; "
         f"{OFFSETS_AT_HELP}. Takes 2 bytes a group more in memory {default}"
@@ -145,6 +147,12 @@ def main(args: argparse.Namespace) -> int:
     settings = {name: value for name, value in vars(args).items() if name in names}
     settings["dtype"] = getattr(torch, args.dtype) if args.dtype else None
     settings["dynamic"] = dict(args.dynamic or ())
+    if len(settings["dynamic"]) < len(args.dynamic or ()):
+        counts = Counter(name for name, _ in args.dynamic)
+        raise ConfigError(
+            f"--override: {counts.most_common(1)[0][0]!r} is given more than once, found "
+            f"{args.dynamic}. Give one with both numbers, NAME=bits:B,group_size:G"
+        )
     try:
         options = QuantizeOptions(**settings)
     except OptionError as error:

@@ -22,7 +22,7 @@ from ..files.names import ADAPTER_CONFIG_FILE
 from ..hf.config import QALoRAQuantConfig
 from ..layers.linear import QuantLinear
 from .config import ALL_LINEAR, QALoRAConfig
-from .selecting import is_selected
+from .selecting import is_selected, pattern_key
 
 _log = logging.getLogger(__name__)
 _SHOWN = 8  # names in an error message
@@ -122,16 +122,21 @@ def resolve_targets(config: QALoRAConfig, model: nn.Module) -> None:
 
 
 def _tell_of_unmatched(config: QALoRAConfig, matched: dict[str, nn.Module]) -> None:
-    """Warn of names in `target_modules` that select nothing, such as misspelt ones."""
-    if isinstance(config.target_modules, str):
-        return
-    ends = {name.split(".", count)[-1] for name in matched for count in range(name.count(".") + 1)}
-    if lost := sorted(set(config.target_modules or ()) - ends):
-        _log.warning(
-            "target_modules: %s: no layer of the base is selected by %s; correct the name, or "
-            "leave it out",
-            *(_shorten(lost), "it" if len(lost) == 1 else "these"),
-        )
+    """Warn of names and patterns that select nothing, such as misspelt ones."""
+    lost: dict[str, set[str]] = {}
+    if not isinstance(config.target_modules, str):
+        names = [name.split(".") for name in matched]
+        ends = {".".join(parts[start:]) for parts in names for start in range(len(parts))}
+        lost["target_modules"] = set(config.target_modules or ()) - ends
+    for field in ("rank_pattern", "alpha_pattern"):
+        patterns = getattr(config, field)
+        lost[field] = set(patterns) - {pattern_key(patterns, name) for name in matched}
+    for field, entries in lost.items():
+        if entries:
+            _log.warning(
+                "%s: %s: no layer of the base is selected by %s; correct the name, or leave it out",
+                *(field, _shorten(sorted(entries)), "it" if len(entries) == 1 else "these"),
+            )
 
 
 def _keep_within(config: QALoRAConfig, matched: list[str], base: QALoRAQuantConfig | None) -> None:

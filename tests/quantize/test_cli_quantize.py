@@ -9,6 +9,7 @@ from qalora_plugin import QuantizeOptions
 from qalora_plugin.cli import build_parser, main
 
 RTN = ["--method", "rtn"]
+TWICE = ["--override", "q_proj=bits:8", "--override", "q_proj=group_size:64"]
 GPTQ = ["--calibration", __file__]
 
 
@@ -57,6 +58,7 @@ def test_defaults_are_those_of_the_options():
         ([*RTN, "--group-size", "99"], "group_size 99 is larger"),
         ([*GPTQ, "--seq-len", "4096"], "seq_len 4096 is more than the 2048"),
         ([*RTN, "--device", "cuda:99"], "device 'cuda:99' cannot be used"),
+        ([*RTN, *TWICE], "--override: 'q_proj' is given more than once"),
         ([*RTN, "--format", "gptq", "--group-size", "20"], "[-1, 16, 32, 64, 128, 256, 512, 1024]"),
     ],
 )
@@ -75,6 +77,7 @@ def test_bad_input_is_one_line(arguments, message, llama_dir, tmp_path, capsys):
         (["--samples", "0"], "argument --samples: expected an integer of 1 or more, found '0'"),
         (["--seq-len", "x"], "argument --seq-len: expected an integer of 2 or more, found 'x'"),
         (["--damp", "-1"], "argument --damp: expected a number between 0 and 1, found '-1'"),
+        (["--sym", "--zero-points", "integer"], "--zero-points: not allowed with argument --sym"),
         (["--override", "bits:8"], "bits:B"),
         (["--override", "x=bits"], "bits:B"),
         (["--override", "x=width:8"], "bits:B"),

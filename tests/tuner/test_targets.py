@@ -140,3 +140,13 @@ def test_a_misspelt_target_is_told_of(make_llama, caplog):
     assert "target_modules" not in caplog.text
     get_peft_model(make_llama(), QALoRAConfig(r=2, target_modules=["q_proj", "k_porj"]))
     assert "target_modules: k_porj: no layer of the base is selected by it" in caplog.text
+
+
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
+def test_a_pattern_that_no_adapted_layer_matches_is_told_of(field, make_llama, caplog):
+    config = QALoRAConfig(r=2, target_modules=["q_proj"], **{field: {"q_proj": 4}})
+    get_peft_model(make_llama(), config)
+    assert field not in caplog.text
+    config = QALoRAConfig(r=2, target_modules=["q_proj"], **{field: {"q_proj": 4, "k_proj": 8}})
+    get_peft_model(make_llama(), config)
+    assert f"{field}: k_proj: no layer of the base is selected by it" in caplog.text
