@@ -86,7 +86,7 @@ def add_parser(subparsers: Any) -> None:
     add("--refine", action="store_true", help=about)
     add("--refine-steps", type=at_least(1), default=250, help=f"optimizer steps {default}")
     about = f"peak learning rate, in quantization steps {default}"
-    add("--refine-rate", type=fraction, default=0.01, help=about)
+    add("--refine-rate", type=fraction, default=0.002, help=about)
     add("--refine-batch", type=at_least(1), default=1, help=f"windows in a step {default}")
     add("--refine-norms", action="store_true", help="train the weights of norms too")
 

@@ -53,7 +53,7 @@ class RefineSettings:
     """
 
     steps: int = 250
-    rate: float = 0.01
+    rate: float = 0.002
     batch: int = 1
     norms: bool = False
 

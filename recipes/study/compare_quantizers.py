@@ -1,7 +1,8 @@
 """Held-out loss of one model under several quantizers.
 
     PYTHON recipes/study/compare_quantizers.py MODEL_DIR TOKENS.safetensors --engine gptqmodel \\
-        [--bits 4 3 2] [--draws 0 1 2 3 4] [--group-size 32] [--desc-act] [--sym] [--rows FILE]
+        [--bits 4 3 2] [--draws 0 1 2 3 4] [--group-size 32] [--refine-rate R] \\
+        [--desc-act] [--sym] [--rows FILE]
 
 TOKENS holds `calibration`, int64 [draws, sequences, length], and `heldout`, int64 [sequences,
 length], with `labels` of that shape where only some tokens are judged (-100: not). Every engine
@@ -68,7 +69,7 @@ def quantize_qalora(source: Path, setting: Row, calibration: torch.Tensor) -> to
     if setting["engine"] == "qalora-minimum":
         options["offsets_at"] = "minimum"
     if setting["engine"] == "qalora-refined":
-        options["refine"] = True
+        options |= {"refine": True, "refine_rate": setting["refine_rate"]}
     if setting["engine"] == "qalora-auto":
         options |= {"bits": "auto", "target_bits": float(setting["bits"])}
     quantize_model(source, "quantized", calibration=calibration, progress=False, **options)
@@ -148,6 +149,8 @@ def settings(arguments: argparse.Namespace) -> list[Row]:
     grid |= {"desc_act": arguments.desc_act, "sym": arguments.sym}
     if ENGINES[arguments.engine][1] is keep:
         return [common | {"bits": 16} | grid | {"group_size": None, "draw": 0}]
+    if arguments.engine == "qalora-refined":
+        grid["refine_rate"] = arguments.refine_rate
     return [
         common | {"bits": bits} | grid | {"draw": draw}
         for draw in arguments.draws
@@ -164,6 +167,7 @@ def main() -> int:
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
     parser.add_argument("--draws", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--group-size", type=int, default=32)
+    parser.add_argument("--refine-rate", type=float, default=0.002, help="of qalora-refined")
     parser.add_argument("--desc-act", action="store_true")
     parser.add_argument("--sym", action="store_true")
     arguments = parser.parse_args()
