@@ -130,11 +130,8 @@ class QALoRABlock(BaseModel):
                 "merge_on_finish: false makes none; remove one of the two"
             )
         for format in map(format_named, chosen):
-            if self.adapt not in format.adapts:
-                raise ValueError(
-                    f"qalora: merge_formats: {format.name} does not go with adapt: {self.adapt}: "
-                    + format.advice
-                )
+            if (problem := format.adapt_problem(self.adapt)) is not None:
+                raise ValueError(f"qalora: merge_formats: {problem}")
         return self
 
 

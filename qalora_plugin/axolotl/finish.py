@@ -60,7 +60,7 @@ def check_formats(cfg: Any, base: str | Path | None) -> None:
     for name in export_paths(cfg):
         try:
             if base is not None:
-                check_format(base, name)
+                check_format(base, name, cfg.qalora["adapt"])
             else:
                 _check_settings(cfg, format_named(name))
         except QALoRAError as error:

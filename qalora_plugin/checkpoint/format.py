@@ -248,6 +248,12 @@ class Format:
                 "Install what exports need: pip install '.[export]', in a clone of qalora-plugin"
             ) from error
 
+    def adapt_problem(self, adapt: str) -> str | None:
+        """Say why the format does not hold what an adapter of this mode makes; None if it does."""
+        if adapt in self.adapts:
+            return None
+        return f"{self.name} does not go with adapt: {adapt}: {self.advice}"
+
     def check_libraries(self) -> None:
         """Raise ConfigError if a library that writing needs is not installed."""
         for module in self.libraries:

@@ -99,14 +99,24 @@ def refuse_experts(source: QuantizedCheckpoint, format: Format) -> None:
         )
 
 
-def check_format(base: str | Path, format: str) -> None:
-    """Refuse now what `export_model` would refuse of this base with any adapter it allows.
+def check_format(base: str | Path | None, format: str, adapt: str) -> None:
+    """Refuse now what `export_model` would refuse of this base with an adapter of this mode.
+
+    Args:
+        base: the quantized base; None of one that is not on disk, of which less is known.
+        format: name of the format.
+        adapt: what the adapter changes.
 
     Raises:
         CheckpointError: the base is damaged, or the format cannot hold it.
-        ConfigError: no such format, or its library is not installed.
+        ConfigError: no such format, or its library is not installed, or it cannot hold what the
+            adapter changes.
     """
     found = export_format(format)
+    if (problem := found.adapt_problem(adapt)) is not None:
+        raise ConfigError(problem)
+    if base is None:
+        return
     source = open_quantized(base)
     refuse_experts(source, found)
     found.check_libraries()
@@ -116,6 +126,21 @@ def check_format(base: str | Path, format: str) -> None:
     obstacles(source, found)
     if hasattr(write, "check"):
         write.check(source)
+    if found.of_source:
+        _check_taken_back(source, adapt)
+
+
+def _check_taken_back(source: QuantizedCheckpoint, adapt: str) -> None:
+    """Refuse a mode of `adapt` whose result no layer of a base's own file takes back."""
+    record = source.config.base[SOURCE_KEY]
+    if record["frozen"].get(adapt) != ["*"]:
+        return
+    own = format_named(record["format"])
+    able = " or ".join(mode for mode in own.takes_back if record["frozen"].get(mode) != ["*"])
+    raise ConfigError(
+        f"original does not go with adapt: {adapt}: the base is in format {own.name!r}, which "
+        f"cannot take that back ({own.back_note}). Set adapt: {able}, or remove original"
+    )
 
 
 def export_format(name: str) -> Format:

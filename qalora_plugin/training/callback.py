@@ -153,8 +153,7 @@ class MergeCallback(TrainerCallback):
         check_base(model)
         base = quantized_base_on_disk(model) if self.formats else None
         for name in self.formats:
-            if base is not None:
-                check_format(base, name)
+            check_format(base, name, model.peft_config[self._adapter].adapt)
             check_target(export_path(self.out_dir, name, base))
         self._last_checkpoint = check_resumed(model, self._adapter, args, state)
         self._processing_class = kwargs.get("processing_class")

@@ -79,7 +79,7 @@ def test_an_earlier_merge_is_never_overwritten(tmp_path):
 
 
 def formats(tmp_path, *names, **keys):
-    block = {"merge_on_finish": True, "zero_points": "real", "desc_act": False}
+    block = {"merge_on_finish": True, "zero_points": "real", "desc_act": False, "adapt": "scales"}
     block |= {"merge_formats": list(names), **keys}
     return Config(output_dir=str(tmp_path), qalora=block)
 
@@ -93,6 +93,9 @@ def test_the_bases_own_file(tmp_path):
         cfg["base_model"] = str(given)
         assert finish.export_paths(cfg) == {"original": tmp_path / name}
         finish.check_formats(cfg, given)
+    cfg.qalora["adapt"] = "zeros"
+    with pytest.raises(ConfigError, match=r"cannot take that back .* Set adapt: scales"):
+        finish.check_formats(cfg, STOCK)
     with pytest.raises(ConfigError, match="the base is quantized in this run"):
         finish.check_formats(cfg, None)
 
@@ -113,7 +116,9 @@ def test_exports_that_would_fail_are_refused_before_training(tmp_path):
     finish.check_formats(formats(tmp_path, "gptq", zero_points="none"), None)
     with pytest.raises(ConfigError, match=r"merge_formats: gptq .*zero-points of 0"):
         finish.check_formats(formats(tmp_path, "gptq"), FIXTURES / "gptq_4bit_g32_asym_zero0")
-    fine = formats(tmp_path, "qalora", "gptq", "lora", "torchao", "mlx")
+    fine = formats(tmp_path, "qalora", "gptq", "torchao", "mlx")
+    finish.check_formats(fine, FIXTURES / "gptq_4bit_g32_asym")
+    fine = formats(tmp_path, "lora", adapt="zeros")
     finish.check_formats(fine, FIXTURES / "gptq_4bit_g32_asym")
     finish.check_formats(formats(tmp_path, "gptq", merge_on_finish=False), None)
 

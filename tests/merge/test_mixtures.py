@@ -67,7 +67,7 @@ def test_merged_equals_unmerged(name, tmp_path):
             with pytest.raises(CheckpointError, match="part of a mixture of experts"):
                 export_model(tmp_path / "merged", tmp_path / "out", format.name)
             with pytest.raises(CheckpointError, match="part of a mixture of experts"):
-                check_format(tmp_path / "base", format.name)
+                check_format(tmp_path / "base", format.name, format.adapts[0])
     assert not (tmp_path / "out").exists()
 
 

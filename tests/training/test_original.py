@@ -53,3 +53,23 @@ def test_what_cannot_come_back_is_refused_before_training(file, bases, make_trai
         make_trainer(str(eight))
     config = QALoRAConfig(r=4, adapt="scales", task_type="CAUSAL_LM")
     assert make_trainer(str(eight), adapter=config)
+
+
+@pytest.mark.parametrize(
+    ("format", "adapt", "message"),
+    [
+        ("gptq", "zeros", "gptq does not go with adapt: zeros"),
+        ("lora", "scales", "lora does not go with adapt: scales"),
+        ("original", "zeros", "original does not go with adapt: zeros: .* Set adapt: scales"),
+    ],
+)
+def test_a_format_that_cannot_hold_what_is_trained_is_refused_before_training(
+    format, adapt, message, bases, make_trainer, tmp_path
+):
+    """Stock GPTQ has integer zero-points, and LoRA no change of scales."""
+    config = QALoRAConfig(r=4, adapt=adapt, task_type="CAUSAL_LM")
+    callback = MergeCallback(tmp_path / "merged", formats=[format])
+    trainer = make_trainer(bases["stock"], adapter=config, callbacks=[callback])
+    with pytest.raises(ConfigError, match=message):
+        trainer.train()
+    assert trainer.state.global_step == 0
