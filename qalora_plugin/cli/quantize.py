@@ -148,9 +148,9 @@ def main(args: argparse.Namespace) -> int:
     settings["dtype"] = getattr(torch, args.dtype) if args.dtype else None
     settings["dynamic"] = dict(args.dynamic or ())
     if len(settings["dynamic"]) < len(args.dynamic or ()):
-        counts = Counter(name for name, _ in args.dynamic)
+        given = Counter(name for name, _ in args.dynamic)
         raise ConfigError(
-            f"--override: {counts.most_common(1)[0][0]!r} is given more than once, found "
+            f"--override: {given.most_common(1)[0][0]!r} is given more than once, found "
             f"{args.dynamic}. Give one with both numbers, NAME=bits:B,group_size:G"
         )
     try:
