@@ -220,6 +220,12 @@ class Refiner:
                     saved = time.monotonic()
         after = self.heldout(held)
         log.info("refined: held-out KL %.4f, before %.4f", after, self._before)
+        if after > self._before:
+            log.warning(
+                "refining took the model further from the 16-bit one on text that was held out: "
+                "KL %.4f, before %.4f. Lower refine_rate (now %g), give more text, or leave it out",
+                *(after, self._before, settings.rate),
+            )
         record = {"steps": settings.steps, "rate": settings.rate, "batch": settings.batch}
         return record | {
             "norms": settings.norms,

@@ -60,7 +60,7 @@ class LanguageModels:
         if not out.is_dir():
             options = self._options(bits, group_size)
             if kind == "refined":
-                options |= {"refine": True, "refine_steps": self.refine_steps, "refine_batch": 2}
+                options |= {"refine": True, "refine_steps": self.refine_steps}
             if kind == "auto":
                 options |= {"bits": "auto", "target_bits": float(bits)}
             quantize_model(self.source, out, **options)

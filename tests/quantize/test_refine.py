@@ -83,6 +83,14 @@ def test_the_result_is_what_was_trained(settings, source, tmp_path, monkeypatch)
     assert not [name for name in _files(out) if "state" in name or "part" in name]
 
 
+def test_a_model_that_it_made_worse_is_told_of(source, tmp_path, caplog):
+    _run(source, tmp_path / "better", **REFINE)
+    assert "further" not in caplog.text
+    _run(source, tmp_path / "worse", **{**REFINE, "refine_rate": 0.9})
+    assert "refining took the model further from the 16-bit one" in caplog.text
+    assert "Lower refine_rate (now 0.9)" in caplog.text
+
+
 def test_integers_and_everything_else_stay(source, plain, tmp_path):
     refined = _run(source, tmp_path / "out", **REFINE).out
     before, after = open_quantized(plain), open_quantized(refined)
