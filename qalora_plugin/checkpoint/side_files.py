@@ -3,7 +3,9 @@
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
+from ..errors import CheckpointError
 from ..files.inside import check_regular
 from ..files.json import read_json
 from ..files.names import (
@@ -66,6 +68,25 @@ def chat_templates(directory: Path) -> dict[str, str]:
     if isinstance(stated, list):
         return {str(entry["name"]): str(entry["template"]) for entry in stated}
     return {"default": stated} if isinstance(stated, str) else {}
+
+
+def load_tokenizer(directory: Path, trust_remote_code: bool = False) -> Any:
+    """Return the tokenizer of a model directory, one of transformers.
+
+    Raises:
+        CheckpointError: there is none that transformers can read.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    except Exception as error:  # of every kind, by file and library
+        what = (str(error).splitlines() or [""])[0]
+        raise CheckpointError(
+            f"{directory}: expected a tokenizer beside the model, found none that transformers "
+            f"reads ({type(error).__name__}: {what:.200}). Copy the tokenizer's files of the "
+            "original model there"
+        ) from error
 
 
 def copy_side_files(source: Path, target: Path, patterns: Iterable[str] = MODEL_FILES) -> None:

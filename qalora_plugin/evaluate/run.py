@@ -14,6 +14,7 @@ from typing import Any
 
 from ..checkpoint.config import QALoRAQuantConfig
 from ..checkpoint.kind import Kind, find_kind
+from ..checkpoint.side_files import load_tokenizer
 from ..errors import CheckpointError, ConfigError
 from ..files.hub import resolve_model_dir
 from ..files.json import read_json
@@ -92,13 +93,9 @@ def evaluate(
     )
     names = _names(tasks, manager)
     loaded, base_directory = _load(directory, kind, base, options)
-    from transformers import AutoTokenizer
-
     language_model = harness.models.huggingface.HFLM(
         pretrained=loaded,
-        tokenizer=AutoTokenizer.from_pretrained(
-            base_directory or directory, trust_remote_code=False
-        ),
+        tokenizer=load_tokenizer(base_directory or directory),
         batch_size=options.batch_size,
     )
     found = harness.simple_evaluate(

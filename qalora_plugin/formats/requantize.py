@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 from torch.nn.functional import cross_entropy, kl_div
-from transformers import AutoTokenizer
 
 from ..architecture.model import read_hf_config
 from ..checkpoint.checkpoint import QuantizedCheckpoint, open_quantized
 from ..checkpoint.format import Format
+from ..checkpoint.side_files import load_tokenizer
 from ..errors import ConfigError, QuantizationError
 from ..files.atomic import AtomicDirectory
 from ..hf.load import load_model
@@ -60,7 +60,7 @@ class Text:
         is_text = not isinstance(self.calibration, torch.Tensor)
         windows = calibration_windows(
             calibration_texts() if self.calibration is None else self.calibration,
-            AutoTokenizer.from_pretrained(model, trust_remote_code=False) if is_text else None,
+            load_tokenizer(model) if is_text else None,
             samples=self.samples + HELD_OUT,
             seq_len=length,
             seed=self.seed,

@@ -47,6 +47,23 @@ def fitting_length(model_config: Any, seq_len: int | None) -> int:
     return seq_len
 
 
+def check_token_ids(windows: torch.Tensor, model: Any) -> None:
+    """Refuse token ids [samples, seq_len] that the model has no embedding or no position for.
+
+    Raises:
+        QuantizationError: an id is out of the vocabulary.
+        ConfigError: the windows are longer than what the model takes.
+    """
+    known = len(model.get_input_embeddings().weight)
+    least, most = (int(bound) for bound in windows.aminmax())
+    if least < 0 or most >= known:
+        raise QuantizationError(
+            f"calibration: expected token ids from 0 to {known - 1}, as the model has embeddings, "
+            f"found {least} to {most}. Use the model's own tokenizer"
+        )
+    fitting_length(model.config, windows.shape[1])
+
+
 def calibration_windows(
     source: Calibration, tokenizer: Any, *, samples: int, seq_len: int, seed: int = 0
 ) -> torch.Tensor:
@@ -75,7 +92,7 @@ def calibration_windows(
                 "calibration: expected integer token ids [samples, seq_len], found "
                 f"{source.dtype} of shape {tuple(source.shape)}"
             )
-        return source[:samples].to(torch.int64)
+        return source[:samples].to("cpu", torch.int64)
     if isinstance(source, Mapping):  # a datasets.DatasetDict would yield the names of its splits
         splits = list(source)
         raise QuantizationError(

@@ -53,7 +53,7 @@ class QuantizeOptions:
             layer's inputs (the last group of a layer may be short), or -1 for one group.
         method: "gptq" with calibration text, or "rtn" without.
         calibration: text for GPTQ, see `calibration.calibration_windows`.
-        tokenizer: for that text; by default the model's own.
+        tokenizer: for that text; by default the model's own, which a model in memory does not have.
         samples: calibration windows.
         seq_len: tokens in a window; by default 512, or the model's limit where that is less.
         seed: of the choice of windows.
@@ -153,7 +153,7 @@ class QuantizeOptions:
                     "leave it out, or use {method=gptq}"
                 )
         usual = {field.name: field.default for field in fields(self)}
-        for name in ("samples", "seq_len", "damp", "mse"):
+        for name in ("samples", "seq_len", "damp", "mse", "dtype"):
             if self.method == "rtn" and getattr(self, name) != usual[name]:
                 yield (
                     f"{{{name}}} is a setting of GPTQ and does not go with {{method=rtn}}: leave "
@@ -165,6 +165,12 @@ class QuantizeOptions:
                 "datasets.Dataset, a list of strings, or token ids [samples, seq_len]), best the "
                 "training set; a few hundred kilobytes are enough. Or use {method=rtn}, which is "
                 "less exact"
+            )
+        ids = self.calibration if isinstance(self.calibration, torch.Tensor) else None
+        if ids is not None and self.seq_len not in (None, *ids.shape[1:]):
+            yield (
+                f"{{seq_len}} is {self.seq_len}, and {{calibration}} holds token ids of shape "
+                f"{tuple(ids.shape)}, which are taken as they are: leave {{seq_len}} out"
             )
         yield from self._bits_contradictions()
         if self.desc_act and self.ordering:

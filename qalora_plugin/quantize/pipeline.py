@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from qalora_kernels import QuantSpec
 
@@ -20,14 +20,14 @@ from ..architecture.experts import Experts, is_fused
 from ..checkpoint.config import QALoRAQuantConfig
 from ..checkpoint.format import format_named
 from ..checkpoint.kind import find_model
-from ..checkpoint.side_files import copy_side_files
+from ..checkpoint.side_files import copy_side_files, load_tokenizer
 from ..errors import ConfigError
 from ..files.atomic import AtomicDirectory, ScratchDirectory, replace_text
 from ..files.json import json_text, read_json, write_json
 from ..files.names import CHOSEN_BITS_FILE, CONFIG_FILE, REFINE_STATE_FILE, REPORT_FILE
 from ..files.progress import progress_meter
 from .allocate import BitChooser, grids_by_layer
-from .calibration import calibration_windows, fitting_length
+from .calibration import calibration_windows, check_token_ids, fitting_length
 from .divergence import check_predicts
 from .options import QuantizeOptions, read_options, usable_device
 from .refine import Refiner, split_windows
@@ -142,6 +142,12 @@ def _on_disk(
     if not isinstance(model, PreTrainedModel):
         yield find_model(model, options.revision)
         return
+    reads_text = options.method == "gptq" and not isinstance(options.calibration, torch.Tensor)
+    if reads_text and options.tokenizer is None:
+        raise ConfigError(
+            f"{type(model).__name__}: a model in memory brings no tokenizer for calibration text: "
+            "pass tokenizer=, or token ids [samples, seq_len] as calibration"
+        )
     with ScratchDirectory(out) as scratch:
         directory = scratch / (Path(model.name_or_path).name or type(model).__name__)
         model.save_pretrained(directory)
@@ -161,12 +167,11 @@ def _windows(source: ModelSource, options: QuantizeOptions) -> torch.Tensor:
     length = fitting_length(source.model.config, options.seq_len)
     tokenizer = options.tokenizer
     if tokenizer is None and not isinstance(options.calibration, torch.Tensor):
-        tokenizer = AutoTokenizer.from_pretrained(
-            source.reader.directory, trust_remote_code=options.trust_remote_code
-        )
+        tokenizer = load_tokenizer(source.reader.directory, options.trust_remote_code)
     windows = calibration_windows(
         options.calibration, tokenizer, samples=options.windows, seq_len=length, seed=options.seed
     )
+    check_token_ids(windows, source.model)
     if options.refine:
         split_windows(windows)  # refuses a text that is too short, before it is quantized
     if len(windows) < options.samples:

@@ -1,11 +1,11 @@
 """Rows of data sets: which fields hold an example, and how a file becomes rows."""
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import QuantizationError
+from ..files.json import parse_json
 
 # the parts of one example, tried in this order; a pair's first part may have an `input` beside it
 _FIELDS: tuple[tuple[str, ...], ...] = (
@@ -98,6 +98,11 @@ def file_rows(path: Path, piece: int) -> Iterator[tuple[str, Any]]:
             f"{path}: byte {error.start} is not UTF-8 text ({error.reason}). Give a .txt or .jsonl "
             f"file, or convert it, such as with `iconv -f latin1 -t utf-8`"
         ) from None
+    if path.suffix == ".json":
+        raise QuantizationError(
+            f"{path}: is one JSON document, which would be taken for plain text. Give a .jsonl "
+            f"file, one row a line, such as by `jq -c '.[]' {path.name}`"
+        )
     if path.suffix != ".jsonl":
         for start in range(0, len(content), piece):
             yield str(path), content[start : start + piece]
@@ -106,8 +111,8 @@ def file_rows(path: Path, piece: int) -> Iterator[tuple[str, Any]]:
         if not line.strip():
             continue
         try:
-            yield f"{path}:{number}", json.loads(line)
-        except json.JSONDecodeError as error:
+            yield f"{path}:{number}", parse_json(line)
+        except ValueError as error:
             raise QuantizationError(
                 f"{path}:{number}: not JSON ({error}). Correct this line"
             ) from None

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ..checkpoint.describe import describe
+from ..checkpoint.side_files import load_tokenizer
 from ..errors import ConfigError
 from ..quantize.stdlib_text import load_docstrings, load_pairs
 from .embedded import base_model_path
@@ -91,14 +92,12 @@ def prepare(settings: Settings) -> Job:
         CheckpointError: the model is quantized already, incomplete or damaged.
         QuantizationError: too little text to calibrate on.
     """
-    from transformers import AutoTokenizer
-
     if settings.out.exists():
         raise ConfigError(f"{settings.out}: exists already; give another directory with --out")
     file = _gguf_file(settings)
     training, held_out = _load_data(settings)
     source = _base_directory(settings, file)
-    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    tokenizer = load_tokenizer(source)
     samples = [_sample(row) for row in held_out[:_SAMPLES]]
     paths = {name: settings.out / name for name in ("training", "adapter", "merged")}
     windows = None

@@ -5,9 +5,14 @@ import json
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
+from support.models import llama
 
 from qalora_plugin.errors import ConfigError, QuantizationError
-from qalora_plugin.quantize.calibration import calibration_windows, fitting_length
+from qalora_plugin.quantize.calibration import (
+    calibration_windows,
+    check_token_ids,
+    fitting_length,
+)
 
 TEXT = "def add(a, b):\n    return a + b\n"
 
@@ -100,3 +105,30 @@ def test_length_of_a_window(limit, asked, found):
     if limit:
         with pytest.raises(ConfigError, match="seq_len 65 is more than the 64 tokens"):
             fitting_length(Config(), 65)
+
+
+@pytest.mark.parametrize("ids", [[[3, 64]], [[-1, 3]]])
+def test_ids_without_an_embedding_are_refused(ids):
+    with pytest.raises(QuantizationError, match=r"from 0 to 63, .* the model's own tokenizer"):
+        check_token_ids(torch.tensor(ids), llama())
+
+
+def test_ids_beyond_the_last_position_are_refused():
+    ids = torch.zeros(2, 9, dtype=torch.int64)
+    check_token_ids(ids[:, :8], llama(max_position_embeddings=8))
+    with pytest.raises(ConfigError, match="seq_len 9 is more than the 8 tokens"):
+        check_token_ids(ids, llama(max_position_embeddings=8))
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("rows.json", '[{"text": "x"}]', "one JSON document, .*jq -c .* rows.json"),
+        ("deep.jsonl", "[" * 100_000, "deep.jsonl:1: not JSON .*nested too deeply"),
+    ],
+)
+def test_files_that_are_no_rows(name, content, message, tokenizer, tmp_path):
+    path = tmp_path / name
+    path.write_text(content)
+    with pytest.raises(QuantizationError, match=message):
+        _windows(path, tokenizer)

@@ -46,6 +46,7 @@ TEXT = ["some text"]
         ({"method": "rtn", "calibration": torch.zeros(2, 3)}, "^calibration does not go with"),
         ({"method": "rtn", "calibration": None, "desc_act": True}, "^desc_act does not go with"),
         ({"method": "rtn", "calibration": None, "ordering": "none"}, "^ordering does not go with"),
+        ({"calibration": torch.zeros(2, 3), "seq_len": 4}, r"^seq_len is 4, .* shape \(2, 3\)"),
         ({"calibration": None}, "^GPTQ needs text: give calibration a .txt .* method 'rtn'"),
     ],
 )
@@ -90,7 +91,8 @@ def test_an_unknown_keyword_is_named_with_the_known_ones(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name, value", [("samples", 3), ("seq_len", 64), ("damp", 0.1), ("mse", False)]
+    "name, value",
+    [("samples", 3), ("seq_len", 64), ("damp", 0.1), ("mse", False), ("dtype", torch.float16)],
 )
 def test_settings_of_gptq_do_not_go_with_rtn(name, value):
     with pytest.raises(ConfigError, match=f"{name} is a setting of GPTQ"):

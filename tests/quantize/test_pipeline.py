@@ -218,6 +218,14 @@ def test_a_model_in_memory(llama_dir, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"disk", "memory"}
 
 
+def test_text_without_a_tokenizer_is_refused(llama_dir, tmp_path):
+    with pytest.raises(CheckpointError, match="expected a tokenizer beside the model"):
+        _quantize(llama_dir, tmp_path / "out", calibration=["text"])
+    with pytest.raises(ConfigError, match=r"a model in memory brings no tokenizer .* tokenizer="):
+        _quantize(_load(llama_dir), tmp_path / "out", calibration=["text"])
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("method", ["rtn", "gptq"])
 def test_one_block_in_memory_at_a_time(method, llama_dir, tmp_path, monkeypatch):
     held = []
@@ -258,7 +266,7 @@ def test_half_precision_shards(tmp_path):
         ({"format": "gptq", "dynamic": {"*.q_proj": {"bits": 8}}}, "one grid for all layers"),
         ({"format": "gptq", "group_size": 20}, r"group_size 20: GPTQModel loads .* \[-1, 16, 32"),
         ({"device": "foo"}, "device 'foo' cannot be used"),
-        ({"seq_len": 4096}, "seq_len 4096 is more than the 2048"),
+        ({"seq_len": 4096, "calibration": ["text"]}, "seq_len 4096 is more than the 2048"),
         ({"dynamic": {"*.nothing": {"bits": 8}}}, "matches none of the layers"),
         ({"modules_to_not_convert": ["*"]}, "excludes all"),
         ({"modules_to_not_convert": ["donw_proj"]}, "'donw_proj' matches no module"),
