@@ -54,15 +54,25 @@ def real_model(rows: list[Row]) -> str:
     lines = []
     whole = [row for row in rows if row["engine"] == "none"]
     by_setting = [same for engines in draws(rows).values() for same in engines.values()]
+    plain = {row["bits"]: row["heldout_kl"] for row in rows if row["engine"] == "qalora"}
     for row in (*whole, *(row for same in by_setting for row in same)):
         name = NAMES.get(row["engine"])
         figures = [f"{math.exp(row['heldout_loss']):.2f}", f"{row['heldout_kl']:.4f}"]
+        figures.append(f"{row['heldout_kl'] / plain[row['bits']]:.2f}" if name else "")
         cost = f"{row['seconds'] / 60:.0f}" if name else ""
         group = str(row["group_size"] or "")
         quantizer = f"{name} {row['version']}" if name else "not quantized"
         quantizer += f", rate {row['refine_rate']}" if "refine_rate" in row else ""
         lines.append([f"{row['bits']}", group, quantizer, *figures, cost])
-    head = ["bits", "group size", "quantizer", "perplexity", "KL from 16 bits", "minutes"]
+    head = [
+        "bits",
+        "group size",
+        "quantizer",
+        "perplexity",
+        "KL from 16 bits",
+        "of plain GPTQ's",
+        "minutes",
+    ]
     return markdown(head, lines)
 
 
