@@ -219,7 +219,10 @@ class BitChooser:
         model = source.model
         source.fill(source.stored)
         source.move_buffers()
-        found = {name: torch.zeros(s.out_features) for name, s in self._specs.items()}
+        found = {
+            name: torch.zeros(s.out_features, device=source.device)
+            for name, s in self._specs.items()
+        }
         handles = [model.get_input_embeddings().register_forward_hook(_require_gradient)]
         for name in found:
             watch = partial(_watch_gradient, found, name)
@@ -245,7 +248,6 @@ def _watch_gradient(
     found: dict[str, torch.Tensor], name: str, module: nn.Module, args: Any, output: torch.Tensor
 ) -> None:
     def add(gradient: torch.Tensor) -> None:
-        square = gradient.detach().float().flatten(0, -2).square().sum(0)
-        found[name] = found[name].to(square.device) + square
+        found[name] += gradient.detach().float().flatten(0, -2).square().sum(0)
 
     output.register_hook(add)

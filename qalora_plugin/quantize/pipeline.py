@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from qalora_kernels import QuantSpec
 
+from .._version import __version__
 from ..architecture.blocks import reads_text
 from ..architecture.experts import Experts, is_fused
 from ..checkpoint.config import QALoRAQuantConfig
@@ -149,7 +150,8 @@ def _on_disk(
             "pass tokenizer=, or token ids [samples, seq_len] as calibration"
         )
     with ScratchDirectory(out) as scratch:
-        directory = scratch / (Path(model.name_or_path).name or type(model).__name__)
+        named = Path(model.name_or_path).resolve().name if model.name_or_path else ""
+        directory = scratch / (named or type(model).__name__)
         model.save_pretrained(directory)
         if options.tokenizer is not None:
             options.tokenizer.save_pretrained(directory)
@@ -218,7 +220,7 @@ class _Job:
         if self.options.bits == "auto":
             settings["target_bits"] = self.options.target_bits
         data = b"" if self.windows is None else self.windows.numpy().tobytes()
-        versions = [torch.__version__, transformers.__version__]
+        versions = [__version__, torch.__version__, transformers.__version__]
         return self.source.reader.digest(data, settings=settings, versions=versions)[:16]
 
     def run(self, out: str | Path) -> QuantizeResult:

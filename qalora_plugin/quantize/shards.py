@@ -101,6 +101,9 @@ class BlockShards:
 
         `experts` are counts for the report, complete once `solved` is at its end.
         """
+        names = map(self._source.layer_name, self.layers(index))
+        # a run that was killed before the shard got its name has reported, and counted, the block
+        counted_before = not self.report["layers"].keys().isdisjoint(names)
         with self.writer.shard(self._first + index) as shard:
             for layer, weight, error in solved:
                 name, spec = self._source.layer_name(layer), weight.spec
@@ -110,7 +113,7 @@ class BlockShards:
                 self.report["layers"][name] = entry
                 yield name
             self._copy(shard, self._dense_names(index))
-            if experts:
+            if experts and not counted_before:
                 counted = Counter(self.report.get("experts", {})) + Counter(experts)
                 self.report["experts"] = {name: counted[name] for name in EXPERT_COUNTS}
             self.add_to_report()

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 from qalora_plugin import quantize_model
 from qalora_plugin.checkpoint.checkpoint import open_quantized
 from qalora_plugin.files.json import read_json
+from qalora_plugin.files.writer import ShardWriter
 from qalora_plugin.quantize.gptq import Hessian, gptq
 from qalora_plugin.quantize.pipeline import ModelSource
 from qalora_plugin.quantize.source import choose_layers
@@ -115,3 +116,22 @@ def test_kept_experts_stay_fused_where_the_files_hold_them_so(tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "q")
     name = "model.layers.1.block_sparse_moe.experts.gate_up_proj"
     assert torch.equal(loaded.get_parameter(name), model.get_parameter(name))
+
+
+def test_experts_are_counted_once_where_a_block_is_written_twice(tmp_path, monkeypatch):
+    """A run is stopped when the report has a block whose file has not got its name yet."""
+    mixture("olmoe").save_pretrained(tmp_path / "dense")
+    whole = quantize_model(tmp_path / "dense", tmp_path / "whole", calibration=_windows(9), **GRID)
+    close = ShardWriter.close
+
+    def stop(self):
+        if "00003-of" in self.path.name:
+            raise KeyboardInterrupt
+        close(self)
+
+    again = {"calibration": _windows(9), **GRID}
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardWriter, "close", stop)
+        with pytest.raises(KeyboardInterrupt):
+            quantize_model(tmp_path / "dense", tmp_path / "again", **again)
+    assert quantize_model(tmp_path / "dense", tmp_path / "again", **again).experts == whole.experts

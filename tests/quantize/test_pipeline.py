@@ -218,6 +218,19 @@ def test_a_model_in_memory(llama_dir, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"disk", "memory"}
 
 
+def test_a_model_in_memory_that_came_from_above(llama_dir, tmp_path, monkeypatch):
+    """Its copy is made beside the result, whatever the path that it was loaded from."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    model = _load(llama_dir)
+    model.name_or_path = ".."
+    made = _quantize(model, tmp_path / "here" / "out", method="rtn")
+    assert {path.name for path in tmp_path.rglob("*.safetensors")} == {
+        path.name for path in made.out.glob("*.safetensors")
+    }
+    assert not (tmp_path / "here" / "config.json").exists()
+
+
 def test_text_without_a_tokenizer_is_refused(llama_dir, tmp_path):
     with pytest.raises(CheckpointError, match="expected a tokenizer beside the model"):
         _quantize(llama_dir, tmp_path / "out", calibration=["text"])
