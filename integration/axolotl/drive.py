@@ -172,6 +172,25 @@ def dpo(driver):
     )
 
 
+def reward(driver):
+    """A reward model, whose head is trained whole; and a base that is changed while it loads."""
+    rows = Path(driver.values["datasets"][0]["path"]).read_text().splitlines()[:12]
+    pairs = [json.loads(row) for row in rows]
+    path = driver.work / "pairs_with_system.jsonl"
+    keys = {"system": "", "rejected": "pass\n"}
+    lines = [{**keys, "input": p["prompt"], "chosen": p["completion"]} for p in pairs]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    kind = "bradley_terry.chat_template"
+    data = {"path": str(path), "ds_type": "json", "split": "train", "type": kind}
+    rtn = {"quantize_method": "rtn"}
+    settings = {"reward_model": True, "chat_template": "llama3", "remove_unused_columns": False}
+    settings |= {"sequence_len": 1024, "val_set_size": 0, "dataset_num_proc": 1}
+    found = driver.train("reward", max_steps=2, datasets=[data], qalora=rtn, **settings)
+    rope = {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}
+    other = {"overrides_of_model_config": rope, "qalora": rtn}
+    return found | {"changed": refusal(lambda: driver.train("changed", **other))}
+
+
 def one_rank(driver):
     """What two ranks of FSDP2 have to reach."""
     return driver.train("one_rank", **json.loads((driver.work / "even.json").read_text()))
@@ -215,7 +234,7 @@ def refused(driver):
 
 STEPS = {
     step.__name__: step
-    for step in (refused, bits2, packed, stock, mlx, best, dpo, one_rank, resumed)
+    for step in (refused, bits2, packed, stock, mlx, best, dpo, reward, one_rank, resumed)
 }
 
 

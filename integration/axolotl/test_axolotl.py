@@ -121,6 +121,16 @@ def test_dpo(driven):
     assert any("rewards/margins" in row for row in found["log"])
 
 
+def test_a_reward_models_head_is_merged(driven):
+    """Rows may be longer than max_position_embeddings, which Axolotl raises then."""
+    assert driven["reward"]["verified"]["modules_to_save"] == 1
+
+
+def test_a_base_that_differs_from_its_files_is_refused(driven):
+    changed = driven["reward"]["changed"]
+    assert "rope_parameters.factor of the model's config is not as in" in changed
+
+
 def test_resume_after_sigkill(driven):
     """From the newest complete checkpoint, and from one that is named."""
     found = driven["resumed"]

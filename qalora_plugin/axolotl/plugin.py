@@ -19,6 +19,8 @@ from ..files.names import ADAPTER_CONFIG_FILE
 from ..hf.one_file import directory_of
 from ..report.page import try_report
 from ..training.best import check_best, save_if_best, take_average
+from ..training.checks import check_base as check_loaded_base
+from ..training.checks import check_head
 from ..training.figures import FiguresCallback
 from ..training.resume import check_resumed
 from ..tuner import QALoRAConfig
@@ -37,6 +39,7 @@ from .finish import (
 from .rates import set_scale_rate
 
 LOG = logging.getLogger(__name__)
+_SET_BY_AXOLOTL = ("max_position_embeddings",)  # to a longer sequence_len, once the model is made
 
 
 class QALoRAPlugin(BasePlugin):
@@ -139,7 +142,7 @@ class QALoRAPlugin(BasePlugin):
         """Return the PEFT model with our adapter, new or loaded; for DPO and its kin the config."""
         if cfg.adapter != ADAPTER:
             return None
-        config = adapter_config(cfg)
+        config = adapter_config(cfg, model)
         if config_only:
             return None, config
         directory = _adapter_directory(cfg)
@@ -204,6 +207,8 @@ class _Watch(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         check_best_is_kept(self._cfg, args)
+        check_head(kwargs["model"])
+        check_loaded_base(kwargs["model"], set_by_trainer=_SET_BY_AXOLOTL)
         check_resumed(kwargs["model"], kwargs["model"].active_adapter, args, state)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -220,8 +225,11 @@ class _Watch(TrainerCallback):
             check_best(self._best_of, "default", adapter)
 
 
-def adapter_config(cfg: Any) -> QALoRAConfig:
-    """Return Axolotl's `lora_*` and `peft_*` keys as a QALoRAConfig; they mean the same there."""
+def adapter_config(cfg: Any, model: Any = None) -> QALoRAConfig:
+    """Return Axolotl's `lora_*` and `peft_*` keys as a QALoRAConfig; they mean the same there.
+
+    The head of a reward model is trained whole and saved: its class's task_type says so.
+    """
     # None: every quantized linear layer
     targets = None if cfg.lora_target_linear else cfg.lora_target_modules or None
     return QALoRAConfig(
@@ -239,8 +247,13 @@ def adapter_config(cfg: Any) -> QALoRAConfig:
         init_lora_weights=cfg.peft_init_lora_weights is not False,
         adapt=cfg.qalora["adapt"],
         seed=int(cfg.seed or 0),
-        task_type="CAUSAL_LM",
+        task_type=_task_type(model),
     )
+
+
+def _task_type(model: Any) -> str:
+    kinds = {"SequenceClassification": "SEQ_CLS", "TokenClassification": "TOKEN_CLS"}
+    return next((t for kind, t in kinds.items() if kind in type(model).__name__), "CAUSAL_LM")
 
 
 def _use_base(cfg: Any, directory: str) -> None:

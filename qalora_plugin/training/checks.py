@@ -1,5 +1,6 @@
 """Before a training: that what it is about to train is what a merge will write."""
 
+from collections.abc import Collection, Set
 from typing import Any
 
 import torch
@@ -116,11 +117,15 @@ def check_head(model: PeftModel) -> None:
             )
 
 
-def check_base(model: PeftModel) -> None:
+def check_base(model: PeftModel, set_by_trainer: Collection[str] = ()) -> None:
     """Refuse to train on a base that is not what its files hold: it, or its config, was changed.
 
     Embeddings, norms, biases and heads are compared, where the files call them as the model does,
     and the config: a merge takes all that from the files. Resized embeddings go into the adapter.
+
+    Args:
+        model: with adapters.
+        set_by_trainer: more keys of the config that may differ.
 
     Raises:
         ConfigError: a tensor has other numbers than the files, or the config another value.
@@ -132,10 +137,10 @@ def check_base(model: PeftModel) -> None:
         "Save the changed model (save_pretrained(DIR), before it gets an adapter) and train on that"
     )
     loaded = type(base.config).from_pretrained(directory).to_dict()
-    key = _different_key(loaded, base.config.to_dict())
+    key = _different_key(loaded, base.config.to_dict(), _SET_BY_TRAINERS.union(set_by_trainer))
     if key is not None:
         raise ConfigError(
-            f"MergeCallback: {key} of the model's config is not as in {directory / CONFIG_FILE}, "
+            f"{key} of the model's config is not as in {directory / CONFIG_FILE}, "
             f"and a merge would take it from there. {advice}, or leave it as it is"
         )
     stored = open_quantized(directory)
@@ -150,20 +155,20 @@ def check_base(model: PeftModel) -> None:
         # 16-bit types may have been converted into one another
         if not torch.allclose(wanted.float(), found.float(), rtol=2**-7, atol=1e-6):
             raise ConfigError(
-                f"MergeCallback: {name} was changed after the base was loaded, and a merge would "
+                f"{name} was changed after the base was loaded, and a merge would "
                 f"take it from {directory} as it is there. {advice}, or name its module in "
-                "QALoRAConfig(modules_to_save=[...])"
+                "modules_to_save of QALoRAConfig (of Axolotl: lora_modules_to_save)"
             )
 
 
-def _different_key(wanted: dict[str, Any], found: dict[str, Any]) -> str | None:
-    """Return the first key of two configs that differs and can change what a model computes."""
+def _different_key(wanted: dict[str, Any], found: dict[str, Any], but: Set[str]) -> str | None:
+    """Return the first key of two configs that differs, and is not one of `but`."""
     for key in sorted(wanted.keys() | found.keys()):
         one, other = wanted.get(key), found.get(key)
-        if key in _SET_BY_TRAINERS or key.startswith("_") or key.endswith(("dropout", "_pdrop")):
+        if key in but or key.startswith("_") or key.endswith(("dropout", "_pdrop")):
             continue
         if isinstance(one, dict) and isinstance(other, dict):
-            inner = _different_key(one, other)
+            inner = _different_key(one, other, but)
             if inner is not None:
                 return f"{key}.{inner}"
         elif one != other:
