@@ -147,6 +147,12 @@ def _check_layer(
             f"{info.file}: {info.name}: expected two sizes, found {info.shape}. {_DAMAGED}"
         )
     spec = QuantSpec(bits, group_size, *packing.sizes(info.shape, bits), "float32")
+    if spec.out_features * bits % 32 or (spec.in_features % 32 and not packing.along_outputs):
+        raise CheckpointError(
+            f"{info.file}: {name}: expected sizes that fill whole words of 32 bits, found "
+            f"{spec.in_features} inputs and {spec.out_features} outputs of {bits} bits. The layer "
+            f"was cut off by its quantizer. {QUANTIZE_AGAIN}"
+        )
     for part, shape in packing.shapes(spec).items():
         if f"{name}.{part}" not in reader:
             raise CheckpointError(f"{reader.directory}: {name}.{part} is missing. {_DAMAGED}")

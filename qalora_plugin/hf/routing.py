@@ -23,17 +23,30 @@ from ..files.names import CONFIG_FILE
 from .config import QALoRAQuantConfig
 
 _INSTALLED = "_qalora_original"
+_ASKED = ("offsets_at", "desc_act", "dynamic")
 
 
-def check_request(requested: StoredConfig, stored: StoredConfig, where: str = CONFIG_FILE) -> None:
+def check_request(
+    requested: StoredConfig,
+    stored: StoredConfig,
+    where: str = CONFIG_FILE,
+    asked: tuple[str, ...] = ("offsets_at",),
+) -> None:
     """Refuse to load the quantized directory `where` as something that it is not.
 
+    Args:
+        requested: given to from_pretrained.
+        stored: what the directory says.
+        where: the directory.
+        asked: keys, beside bits and group_size, that count unless they have their default.
+
     Raises:
-        ConfigError: bits or group_size differ, or minima are asked for and not there.
+        ConfigError: bits, group_size or one of `asked` differ.
     """
-    for key in ("bits", "group_size", "offsets_at"):
+    default = StoredConfig()
+    for key in ("bits", "group_size", *asked):
         wanted, found = getattr(requested, key), getattr(stored, key)
-        if wanted != found and (key, wanted) != ("offsets_at", "middle"):  # the default: not asked
+        if wanted != found and not (key in asked and wanted == getattr(default, key)):
             raise ConfigError(
                 f"{where}: is quantized with {key}={found}, but quantization_config asks for "
                 f"{key}={wanted}. Leave quantization_config out, or quantize the 16-bit model."
@@ -62,7 +75,9 @@ def merge_configs(stored: Any, requested: Any) -> QALoRAQuantConfig | None:
         foreign = foreign_config(stored, Path(CONFIG_FILE))
         config = None if foreign is None else QALoRAQuantConfig.of(foreign)
     if ours and config is not None:
-        check_request(requested, config)
+        own = stored.get("quant_method") == QUANT_METHOD
+        # of a foreign format the layers say the rest
+        check_request(requested, config, asked=_ASKED if own else _ASKED[:1])
     return config
 
 

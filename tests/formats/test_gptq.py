@@ -1,6 +1,7 @@
 """Stock GPTQ from a merged model: exact with adapt="scales", refused with changed offsets."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -92,6 +93,21 @@ def test_a_symmetric_base_merges_into_sym_true(method, bits, tmp_path):
         assert torch.equal(found.qweight, layers.layer(name).qweight)
         assert torch.equal(found.scales, merged.layer(name).scales)
         assert not found.offsets.any()
+
+
+def test_a_quantized_head_is_told_of(tmp_path):
+    """GPTQModel 5.8 leaves a head without numbers that quantize_config.json does not tell of."""
+    base = shutil.copytree(STOCK, tmp_path / "base")
+
+    def quantize_head(state):
+        assert state.pop("lm_head.weight").shape == (32, 64)
+        for part in ("qweight", "qzeros", "scales", "g_idx"):  # of a layer of the same sizes
+            state[f"lm_head.{part}"] = state[f"model.layers.0.self_attn.k_proj.{part}"].clone()
+
+    edit_tensors(base / "model.safetensors", quantize_head)
+    for source, told in ((base, True), (STOCK, False)):
+        out = export_model(source, tmp_path / str(told), "gptq").out
+        assert json.loads((out / "quantize_config.json").read_text())["lm_head"] is told
 
 
 def test_changed_offsets_are_refused_by_name(tmp_path):

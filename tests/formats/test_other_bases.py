@@ -197,6 +197,16 @@ def test_what_awq_and_auto_round_have_and_we_do_not_is_refused(name, config, mes
         open_quantized(changed(name, config))
 
 
+def test_a_layer_that_fills_no_whole_words_is_refused(changed):
+    """40 inputs of 4 bits are 5 words, and ours are counted in streams of 32 inputs."""
+    cut = {"qweight": lambda t: t[:5], "qzeros": lambda t: t[:2], "scales": lambda t: t[:2]}
+    directory = changed(
+        "autoround_4bit_g32_asym", **{k: lambda t, f=f: f(t).contiguous() for k, f in cut.items()}
+    )
+    with pytest.raises(CheckpointError, match=r"whole words of 32 bits, found 40 inputs and"):
+        open_quantized(directory)
+
+
 def test_layers_of_auto_round_with_a_grid_of_their_own(changed):
     """Groups of 32 as two of 64 of equal numbers; the layers are named, or matched."""
     wanted = open_quantized(FIXTURES / "autoround_8bit_g32_asym")

@@ -263,6 +263,13 @@ def test_requested_settings_that_contradict_the_directory(base_dir):
     minimum = QALoRAQuantConfig(bits=4, group_size=32, offsets_at="minimum")
     with pytest.raises(ConfigError, match=r"with offsets_at=middle, but .*=minimum"):
         AutoModelForCausalLM.from_pretrained(base_dir, quantization_config=minimum)
+    for other in ({"desc_act": True}, {"dynamic": {"down_proj": {"bits": 8}}}):
+        with pytest.raises(
+            ConfigError, match=f"but quantization_config asks for {next(iter(other))}"
+        ):
+            AutoModelForCausalLM.from_pretrained(
+                base_dir, quantization_config=QALoRAQuantConfig(4, 32, **other)
+            )
     same = QALoRAQuantConfig(bits=4, group_size=32)
     AutoModelForCausalLM.from_pretrained(base_dir, quantization_config=same)
 

@@ -166,7 +166,8 @@ def _configs(
         "desc_act": ours.desc_act,
         # where GPTQModel would misread the zero-points, it refuses an asymmetric file instead
         "sym": symmetric and not old_3bit,
-        "lm_head": False,
+        # of a base with a quantized head: GPTQModel looks for its tensors only if told so
+        "lm_head": any(name.rpartition(".")[2] == "lm_head" for name in source.layers),
         "quant_method": "gptq",
         "checkpoint_format": checkpoint_format,
         "pack_dtype": "int32",
