@@ -1,5 +1,6 @@
 """Charts as inline SVG, by pygal; None where it is not installed (the extra `report`)."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
@@ -18,7 +19,9 @@ def lines(name: str, series: Mapping[str, Points], x: str, y: str) -> str | None
 
     chart = pygal.XY(x_title=x, y_title=y, dots_size=2, **_options())
     for title, points in series.items():
-        chart.add(title, list(points))
+        chart.add(
+            title, [point for point in points if math.isfinite(point[1])]
+        )  # a loss may be NaN
     return _svg(chart, name)
 
 
@@ -29,6 +32,7 @@ def bars(name: str, values: Mapping[str, float], y: str) -> str | None:
     import pygal
 
     chart = pygal.HorizontalBar(x_title=y, print_values=True, **_options() | {"show_legend": False})
+    values = {name: value for name, value in values.items() if math.isfinite(value)}
     chart.x_labels = list(values)[::-1]  # pygal draws from the bottom
     chart.add("", list(values.values())[::-1])
     return _svg(chart, name)

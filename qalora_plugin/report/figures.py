@@ -12,7 +12,14 @@ from ..checkpoint.checkpoint import QuantizedCheckpoint, open_quantized
 from ..checkpoint.kind import find_kind
 from ..errors import ConfigError, QALoRAError
 from ..files.json import read_json
-from ..files.names import ADAPTER_CONFIG_FILE, CONFIG_FILE, REPORT_FILE
+from ..files.manifest import file_sha256
+from ..files.names import (
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_WEIGHTS_FILE,
+    CONFIG_FILE,
+    MANIFEST_FILE,
+    REPORT_FILE,
+)
 from ..hub.card import usage_of
 from ..merge.adapter import open_adapter, open_base
 from ..verify.merge import verify_merge
@@ -42,7 +49,8 @@ def collect(
         `recipe`, `versions`, and by what there is: `history` (the trainer's log), `rows` (losses
         in nats a token, sizes in bytes), `changes` (by kind and layer; offsets in steps between two
         integers, scales relative), `quantization_error` (by layer, relative to its output),
-        `proof`, `files` (sizes in bytes by format), `commands`, `samples`, `seconds`, `memory`.
+        `proof` (an earlier one only of the same `proof_of`, hashes of adapter and merge), `files`
+        (sizes in bytes by format), `commands`, `samples`, `seconds`, `memory`.
 
     Raises:
         ConfigError: there is no adapter in the directory.
@@ -55,7 +63,7 @@ def collect(
         figures["history"] = _history(run)
     config = read_json(adapter / ADAPTER_CONFIG_FILE)
     recipe = {name: config[name] for name in _RECIPE if config.get(name) is not None}
-    figures["recipe"] = recipe | figures.pop("settings", {})
+    figures["recipe"] = recipe | figures.get("settings", {})
     figures["versions"] = _versions()
     merged = merged or Path(figures.get("merged") or run / "merged")
     if (merged / CONFIG_FILE).exists():
@@ -66,6 +74,9 @@ def collect(
         figures |= _of_base(adapter, merged)
         if verify:
             figures["proof"] = verify_merge(merged, adapter).as_dict()
+    figures["proof_of"] = _mark(adapter, merged)
+    if not verify and "proof" not in given and figures["proof_of"] != earlier.get("proof_of"):
+        figures.pop("proof", None)  # of another adapter, or of another merge
     return figures
 
 
@@ -117,6 +128,12 @@ def peak_memory() -> dict[str, int]:
     if torch.cuda.is_available():
         found["peak of the GPU"] = torch.cuda.max_memory_allocated()
     return found
+
+
+def _mark(adapter: Path, merged: Path) -> list[str]:
+    """Return hashes that tell this adapter and this merge from any other."""
+    files = (adapter / ADAPTER_WEIGHTS_FILE, merged / MANIFEST_FILE)
+    return [file_sha256(file) for file in files if file.is_file()]
 
 
 def _of_base(adapter: Path, merged: Path) -> dict[str, Any]:

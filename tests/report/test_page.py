@@ -81,3 +81,12 @@ def test_without_pygal_there_are_tables(monkeypatch):
 def test_an_empty_run_has_no_empty_sections():
     page = _Page(as_html(json.loads("{}"), "run"))
     assert page.tags.count("section") == 1  # that nothing is proven
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
+def test_losses_that_are_no_numbers(loss):
+    """An evaluation on rows without labels logs NaN; the page shows it, and draws the others."""
+    history = [{"step": 1, "eval_loss": loss}, {"step": 2, "eval_loss": 2.5}]
+    row = {"name": "base", "loss": loss, "size": 1, "bits_per_weight": 4.0}
+    page = _Page(as_html({"history": history, "rows": [row]}, "run"))
+    assert page.texts.count(str(loss)) == 2 and page.texts.count("2.5") >= 1
