@@ -77,7 +77,7 @@ def load_shape(
             base, or `bits` or `group_size` differ from those of a quantized base.
     """
     if find_kind(name_or_path).base is not None and Path(name_or_path).is_file():
-        return _shape_of_file(Path(name_or_path))
+        return _shape_of_file(Path(name_or_path), settings)
     directory = Path(name_or_path)
     if directory.is_dir() and not (directory / CONFIG_FILE).exists():
         raise CheckpointError(_no_config(directory))
@@ -108,9 +108,10 @@ def load_shape(
     return ModelShape(config, base, quantized=stored is not None)
 
 
-def _shape_of_file(path: Path) -> ModelShape:
+def _shape_of_file(path: Path, settings: PlanSettings) -> ModelShape:
     """Read a base that is one file; its layers may have other bits than most."""
     checkpoint = open_quantized(path)
+    _check_grid(checkpoint.config, settings, str(path))
     raw = dict(checkpoint.reader.config)
     config = CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
     return ModelShape(config, checkpoint.config, quantized=True)
@@ -141,6 +142,12 @@ def _base_grid(stored: Any, settings: PlanSettings, where: str) -> QALoRAQuantCo
                 "model, or one in a format that can be a base. Give the 16-bit model"
             )
         base = foreign
+    _check_grid(base, settings, where)
+    return base
+
+
+def _check_grid(base: QALoRAQuantConfig, settings: PlanSettings, where: str) -> None:
+    """Refuse another grid than that of a quantized base."""
     for key in ("bits", "group_size"):
         wanted, found = getattr(settings, key), getattr(base, key)
         if wanted not in (None, found):
@@ -149,7 +156,6 @@ def _base_grid(stored: Any, settings: PlanSettings, where: str) -> QALoRAQuantCo
                 f"{where}: is quantized with {key}={found}, {option} asks for {wanted}. Leave "
                 f"{option} out, or give the 16-bit model"
             )
-    return base
 
 
 class _NF4Product(torch.autograd.Function):

@@ -103,7 +103,7 @@ def calibration_windows(
         raise QuantizationError("calibration: text needs a tokenizer: pass tokenizer=")
     texts = _texts(source, tokenizer)
     random.Random(seed).shuffle(texts)
-    prefix, suffix = _special_tokens(tokenizer)
+    prefix, suffix = special_tokens(tokenizer)
     body = seq_len - len(prefix) - len(suffix)
     if body < 1:
         raise QuantizationError(
@@ -148,7 +148,7 @@ def cut_windows(
     return torch.tensor(windows, dtype=torch.int64)
 
 
-def _special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
+def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
     """Return the ids that the tokenizer puts before and after a text."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a")["input_ids"]

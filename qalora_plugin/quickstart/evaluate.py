@@ -18,15 +18,14 @@ def row_text(row: dict[str, str]) -> str:
 
 
 def encode(tokenizer: Any, row: dict[str, str]) -> tuple[list[int], list[int]]:
-    """Return the token ids of a row and its labels; tokens of a prompt are not labels."""
+    """Return the token ids of a row and its labels, as TRL's SFTTrainer makes them.
 
-    def tokens(text: str) -> list[int]:
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    prompt = tokens(row["prompt"]) if "prompt" in row else []
-    ids = tokens(row_text(row))
-    if tokenizer.eos_token_id is not None:
-        ids = [*ids, tokenizer.eos_token_id]
+    The tokenizer's special tokens are around a row, and its end is one; tokens of a prompt are not
+    labels.
+    """
+    prompt = tokenizer(row["prompt"])["input_ids"] if "prompt" in row else []
+    text, end = row_text(row), tokenizer.eos_token or ""
+    ids = tokenizer(text if text.endswith(end) else text + end)["input_ids"]
     labels = [IGNORED] * len(prompt) + ids[len(prompt) :]
     return ids[:MAX_LENGTH], labels[:MAX_LENGTH]
 

@@ -9,6 +9,7 @@ import torch
 from ..checkpoint.describe import describe
 from ..checkpoint.side_files import load_tokenizer
 from ..errors import ConfigError
+from ..quantize.calibration import special_tokens
 from ..quantize.stdlib_text import load_docstrings, load_pairs
 from .embedded import base_model_path
 from .evaluate import MAX_LENGTH, held_out_loss, row_text
@@ -173,14 +174,15 @@ def _check_model(source: Path, settings: Settings) -> None:
 def _chat(row: dict[str, str], tokenizer: Any, task: str | None) -> dict[str, str]:
     """Put a prompt into the model's chat template, if it has one; `task` is the system's message.
 
-    What a template writes at the very start, tokenizers add once more: it is written here alone.
+    What a template writes at the very start and the tokenizer adds to every text is left to it.
     """
     if "text" in row or not tokenizer.chat_template:
         return row
     messages = [{"role": "system", "content": task}] if task else []
     messages.append({"role": "user", "content": row["prompt"].rstrip("\n")})
     prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return row | {"prompt": prompt}
+    start = tokenizer.decode(special_tokens(tokenizer)[0])
+    return row | {"prompt": prompt.removeprefix(start)}
 
 
 def _sample(row: dict[str, str]) -> dict[str, str]:

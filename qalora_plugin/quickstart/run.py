@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..errors import VerificationError
+from ..quantize.calibration import special_tokens
 from ..report.figures import peak_memory
 from ..report.page import write_report
 from ..verify.export import verify_export
@@ -201,10 +202,12 @@ def _check_logits(job: Job, merged: Any, trained: Any) -> bool:
 
 def _prompts(job: Job) -> list[list[int]]:
     """Return the token ids of the prompts whose answers are shown."""
-    room = MAX_LENGTH - _ANSWER_TOKENS[job.settings.is_gguf]
+    start, _ = special_tokens(job.tokenizer)
+    room = MAX_LENGTH - _ANSWER_TOKENS[job.settings.is_gguf] - len(start)
     rows = job.held_out[: len(job.samples)]
     texts = [row.get("prompt") or row["text"][:200] for row in rows]
-    return [job.tokenizer(text, add_special_tokens=False)["input_ids"][-room:] for text in texts]
+    found = (job.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts)
+    return [start + ids[-room:] for ids in found]
 
 
 @torch.no_grad()

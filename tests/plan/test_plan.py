@@ -4,6 +4,7 @@ import json
 from dataclasses import asdict
 
 import pytest
+from support.gguf_files import write_gguf
 from transformers import GraniteMoeConfig, LlamaConfig, MixtralConfig
 
 from qalora_plugin.checkpoint.describe import describe
@@ -340,3 +341,10 @@ def test_another_quantization_is_refused(tiny, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ConfigError, match="quantized with 'hqq'"):
         load_shape(str(tmp_path), PlanSettings())
+
+
+def test_another_grid_than_that_of_a_file_is_refused(tmp_path):
+    file = write_gguf(tmp_path / "model.gguf")
+    assert load_shape(str(file), PlanSettings(bits=4, group_size=32)).quantized
+    with pytest.raises(ConfigError, match=r"model\.gguf: is quantized with bits=4, --bits asks"):
+        load_shape(str(file), PlanSettings(bits=2))

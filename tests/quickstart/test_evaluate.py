@@ -4,13 +4,16 @@ import json
 
 import pytest
 import torch
+from datasets import Dataset
 from support.models import llama
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
+from trl import SFTConfig, SFTTrainer
 
 from qalora_plugin.errors import ConfigError
 from qalora_plugin.quickstart.embedded import base_model_path
 from qalora_plugin.quickstart.evaluate import IGNORED, MAX_LENGTH, encode, held_out_loss
-from qalora_plugin.quickstart.job import Row
+from qalora_plugin.quickstart.job import Row, _chat
 from qalora_plugin.quickstart.report import as_json, as_text
 from qalora_plugin.quickstart.run import Result, Sample
 
@@ -38,6 +41,40 @@ def test_the_loss_is_that_of_each_row_alone():
     found = held_out_loss(model.train(), tokenizer, ROWS, batch_size=2)
     assert found == pytest.approx(total / count, rel=1e-5)
     assert model.training
+
+
+@pytest.fixture
+def with_start():
+    """The embedded tokenizer, made to begin every text with <|bos|>, as Llama's and Gemma's do."""
+    tokenizer = AutoTokenizer.from_pretrained(base_model_path())
+    start = TemplateProcessing(single="<|bos|> $A", special_tokens=[("<|bos|>", 0)])
+    tokenizer.backend_tokenizer.post_processor = start
+    return tokenizer
+
+
+def test_rows_are_judged_as_they_are_trained(with_start, tmp_path):
+    """Token ids and labels are those of TRL, the first token among them."""
+    for kind in (ROWS[:1], [{"text": "import sys\n"}]):
+        trainer = SFTTrainer(
+            llama(vocab_size=2048),
+            args=SFTConfig(str(tmp_path), use_cpu=True, report_to="none", max_length=MAX_LENGTH),
+            train_dataset=Dataset.from_list(kind),
+            processing_class=with_start,
+        )
+        batch = trainer.data_collator([trainer.train_dataset[0]])
+        ids, labels = encode(with_start, kind[0])
+        assert ids[0] == with_start.bos_token_id
+        assert ids == batch["input_ids"][0].tolist()
+        assert labels == batch["labels"][0].tolist()
+
+
+def test_a_chat_begins_once(with_start):
+    with_start.chat_template = "{{ bos_token }}{{ messages[0].content }}|"
+    row = _chat({"prompt": "add\n", "completion": "x"}, with_start, None)
+    assert row == {"prompt": "add|", "completion": "x"}
+    with_start.backend_tokenizer.post_processor = TemplateProcessing(single="$A")
+    row = _chat({"prompt": "add\n", "completion": "x"}, with_start, None)
+    assert row["prompt"] == "<|bos|>add|"  # which nothing else would write
 
 
 def test_rows_without_a_token_to_predict_are_refused():
