@@ -110,10 +110,15 @@ class QALoRABlock(BaseModel):
     def _check_quantizing(self) -> Self:
         default = "the training set" if self.quantize_method == "gptq" else None
         try:
-            QuantizeOptions(calibration=self.calibration or default, **options_of(self.__dict__))
+            QuantizeOptions(calibration=self.calibration or default, **self._settings())
         except OptionError as error:
             raise ValueError(f"qalora: {error.spelled(_as_key)}") from None
         return self
+
+    def _settings(self) -> dict[str, Any]:
+        """Return all options that the block gives, also those that nothing will ask for."""
+        refining = {n: getattr(self, n) for n in type(self).model_fields if n.startswith("refine")}
+        return options_of(self.__dict__) | refining
 
     @model_validator(mode="after")
     def _check_formats(self) -> Self:

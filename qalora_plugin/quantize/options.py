@@ -172,12 +172,19 @@ class QuantizeOptions:
                 f"{{seq_len}} is {self.seq_len}, and {{calibration}} holds token ids of shape "
                 f"{tuple(ids.shape)}, which are taken as they are: leave {{seq_len}} out"
             )
+        yield from self._refine_contradictions()
         yield from self._bits_contradictions()
         if self.desc_act and self.ordering:
             yield (
                 "{desc_act} has an order of its own, by size of input: leave out one of it and "
                 "{ordering}"
             )
+
+    def _refine_contradictions(self) -> Iterator[str]:
+        for field in fields(RefineSettings):
+            name = f"refine_{field.name}"
+            if not self.refine and getattr(self, name) != field.default:
+                yield f"{{{name}}} is a setting of {{refine}}: give both, or leave it out"
 
     def _bits_contradictions(self) -> Iterator[str]:
         if (self.bits == "auto") != (self.target_bits is not None):

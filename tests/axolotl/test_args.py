@@ -60,6 +60,7 @@ def test_a_wrong_value_is_named(wrong):
             "refine does not go with quantize_method: rtn",
         ),
         ({"refine": True, "refine_rate": 2.0}, "refine_rate must lie between 0 and 1"),
+        ({"refine_steps": 9}, "refine_steps is a setting of refine: give both, or leave it out"),
     ],
 )
 def test_what_quantizing_refuses_is_said_in_keys(block, message):

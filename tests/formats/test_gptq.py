@@ -96,7 +96,8 @@ def test_a_symmetric_base_merges_into_sym_true(method, bits, tmp_path):
 
 
 def test_a_quantized_head_is_told_of(tmp_path):
-    """GPTQModel 5.8 leaves a head without numbers that quantize_config.json does not tell of."""
+    """GPTQModel 5.8 leaves a head without numbers that quantize_config.json does not tell of, and
+    AutoGPTQ every quantized one."""
     base = shutil.copytree(STOCK, tmp_path / "base")
 
     def quantize_head(state):
@@ -105,8 +106,10 @@ def test_a_quantized_head_is_told_of(tmp_path):
             state[f"lm_head.{part}"] = state[f"model.layers.0.self_attn.k_proj.{part}"].clone()
 
     edit_tensors(base / "model.safetensors", quantize_head)
+    with pytest.raises(ConfigError, match=r"lm_head is quantized, .*'gptq_v2'"):
+        export_model(base, tmp_path / "v1", "gptq")
     for source, told in ((base, True), (STOCK, False)):
-        out = export_model(source, tmp_path / str(told), "gptq").out
+        out = export_model(source, tmp_path / str(told), "gptq", checkpoint_format="gptq_v2").out
         assert json.loads((out / "quantize_config.json").read_text())["lm_head"] is told
 
 

@@ -52,6 +52,7 @@ def test_defaults_are_those_of_the_options():
         ([], "Or use --method rtn, which is less exact"),
         ([*RTN, *GPTQ], "--calibration does not go with --method rtn"),
         ([*RTN, "--desc-act"], "--desc-act does not go with --method rtn"),
+        ([*GPTQ, "--refine-norms"], "--refine-norms is a setting of --refine: give both, or leave"),
         ([*RTN, "--ordering", "none"], "--ordering does not go with --method rtn"),
         ([*GPTQ, "--desc-act", "--ordering", "none"], "leave out one of it and --ordering"),
         ([*RTN, "--offsets-at", "minimum", "--format", "gptq"], "with --format gptq the minimum"),

@@ -1,6 +1,6 @@
 """What the stock GPTQ format can hold, checked before anything is written."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from qalora_kernels import QuantSpec
 
@@ -13,6 +13,11 @@ from . import FORMAT
 VERSIONS = ("gptq", "gptq_v2")
 GPTQMODEL_GROUP_SIZES = (-1, 16, 32, 64, 128, 256, 512, 1024)
 """What GPTQModel 5.8 loads (`SUPPORTS_GROUP_SIZE` of its TorchQuantLinear)."""
+
+
+def has_head(layers: Iterable[str]) -> bool:
+    """Say whether the output head is among the quantized layers."""
+    return any(name.rpartition(".")[2] == "lm_head" for name in layers)
 
 
 def check_specs(specs: Mapping[str, QuantSpec], version: str, config: QALoRAQuantConfig) -> None:
@@ -40,7 +45,7 @@ def check_writable(source: QuantizedCheckpoint, version: str = "gptq") -> bool:
     """Check every layer of a quantized model; return whether all zero-points are the middle code.
 
     Raises:
-        ConfigError: layers of different widths with "gptq".
+        ConfigError: layers of different widths, or a quantized head, with "gptq".
         CheckpointError: a layer's sizes, or a zero-point that is not an integer in range.
     """
     _check_shapes(f"{source.directory}: ", source.layers, version, source.config, CheckpointError)
@@ -71,6 +76,11 @@ def _check_shapes(
             f"{where}layers differ in bits or group_size (dynamic), and the format 'gptq' has one "
             "grid for all layers, as AutoGPTQ reads it. Leave out dynamic, or write 'gptq_v2' for "
             "GPTQModel"
+        )
+    if has_head(specs) and version == "gptq":
+        raise ConfigError(
+            f"{where}its lm_head is quantized, which AutoGPTQ would run without its numbers. Write "
+            "checkpoint_format 'gptq_v2', for GPTQModel"
         )
     for name, spec in specs.items():
         if spec.in_features % 32 or spec.out_features % 32:

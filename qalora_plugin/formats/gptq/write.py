@@ -32,7 +32,7 @@ from ...files.writer import bound_to, write_weights
 from ..export import ExportResult, Progress, refuse_calibration
 from ..zero_points import integer_zeros
 from . import FORMAT
-from .limits import VERSIONS, check_specs
+from .limits import VERSIONS, check_specs, has_head
 from .limits import check_writable as check
 
 __all__ = ["check", "check_specs", "export", "write_stock_gptq"]
@@ -92,7 +92,8 @@ def write_stock_gptq(
 
     Raises:
         OutputError: the target is not empty, or cannot be written.
-        ConfigError: an unknown format, or layers of different widths with "gptq".
+        ConfigError: an unknown format, or with "gptq" layers of different widths or a quantized
+            head.
         CheckpointError: a zero-point that is not an integer in range, or a layer whose sizes the
             stock format does not hold.
     """
@@ -167,7 +168,7 @@ def _configs(
         # where GPTQModel would misread the zero-points, it refuses an asymmetric file instead
         "sym": symmetric and not old_3bit,
         # of a base with a quantized head: GPTQModel looks for its tensors only if told so
-        "lm_head": any(name.rpartition(".")[2] == "lm_head" for name in source.layers),
+        "lm_head": has_head(source.layers),
         "quant_method": "gptq",
         "checkpoint_format": checkpoint_format,
         "pack_dtype": "int32",
