@@ -19,6 +19,7 @@ from ..errors import CheckpointError, ConfigError
 from ..files.hub import resolve_model_dir
 from ..files.json import read_json
 from ..files.names import ADAPTER_CONFIG_FILE
+from ..quantize.options import usable_device
 
 SETS = {
     "commonsense": (
@@ -79,14 +80,15 @@ def evaluate(
         with `acc` the last row is their mean, "task": "average".
 
     Raises:
-        ConfigError: the harness is not installed, a task is unknown, or there is a base without an
-            adapter.
+        ConfigError: the harness is not installed, a task is unknown, there is a base without an
+            adapter, or the device cannot be used.
         CheckpointError: the model cannot be read.
     """
     options = options or EvalOptions()
     directory = resolve_model_dir(model)
     kind = find_kind(directory)
     _check(kind, directory, base)
+    usable_device(options.device)
     harness = _harness()
     manager = harness.tasks.TaskManager(
         include_path=None if options.include is None else str(options.include)

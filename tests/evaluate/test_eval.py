@@ -52,6 +52,8 @@ def test_what_is_refused_before_anything_is_loaded(tmp_path, capsys):
     assert "is a 16-bit model: leave it out" in capsys.readouterr().err
     assert main(["eval", str(tmp_path / "nowhere"), "--tasks", "x"]) == 1
     assert "nowhere" in capsys.readouterr().err
+    assert main(["eval", str(llama_dir), "--tasks", "x", "--device", "gpu"]) == 1
+    assert "device 'gpu' cannot be used" in capsys.readouterr().err
     if importlib.util.find_spec("lm_eval") is None:
         assert main(["eval", str(llama_dir), "--tasks", "x"]) == 1
         assert "pip install '.[eval]', in a clone" in capsys.readouterr().err
