@@ -36,26 +36,12 @@ def add_parser(subparsers: Any) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run it; the result goes to stdout."""
+    from ..hub.card import read_log_history
     from ..hub.push import push
 
-    history = _log_history(args.trainer_state) if args.trainer_state else ()
+    history = read_log_history(args.trainer_state) if args.trainer_state else ()
     names = ("private", "revision", "data", "dry_run")
     options = {name: getattr(args, name) for name in names}
     result = push(args.dir, args.repo, log_history=history, **options)
     say(json.dumps(result.as_dict()) if args.json else result.as_text())
     return 0
-
-
-def _log_history(path: Path) -> list[dict[str, Any]]:
-    """Read the log of a Trainer's trainer_state.json; a CheckpointError says that it is none."""
-    from ..errors import CheckpointError
-    from ..files.json import read_json
-
-    advice = "--trainer-state takes the trainer_state.json of a checkpoint-N that the Trainer saved"
-    try:
-        history = read_json(path).get("log_history")
-    except CheckpointError as error:
-        raise CheckpointError(f"{error} {advice}.") from error
-    if not isinstance(history, list) or not all(isinstance(entry, dict) for entry in history):
-        raise CheckpointError(f"{path}: expected a list `log_history`, found none. {advice}.")
-    return history

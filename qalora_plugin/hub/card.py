@@ -147,6 +147,22 @@ class Subject:
         return chosen
 
 
+def read_log_history(path: Path) -> list[dict[str, Any]]:
+    """Read the log of a training from the trainer_state.json that the Trainer saved.
+
+    Raises:
+        CheckpointError: it is none.
+    """
+    advice = "Expected the trainer_state.json of a checkpoint-N that the Trainer saved"
+    try:
+        history = read_json(path).get("log_history")
+    except CheckpointError as error:
+        raise CheckpointError(f"{error} {advice}.") from error
+    if not isinstance(history, list) or not all(isinstance(entry, dict) for entry in history):
+        raise CheckpointError(f"{path}: no list `log_history`. {advice}.")
+    return history
+
+
 def find_subject(path: str | Path) -> Subject:
     """Return what a directory or file is.
 

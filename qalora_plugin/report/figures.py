@@ -20,7 +20,7 @@ from ..files.names import (
     MANIFEST_FILE,
     REPORT_FILE,
 )
-from ..hub.card import usage_of
+from ..hub.card import read_log_history, usage_of
 from ..merge.adapter import open_adapter, open_base
 from ..verify.merge import verify_merge
 
@@ -164,8 +164,7 @@ def _checkpoints(run: Path) -> list[Path]:
 def _history(run: Path) -> list[dict[str, Any]]:
     for path in (run, *_checkpoints(run)):
         if (path / "trainer_state.json").exists():
-            history: list[dict[str, Any]] = read_json(path / "trainer_state.json")["log_history"]
-            return history
+            return read_log_history(path / "trainer_state.json")
     return []
 
 

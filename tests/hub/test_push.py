@@ -219,7 +219,7 @@ def test_trainer_state_has_to_be_one(merged_dir, tmp_path, capsys):
     command = ["push", str(merged_dir), "my-model", "--dry-run", "--trainer-state"]
     for path in (merged_dir / "config.json", tmp_path / "none.json"):
         assert main([*command, str(path)]) == 1
-        assert "takes the trainer_state.json" in capsys.readouterr().err
+        assert "Expected the trainer_state.json of a checkpoint-N" in capsys.readouterr().err
 
 
 def test_card_of_an_inexact_export_says_what_it_costs(merged_dir, exported_dir):
