@@ -100,8 +100,8 @@ def file_rows(path: Path, piece: int) -> Iterator[tuple[str, Any]]:
         ) from None
     if path.suffix == ".json":
         raise QuantizationError(
-            f"{path}: is one JSON document, which would be taken for plain text. Give a .jsonl "
-            f"file, one row a line, such as by `jq -c '.[]' {path.name}`"
+            f"{path}: a .json file would be taken for plain text. Give a .jsonl file, one row a "
+            f"line; of a list of rows `jq -c '.[]' {path.name}` makes one"
         )
     if path.suffix != ".jsonl":
         for start in range(0, len(content), piece):

@@ -19,9 +19,8 @@ def lines(name: str, series: Mapping[str, Points], x: str, y: str) -> str | None
 
     chart = pygal.XY(x_title=x, y_title=y, dots_size=2, **_options())
     for title, points in series.items():
-        chart.add(
-            title, [point for point in points if math.isfinite(point[1])]
-        )  # a loss may be NaN
+        # a loss may be NaN
+        chart.add(title, [point for point in points if math.isfinite(point[1])])
     return _svg(chart, name)
 
 

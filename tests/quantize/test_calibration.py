@@ -123,7 +123,7 @@ def test_ids_beyond_the_last_position_are_refused():
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("rows.json", '[{"text": "x"}]', "one JSON document, .*jq -c .* rows.json"),
+        ("rows.json", '[{"text": "x"}]', "a .json file .*jq -c .* rows.json"),
         ("deep.jsonl", "[" * 100_000, "deep.jsonl:1: not JSON .*nested too deeply"),
     ],
 )
