@@ -150,7 +150,9 @@ def settings(arguments: argparse.Namespace) -> list[Row]:
     if ENGINES[arguments.engine][1] is keep:
         return [common | {"bits": 16} | grid | {"group_size": None, "draw": 0}]
     if arguments.engine == "qalora-refined":
-        grid["refine_rate"] = arguments.refine_rate
+        from qalora_plugin.quantize.refine import RefineSettings
+
+        grid["refine_rate"] = arguments.refine_rate or RefineSettings.rate
     return [
         common | {"bits": bits} | grid | {"draw": draw}
         for draw in arguments.draws
@@ -167,7 +169,7 @@ def main() -> int:
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
     parser.add_argument("--draws", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--group-size", type=int, default=32)
-    parser.add_argument("--refine-rate", type=float, default=0.002, help="of qalora-refined")
+    parser.add_argument("--refine-rate", type=float, help="of qalora-refined")
     parser.add_argument("--desc-act", action="store_true")
     parser.add_argument("--sym", action="store_true")
     arguments = parser.parse_args()

@@ -54,11 +54,12 @@ def real_model(rows: list[Row]) -> str:
     lines = []
     whole = [row for row in rows if row["engine"] == "none"]
     by_setting = [same for engines in draws(rows).values() for same in engines.values()]
-    plain = {row["bits"]: row["heldout_kl"] for row in rows if row["engine"] == "qalora"}
+    plain = {row["bits"]: row for row in rows if row["engine"] == "qalora"}
     for row in (*whole, *(row for same in by_setting for row in same)):
         name = NAMES.get(row["engine"])
         figures = [f"{math.exp(row['heldout_loss']):.2f}", f"{row['heldout_kl']:.4f}"]
-        figures.append(f"{row['heldout_kl'] / plain[row['bits']]:.2f}" if name else "")
+        ours = plain.get(row["bits"])
+        figures.append(f"{row['heldout_kl'] / ours['heldout_kl']:.2f}" if ours else "")
         cost = f"{row['seconds'] / 60:.0f}" if name else ""
         group = str(row["group_size"] or "")
         quantizer = f"{name} {row['version']}" if name else "not quantized"
