@@ -285,7 +285,10 @@ def peak_bytes(call):
 
 
 def test_grpo_rolls_out_without_a_second_copy_of_the_weights(quickstart, make):
-    """The peak of a rollout is below the packed weights, and far below 16-bit ones."""
+    """The peak of a rollout is below the packed weights, and far below 16-bit ones.
+
+    The first product in a process also makes the kernel's workspace, which later ones share.
+    """
     trainer = make("grpo", load(quickstart), adapter=adapter_for("grpo"))
     layers = [layer for layer in trainer.model.modules() if isinstance(layer, QuantLinear)]
     held = [t for layer in layers for t in (layer.qweight, layer.scales, layer.offsets)]
@@ -301,4 +304,5 @@ def test_grpo_rolls_out_without_a_second_copy_of_the_weights(quickstart, make):
     trainer.train()
     copied, _ = peak_bytes(lambda: [tensor.clone() for tensor in held])
     assert copied >= packed  # the measure sees a copy
-    assert len(peaks) == 2 and 0 < max(peaks) < packed / 2
+    first, second = peaks
+    assert first < packed and 0 < second < packed / 2
