@@ -64,7 +64,7 @@ def _check_layer(
     reader: CheckpointReader, config: QALoRAQuantConfig, name: str, found: set[str]
 ) -> QuantSpec:
     qweight = reader.info(f"{name}.qweight")
-    if len(qweight.shape) != 2:
+    if len(qweight.shape) != 2 or 0 in qweight.shape:
         raise CheckpointError(
             f"{qweight.file}: {qweight.name}: expected [rows, out_features], "
             f"found shape {qweight.shape}. The file is damaged: write or copy it again."

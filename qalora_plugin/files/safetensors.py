@@ -139,7 +139,7 @@ def _parse(raw: bytes, path: Path) -> dict[str, Any]:
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
 
 
 def _tensor_info(name: str, entry: Any, path: Path, data_start: int) -> TensorInfo:

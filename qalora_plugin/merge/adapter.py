@@ -266,11 +266,15 @@ def _read_config(directory: Path) -> dict[str, Any]:
             f"{path}: trained with {', '.join(used)}, which a merge into offsets and scales "
             "cannot hold. Train without."
         )
-    if config.get("adapt", "zeros") not in ADAPT_PARTS:
-        raise AdapterError(
-            f"{path}: adapt must be one of {sorted(ADAPT_PARTS)}, found {config['adapt']!r}. "
-            f"{_AGAIN}"
-        )
+    known = _MATRICES[config["peft_type"]].keys()
+    modes = sorted(mode for mode, parts in ADAPT_PARTS.items() if known >= {*parts})
+    size = config.get("qalora_group_size")
+    for key, valid, expected in (
+        ("adapt", config.get("adapt", "zeros") in modes, f"one of {modes}"),
+        ("qalora_group_size", size is None or size > 0, "a positive integer"),
+    ):
+        if not valid:
+            raise AdapterError(f"{path}: {key} must be {expected}, found {config[key]!r}. {_AGAIN}")
     check_scaling(config, str(path), AdapterError)
     return config
 

@@ -182,8 +182,9 @@ def _separate(
         first = next(values)
         if not all(_same(first, value) for value in values):
             apart = apart or key
-    if apart is None:  # one tensor each, under one name
+    if apart is None:  # one tensor each, under the names that the base's files hold
         repeated = {name for held, names in ties.items() for name in names if name != held}
+        repeated -= base.reader.tensors.keys()
         placed = {name: key for name, key in placed.items() if name not in repeated}
     return placed, apart
 

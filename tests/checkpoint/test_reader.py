@@ -90,6 +90,10 @@ DAMAGED: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "no offsets": (lambda p: write(p, {"a": {"dtype": "F32", "shape": [2]}}, b""), "missing"),
     "negative size": (lambda p: write(p, {"a": {**FLOAT, "shape": [-2]}}, b"\0" * 8), "shape"),
+    "huge size": (
+        lambda p: write(p, {"a": {**FLOAT, "shape": [0, 1 << 63], "data_offsets": [0, 0]}}, b""),
+        "not a list of sizes",
+    ),
     "unknown dtype": (lambda p: write(p, {"a": {**FLOAT, "dtype": "F4"}}, b"\0" * 8), "'F4'"),
     "wrong span": (lambda p: write(p, {"a": {**FLOAT, "shape": [3]}}, b"\0" * 8), "takes 12 bytes"),
     "truncated data": (lambda p: write(p, {"a": FLOAT}, b"\0" * 7), "truncated: expected"),

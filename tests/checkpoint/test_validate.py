@@ -68,6 +68,7 @@ HEADERS: dict[str, tuple[dict[str, Any], str]] = {
     "scales dtype": ({"tensors": replace("scales", lambda t: t.float())}, "expected float16"),
     "scales shape": ({"tensors": replace("scales", lambda t: t[:, :32])}, r"\[6, 32\]"),
     "flat qweight": ({"tensors": replace("qweight", lambda t: t.flatten())}, "out_features"),
+    "no outputs": ({"tensors": replace("qweight", lambda t: t[:, :0])}, "out_features"),
     "qweight dtype": ({"tensors": replace("qweight", lambda t: t.long())}, "expected int32"),
     "nothing quantized": ({"tensors": drop_all}, "no tensor is a qweight"),
 }

@@ -126,6 +126,13 @@ def test_hostile_values_in_its_config(key, base_dir, make_adapter, tmp_path):
         describe(adapter)
 
 
+@pytest.mark.parametrize(("key", "value"), [("qalora_group_size", 0), ("adapt", "both")])
+def test_hostile_values_in_the_config_of_others(key, value, base_dir, make_foreign, tmp_path):
+    adapter = make_foreign(base_dir, 32, use_qalora=True, **{key: value})
+    with pytest.raises(AdapterError, match=rf"adapter_config\.json: {key} must be"):
+        merge_adapter(adapter, tmp_path / "merged")
+
+
 def test_a_pattern_that_takes_for_ever(base_dir, make_adapter, tmp_path):
     for field in ("target_modules", "exclude_modules"):
         adapter = make_adapter(

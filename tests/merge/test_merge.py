@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -117,6 +118,21 @@ def test_pooling_groups_that_differ_from_the_bases(pool, make_foreign, tmp_path)
     model = AutoModelForCausalLM.from_pretrained(out)  # the format's own reader agrees
     assert model(torch.arange(8)[None]).logits.isfinite().all()
     assert verify_merge(out, tmp_path / "foreign", base).output_error <= 1
+
+
+def test_act_order_of_compressed_tensors(make_foreign, tmp_path):
+    base = tmp_path / "base"  # of groups in reverse order, each within a pool
+    shutil.copytree(FIXTURES / "ct_4bit_g32_asym", base)
+
+    def reverse(tensors):
+        for name, spec in open_quantized(base).layers.items():
+            groups = torch.arange(spec.in_features, dtype=torch.int32) // spec.group_size
+            tensors[f"{name}.weight_g_idx"] = groups.flip(0)
+
+    edit_tensors(base / "model.safetensors", reverse)
+    adapter = make_foreign(base, 32, use_qalora=True)
+    out = merge_adapter(adapter, tmp_path / "merged").out
+    assert verify_merge(out, adapter).layers == len(open_quantized(base).layers)
 
 
 def test_split_groups_only_where_adapted(make_foreign, tmp_path):

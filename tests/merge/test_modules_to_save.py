@@ -139,6 +139,20 @@ def test_resized_vocabulary(modules_to_save, tied, quantize, tmp_path):
     assert report.logits is not None and report.logits.equal
 
 
+def test_a_base_that_stores_a_tied_tensor_twice(tied_base_dir, make_adapter, tmp_path):
+    base, names = tmp_path / "base", ("model.embed_tokens.weight", "lm_head.weight")
+    shutil.copytree(tied_base_dir, base)
+    embeddings = load_file(base / "model.safetensors")[names[0]]
+    edit_tensors(base / "model.safetensors", lambda t: t.update({names[1]: embeddings.clone()}))
+    extra = {f"{PREFIX}{name}": embeddings + 1 for name in names}
+    adapter = make_adapter(base, extra=extra, modules_to_save=["embed_tokens", "lm_head"])
+    out = merge_adapter(adapter, tmp_path / "merged").out
+    stored, merged = CheckpointReader(out), AutoModelForCausalLM.from_pretrained(out)
+    assert all(torch.equal(stored.get(name), embeddings + 1) for name in names)
+    assert torch.equal(merged.lm_head.weight, embeddings + 1)
+    assert merged.lm_head.weight is merged.model.embed_tokens.weight
+
+
 @pytest.mark.parametrize("modules_to_save", [None, ["word_embeddings"]])
 def test_resized_vocabulary_with_a_tied_bias(modules_to_save, quantize, tmp_path):
     # of the two names of its bias the base stores one, the adapter the other
