@@ -10,6 +10,7 @@ import copy
 import hashlib
 import sysconfig
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 
 from ..errors import QALoRAError
@@ -127,23 +128,31 @@ def load_docstrings(
         QALoRAError: unknown split, or no source was found to cut from.
     """
     _check_split(split)
-    found: dict[str, dict[str, str]] = {}
+    return [
+        {"prompt": code, "completion": docstring}
+        for digest, code, docstring in _docstrings(max_chars, _root(stdlib))
+        if (split == "eval") == (digest[0] % EVALUATION_BUCKETS == 0)
+    ]
+
+
+@lru_cache(maxsize=1)  # reading the whole library takes seconds, and both splits need it
+def _docstrings(max_chars: int, root: Path) -> list[tuple[bytes, str, str]]:
+    """Return (SHA-256 of the function, function, docstring), in order of the first."""
+    found: list[tuple[bytes, str, str]] = []
     seen: set[str] = set()
     for held_out in (False, True):
-        for path in source_files(stdlib, held_out=held_out):
+        for path in source_files(root, held_out=held_out):
             for function in _functions_in(path):
                 docstring = ast.get_docstring(function) or ""
-                if len(docstring) > _DOCSTRING_CHARS or not docstring.endswith("."):
+                one_line = len(docstring) <= _DOCSTRING_CHARS and "\n" not in docstring
+                if not one_line or not docstring.endswith(".") or docstring in seen:
                     continue
                 code = _without_docstring(function)
-                one_line = "\n" not in docstring
-                if not one_line or len(code) > max_chars or not seen.isdisjoint((code, docstring)):
+                if len(code) > max_chars or code in seen:
                     continue
                 seen.update((code, docstring))
-                digest = hashlib.sha256(code.encode()).digest()
-                if (split == "eval") == (digest[0] % EVALUATION_BUCKETS == 0):
-                    found[digest.hex()] = {"prompt": code, "completion": docstring}
-    return [found[digest] for digest in sorted(found)]
+                found.append((hashlib.sha256(code.encode()).digest(), code, docstring))
+    return sorted(found)
 
 
 def calibration_texts(stdlib: Path | None = None) -> list[str]:

@@ -72,8 +72,14 @@ def call_candidates(backend, tuning, bits, first, step):
     k, n, half = 1024, 512, torch.bfloat16
     weight = zeros(QuantSpec(bits, 32, k, n))
     candidates = tuning._shipped()["candidates"].items()
-    entries = [(op, e) for op, buckets in candidates for b in buckets.values() for e in b]
-    for op, entry in entries[first::step]:
+    entries = {
+        (op, tuple(entry.items()))  # several buckets may have the same candidate
+        for op, buckets in candidates
+        for bucket in buckets.values()
+        for entry in bucket
+    }
+    for op, items in sorted(entries)[first::step]:
+        entry = dict(items)
         PLAN = {"op": op, "bits": bits, **entry}
         tuning.plan = lambda *_, entry=entry: tuning.Plan(**entry)
         rows = torch.ones(entry["block_m"], k if op == "linear" else n, dtype=half)
