@@ -135,6 +135,13 @@ class QuantizedCheckpoint:
     def _read_layer(self, name: str) -> "PackedWeight":
         return read_layer(self.reader, name, self.layers[name])
 
+    def g_idx(self, name: str) -> "torch.Tensor | None":
+        """Return the group of each input of a layer, int32 [K]; None without act-order.
+
+        Of a foreign format the whole layer is read: the tensor has another name there.
+        """
+        return self.layer(name, integers=self.is_foreign).g_idx if self.config.desc_act else None
+
     def qweight(self, name: str) -> "torch.Tensor":
         """Return one layer's integers in our packing, int32 [ceil(K/32)*bits, N]."""
         return self.reader.get(f"{name}.{self.integers}")

@@ -136,10 +136,7 @@ def _pair_layer(
         return LayerMerge(layer, spec, spec, same, spec.group_size, layer.scaling)
     stated = adapter.config.get("qalora_group_size") if adapter.config.get("use_qalora") else None
     pool_size = pool_size_of(name, layer.columns, spec, stated)
-    # of a foreign format the whole layer is read: g_idx has another name there, or is left out
-    layer_read = base.layer(name, integers=base.is_foreign) if base.config.desc_act else None
-    g_idx = None if layer_read is None else layer_read.g_idx
-    regrouping = regroup(name, spec, g_idx, pool_size)
+    regrouping = regroup(name, spec, base.g_idx(name), pool_size)
     merged_spec = replace(spec, group_size=regrouping.group_size)
     factor = layer.scaling * convention_factor(convention, pool_size, spec.in_features)
     return LayerMerge(layer, spec, merged_spec, regrouping, pool_size, factor)

@@ -98,8 +98,8 @@ def verify_export(
             "adapter, name the adapter with --adapter."
         )
     if format.of_adapter:
-        layers, worst = format.module("weights").compare(path, against, base, progress)
-        report = ExportReport(str(path), format.name, layers, 0, 0, worst)
+        layers, other, worst = format.module("weights").compare(path, against, base, progress)
+        report = ExportReport(str(path), format.name, layers, other, 0, worst)
     elif base is not None:
         raise ConfigError(
             f"{exported}: is in format {format.name!r}, which is compared with the merged model "

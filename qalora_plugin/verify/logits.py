@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from ..architecture.blocks import reads_text
 from ..checkpoint.checkpoint import QuantizedCheckpoint
 from ..errors import VerificationError
 from ..hf.load import load_model
@@ -57,8 +58,9 @@ def compare_logits(plan: MergePlan, merged: QuantizedCheckpoint) -> LogitsReport
     Raises:
         VerificationError: they differ by more than rounding explains.
     """
-    ids = random_ids(plan.config, 1, _TOKENS)
-    merged_logits = logits_of(load_model(merged), ids)
+    model = load_model(merged)
+    ids = random_ids(model, 1, _TOKENS)
+    merged_logits = logits_of(model, ids)
     base = _load_base(plan)
     base_logits = logits_of(base, ids)
     if plan.adapter.is_ours:
@@ -82,18 +84,43 @@ def compare_logits(plan: MergePlan, merged: QuantizedCheckpoint) -> LogitsReport
     return report
 
 
-def compare_reference(plan: MergePlan, merged: QuantizedCheckpoint, reference: Path) -> None:
+@dataclass(frozen=True)
+class Reference:
+    """The logits of the code that trained an adapter; `read_reference` makes one.
+
+    Args:
+        path: the file.
+        ids: input_ids, int64 [B, T].
+        logits: fp32 [B, T, V].
+    """
+
+    path: Path
+    ids: torch.Tensor
+    logits: torch.Tensor
+
+
+def compare_reference(plan: MergePlan, merged: QuantizedCheckpoint, reference: Reference) -> None:
     """Hold the merged model against logits of the code that trained the adapter.
 
-    `reference` is a .safetensors file with `input_ids` int64 [B, T] and `logits` [B, T, V].
-
     Raises:
-        VerificationError: another convention explains them better than the one merged with, or
-            none does.
+        VerificationError: they are of another shape than the model's, another convention explains
+            them better than the one merged with, or none does.
     """
-    ids, wanted = _read_reference(reference)
+    ids, wanted = reference.ids, reference.logits
     base = _load_base(plan)
-    effect = _distance(wanted, logits_of(base, ids))
+    size = _token_ids_of(base)
+    if int(ids.max()) >= size or int(ids.min()) < 0:
+        raise VerificationError(
+            f"{reference.path}: input_ids: expected 0 to {size - 1}, the model's token ids, found "
+            f"{int(ids.min())} to {int(ids.max())}. They are of another tokenizer."
+        )
+    of_base = logits_of(base, ids)
+    if of_base.shape != wanted.shape:
+        raise VerificationError(
+            f"{reference.path}: logits: expected the shape {list(of_base.shape)} that the model's "
+            f"have for these input_ids, found {list(wanted.shape)}. They are of another model."
+        )
+    effect = _distance(wanted, of_base)
     distances = {}
     if not plan.adapter.is_ours:
         for convention in CONVENTIONS:
@@ -105,29 +132,35 @@ def compare_reference(plan: MergePlan, merged: QuantizedCheckpoint, reference: P
     found += f"; the adapter's effect: {effect:.3g}"
     if not distances[best] <= _REFERENCE_SHARE * effect:
         raise VerificationError(
-            f"{reference}: its logits are not those of this base with this adapter under any "
+            f"{reference.path}: its logits are not those of this base with this adapter under any "
             f"convention (distances: {found})."
         )
     if distances["merged"] > _REFERENCE_SHARE * effect:
         raise VerificationError(
-            f"{reference}: its logits are those of the convention {best!r}, but the adapter was "
-            f"merged with {plan.convention!r} (distances: {found}). Merge again with "
+            f"{reference.path}: its logits are those of the convention {best!r}, but the adapter "
+            f"was merged with {plan.convention!r} (distances: {found}). Merge again with "
             f"--convention {best}."
         )
 
 
-def _read_reference(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
+def read_reference(path: Path) -> Reference:
+    """Read `input_ids` int64 [B, T] and `logits` [B, T, V] from a .safetensors file.
+
+    Raises:
+        VerificationError: it cannot be read, or does not hold them.
+    """
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
         raise VerificationError(f"{path}: cannot be read as safetensors ({error}).") from error
-    missing = {"input_ids", "logits"} - tensors.keys()
-    if missing:
+    ids, logits = tensors.get("input_ids"), tensors.get("logits")
+    if ids is None or logits is None or ids.is_floating_point() or ids.dim() != 2 or 0 in ids.shape:
+        found = ", ".join(f"{name} {t.dtype} {list(t.shape)}" for name, t in tensors.items())
         raise VerificationError(
-            f"{path}: expected tensors input_ids [B, T] and logits [B, T, V], found "
-            f"{sorted(tensors)}."
+            f"{path}: expected tensors input_ids [B, T] of integers and logits [B, T, V], found "
+            f"{found or 'none'}. Save them from the code that trained the adapter."
         )
-    return tensors["input_ids"].long(), tensors["logits"].float()
+    return Reference(path, ids.long(), logits.float())
 
 
 @contextmanager
@@ -141,7 +174,7 @@ def added(model: nn.Module, plan: MergePlan, convention: str | None) -> Iterator
     with torch.no_grad(), ExitStack() as hooks:
         for name, merge in plan.layers.items():
             matrices = plan.adapter.get_pair(merge.layer.keys["zeros"])
-            add = partial(_add, merge, matrices, convention, plan.base.layer(name).g_idx)
+            add = partial(_add, merge, matrices, convention, plan.base.g_idx(name))
             layer = model.get_submodule(plan.trained.in_model(name))
             hooks.enter_context(layer.register_forward_hook(add))
         yield
@@ -191,16 +224,32 @@ def _vocabulary(config: dict[str, Any]) -> Any:
     return config.get("text_config", config).get("vocab_size")
 
 
-def random_ids(config: dict[str, Any], rows: int, tokens: int) -> torch.Tensor:
-    """Return token ids int64 [rows, tokens] of the vocabulary in a config.json."""
+def _token_ids_of(model: Any) -> int:
+    """Return how many token ids a model knows; a VerificationError says that it reads none."""
+    size = getattr(model.config.get_text_config(), "vocab_size", None)
+    if size is None or not reads_text(model):
+        raise VerificationError(
+            f"{type(model).__name__}: expected a model that reads token ids, whose logits can be "
+            "compared; this one reads none. Leave logits (--logits) and reference out."
+        )
+    return int(size)
+
+
+def random_ids(model: nn.Module, rows: int, tokens: int) -> torch.Tensor:
+    """Return token ids int64 [rows, tokens] of a model's vocabulary."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, _vocabulary(config), (rows, tokens), generator=generator)
+    return torch.randint(0, _token_ids_of(model), (rows, tokens), generator=generator)
 
 
 @torch.no_grad()
 def logits_of(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
-    """Return a model's logits in fp32: of every token, or of a classifier's classes."""
-    output = model(input_ids=ids)
+    """Return a model's logits in fp32: of every token, or of a classifier's classes.
+
+    A decoder behind an encoder gets the same tokens.
+    """
+    config: Any = model.config
+    more = {"decoder_input_ids": ids} if config.is_encoder_decoder else {}
+    output = model(input_ids=ids, **more)
     return (output.logits if "logits" in output else output[0]).float()
 
 

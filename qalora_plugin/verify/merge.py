@@ -33,7 +33,7 @@ from ..merge.adapter import open_adapter, open_base
 from ..merge.pairing import LayerMerge
 from ..merge.plan import MergePlan, make_plan
 from .additive import added_output
-from .logits import LogitsReport, compare_logits, compare_reference
+from .logits import LogitsReport, compare_logits, compare_reference, read_reference
 
 _ROWS = 4  # random inputs a layer
 _COLUMNS = 1024  # outputs held in float64 at a time
@@ -128,6 +128,7 @@ def verify_merge(
         VerificationError: the merged checkpoint is not what base and adapter make.
         AdapterError, CheckpointError: one of the three is damaged, or does not belong here.
     """
+    known = None if reference is None else read_reference(Path(reference))
     result = open_quantized(merged)
     declared = result.config.merged
     if declared is None:
@@ -158,8 +159,8 @@ def verify_merge(
             progress(done, len(plan.base.layers))
     source = "declaration" if stated is None else "adapter config"
     logits_report = compare_logits(plan, result) if logits else None
-    if reference is not None:
-        compare_reference(plan, result, Path(reference))
+    if known is not None:
+        compare_reference(plan, result, known)
         source = "reference"
     return VerifyReport(
         merged=str(result.directory),

@@ -12,10 +12,13 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
+from ..architecture.model import auto_class_names
 from ..checkpoint.checkpoint import open_quantized
 from ..checkpoint.format import Format, Runtime, format_named
 from ..errors import CheckpointError, VerificationError
@@ -178,7 +181,14 @@ def _missing(runtime: Runtime, python: str) -> str | None:
         raise VerificationError(f"{python}: cannot be run ({error.strerror}).") from error
     if done.returncode:
         raise VerificationError(f"{python}: is no Python interpreter: {done.stderr.strip()}")
-    lacking = [" or ".join(names) for names in json.loads(done.stdout.strip().splitlines()[-1])]
+    try:
+        found = json.loads(done.stdout.strip().splitlines()[-1])
+    except (IndexError, ValueError) as error:
+        raise VerificationError(
+            f"{python}: is no Python interpreter: expected what it was asked to print, found "
+            f"{done.stdout!a:.80}. Name one with --python."
+        ) from error
+    lacking = [" or ".join(names) for names in found]
     if not lacking:
         return None
     return (
@@ -187,9 +197,22 @@ def _missing(runtime: Runtime, python: str) -> str | None:
     )
 
 
+def _unfit(config: dict[str, Any]) -> str | None:
+    """Say why the model of a config.json is not run: its class is no causal language model's."""
+    named = config.get("architectures") or ()
+    causal = auto_class_names(AutoModelForCausalLM, config.get("model_type"))
+    if not named or named[0] in causal:
+        return None
+    return f"only causal language models are run there, and this is a {named[0]}"
+
+
 def _check(run: _Run, against: str | Path) -> RuntimeReport:
     source, format = open_quantized(against), run.format
-    model, ids = load_model(source), random_ids(source.reader.config, ROWS, TOKENS)
+    unfit = _unfit(source.reader.config)
+    if unfit is not None:
+        return RuntimeReport(format.runtime.title, unfit)
+    model = load_model(source)
+    ids = random_ids(model, ROWS, TOKENS)
     expected, found = logits_of(model, ids), run(ids, run.exported)
     if format.runtime.rounds_activations:
         ours = expected[:, -1].log_softmax(-1)
@@ -213,6 +236,9 @@ def _below_best(model: torch.nn.Module, ids: torch.Tensor, generated: torch.Tens
 def _check_adapter(run: _Run, adapter: str | Path, base: str | Path | None) -> RuntimeReport:
     """Compare an adapter in its runtime, on a base exported for that, with base and adapter."""
     plan, written = plan_merge(adapter, base), run.scratch / "base"
+    unfit = _unfit(plan.config)
+    if unfit is not None:
+        return RuntimeReport(run.format.runtime.title, unfit)
     assert run.format.runtime.on is not None  # every record of an adapter's format says it
     base_format = format_named(run.format.runtime.on)
     try:
@@ -220,7 +246,8 @@ def _check_adapter(run: _Run, adapter: str | Path, base: str | Path | None) -> R
     except CheckpointError as error:
         why = f"{base_format.runtime.title} cannot hold its base: {error}"
         return RuntimeReport(run.format.runtime.title, why)
-    model, ids = load_model(plan.base), random_ids(plan.base.reader.config, ROWS, TOKENS)
+    model = load_model(plan.base)
+    ids = random_ids(model, ROWS, TOKENS)
     with added(model, plan, None if plan.adapter.is_ours else plan.convention):
         expected = logits_of(model, ids)
     found = run(ids, written, run.exported)["logits"]

@@ -1,6 +1,7 @@
 """Exports run in their runtimes: the same logits pass, others and crashes do not."""
 
 import json
+import shutil
 import sys
 from importlib.util import find_spec
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from support.adapters import rewrite
+from support.adapters import edit_json, rewrite
 from support.random_adapter import random_adapter
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -56,6 +57,28 @@ def test_runtime_computes_what_we_compute_and_nothing_else(format, sources, tmp_
     assert 0 < report.difference <= report.allowed < (0.05 if format == "gguf" else 2e-4)
     with pytest.raises(VerificationError, match="computes something else"):
         check_runtime(out, models[1], format_named(format))
+
+
+@pytest.mark.parametrize(("prints", "message"), [("", "found '.n'"), ("hello", "found 'hello")])
+def test_what_is_no_interpreter(prints, message, tmp_path):
+    program = tmp_path / "python"
+    program.write_text(f"#!/bin/sh\necho {prints}\n")
+    program.chmod(0o755)
+    with pytest.raises(VerificationError, match=f"is no Python interpreter: .*{message}"):
+        check_runtime(tmp_path, tmp_path, format_named("torchao"), program)
+
+
+def test_a_classifier_is_not_run(family, tmp_path):
+    """Its export is verified; the programs that run one compute logits of causal models."""
+    source = family(LlamaConfig(**BLOCKS_OF_32)).directory
+    model = shutil.copytree(source, tmp_path / "model")
+    edit_json(model / "config.json", architectures=["LlamaForSequenceClassification"])
+    interpreter = tmp_path / "python"  # that has every runtime, and would not run one
+    interpreter.write_text("#!/bin/sh\necho '[]'\n")
+    interpreter.chmod(0o755)
+    (model / "qalora_manifest.json").unlink(missing_ok=True)
+    report = check_runtime(tmp_path, model, format_named("torchao"), interpreter)
+    assert "only causal language models" in str(report.not_run)
 
 
 def test_llama_cpp_computes_in_fp32_where_nothing_is_rounded(sources, tmp_path):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.adapters import rewrite
+from support.adapters import edit_json, edit_tensors, rewrite
 from support.random_adapter import random_adapter
 from transformers import LlamaConfig, Qwen2Config
 
@@ -118,6 +118,22 @@ def test_lora(family, tmp_path):
     rewrite(tensors, path)
     with pytest.raises(VerificationError, match="something else than the adapter"):
         verify_export(tmp_path / "lora", adapter)
+
+
+@pytest.mark.parametrize("what", ["a whole tensor", "alpha_pattern"])
+def test_what_else_a_lora_adapter_has(what, quantized, tmp_path):
+    source, head = quantized(4), "base_model.model.lm_head.weight"
+    adapter, out = random_adapter(source, tmp_path / "adapter"), tmp_path / "lora"
+    edit_tensors(adapter, lambda t: t.update({head: torch.ones(64, 64)}))
+    edit_json(adapter, modules_to_save=["lm_head"], alpha_pattern={"q_proj": 16})
+    export_model(adapter, out, "lora")
+    assert verify_export(out, adapter).other_tensors == 1
+    if what == "a whole tensor":
+        edit_tensors(out, lambda t: t[head][0].fill_(2))
+    else:
+        edit_json(out, alpha_pattern={"q_proj": 8})
+    with pytest.raises(VerificationError, match=r"lm_head.weight is missing|alpha_pattern: expect"):
+        verify_export(out, adapter)
 
 
 def test_a_model_is_no_export(source):

@@ -23,7 +23,7 @@ from transformers import (
     BertModel,
 )
 
-from qalora_plugin import QALoRAConfig, merge_adapter
+from qalora_plugin import QALoRAConfig, export_model, merge_adapter
 from qalora_plugin.checkpoint.checkpoint import open_quantized
 from qalora_plugin.errors import AdapterError, CheckpointError, OutputError
 from qalora_plugin.files.manifest import check_manifest, file_sha256
@@ -132,7 +132,9 @@ def test_act_order_of_compressed_tensors(make_foreign, tmp_path):
     edit_tensors(base / "model.safetensors", reverse)
     adapter = make_foreign(base, 32, use_qalora=True)
     out = merge_adapter(adapter, tmp_path / "merged").out
-    assert verify_merge(out, adapter).layers == len(open_quantized(base).layers)
+    layers = open_quantized(base).layers
+    assert verify_merge(out, adapter).layers == len(layers)
+    assert export_model(adapter, tmp_path / "lora", "lora").layers == len(layers)
 
 
 def test_split_groups_only_where_adapted(make_foreign, tmp_path):

@@ -12,13 +12,20 @@ from safetensors.torch import save_file
 from support.adapters import FIXTURES, edit_json, edit_tensors
 from support.directories import unbound
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from qalora_plugin import merge_adapter, verify_merge
 from qalora_plugin.checkpoint.checkpoint import open_quantized
 from qalora_plugin.cli import main
 from qalora_plugin.errors import CheckpointError, VerificationError
 from qalora_plugin.merge.adapter import open_adapter
+from qalora_plugin.verify.logits import logits_of, random_ids
 
 Make = Callable[..., Path]
 LAYER = "model.layers.1.mlp.down_proj"
@@ -191,6 +198,39 @@ def test_reference_logits_prove_the_convention_that_the_config_does_not_state(
     save_file({"ids": ids}, reference)
     with pytest.raises(VerificationError, match="expected tensors input_ids"):
         verify_merge(right, adapter, reference=reference)
+
+
+IDS = torch.arange(8)[None]
+REFERENCES = {
+    "one sample without a batch": (
+        IDS[0],
+        torch.zeros(8, 64),
+        r"found input_ids torch.int64 \[8\]",
+    ),
+    "ids of floats": (IDS.float(), torch.zeros(1, 8, 64), "input_ids torch.float32"),
+    "another tokenizer": (IDS + 57, torch.zeros(1, 8, 64), "expected 0 to 63, .* found 57 to 64"),
+    "another model": (IDS, torch.zeros(1, 8, 70), r"\[1, 8, 64\] .* found \[1, 8, 70\]"),
+}
+
+
+@pytest.mark.parametrize("case", REFERENCES)
+def test_references_that_do_not_belong_to_the_model(case, merged_dir, adapter_dir, tmp_path):
+    ids, logits, message = REFERENCES[case]
+    save_file({"input_ids": ids, "logits": logits}, tmp_path / "reference.safetensors")
+    with pytest.raises(VerificationError, match=rf"reference\.safetensors: .*{message}"):
+        verify_merge(merged_dir, adapter_dir, reference=tmp_path / "reference.safetensors")
+
+
+def test_logits_of_a_decoder_behind_an_encoder():
+    sizes = {"d_model": 32, "d_kv": 16, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    model = T5ForConditionalGeneration(T5Config(vocab_size=48, **sizes)).eval()
+    assert logits_of(model, IDS).shape == (1, 8, 48)
+
+
+def test_logits_of_a_model_that_reads_no_tokens():
+    model = ViTForImageClassification(ViTConfig(num_hidden_layers=1, image_size=16, patch_size=16))
+    with pytest.raises(VerificationError, match=r"ViTForImageClassification: .*--logits"):
+        random_ids(model, 1, 8)
 
 
 def test_command_line(base_dir, make_adapter, tmp_path, capsys):

@@ -7,21 +7,25 @@ from peft import LoraConfig
 from safetensors import safe_open
 
 from ...errors import VerificationError
-from ...files.names import ADAPTER_WEIGHTS_FILE
+from ...files.names import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
 from ...merge.plan import MergePlan, plan_merge
+from ...tuner.scaling import SCALING_FIELDS
 from ..export import Progress
-from .write import groups_of_inputs, layer_keys
+from .write import groups_of_inputs, layer_keys, saved_keys
 
 _TOLERANCE = 1e-6  # of the largest change of a layer's weights
 
 
 def compare(
     exported: Path, adapter: str | Path, base: str | Path | None, progress: Progress | None
-) -> tuple[int, float]:
+) -> tuple[int, int, float]:
     """Compare the change of each weight with the change of its group's offset by the adapter.
 
+    Whole tensors (modules_to_save) have to be the adapter's.
+
     Returns:
-        The number of layers, and the largest error as a share of a layer's largest change.
+        The number of layers, that of whole tensors, and the largest error as a share of a layer's
+        largest change.
 
     Raises:
         VerificationError: a tensor is missing, or the change or a setting is another.
@@ -45,18 +49,26 @@ def compare(
             worst = max(worst, error)
             if progress is not None:
                 progress(done, len(plan.layers))
-    return len(plan.layers), worst
+        whole = saved_keys(plan)
+        for key in whole:
+            if key not in stored or not torch.equal(file.get_tensor(key), plan.adapter.get(key)):
+                raise VerificationError(
+                    f"{exported / ADAPTER_WEIGHTS_FILE}: {key} is missing, or differs from the "
+                    f"adapter's, {adapter}. Export again."
+                )
+    return len(plan.layers), len(whole), worst
 
 
 def _check_settings(exported: Path, plan: MergePlan) -> None:
-    """Compare what scales the change: r, lora_alpha and use_rslora."""
+    """Compare what scales the change: ranks, alphas and use_rslora."""
     config = LoraConfig.from_pretrained(exported)
-    stated = (config.r, config.lora_alpha, config.use_rslora)
-    wanted = tuple(plan.adapter.config.get(k) or False for k in ("r", "lora_alpha", "use_rslora"))
-    if stated != wanted:
-        raise VerificationError(
-            f"{exported}: {stated} as r, lora_alpha, use_rslora, expected {wanted}."
-        )
+    for field in SCALING_FIELDS:
+        stated, wanted = getattr(config, field), plan.adapter.config.get(field)
+        if (stated or None) != (wanted or None):
+            raise VerificationError(
+                f"{exported / ADAPTER_CONFIG_FILE}: {field}: expected {wanted!r}, that of the "
+                f"adapter, found {stated!r}. Export again."
+            )
 
 
 def _error(exported: Path, plan: MergePlan, name: str, a: torch.Tensor, b: torch.Tensor) -> float:

@@ -77,7 +77,7 @@ def export(
                 writer.write(key, matrix)
             if progress is not None:
                 progress(done, len(plan.layers))
-        for key in _saved(plan):
+        for key in saved_keys(plan):
             writer.write(key, adapter.get(key))
         writer.close()
         write_json(partial / ADAPTER_CONFIG_FILE, config)
@@ -85,7 +85,7 @@ def export(
     return ExportResult(directory.target, FORMAT.name, len(plan.layers), EXACTNESS)
 
 
-def _saved(plan: MergePlan) -> list[str]:
+def saved_keys(plan: MergePlan) -> list[str]:
     """Return the keys of whole tensors, each once: one may have several names in the model."""
     return list(dict.fromkeys(plan.dense.from_adapter.values()))
 
@@ -99,8 +99,9 @@ def layer_keys(plan: MergePlan, name: str) -> tuple[str, str]:
 def groups_of_inputs(plan: MergePlan, name: str) -> torch.Tensor:
     """Return the merged group of every input of a layer, int64 [K]."""
     spec = plan.layers[name].merged_spec
-    g_idx = plan.base.reader.get(f"{name}.g_idx") if plan.base.config.desc_act else None
-    return group_index(g_idx, spec.group_size, spec.in_features, torch.device("cpu")).long()
+    return group_index(
+        plan.base.g_idx(name), spec.group_size, spec.in_features, torch.device("cpu")
+    ).long()
 
 
 def _plan(plan: MergePlan) -> TensorPlan:
@@ -111,7 +112,7 @@ def _plan(plan: MergePlan) -> TensorPlan:
         a, b = (adapter.reader.info(key) for key in merge.layer.keys["zeros"])
         tensors[key_a] = (a.dtype, (merge.layer.rank, merge.spec.in_features))
         tensors[key_b] = (b.dtype, b.shape)
-    for key in _saved(plan):
+    for key in saved_keys(plan):
         tensors[key] = (adapter.reader.info(key).dtype, adapter.reader.info(key).shape)
     return tensors
 
