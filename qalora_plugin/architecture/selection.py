@@ -1,6 +1,7 @@
 """Choose the linear layers of a model to quantize: one rule for every way of quantizing."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -66,14 +67,25 @@ def refuse_read_weights(model: nn.Module, names: Iterable[str]) -> None:
         )
 
 
-def check_overrides(entries: Iterable[str], names: Iterable[str]) -> None:
-    """Refuse a key of `dynamic` that matches none of the names of the layers to quantize.
+def check_overrides(overrides: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Refuse a `dynamic` that no layer to quantize matches, or that would mean another one on disk.
+
+    The last entry that matches a layer counts, and config.json has its keys sorted.
 
     Raises:
-        ConfigError: there is one.
+        ConfigError: a key matches none of the names, or the order of two that match one counts and
+            is not that of the alphabet.
     """
     names = list(names)
-    for entry in entries:
+    for name in names:
+        found = [entry for entry in overrides if matches(name, entry)]
+        if found and overrides[found[-1]] != overrides[max(found)]:
+            raise ConfigError(
+                f"dynamic: {found[-1]!r} is to count for {name}, but config.json has its keys "
+                f"sorted, so {max(found)!r}, which matches it too, would count when it is read. "
+                f"Write '*{max(found)}' instead, which is sorted before all names."
+            )
+    for entry in overrides:
         if not any(matches(name, entry) for name in names):
             raise ConfigError(
                 f"dynamic: {entry!r} matches none of the layers to quantize, which are called "

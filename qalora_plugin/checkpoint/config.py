@@ -71,8 +71,9 @@ class QALoRAQuantConfig(StoredConfig):
             other heads always do, and so do the vision and audio towers of a model that reads
             text, unless `dynamic` names them.
         dynamic: other `bits` and `group_size` for some modules: {name, its last parts, or pattern:
-            {...}}; the last one that matches counts. A tower that is named ("vision_model") is
-            quantized while it loads.
+            {...}}; the last one that matches counts, in the order of the alphabet, as config.json
+            has them (quantizing refuses another order where it counts). A tower that is named
+            ("vision_model") is quantized while it loads.
         method: how the integers were found: "rtn", "gptq", or "other" of a base from elsewhere;
             while loading, "rtn" only.
         base: where the integers came from (name, revision, calibration, seed); free form.

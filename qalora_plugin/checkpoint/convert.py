@@ -17,7 +17,7 @@ from ..files.atomic import AtomicDirectory
 from ..files.json import write_json
 from ..files.manifest import checked_beside
 from ..files.names import CONFIG_FILE
-from ..files.writer import write_weights
+from ..files.writer import bound_to, write_weights
 from .checkpoint import open_quantized
 from .layout import pack_layer
 from .source import hash_files, sealed_base
@@ -76,15 +76,17 @@ def import_model(
     def stored(name: str) -> dict[str, torch.Tensor]:
         return pack_layer(name, checkpoint.layer(name))
 
+    quantization = checkpoint.config.to_dict()
+    config = checkpoint.reader.config | {"quantization_config": quantization}
     hashed = checked_beside(checkpoint.directory, lambda _: hash_files(checkpoint))
     with target as partial:
         with hashed:
-            write_weights(partial, checkpoint.plan(), copies, stored, progress=progress)
+            plan, metadata = checkpoint.plan(), bound_to(config)
+            write_weights(partial, plan, copies, stored, metadata=metadata, progress=progress)
         checkpoint.write_side_files(partial)
         base = sealed_base(checkpoint)
-        quantization = checkpoint.config.to_dict() | {"base": base}
-        config = checkpoint.reader.config | {"quantization_config": quantization}
-        write_json(partial / CONFIG_FILE, config)
+        final = config | {"quantization_config": quantization | {"base": base}}
+        write_json(partial / CONFIG_FILE, final)
     return ImportResult(target.target, checkpoint.format, len(checkpoint.layers), base["source"])
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError
+from ..files.hub import public_name
 from ..files.manifest import file_sha256
 
 if TYPE_CHECKING:
@@ -68,8 +69,13 @@ def sealed_base(checkpoint: "QuantizedCheckpoint") -> dict[str, Any]:
 
 
 def public_config(config: dict[str, Any]) -> dict[str, Any]:
-    """Return config.json as it may be published: of the source's path the last part alone."""
+    """Return config.json, or adapter_config.json, as it may be published.
+
+    Of the path of a source, or of an adapter's base, that is the last part alone.
+    """
     made = copy.deepcopy(config)
+    if made.get("base_model_name_or_path"):
+        made["base_model_name_or_path"] = public_name(made["base_model_name_or_path"])
     base = (made.get("quantization_config") or {}).get("base") or {}
     source = base.get(SOURCE_KEY)
     if source is not None and "path" in source:

@@ -6,7 +6,9 @@ from typing import Any
 
 from ..errors import CheckpointError
 
-_HUB_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
+_HUB_PATTERNS = [
+    "*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*",
+]  # fmt: skip
 
 
 def hub_failures() -> tuple[type[Exception], ...]:
@@ -23,7 +25,7 @@ def hub_failures() -> tuple[type[Exception], ...]:
 def resolve_model_dir(name_or_path: str | Path, revision: str | None = None) -> Path:
     """Return the local directory of a model: the path itself, or a snapshot of a Hub repository.
 
-    Only safetensors, JSON and tokenizer files are downloaded, into the Hub's own cache.
+    Only safetensors, JSON, tokenizer and licence files are downloaded, into the Hub's own cache.
 
     Args:
         name_or_path: a directory, or a Hub id such as `org/name`.

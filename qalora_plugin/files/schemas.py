@@ -163,6 +163,18 @@ class Record(TypedDict, total=False):
     measured: Measured | None
 
 
+class LayerReport(TypedDict, total=False):
+    """One layer in quantization_report.json, as far as it is read."""
+
+    error: float | None
+
+
+class QuantizationReport(TypedDict):
+    """quantization_report.json, as far as a model card reads it."""
+
+    layers: dict[str, LayerReport]
+
+
 class Card(TypedDict, total=False):
     """The front matter of a README.md, as far as it is read."""
 

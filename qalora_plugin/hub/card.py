@@ -19,6 +19,7 @@ from ..files.hub import hub_failures, public_name
 from ..files.inside import check_inside, check_regular
 from ..files.json import read_json
 from ..files.names import RECORD_FILE, REPORT_FILE
+from ..files.schemas import QuantizationReport, read_as
 from ..formats.record import describe_source, read_record
 
 HUB_FAILURES = hub_failures()
@@ -222,7 +223,7 @@ def _loss_rows(path: Path, measured: dict[str, Any] | None) -> dict[str, str]:
 def _layer_errors(directory: Path) -> dict[str, str]:
     """Return a row of the quantization report, if the directory has one."""
     path = directory / REPORT_FILE
-    layers = read_json(path)["layers"].values() if path.exists() else []
+    layers = read_as(path, QuantizationReport)["layers"].values() if path.exists() else []
     errors = [layer["error"] for layer in layers if layer.get("error") is not None]
     if not errors:
         return {}
@@ -234,7 +235,7 @@ def _training_losses(log_history: Sequence[dict[str, Any]]) -> dict[str, str]:
     """Return rows of the last training and evaluation loss that a Trainer logged."""
     found = {}
     for title, key in (("training loss", "loss"), ("evaluation loss", "eval_loss")):
-        values = [entry for entry in log_history if key in entry]
+        values = [entry for entry in log_history if isinstance(entry.get(key), int | float)]
         if values:
             found[title] = f"{values[-1][key]:.4f} (step {values[-1].get('step')})"
     return found

@@ -16,7 +16,7 @@ from ..checkpoint.source import public_config
 from ..errors import OutputError, QALoRAError
 from ..files.json import json_text, read_json
 from ..files.manifest import check_manifest
-from ..files.names import CARD_FILE, CONFIG_FILE
+from ..files.names import ADAPTER_CONFIG_FILE, CARD_FILE, CONFIG_FILE
 from .card import HUB_FAILURES, Subject, find_subject, make_card
 
 _REASONS = {
@@ -105,7 +105,7 @@ def push(
 
     def result(name: str, url: str | None) -> PushResult:
         if CARD_FILE in files:
-            card = files[CARD_FILE].read_text(encoding="utf-8")
+            card = files[CARD_FILE].read_text(encoding="utf-8", errors="replace")
         else:
             card = str(make_card(subject, name, data, log_history, online=not dry_run))
         sizes = {key: file.stat().st_size for key, file in files.items()}
@@ -135,8 +135,8 @@ def push(
 
 
 def _content(name: str, file: Path) -> str | bytes:
-    """Return what is uploaded as a file: its path, or of a config.json what may be published."""
-    if name != CONFIG_FILE:
+    """Return what is uploaded as a file: its path, or of a config what may be published."""
+    if name not in (CONFIG_FILE, ADAPTER_CONFIG_FILE):
         return str(file)
     config = read_json(file)
     public = public_config(config)

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import save_file
 
 from qalora_plugin.errors import CheckpointError
 from qalora_plugin.files import reader as reader_module
-from qalora_plugin.files.hub import resolve_model_dir
+from qalora_plugin.files.hub import _HUB_PATTERNS, resolve_model_dir
 from qalora_plugin.files.names import INDEX_FILE
 from qalora_plugin.files.reader import CheckpointReader, all_finite
 from qalora_plugin.files.safetensors import DTYPES
@@ -199,6 +200,12 @@ def test_resolve_model_dir(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(CheckpointError, match="the Hub did not give it"):
         resolve_model_dir("qalora-tests/no-such-model")
+
+
+def test_licences_come_from_the_hub_with_a_model():
+    names = ["LICENSE.txt", "NOTICE", "model.safetensors", "chat_template.jinja", "model.bin"]
+    found = filter_repo_objects(names, allow_patterns=_HUB_PATTERNS)
+    assert list(found) == names[:-1]
 
 
 def resident_mib():

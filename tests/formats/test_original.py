@@ -175,6 +175,7 @@ def test_import_rounds_nothing_and_remembers_its_source(base, tmp_path, capsys):
     assert cli(["import", str(base), "--out", str(tmp_path / "ours")]) == 0
     assert "written back with --format original: adapt scales\n" in capsys.readouterr().out
     ours, stock = open_quantized(tmp_path / "ours"), open_quantized(base)
+    assert ours.bound  # without its manifest too, the tensors know their config.json
     for name in stock.layers:
         for found, expected in zip(
             ours.layer(name).tensors, stock.layer(name).tensors, strict=True

@@ -175,6 +175,13 @@ def test_settings_that_name_nothing(dense_dir, base_dir):
     config = QALoRAQuantConfig(dynamic={"down_proj": {"bits": 8}, "nonsense": {"bits": 2}})
     with pytest.raises(ConfigError, match="'nonsense' matches none of the layers to quantize"):
         AutoModelForCausalLM.from_pretrained(dense_dir, quantization_config=config)
+    order = {"q_proj": {"bits": 8}, "layers.0": {"bits": 2}}  # config.json would have it reversed
+    config = QALoRAQuantConfig(dynamic=order)
+    with pytest.raises(ConfigError, match=r"'layers\.0' is to count for .*Write '\*q_proj' inst"):
+        AutoModelForCausalLM.from_pretrained(dense_dir, quantization_config=config)
+    config = QALoRAQuantConfig(dynamic={"*q_proj": order["q_proj"], "layers.0": order["layers.0"]})
+    model = AutoModelForCausalLM.from_pretrained(dense_dir, quantization_config=config)
+    assert model.model.layers[0].self_attn.q_proj.spec.bits == 2
     with pytest.raises(ConfigError, match="must be a list of names, found 'down_proj'"):
         QALoRAQuantConfig(modules_to_not_convert="down_proj")  # type: ignore[arg-type]
     # a directory that is quantized says what it is: what its config lists need not be there

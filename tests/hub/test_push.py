@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
+from support.random_adapter import random_adapter
 
 from qalora_plugin import export_model
 from qalora_plugin.checkpoint.checkpoint import open_quantized
@@ -55,6 +56,30 @@ def test_where_a_base_was_read_from_stays_here(hub, merged_dir):
     assert published["quantization_config"]["base"]["source"] == source | {"path": "model.gguf"}
     published["quantization_config"]["base"]["source"] = source
     assert published == config == json.loads(path.read_text())
+
+
+def test_where_the_base_of_an_adapter_lies_stays_here(hub, base_dir, tmp_path):
+    adapter = random_adapter(open_quantized(base_dir), tmp_path / "adapter")
+    out = export_model(adapter, tmp_path / "lora", "lora").out
+    push(out, "my-adapter")
+    published, local = hub.files["adapter_config.json"], (out / "adapter_config.json").read_bytes()
+    assert json.loads(local)["base_model_name_or_path"] == str(base_dir)
+    here = {"base_model_name_or_path": str(base_dir)}
+    assert json.loads(published)["base_model_name_or_path"] == base_dir.name
+    assert json.loads(published) | here == json.loads(local)
+
+
+def test_files_that_are_not_as_we_write_them(merged_dir, tmp_path):
+    model = shutil.copytree(merged_dir, tmp_path / "model")
+    (model / "qalora_manifest.json").unlink()
+    (model / "README.md").write_bytes("caf\xe9".encode("latin-1"))
+    losses = [{"loss": None, "step": 1}, {"eval_loss": "low"}]
+    push(model, "someone/model", log_history=losses, dry_run=True)
+    (model / "README.md").unlink()
+    push(model, "someone/model", log_history=losses, dry_run=True)
+    (model / "quantization_report.json").write_text('{"layers": {"a": {"error": "small"}}}')
+    with pytest.raises(OutputError, match=r"quantization_report\.json: layers\.a\.error: expected"):
+        push(model, "someone/model", dry_run=True)
 
 
 def test_public_repository_of_an_organisation_and_a_card_that_is_there(hub, merged_dir):
