@@ -67,12 +67,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             qalora_plugin.register()
         with _hash_checks(args):
             return int(args.func(args) or 0)
-    except QALoRAError as error:
+    except (QALoRAError, PermissionError) as error:
         if os.environ.get("QALORA_TRACEBACK"):
             raise
-        say(f"qalora: error: {error}", file=sys.stderr)
+        message = str(error)
+        if isinstance(error, PermissionError) and error.filename is not None:
+            message = f"{error.filename}: {error.strerror}. Name another place, or ask its owner."
+        say(f"qalora: error: {message}", file=sys.stderr)
         if getattr(args, "json", False):
-            say(json.dumps({"error": type(error).__name__, "message": str(error)}))
+            say(json.dumps({"error": type(error).__name__, "message": message}))
         return 1
     except KeyboardInterrupt:
         say("qalora: interrupted", file=sys.stderr)

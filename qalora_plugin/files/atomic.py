@@ -29,7 +29,7 @@ class _Partial:
 
     def __init__(self, target: str | Path, tag: str | None = None) -> None:
         # a link to a directory is followed: it is its target that is replaced
-        self.target = Path(target).expanduser().resolve()
+        self.target = _resolved(target)
         tag = tag or f"{self._kind}-{secrets.token_hex(4)}"
         self.partial = self.target.parent / f".{self.target.name}.partial-{tag}"
         self._guard = self.target.parent / f".{self.target.name}.partial-lock"
@@ -128,9 +128,9 @@ class AtomicDirectory(_Partial):
                 f"{target}: its name is {length - longest} bytes too long: with what is added to "
                 f"it while it is written it may have at most {longest} bytes. Give a shorter one."
             )
-        if target.exists() and not target.is_dir():
+        if os.path.lexists(target) and not os.path.isdir(target):
             raise OutputError(f"{target}: is a file. Name a new directory.")
-        if target.is_dir() and any(target.iterdir()):
+        if os.path.isdir(target) and any(target.iterdir()):
             raise OutputError(
                 f"{target}: is not empty. Name a new directory; nothing is ever overwritten."
             )
@@ -239,8 +239,14 @@ def hold(directory: str | Path) -> None:
     _HELD[path] = descriptor
 
 
+def _resolved(target: str | Path) -> Path:
+    # unlike `Path.resolve` and `Path.exists` the functions of os.path raise nothing: neither where
+    # a link leads to itself nor where a directory may not be looked into
+    return Path(os.path.realpath(Path(target).expanduser()))
+
+
 def _writable_parent(target: Path) -> Path:
-    parent = next(p for p in target.parents if p.exists())
+    parent = next(p for p in target.parents if os.path.exists(p))
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise OutputError(f"{target}: cannot be made, {parent} is not a writable directory.")
     return parent
@@ -252,8 +258,8 @@ def check_target(target: str | Path) -> Path:
     Raises:
         OutputError: something is there already, or the place is not writable.
     """
-    path = Path(target).expanduser().resolve()
-    if path.exists():
+    path = _resolved(target)
+    if os.path.lexists(path):
         raise OutputError(f"{path}: exists. Name a new file; nothing is ever overwritten.")
     _writable_parent(path)
     return path
@@ -278,7 +284,7 @@ def check_space(directory: Path, needed: int) -> None:
 
 
 def _free_bytes(path: Path) -> int:
-    existing = next(p for p in (path, *path.parents) if p.exists())
+    existing = next(p for p in (path, *path.parents) if os.path.exists(p))
     return shutil.disk_usage(existing).free
 
 

@@ -206,9 +206,7 @@ class CheckpointReader:
         view = memoryview(data.numpy())  # type: ignore[arg-type]
         with info.file.open("rb", buffering=0) as file:
             file.seek(info.start)
-            done = 0
-            while done < info.nbytes:
-                done += self._read(file, view[done:], info)
+            self._fill(file, view, info)
         return data.view(info.dtype).reshape(info.shape)
 
     def chunks(self, name: str) -> Iterator[memoryview]:
@@ -219,9 +217,10 @@ class CheckpointReader:
             file.seek(info.start)
             left = info.nbytes
             while left:
-                count = self._read(file, buffer[: min(left, len(buffer))], info)
-                yield buffer[:count]
-                left -= count
+                piece = buffer[: min(left, len(buffer))]
+                self._fill(file, piece, info)
+                yield piece
+                left -= len(piece)
 
     def check_finite(self, name: str) -> None:
         """Read a tensor of floats through, in pieces; others are not read.
@@ -267,14 +266,16 @@ class CheckpointReader:
             yield chunk
 
     @staticmethod
-    def _read(file: FileIO, view: memoryview, info: TensorInfo) -> int:
-        count = file.readinto(view) or 0
-        if count == 0:
-            raise CheckpointError(
-                f"{info.file}: ended while tensor {info.name} was read. "
-                "It changed while it was in use: run again."
-            )
-        return count
+    def _fill(file: FileIO, view: memoryview, info: TensorInfo) -> None:
+        """Read until the view is full: some file systems give less than they are asked for."""
+        while view:
+            count = file.readinto(view) or 0
+            if count == 0:
+                raise CheckpointError(
+                    f"{info.file}: ended while tensor {info.name} was read. "
+                    "It changed while it was in use: run again."
+                )
+            view = view[count:]
 
     @cached_property
     def config(self) -> dict[str, Any]:

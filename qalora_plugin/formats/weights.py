@@ -14,6 +14,7 @@ from qalora_kernels import PackedWeight, reference
 from qalora_kernels.groups import expand
 
 from ..checkpoint.checkpoint import QuantizedCheckpoint
+from ..errors import VerificationError
 
 _FP32 = 2.0**-22  # of the largest number that is rounded
 
@@ -57,7 +58,17 @@ class ExportedWeights(ABC):
 
         Returns:
             None of a tensor that the export holds together with others.
+
+        Raises:
+            VerificationError, CheckpointError: it is not there.
         """
+
+    def missing(self, name: str, part: object) -> VerificationError:
+        """Return the error that says that a tensor, or a part of it in the export, is not there."""
+        return VerificationError(
+            f"{self.exported}: expected {part} for {name} of {self.source.directory}, found none. "
+            "Export again."
+        )
 
     def kind(self, name: str) -> str | None:
         """Return the format's type of a tensor, None if the format has one type alone."""

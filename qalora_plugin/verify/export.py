@@ -89,6 +89,8 @@ def verify_export(
         ConfigError: the library of the format is not installed, or `base` for another format.
     """
     path = Path(exported)
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file or directory. Name what was exported.")
     if path.is_dir():
         check_manifest(path)
     format = find_kind(path).format
@@ -133,10 +135,7 @@ def _verify_weights(
     for done, name in enumerate(names, start=1):
         found = weights.get(name)
         if found is None and name in layers and not dense(layers[name]):
-            raise VerificationError(
-                f"{path}: expected a tensor for {name} of {source.directory}, found none. Export "
-                "again."
-            )
+            raise weights.missing(name, "a tensor")
         if found is None:
             unchecked += 1
         elif name in layers:

@@ -18,6 +18,7 @@ from qalora_plugin.files.atomic import (
     ScratchDirectory,
     atomic_file,
     check_space,
+    check_target,
     hold,
 )
 from qalora_plugin.files.writer import write_weights
@@ -136,6 +137,14 @@ def test_a_second_training_into_one_directory_is_refused(other_process, tmp_path
     process.join()
     hold(tmp_path / "run")
     hold(tmp_path / "run")  # the same process may train there again
+
+
+def test_a_link_to_itself_is_no_place_to_write_to(tmp_path):
+    (tmp_path / "out").symlink_to("out")
+    with pytest.raises(OutputError, match="out: is a file"):
+        AtomicDirectory(tmp_path / "out")
+    with pytest.raises(OutputError, match="out: exists"):
+        check_target(tmp_path / "out")
 
 
 def test_too_little_space_is_known_before_anything_is_written(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Wrong words, completion, errors as JSON."""
 
 import json
+import os
 import subprocess
 
 import pytest
@@ -58,6 +59,23 @@ def test_an_error_is_json_too(tmp_path, capsys):
     printed = capsys.readouterr()
     found = json.loads(printed.out)
     assert found["error"] == "AdapterError" and found["message"] in printed.err
+
+
+def test_a_directory_that_may_not_be_looked_into(tmp_path, capsys):
+    model = tmp_path / "locked" / "model"
+    model.mkdir(parents=True)
+    command = ["inspect", str(model), "--json"]
+    assert main(command) == 1 and "PermissionError" not in capsys.readouterr().out
+    model.parent.chmod(0)
+    user = os.geteuid()
+    try:
+        os.seteuid(user or 65534)  # root may look into everything
+        status = main(command)
+    finally:
+        os.seteuid(user)
+        model.parent.chmod(0o755)
+    assert status == 1
+    assert f"{model}: Permission denied." in json.loads(capsys.readouterr().out)["message"]
 
 
 def test_completion_for_bash(tmp_path, capsys):

@@ -41,6 +41,31 @@ def test_export_is_verified_and_a_change_is_found(format, source, tmp_path):
         verify_export(out, source.directory)
 
 
+@pytest.mark.parametrize("name", ["output_norm.weight", "blk.0.attn_q.weight"])
+def test_a_tensor_that_a_gguf_file_lacks(name, source, tmp_path):
+    out = tmp_path / "model.gguf"
+    export_model(source.directory, out, "gguf")
+    content = out.read_bytes()
+    assert content.count(name.encode()) == 1
+    out.write_bytes(content.replace(name.encode(), name.upper().encode()))
+    with pytest.raises(VerificationError, match=f"expected {name} for .*found none"):
+        verify_export(out, source.directory)
+
+
+def test_a_tensor_that_a_torchao_directory_lacks(source, tmp_path):
+    pytest.importorskip(LIBRARIES["torchao"], reason=REASON)
+    path = export_model(source.directory, tmp_path / "model", "torchao").out / "model.safetensors"
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    del tensors["model.norm.weight"]
+    rewrite(tensors, path, metadata)
+    with pytest.raises(VerificationError, match=r"for model\.norm\.weight of .*found none"):
+        verify_export(tmp_path / "model", source.directory)
+
+
 def change_one_code(out, format):
     """Flip the lowest bit of one integer of a layer."""
     if format == "gguf":
@@ -136,6 +161,8 @@ def test_what_else_a_lora_adapter_has(what, quantized, tmp_path):
         verify_export(out, adapter)
 
 
-def test_a_model_is_no_export(source):
+def test_a_model_is_no_export(source, tmp_path):
+    with pytest.raises(CheckpointError, match="none: no such file or directory"):
+        verify_export(tmp_path / "none", source.directory)
     with pytest.raises(CheckpointError, match="not what `qalora export` writes"):
         verify_export(source.directory, source.directory)

@@ -76,9 +76,7 @@ class GGUFReader(GGUFHeaders):
             for first in range(0, rows, step):
                 part = slice(first, min(first + step, rows))
                 data = torch.empty(part.stop - first, width, dtype=torch.uint8)
-                view, done = memoryview(data.numpy()).cast("B"), 0  # type: ignore[arg-type]
-                while done < len(view):
-                    done += self._read(file, view[done:], info)
+                self._fill(file, memoryview(data.numpy()).cast("B"), info)  # type: ignore[arg-type]
                 yield part, data
 
     def heads(self, name: str) -> int | None:

@@ -44,9 +44,11 @@ class Weights(ExportedWeights):
 
     def get(self, name: str) -> torch.Tensor | None:
         """Return one tensor; None of an output head that is the embedding."""
-        stored = self._tensors.get(self._names.get(name, ""))
-        if stored is None:
+        if name not in self._names:
             return None
+        stored = self._tensors.get(self._names[name])
+        if stored is None:
+            raise self.missing(name, self._names[name])
         data = stored.data[self._numbers[name]] if name in self._numbers else stored.data
         values = self._gguf.quants.dequantize(data, stored.tensor_type)
         value = torch.from_numpy(np.array(values, dtype=np.float32))

@@ -217,11 +217,9 @@ class MLXReader(CheckpointReader):
 
         width = info.nbytes // info.shape[0]
         data = torch.empty((stop - start) * width, dtype=torch.uint8, device="cpu")
-        view, done = memoryview(data.numpy()), 0  # type: ignore[arg-type]
         with info.file.open("rb", buffering=0) as file:
             file.seek(info.start + start * width)
-            while done < len(view):
-                done += self._read(file, view[done:], info)
+            self._fill(file, memoryview(data.numpy()), info)  # type: ignore[arg-type]
         return data.view(info.dtype).reshape(stop - start, *info.shape[1:])
 
 

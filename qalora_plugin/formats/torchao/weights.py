@@ -28,5 +28,8 @@ class Weights(ExportedWeights):
             return reader.get(name)
         start = name.removesuffix(".weight") + "._weight_"
         parts = {key: reader.get(key) for key in reader.tensors if key.startswith(start)}
-        metadata = {"tensor_names": json.dumps([name]), name: reader.metadata[name]}
-        return unflatten_tensor_state_dict(parts, metadata)[0][name].dequantize()
+        try:
+            metadata = {"tensor_names": json.dumps([name]), name: reader.metadata[name]}
+            return unflatten_tensor_state_dict(parts, metadata)[0][name].dequantize()
+        except KeyError as error:
+            raise self.missing(name, error) from error
