@@ -123,7 +123,7 @@ class Int4PackKernel(QALoRAKernel):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return x W^T: [M, K] -> [M, N]."""
         tensors = (self.packed, self.grid, self.qweight, self.scales, self.offsets)
-        return torch.ops.qalora_vllm.int4pack_linear(x, *tensors, *self.sizes)
+        return torch.ops.qalora_vllm.int4pack_linear(x, *tensors, self.sizes[1])
 
 
 def _int4pack_linear(
@@ -133,25 +133,27 @@ def _int4pack_linear(
     qweight: torch.Tensor,
     scales: torch.Tensor,
     offsets: torch.Tensor,
-    *sizes: int,
+    group_size: int,
 ) -> torch.Tensor:
-    _, group_size, in_features, out_features = sizes
-    if x.shape[0] * in_features * out_features <= INT4PACK_PRODUCTS:
+    out_features = scales.shape[1]
+    if x.numel() * out_features <= INT4PACK_PRODUCTS:
         return torch._weight_int4pack_mm_for_cpu(x.contiguous(), packed, group_size, grid)
+    sizes = (4, group_size, x.shape[1], out_features)
     return torch.ops.qalora.linear(x, qweight, scales, offsets, None, *sizes, None)
 
 
-# One operator, so that a graph that is compiled for any number of rows keeps the choice; registered
-# as in `qalora_kernels.ops`, since torch.library.custom_op costs more than a small product.
+# One operator, so that a graph that is compiled for any number of rows keeps the choice. It is
+# registered as in `qalora_kernels.ops`, since torch.library.custom_op costs more than a small
+# product, and has few arguments, since each costs something too.
 _LIBRARY = torch.library.Library("qalora_vllm", "DEF")
 _LIBRARY.define(
     "int4pack_linear(Tensor x, Tensor packed, Tensor grid, Tensor qweight, Tensor scales, "
-    "Tensor offsets, int bits, int group_size, int in_features, int out_features) -> Tensor"
+    "Tensor offsets, int group_size) -> Tensor"
 )
 _LIBRARY.impl("int4pack_linear", _int4pack_linear, "CompositeExplicitAutograd")
 torch.library.register_fake(
     "qalora_vllm::int4pack_linear",
-    lambda x, *weight: x.new_empty(x.shape[0], weight[-1]),
+    lambda x, packed, grid, *weight: x.new_empty(x.shape[0], grid.shape[1]),
     lib=_LIBRARY,
 )
 

@@ -35,14 +35,19 @@ def get_backend(device: _torch.device | str, dtype: _torch.dtype) -> ModuleType:
     Raises:
         ValueError: QALORA_BACKEND names no backend, or one that does not serve the device.
     """
-    device_type = _torch.device(device).type
-    name = os.environ.get(ENVIRONMENT_VARIABLE, "") or DEFAULTS.get(device_type, "torch")
+    device = device if isinstance(device, _torch.device) else _torch.device(device)
+    return _chosen(os.environ.get(ENVIRONMENT_VARIABLE, ""), device.type, dtype)
+
+
+@functools.cache
+def _chosen(wish: str, device_type: str, dtype: _torch.dtype) -> ModuleType:
+    name = wish or DEFAULTS.get(device_type, "torch")
     if name not in BACKENDS:
         raise ValueError(
             f"{ENVIRONMENT_VARIABLE} must be one of {sorted(BACKENDS)} or unset, found {name!r}"
         )
     if name == "cpu" and device_type != "cpu":
-        raise ValueError(f"{ENVIRONMENT_VARIABLE}=cpu got tensors on {device}; unset it")
+        raise ValueError(f"{ENVIRONMENT_VARIABLE}=cpu got tensors on {device_type}; unset it")
     return _load("torch" if dtype == _torch.float64 else name)
 
 

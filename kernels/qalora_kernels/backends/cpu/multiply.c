@@ -6,7 +6,7 @@
 #include "layer.h"
 
 #define ROWS 4  /* rows of x that share the unpacking of a weight */
-#define PARTS 8 /* of the inputs, summed apart: as many whatever the threads, for the same bits */
+#define PARTS 4 /* of the inputs, summed apart: as many whatever the threads, for the same bits */
 
 /* dot[r][v] += (q - mid) * x of input i of a stream */
 INLINE void multiply_input(const int32_t *words, int64_t n, int64_t i, const int bits,
