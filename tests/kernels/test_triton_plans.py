@@ -117,10 +117,16 @@ def test_nothing_is_measured_in_a_graph_capture_or_when_off(gpu, make_weight, mo
     assert not gpu.exists()
 
 
-def test_a_broken_cache_file_is_ignored_with_a_warning(gpu, make_weight, monkeypatch, caplog):
+@pytest.mark.parametrize(
+    "broken",
+    ["{", '{"tuned": 1}', '{"tuned": {"Some GPU": 1}}', '{"tuned": {"Some GPU": {"k": {"new": 1}}}}'],
+)
+def test_a_broken_cache_file_is_ignored_with_a_warning(
+    broken, gpu, make_weight, monkeypatch, caplog
+):
     monkeypatch.setattr(tuning, "_measure", lambda *_: FUSED)
     gpu.parent.mkdir()
-    gpu.write_text("{")
+    gpu.write_text(broken)
     assert ask(make_weight(4), 1) == FUSED
     assert "ignoring the tuning cache" in caplog.text
     assert json.loads(gpu.read_text())["tuned"]["Some GPU"]

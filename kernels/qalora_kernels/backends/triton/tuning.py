@@ -72,24 +72,26 @@ def cache_file() -> Path | None:
         return None
 
 
-def _cached(file: Path) -> dict[str, Any]:
+def _cached(file: Path) -> dict[str, dict[str, Plan]]:
     """Return what the cache file holds, {GPU name: {key: plan}}; nothing if it cannot be read."""
     try:
         tuned = json.loads(file.read_text(encoding="utf-8"))["tuned"]
+        # a plan of another release may have other fields
+        return {gpu: {key: Plan(**p) for key, p in plans.items()} for gpu, plans in tuned.items()}
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         _logger.warning("ignoring the tuning cache %s: %s", file, error)
         return {}
-    return tuned if isinstance(tuned, dict) else {}
 
 
 def _remember(file: Path, gpu: str, key: str, plan: Plan) -> None:
     """Add one plan to the cache file; of two writers the later one wins."""
     tuned = _cached(file)
-    tuned.setdefault(gpu, {})[key] = asdict(plan)
+    tuned.setdefault(gpu, {})[key] = plan
     try:
-        cache.write(file, json.dumps({"tuned": tuned}, indent=1, sort_keys=True).encode())
+        text = json.dumps({"tuned": tuned}, indent=1, sort_keys=True, default=asdict)
+        cache.write(file, text.encode())
     except OSError as error:
         _logger.warning("cannot write the tuning cache %s: %s", file, error)
 
@@ -159,12 +161,13 @@ def _look_up_or_measure(shape: tuple[Any, ...], run: Callable[[Plan], Any]) -> P
     key = f"{op} {str(dtype)[6:]} bits={bits} group_size={group_size} N={n} K={k} M<={bucket}"
     key += " act_order" if act_order else ""
     gpu = torch.cuda.get_device_name(device)
-    known = _shipped()["tuned"].get(gpu, {}).get(key)
+    shipped = _shipped()["tuned"].get(gpu, {}).get(key)
+    if shipped is not None:
+        return Plan(**shipped)
     file = cache_file()
-    if known is None and file is not None:
-        known = _cached(file).get(gpu, {}).get(key)
+    known = None if file is None else _cached(file).get(gpu, {}).get(key)
     if known is not None:
-        return Plan(**known)
+        return known
     if file is None or capturing(device):
         return None
     try:
