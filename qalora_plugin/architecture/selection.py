@@ -169,6 +169,7 @@ def linears_to_quantize(
     linears = linears_in_blocks(model)
     known = {name for name, _ in model.named_modules()} | {n for n, _ in model.named_parameters()}
     known |= {part for name in stored for part in (name, name.removesuffix(".weight"))}
+    known.discard("")  # the model itself
     for entry in excluded:
         if entry != _USUAL_ENTRY and not any(matches(name, entry) for name in known):
             raise ConfigError(

@@ -32,7 +32,10 @@ def _override(text: str) -> tuple[str, dict[str, int]]:
     name, _, values = text.partition("=")
     try:
         pairs = [value.split(":") for value in values.split(",")]
-        return name, {key: _OVERRIDES[key](number) for key, number in pairs}
+        overrides = {key: _OVERRIDES[key](number) for key, number in pairs}
+        if len(overrides) < len(pairs):
+            raise ValueError("one is given twice")
+        return name, overrides
     except (KeyError, ValueError):
         raise argparse.ArgumentTypeError(
             f"expected NAME=bits:B or NAME=bits:B,group_size:G, found {text!r}"

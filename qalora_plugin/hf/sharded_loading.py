@@ -56,6 +56,7 @@ def load_layers(
         made = ShardedQuantLinear(checkpoint.layers[layer], desc_act=config.desc_act, device="meta")
         if not loads_from_rank_0():
             made.set_packed(checkpoint.layer(layer))
+        made.stored_name = layer
         made.bias = pending.bias  # type: ignore[assignment]
         model.set_submodule(name, shard(made.train(pending.training)))
     finish_sharding(model)

@@ -32,6 +32,7 @@ from .best import best_adapter, check_best, save_if_best, take_average
 from .checks import check_all_is_saved, check_base, check_head, has_adapter, trained_adapter
 from .resume import check_resumed
 from .save import (
+    check_savable,
     quantized_base_on_disk,
     save_adapter,
     save_base,
@@ -151,6 +152,7 @@ class MergeCallback(TrainerCallback):
         check_head(model)
         check_all_is_saved(model, self._adapter)
         check_base(model)
+        check_savable(model)
         base = quantized_base_on_disk(model) if self.formats else None
         for name in self.formats:
             check_format(base, name, model.peft_config[self._adapter].adapt)

@@ -17,10 +17,11 @@ from ..checkpoint.checkpoint import open_quantized
 from ..checkpoint.kind import find_kind, find_model
 from ..distributed.ranks import rank
 from ..distributed.sharding import gathered, is_sharded, plain_name
-from ..errors import CheckpointError, printable
+from ..errors import CheckpointError, ConfigError, printable
 from ..files.hub import resolve_model_dir
 from ..files.json import read_json, write_json
 from ..files.names import CONFIG_FILE
+from ..layers.sharded import ShardedQuantLinear
 from ..tuner.layer import QALoRALinear
 from ..tuner.names import PREFIX
 from ..tuner.resuming import adapter_directory
@@ -60,7 +61,7 @@ def save_base(model: PeftModel, directory: Path) -> None:
         CheckpointError: parameters are sharded, and the files give other integers by now.
     """
     base = model.get_base_model()
-    if any(is_sharded(parameter) for parameter in base.parameters()):
+    if _is_quantized_again(base):
         _quantize_again(base, directory, model.active_peft_config.fingerprint)
         return
     with ExitStack() as undo, torch.no_grad():
@@ -75,6 +76,33 @@ def save_base(model: PeftModel, directory: Path) -> None:
             _set(undo, base, "generation_config", type(generation)())
         base.save_pretrained(directory)
     write_generation_config(base, directory)
+
+
+def check_savable(model: PeftModel) -> None:
+    """Refuse to train on a base that `save_base` could not write as it is.
+
+    Raises:
+        ConfigError: it was quantized while it loaded, is sharded, and its scales or offsets are in
+            another dtype than those that quantizing it again gives.
+    """
+    base = model.get_base_model()
+    if quantized_base_on_disk(model) is not None or not _is_quantized_again(base):
+        return
+    stored = base.config.quantization_config
+    for name in ("scales_dtype", "offsets_dtype"):
+        if getattr(stored, name) != "float16":
+            raise ConfigError(
+                f"quantization_config: {name}: expected 'float16' in a base that was quantized "
+                f"while it loaded and is sharded (ZeRO-3, FSDP), found {getattr(stored, name)!r}: "
+                "the merge quantizes it again, and has no other. Leave it out, or train on a base "
+                "that `qalora quantize` wrote"
+            )
+
+
+def _is_quantized_again(base: nn.Module) -> bool:
+    """Say whether no process holds the layers of a base so that they could be written."""
+    made_for_it = any(isinstance(module, ShardedQuantLinear) for module in base.modules())
+    return made_for_it or any(is_sharded(parameter) for parameter in base.parameters())
 
 
 def write_generation_config(model: PreTrainedModel, directory: Path) -> None:

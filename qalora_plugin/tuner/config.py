@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import logging
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,12 @@ _ADVICE = {
     "target_parameters": "only quantized linear layers can be adapted; use target_modules",
     "lora_bias": "the format has no place for a bias of B",
 }
+
+
+def _is_list(value: Any, kind: type) -> bool:
+    """Say whether a value is None, or a list, tuple, set or the like of values of one type."""
+    listed = isinstance(value, Collection) and not isinstance(value, str | bytes)
+    return value is None or (listed and all(type(item) is kind for item in value))
 
 
 def _unsupported(name: str, value: Any) -> ConfigError:
@@ -132,20 +139,53 @@ class QALoRAConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType(PEFT_TYPE)
+        self._check_types()
         self.rank_pattern = dict(self.rank_pattern or {})
         self.alpha_pattern = dict(self.alpha_pattern or {})
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if isinstance(value, list | tuple):
                 setattr(self, name, set(value))
+        for name in ("modules_to_save", "layers_to_transform"):
+            value = getattr(self, name)
+            if isinstance(value, Collection):  # PEFT extends it, and JSON takes no range
+                setattr(self, name, list(value))
         check_scaling(vars(self), "QALoRAConfig", ConfigError)
         self._check_choices()
         self._check_modules()
 
+    def _check_types(self) -> None:
+        """Check what PEFT would misread: a string as modules_to_save stands for its letters."""
+        layers = self.layers_to_transform
+        rules = {
+            "modules_to_save": (_is_list(self.modules_to_save, str), "a list of names"),
+            "layers_to_transform": (
+                is_int(layers) or _is_list(layers, int),
+                "a number, or a list of numbers",
+            ),
+            "use_rslora": (isinstance(self.use_rslora, bool | None), "True or False"),
+            "write_back": (isinstance(self.write_back, bool | None), "True, False or None"),
+        }
+        for name in ("target_modules", "exclude_modules", "layers_pattern"):
+            value = getattr(self, name)
+            valid = isinstance(value, str) or _is_list(value, str)
+            rules[name] = (valid, "a name, or a list of names")
+        for name in ("rank_pattern", "alpha_pattern"):
+            valid = isinstance(getattr(self, name), dict | None)
+            rules[name] = (valid, "a dictionary {name: number}")
+        self._refuse(rules)
+
+    def _refuse(self, rules: dict[str, tuple[bool, str]]) -> None:
+        """Refuse the first field whose rule, {name: (valid, expected)}, does not hold."""
+        for name, (valid, expected) in rules.items():
+            if not valid:
+                found = getattr(self, name)
+                raise ConfigError(f"QALoRAConfig: {name} must be {expected}, found {found!r}")
+
     def _check_choices(self) -> None:
         dropout, seed = self.lora_dropout, self.seed
         rules = {
-            "adapt": (self.adapt in ADAPT_PARTS, f"one of {sorted(ADAPT_PARTS)}"),
+            "adapt": (self.adapt in list(ADAPT_PARTS), f"one of {sorted(ADAPT_PARTS)}"),
             "convention": (self.convention == CONVENTION, repr(CONVENTION)),
             "init_lora_weights": (
                 isinstance(self.init_lora_weights, bool),
@@ -159,14 +199,10 @@ class QALoRAConfig(PeftConfig):
                 "modules_to_save)",
             ),
             "lora_dropout": (is_number(dropout) and 0 <= dropout < 1, "in [0, 1)"),
-            "write_back": (self.write_back in (None, True, False), "True, False or None"),
             "seed": (is_int(seed) and seed >= 0, "an integer of 0 or more"),
             "bits": (self.bits in (None, *SUPPORTED_BITS), f"one of {SUPPORTED_BITS}, or left out"),
         }
-        for name, (valid, expected) in rules.items():
-            if not valid:
-                found = getattr(self, name)
-                raise ConfigError(f"QALoRAConfig: {name} must be {expected}, found {found!r}")
+        self._refuse(rules)
         if dropout > 0 and self.adapt != "zeros":
             raise ConfigError(
                 f'QALoRAConfig: lora_dropout={dropout} needs adapt="zeros", found '

@@ -24,6 +24,7 @@ from ..checkpoint.validate import bad_values
 from ..distributed.sharding import is_sharded
 from ..errors import AdapterError
 from ..layers.linear import QuantLinear
+from ..layers.sharded import ShardedQuantLinear
 from .config import QALoRAConfig
 from .names import ADAPT_PARTS, MATRICES
 
@@ -50,7 +51,7 @@ def _as_linear(weight: torch.Tensor) -> nn.Linear:
 
 
 class QALoRALinear(nn.Module, BaseTunerLayer):
-    """A `QuantLinear` and its adapters. A and B are fp32, whatever the dtype of the model.
+    """A `QuantLinear` and its adapters, whose A and B are made and loaded in fp32.
 
     `name` is the layer's in the base model: patterns match it, the initialisation depends on it.
     """
@@ -248,10 +249,12 @@ class QALoRALinear(nn.Module, BaseTunerLayer):
 
         Raises:
             AdapterError: A or B is not a whole matrix (ZeRO-3 leaves shape (0,)), or holds NaN or
-                infinity; or no checkpoint could hold the merged numbers (`validate.bad_values`).
+                infinity; no checkpoint could hold the merged numbers (`validate.bad_values`); or
+                the base was loaded to be sharded.
                 Nothing has changed then.
         """
-        names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.scaling]
+        asked = dict.fromkeys(check_adapters_to_merge(self, adapter_names))  # each once
+        names = [n for n in asked if n in self.scaling]
         if not names:
             return
         base, own, merged = self.base_layer, self.own_grid(), self.merged_adapters + names
@@ -284,6 +287,12 @@ class QALoRALinear(nn.Module, BaseTunerLayer):
         for adapter_name in adapters:
             self._check_matrices(adapter_name, name)
         base = self.base_layer
+        if isinstance(base, ShardedQuantLinear):
+            raise AdapterError(
+                f"{name or 'the layer'}: expected a base that is whole in this process, found one "
+                "that was loaded to be sharded (ZeRO-3, FSDP). Save the adapter, merge the saved "
+                "one with `qalora merge`, and load the result"
+            )
         with torch.no_grad():
             zeros, scale = self.change("zeros", adapters), self.change("scales", adapters)
             own = PackedWeight(base.qweight, *self.own_grid(), base.g_idx, base.spec)

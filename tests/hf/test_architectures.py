@@ -24,6 +24,7 @@ from qalora_plugin.hf import quantizer
 from qalora_plugin.layers.linear import QuantLinear
 from qalora_plugin.layers.sharded import ShardedQuantLinear
 from qalora_plugin.tuner import QALoRALinear
+from qalora_plugin.tuner.targets import base_identity
 
 SIZES: dict[str, Any] = dict(
     vocab_size=64,
@@ -230,3 +231,16 @@ def test_loading_layer_by_layer_initialises_the_parents_too(name, tmp_path, monk
     with torch.no_grad():
         expected, found = dense(ids)[0], model(ids)[0]
     torch.testing.assert_close(found, expected, rtol=0, atol=0.02 * expected.abs().max().item())
+
+
+def test_a_sharded_base_is_known_by_the_names_in_its_files(tmp_path, monkeypatch):
+    model = make("gemma3_multimodal")
+    model.save_pretrained(tmp_path / "dense")
+    kind, settings = type(model), QALoRAQuantConfig(bits=4, group_size=16)
+    quantized = kind.from_pretrained(tmp_path / "dense", quantization_config=settings)
+    quantized.save_pretrained(tmp_path / "q")
+    whole = base_identity(kind.from_pretrained(tmp_path / "q"))
+    monkeypatch.setattr(quantizer, "loads_sharded", lambda: True)
+    sharded = base_identity(kind.from_pretrained(tmp_path / "q"))
+    assert whole == sharded
+    assert len(set(whole.also)) == 2  # the files call the layers otherwise than the model

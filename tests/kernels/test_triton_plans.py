@@ -119,7 +119,12 @@ def test_nothing_is_measured_in_a_graph_capture_or_when_off(gpu, make_weight, mo
 
 @pytest.mark.parametrize(
     "broken",
-    ["{", '{"tuned": 1}', '{"tuned": {"Some GPU": 1}}', '{"tuned": {"Some GPU": {"k": {"new": 1}}}}'],
+    [
+        "{",
+        '{"tuned": 1}',
+        '{"tuned": {"Some GPU": 1}}',
+        '{"tuned": {"Some GPU": {"k": {"new": 1}}}}',
+    ],
 )
 def test_a_broken_cache_file_is_ignored_with_a_warning(
     broken, gpu, make_weight, monkeypatch, caplog

@@ -82,6 +82,7 @@ def test_bad_input_is_one_line(arguments, message, llama_dir, tmp_path, capsys):
         (["--override", "bits:8"], "bits:B"),
         (["--override", "x=bits"], "bits:B"),
         (["--override", "x=width:8"], "bits:B"),
+        (["--override", "x=bits:8,bits:4"], "bits:B"),
         (["--override", "x=bits:eight"], "--override: expected 2, 3, 4 or 8, found 'eight'"),
         (["--override", "x=bits:8,group_size:0"], "--override: expected an integer of 1 or more"),
     ],

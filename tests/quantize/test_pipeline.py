@@ -283,6 +283,7 @@ def test_half_precision_shards(tmp_path):
         ({"dynamic": {"*.nothing": {"bits": 8}}}, "matches none of the layers"),
         ({"modules_to_not_convert": ["*"]}, "excludes all"),
         ({"modules_to_not_convert": ["donw_proj"]}, "'donw_proj' matches no module"),
+        ({"modules_to_not_convert": [""]}, "'' matches no module"),
     ],
 )
 def test_bad_settings_write_nothing(settings, message, llama_dir, tmp_path):

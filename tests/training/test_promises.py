@@ -12,8 +12,15 @@ import torch
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, TrainerCallback, TrainerState
 
-from qalora_plugin import MergeCallback, QALoRAConfig, quantize_model, verify_merge
+from qalora_plugin import (
+    MergeCallback,
+    QALoRAConfig,
+    QALoRAQuantConfig,
+    quantize_model,
+    verify_merge,
+)
 from qalora_plugin.errors import AdapterError, ConfigError, OutputError
+from qalora_plugin.training.save import check_savable, save_base
 
 IDS = torch.arange(5, 25)[None]
 SAVED = {"save_strategy": "steps", "save_steps": 1}
@@ -91,6 +98,21 @@ def test_config_that_was_changed_while_loading_is_refused(bases, make_trainer, t
     model = load(bases["ours"], rms_norm_eps=0.1)
     with pytest.raises(ConfigError, match=r"rms_norm_eps .* not as in .*ours/config\.json"):
         make_trainer(model, callbacks=[MergeCallback(tmp_path / "merged")]).train()
+
+
+def test_a_sharded_base_that_is_quantized_again_has_fp16_scales(bases, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+
+    def adapted_on_loading(**dtypes):
+        settings = QALoRAQuantConfig(bits=4, group_size=32, **dtypes)
+        return get_peft_model(load(bases["dense"], quantization_config=settings), config())
+
+    model = adapted_on_loading()
+    check_savable(model)
+    save_base(model, tmp_path / "base")
+    assert same(tmp_path / "base", model)
+    with pytest.raises(ConfigError, match=r"scales_dtype: expected 'float16' .*found 'bfloat16'"):
+        check_savable(adapted_on_loading(scales_dtype="bfloat16"))
 
 
 def test_search_for_hyperparameters_is_refused(bases, make_trainer, tmp_path):

@@ -68,11 +68,28 @@ def test_refusal_says_what_to_do():
         ({"target_modules": []}, "target_modules is empty"),
         ({"target_modules": ".*_proj", "layers_to_transform": 0}, "layers_to_transform"),
         ({"layers_pattern": "layers"}, "layers_pattern"),
+        (
+            {"modules_to_save": "lm_head"},
+            "modules_to_save must be a list of names, found 'lm_head'",
+        ),
+        ({"target_modules": [3]}, "target_modules must be a name"),
+        ({"exclude_modules": 5}, "exclude_modules must be a name"),
+        ({"layers_to_transform": "0"}, "layers_to_transform must be a number"),
+        ({"rank_pattern": ["q_proj"]}, "rank_pattern must be a dictionary"),
+        ({"use_rslora": "no"}, "use_rslora must be True or False, found 'no'"),
+        ({"adapt": ["zeros"]}, "adapt must be one of"),
+        ({"write_back": 0}, "write_back must be True, False or None, found 0"),
     ],
 )
 def test_refuses_values_out_of_range(settings, named):
     with pytest.raises(ConfigError, match=named):
         QALoRAConfig(**settings)
+
+
+def test_a_range_of_layers_can_be_saved(tmp_path):
+    config = QALoRAConfig(layers_to_transform=range(2), modules_to_save=("lm_head",))
+    config.save_pretrained(tmp_path)
+    assert QALoRAConfig.from_pretrained(str(tmp_path)) == config
 
 
 def test_stored_as_plain_json_and_read_back(tmp_path):

@@ -7,6 +7,7 @@ from torch import nn
 
 from qalora_plugin import QALoRAConfig, QALoRAQuantConfig
 from qalora_plugin.errors import AdapterError
+from qalora_plugin.layers.sharded import ShardedQuantLinear
 from qalora_plugin.tuner import QALoRALinear
 
 
@@ -30,6 +31,23 @@ def test_partitioned_adapter_is_refused_before_anything_changes(make_peft, metho
     after = _buffers(model)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_base_that_was_loaded_to_be_sharded_is_refused(make_adapted):
+    adapted = make_adapted()
+    adapted.base_layer = ShardedQuantLinear.from_packed(adapted.base_layer.packed)
+    for merge in (adapted.check_merge, adapted.merge):
+        with pytest.raises(AdapterError, match=r"loaded to be sharded \(ZeRO-3, FSDP\)"):
+            merge()
+    assert not adapted.merged
+
+
+def test_an_adapter_that_is_named_twice_is_merged_once(make_adapted):
+    adapted, x = make_adapted(), torch.randn(3, 172)
+    y = adapted(x)
+    adapted.merge(adapter_names=["default", "default"])
+    assert adapted.merged_adapters == ["default"]
+    assert torch.equal(adapted(x), y)
 
 
 def test_nan_is_refused(make_peft):
