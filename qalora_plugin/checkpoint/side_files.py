@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
-from ..files.inside import check_regular
-from ..files.json import read_json
+from ..files.inside import check_regular, open_regular
 from ..files.names import (
+    ADAPTER_CONFIG_FILE,
     CONFIG_FILE,
     INDEX_FILE,
     MANIFEST_FILE,
@@ -17,6 +17,7 @@ from ..files.names import (
     REPORT_FILE,
     TOKENIZER_CONFIG_FILE,
 )
+from ..files.schemas import TokenizerConfig, read_as
 
 _MORE_TEMPLATES = "additional_chat_templates/*.jinja"  # all but the default one
 MODEL_FILES = (
@@ -40,6 +41,7 @@ TOKENIZER_FILES = (
     "vocab.*",
 )
 _WRITTEN_ANEW = {
+    ADAPTER_CONFIG_FILE,  # with one transformers would load that adapter, on its base
     CONFIG_FILE,
     INDEX_FILE,
     MANIFEST_FILE,
@@ -56,18 +58,32 @@ def chat_templates(directory: Path) -> dict[str, str]:
 
     Files win over `chat_template` in tokenizer_config.json (`from_pretrained` of
     transformers/tokenization_utils_base.py).
+
+    Raises:
+        CheckpointError: a file leads out of the directory, or is no template.
     """
-    found = {path.stem: path.read_text("utf-8") for path in sorted(directory.glob(_MORE_TEMPLATES))}
+    files = {path.stem: path for path in sorted(directory.glob(_MORE_TEMPLATES))}
     default = directory / "chat_template.jinja"
     if default.is_file():
-        found = {"default": default.read_text("utf-8"), **found}
+        files = {"default": default, **files}
+    found = {name: _text(path, directory) for name, path in files.items()}
     settings = directory / TOKENIZER_CONFIG_FILE
     if found or not settings.is_file():
         return found
-    stated = read_json(settings).get("chat_template")
+    stated = read_as(settings, TokenizerConfig).get("chat_template")
     if isinstance(stated, list):
-        return {str(entry["name"]): str(entry["template"]) for entry in stated}
-    return {"default": stated} if isinstance(stated, str) else {}
+        return {entry["name"]: entry["template"] for entry in stated}
+    return {} if stated is None else {"default": stated}
+
+
+def _text(path: Path, directory: Path) -> str:
+    try:
+        with open_regular(path, directory) as file:
+            return file.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(
+            f"{path}: expected text in UTF-8, found other bytes ({error}). Copy it again."
+        ) from error
 
 
 def load_tokenizer(directory: Path, trust_remote_code: bool = False) -> Any:

@@ -163,6 +163,19 @@ class Record(TypedDict, total=False):
     measured: Measured | None
 
 
+class NamedTemplate(TypedDict):
+    """One of several chat templates in tokenizer_config.json."""
+
+    name: str
+    template: str
+
+
+class TokenizerConfig(TypedDict, total=False):
+    """tokenizer_config.json, as far as chat templates are read from it."""
+
+    chat_template: list[NamedTemplate] | str | None
+
+
 class LayerReport(TypedDict, total=False):
     """One layer in quantization_report.json, as far as it is read."""
 

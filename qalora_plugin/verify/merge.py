@@ -136,6 +136,12 @@ def verify_merge(
             f"{result.directory}: its quantization_config says nothing of a merge: it is a base. "
             "Give what `qalora merge` wrote; what `qalora export` wrote is compared by --against."
         )
+    if "adapters" in declared:
+        raise VerificationError(
+            f"{result.directory}: {len(declared['adapters'])} adapters were merged into it in one "
+            f"step ({declared.get('adapter')}), and what one of them gives is not there by itself. "
+            "Merge one alone, with `qalora merge`, to verify it."
+        )
     used, opened = str(declared.get("convention")), open_adapter(adapter)
     stated = opened.stated_convention()
     if stated is not None and stated != used:

@@ -134,6 +134,36 @@ def test_a_processor_that_was_trained_with(base, merged):
     assert json.loads((out / "preprocessor_config.json").read_text()) == {"size": 2}
 
 
+def test_an_adapter_beside_the_base_does_not_come_along(base, make_adapter, merged):
+    """transformers would load that adapter, and the base that it names, instead of the model."""
+    other = make_adapter(base, name="other")
+    shutil.copytree(other, base, dirs_exist_ok=True)
+    out = merged(lambda adapter: None)
+    assert (base / "adapter_config.json").exists() and not (out / "adapter_config.json").exists()
+
+
+TEMPLATES = {
+    "a link out": ("chat_template.jinja", None, "leads out of its directory"),
+    "other bytes": ("chat_template.jinja", b"\xff", "expected text in UTF-8"),
+    "no name": (
+        "tokenizer_config.json",
+        b'{"chat_template": [{}]}',
+        "chat_template.0.name: missing",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", TEMPLATES)
+def test_templates_that_are_none(case, tmp_path):
+    name, content, message = TEMPLATES[case]
+    (tmp_path / "secret").write_text("secret")
+    path = tmp_path / "model" / name
+    path.parent.mkdir()
+    path.symlink_to(tmp_path / "secret") if content is None else path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=message):
+        chat_templates(path.parent)
+
+
 @pytest.mark.parametrize("content", ["[]", '{"model": 3}', '{"model": {"vocab": [1]}}'])
 def test_a_damaged_vocabulary_is_an_error(content, make_adapter, base, tmp_path):
     adapter = tokenizer(make_adapter(base), eos_token="a")

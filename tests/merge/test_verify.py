@@ -108,6 +108,16 @@ def test_a_base_is_not_merged(base_dir, adapter_dir):
         verify_merge(base_dir, adapter_dir, base_dir)
 
 
+def test_several_adapters_that_were_merged_at_once(merged_dir, adapter_dir):
+    config = json.loads((unbound(merged_dir) / "config.json").read_text())
+    record = config["quantization_config"]["merged"]
+    both = {"adapter": "a, b", "peft_type": "QALORA", "adapters": [record, record]}
+    config["quantization_config"]["merged"] = both  # as merge_and_unload writes it
+    (merged_dir / "config.json").write_text(json.dumps(config))
+    with pytest.raises(VerificationError, match=r"2 adapters were merged .*\(a, b\)"):
+        verify_merge(merged_dir, adapter_dir)
+
+
 def test_another_adapter(merged_dir, base_dir, adapter_dir, tmp_path):
     other = shutil.copytree(adapter_dir, tmp_path / "other")
     edit_tensors(other, lambda t: t.update({key: 1.01 * value for key, value in t.items()}))
