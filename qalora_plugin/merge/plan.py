@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from qalora_kernels import PackedWeight
-from qalora_kernels.stored import TensorPlan, layer_plan
+from qalora_kernels.stored import TensorPlan, layer_header, layer_plan
 
 from ..checkpoint.checkpoint import QuantizedCheckpoint
 from ..checkpoint.config import QALoRAQuantConfig
@@ -56,14 +56,6 @@ class MergePlan:
     tensors: TensorPlan
     config: dict[str, Any]
 
-    def merged_layer(self, name: str) -> PackedWeight:
-        """Return one quantized layer of the result; an unadapted one is the base's.
-
-        Raises:
-            AdapterError: folded in, the change leaves the range of the stored dtype.
-        """
-        return self._merge(name, self.base.layer(name))
-
     def _merge(self, name: str, weight: PackedWeight) -> PackedWeight:
         if name not in self.layers:
             return weight
@@ -77,8 +69,12 @@ class MergePlan:
         return merged
 
     def stored_layer(self, name: str) -> dict[str, torch.Tensor]:
-        """Return the tensors of one quantized layer by name, as the result stores them."""
-        return pack_layer(name, self.merged_layer(name))
+        """Return the tensors of one quantized layer by name, as the result stores them.
+
+        Raises:
+            AdapterError: folded in, the change leaves the range of the stored dtype.
+        """
+        return pack_layer(name, self._merge(name, self.base.layer(name)))
 
     def written_layer(self, name: str) -> dict[str, torch.Tensor]:
         """Return the same; the integers, where they are `copied`, are on the meta device."""
@@ -91,10 +87,22 @@ class MergePlan:
         base, adapter = self.base, self.adapter
         found = {name: (base.reader, own) for name, own in self.dense.from_base.items()}
         found |= {name: (adapter.reader, key) for name, key in self.dense.from_adapter.items()}
-        if not base.is_foreign:  # the integers stay as they are
-            integers = [f"{name}.{base.integers}" for name in base.layers]
-            found |= {name: (base.reader, name) for name in integers}
+        for name in base.layers:
+            found |= {tensor: (base.reader, tensor) for tensor in self.kept(name)}
         return found
+
+    def kept(self, name: str) -> list[str]:
+        """Return the tensors of a layer that stay as the base stores them; none if it is foreign.
+
+        Of an adapted layer these are the integers. Another one, read and packed again as a merge in
+        memory does it, could lose the last bits of a minimum (`qalora_kernels.load_offsets`).
+        """
+        base = self.base
+        if base.is_foreign:
+            return []
+        if name in self.layers:
+            return [f"{name}.{base.integers}"]
+        return [*layer_header(name, base.layers[name], base.config.desc_act)]
 
 
 def plan_merge(
@@ -135,6 +143,9 @@ def make_plan(adapter: Adapter, base: QuantizedCheckpoint, convention: str) -> M
     """
     trained = find_trained_model(adapter, base)
     layers = pair(adapter, base, trained, convention)
+    if base.config.desc_act and not base.is_foreign:  # what is copied is looked at here
+        for name in base.layers.keys() - layers.keys():
+            base.layer(name, integers=False)
     dense = plan_dense(adapter, base, trained)
     tensors = base.plan()
     for name, merge in layers.items():

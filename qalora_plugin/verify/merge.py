@@ -226,6 +226,8 @@ def _check_layer(plan: MergePlan, result: QuantizedCheckpoint, name: str) -> Non
         found = result.reader.get(tensor)
         if _equal(wanted, found):
             continue
+        if tensor in plan.kept(name) and _equal(plan.base.reader.get(tensor), found):
+            continue
         if not wanted.is_floating_point():
             how = (
                 "it must stay as it is. Merge again, into the base that the adapter was trained on."

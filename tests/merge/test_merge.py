@@ -76,6 +76,23 @@ def test_only_scales_and_offsets_change(base_dir, make_adapter, tmp_path):
     assert changed == {f"{layer}.offsets" for layer in open_adapter(adapter).layers}
 
 
+def test_unadapted_layers_are_copied(bf16_grid_dir, make_adapter, tmp_path):
+    """Read and packed again, a minimum that is tiny beside its scale would become 0."""
+    base = shutil.copytree(bf16_grid_dir, tmp_path / "base")
+    name = "model.layers.0.mlp.gate_proj"
+    edit_tensors(base / "model.safetensors", lambda t: t[f"{name}.scales"].fill_(1))
+    edit_tensors(base / "model.safetensors", lambda t: t[f"{name}.offsets"].fill_(6e-8))
+    adapter = make_adapter(base, layers=lambda layer: layer != name)
+    out = merge_adapter(adapter, tmp_path / "merged").out
+    for part in ("scales", "offsets"):
+        assert _bytes(base, f"{name}.{part}") == _bytes(out, f"{name}.{part}")
+    assert verify_merge(out, adapter).unadapted_layers == 1
+    # in memory they are packed again, which is no other number there
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(adapter))
+    model.merge_and_unload().save_pretrained(tmp_path / "unloaded")
+    assert verify_merge(tmp_path / "unloaded", adapter).unadapted_layers == 1
+
+
 def test_result_is_a_model_directory(base_dir, make_adapter, tmp_path):
     adapter = make_adapter(base_dir)
     (adapter / "tokenizer_config.json").write_text('{"from": "training"}')
