@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from peft import TaskType
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
 from ..checkpoint.merged import MergedAdapter, merged_in_memory
@@ -168,19 +168,46 @@ class QALoRAModel(BaseTuner):
 
         Arguments and errors are those of `merge_adapter`; `progressbar` shows one.
         """
-        self._check_merge(adapter_names)
         names = self.active_adapters if adapter_names is None else adapter_names
         adapters = self._merged_adapters(names)
+        whole = self._saved_modules(adapters)
+        self._check_merge(adapter_names)
+        self._put(whole)
         return _recorded(super().merge_and_unload(progressbar, safe_merge, adapter_names), adapters)
 
     def unload(self) -> nn.Module:
         """Return the plain model, adapters removed.
 
         As in PEFT's LoRA, what `merge_adapter` has folded in stays, and the config's `merged` says
-        so; `unmerge_adapter()` first gives the base.
+        so; `unmerge_adapter()` first gives the base, also where modules_to_save were trained.
         """
         adapters = self._merged_adapters([])
+        self._put(self._saved_modules(adapters))
         return _recorded(super().unload(), adapters)
+
+    def _saved_modules(self, adapters: list[MergedAdapter]) -> dict[str, nn.Module]:
+        """Return what stands in the place of each of modules_to_save once these are merged.
+
+        Raises:
+            AdapterError: two of the adapters replace one module; nothing has changed.
+        """
+        # PEFT takes that of the active adapter, whichever are merged, and fails where it has none
+        whole: dict[str, nn.Module] = {}
+        for key, wrapper in self.model.named_modules(remove_duplicate=False):
+            if not isinstance(wrapper, ModulesToSaveWrapper):
+                continue
+            held = [a.adapter for a in adapters if a.adapter in wrapper.modules_to_save]
+            if len(held) > 1:
+                raise AdapterError(
+                    f"{key}: the adapters {held} each replace this module (modules_to_save), and "
+                    "one alone can be merged: choose it with adapter_names"
+                )
+            whole[key] = wrapper.modules_to_save[held[0]] if held else wrapper.original_module
+        return whole
+
+    def _put(self, modules: dict[str, nn.Module]) -> None:
+        for key, module in modules.items():
+            self.model.set_submodule(key, module)
 
     def _merged_adapters(self, names: list[str]) -> list[MergedAdapter]:
         """Describe the adapters that are merged already, and these."""

@@ -178,3 +178,27 @@ def test_merge_and_unload_of_chosen_adapters(make_llama, make_peft, ids, fill_ad
     record = merged.config.quantization_config.merged
     assert record["adapter"] == "default, other"
     assert [entry["adapt"] for entry in record["adapters"]] == ["zeros", "scales"]
+
+
+@torch.no_grad()
+def test_whole_modules_are_those_of_the_merged_adapters(make_llama, make_peft, ids, fill_adapters):
+    """Whichever adapter is active; `unload` merges none."""
+
+    def make(second=None, active="default"):
+        model = make_peft(modules_to_save=["lm_head"])
+        model.add_adapter("other", QALoRAConfig(r=2, modules_to_save=second))
+        fill_adapters(model)
+        for name, weight in model.named_parameters():
+            if ".modules_to_save." in name:
+                weight.mul_(2 if ".default." in name else 3)
+        model.set_adapter("other")
+        logits = model(ids).logits
+        model.set_adapter(active)
+        return model, logits
+
+    for model, logits in (make(), make(["lm_head"]), make(["norm"], "other")):
+        assert torch.equal(model.merge_and_unload(adapter_names=["other"])(ids).logits, logits)
+    model, _ = make(["lm_head"])
+    with pytest.raises(AdapterError, match=r"lm_head: the adapters \['default', 'other'\] each"):
+        model.merge_and_unload(adapter_names=["default", "other"])
+    assert torch.equal(model.unload()(ids).logits, make_llama()(ids).logits)
