@@ -16,7 +16,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import SaveStrategy
 
-from ..errors import ConfigError
+from ..errors import CheckpointError, ConfigError
 from ..files.names import ADAPTER_WEIGHTS_FILE
 from ..tuner.resuming import adapter_directory
 
@@ -37,9 +37,19 @@ def _as_text(log: list[dict[str, float]]) -> str:
 
 
 def read_state(checkpoint: Path) -> TrainerState | None:
-    """Read the Trainer's state from a checkpoint; None where there is none."""
+    """Read the Trainer's state from a checkpoint; None where there is none.
+
+    Raises:
+        CheckpointError: the file is damaged, or another release of transformers wrote it.
+    """
     path = checkpoint / TRAINER_STATE_NAME
-    return TrainerState.load_from_json(str(path)) if path.exists() else None
+    try:
+        return TrainerState.load_from_json(str(path)) if path.exists() else None
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"{path}: expected the state of the Trainer, found what cannot be read ({error}). Copy "
+            "the checkpoint again, or choose another"
+        ) from error
 
 
 def save_if_best(

@@ -64,7 +64,8 @@ def changed_tensors(model: PeftModel) -> Iterator[tuple[str, torch.Tensor]]:
                 yield f"{stored}.scales", scales.to(base.spec.scales_dtype)
             yield f"{stored}.offsets", store_offsets(offsets, scales, base.spec)
         elif isinstance(module, ModulesToSaveWrapper):
-            whole = module.modules_to_save[model.active_adapter]
+            held = model.active_adapter in module.modules_to_save
+            whole = module.modules_to_save[model.active_adapter] if held else module.original_module
             for part, tensor in whole.named_parameters():
                 yield f"{name}.{part}", tensor.detach()
 

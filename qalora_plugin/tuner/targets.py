@@ -3,10 +3,10 @@
 import copy
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-from peft import PeftModel
+from peft import PeftModel, TaskType
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -26,6 +26,8 @@ from .selecting import is_selected, pattern_key
 
 _log = logging.getLogger(__name__)
 _SHOWN = 8  # names in an error message
+# of these PEFT adds names of heads to modules_to_save, whichever the model has
+_WITH_HEAD = (TaskType.SEQ_CLS, TaskType.TOKEN_CLS, TaskType.QUESTION_ANS)
 
 
 def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -117,24 +119,39 @@ def resolve_targets(config: QALoRAConfig, model: nn.Module) -> None:
             "quantize them too (modules_to_not_convert). Quantized are "
             f"{_shorten(_leaves(quantized))}"
         )
-    _tell_of_unmatched(config, matched)
+    _tell_of_unmatched(config, matched, [name for name, _ in _modules(model)])
     _keep_within(config, list(matched), quantization_config(model))
 
 
-def _tell_of_unmatched(config: QALoRAConfig, matched: dict[str, nn.Module]) -> None:
+def _ends(names: Iterable[str]) -> set[str]:
+    """Return the names, and the last parts of each."""
+    parts = [name.split(".") for name in names]
+    return {".".join(name[start:]) for name in parts for start in range(len(name))}
+
+
+def _tell_of_unmatched(
+    config: QALoRAConfig, matched: dict[str, nn.Module], modules: list[str]
+) -> None:
     """Warn of names and patterns that select nothing, such as misspelt ones."""
     lost: dict[str, set[str]] = {}
     if not isinstance(config.target_modules, str):
-        names = [name.split(".") for name in matched]
-        ends = {".".join(parts[start:]) for parts in names for start in range(len(parts))}
-        lost["target_modules"] = set(config.target_modules or ()) - ends
+        lost["target_modules"] = set(config.target_modules or ()) - _ends(matched)
+    if not isinstance(config.exclude_modules, str):
+        lost["exclude_modules"] = set(config.exclude_modules or ()) - _ends(modules)
+    if config.task_type not in _WITH_HEAD:
+        whole = config.modules_to_save or []
+        lost["modules_to_save"] = {e for e in whole if not any(n.endswith(e) for n in modules)}
+    layers = config.layers_to_transform
+    numbers = layers if isinstance(layers, list) else [] if layers is None else [layers]
+    found = {part for name in matched for part in name.split(".")}
+    lost["layers_to_transform"] = set(map(str, numbers)) - found
     for field in ("rank_pattern", "alpha_pattern"):
         patterns = getattr(config, field)
         lost[field] = set(patterns) - {pattern_key(patterns, name) for name in matched}
     for field, entries in lost.items():
         if entries:
             _log.warning(
-                "%s: %s: no layer of the base is selected by %s; correct the name, or leave it out",
+                "%s: %s: nothing in the base is selected by %s; correct the name, or leave it out",
                 *(field, _shorten(sorted(entries)), "it" if len(entries) == 1 else "these"),
             )
 

@@ -19,7 +19,8 @@ from qalora_plugin import (
     quantize_model,
     verify_merge,
 )
-from qalora_plugin.errors import AdapterError, ConfigError, OutputError
+from qalora_plugin.errors import AdapterError, CheckpointError, ConfigError, OutputError
+from qalora_plugin.training.best import best_adapter
 from qalora_plugin.training.save import check_savable, save_base
 
 IDS = torch.arange(5, 25)[None]
@@ -234,6 +235,14 @@ def test_no_evaluation_that_gave_a_number(bases, make_trainer, text_rows, tmp_pa
     with pytest.raises(OutputError, match=r"safe in .*no evaluation gave a number"):
         trainer.train()
     assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"of_a_later_release": 1}'])
+def test_a_state_that_cannot_be_read_is_named(text, tmp_path):
+    (tmp_path / "trainer_state.json").write_text(text)
+    state = TrainerState(best_model_checkpoint=str(tmp_path), best_global_step=1, global_step=1)
+    with pytest.raises(CheckpointError, match=r"trainer_state\.json: expected the state"):
+        best_adapter(state, "default")
 
 
 def test_best_checkpoint_of_a_run_that_was_moved(bases, make_trainer, text_rows, tmp_path):

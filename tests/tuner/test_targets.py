@@ -139,7 +139,22 @@ def test_a_misspelt_target_is_told_of(make_llama, caplog):
     )
     assert "target_modules" not in caplog.text
     get_peft_model(make_llama(), QALoRAConfig(r=2, target_modules=["q_proj", "k_porj"]))
-    assert "target_modules: k_porj: no layer of the base is selected by it" in caplog.text
+    assert "target_modules: k_porj: nothing in the base is selected by it" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("field", "right", "wrong"),
+    [
+        ("modules_to_save", ["lm_head"], ["lm_haed"]),
+        ("exclude_modules", ["q_proj", "layers.1.mlp"], ["q_porj"]),
+        ("layers_to_transform", [0, 1], [7]),
+    ],
+)
+def test_what_selects_nothing_is_told_of(field, right, wrong, make_llama, caplog):
+    get_peft_model(make_llama(), QALoRAConfig(r=2, **{field: right}))
+    assert not caplog.records
+    get_peft_model(make_llama(), QALoRAConfig(r=2, **{field: [*right, *wrong]}))
+    assert f"{field}: {wrong[0]}: nothing in the base is selected by it" in caplog.text
 
 
 @pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
@@ -149,4 +164,4 @@ def test_a_pattern_that_no_adapted_layer_matches_is_told_of(field, make_llama, c
     assert field not in caplog.text
     config = QALoRAConfig(r=2, target_modules=["q_proj"], **{field: {"q_proj": 4, "k_proj": 8}})
     get_peft_model(make_llama(), config)
-    assert f"{field}: k_proj: no layer of the base is selected by it" in caplog.text
+    assert f"{field}: k_proj: nothing in the base is selected by it" in caplog.text
