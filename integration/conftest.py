@@ -1,11 +1,12 @@
 """Fixtures that run scripts inside the environments of other systems."""
 
+import contextlib
 import json
 import os
 import shutil
 import subprocess
 import sys
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -73,3 +74,39 @@ def run_python():
 def run_json(run_python):
     """`run_json(...)`, arguments as those of `run_python` -> the last line of stdout, as JSON."""
     return lambda *args, **kwargs: json.loads(run_python(*args, **kwargs).strip().splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def programs(env_python):
+    """`programs(name, **environment)` -> `run(program, ...)`: its stdout. The programs of an
+    environment run in one process (programs.py), those of another, or with other variables, in
+    another."""
+    with contextlib.ExitStack() as running:
+
+        @cache
+        def start(name, **environment):
+            command = [env_python(name), "-P", ROOT / "integration" / "programs.py"]
+            variables = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": ""} | environment
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+            process = subprocess.Popen(command, env=variables, cwd=ROOT, **pipes)
+            running.enter_context(process)
+
+            def run(*line):
+                line = [str(part) for part in line]
+                print(json.dumps(line), file=process.stdin, flush=True)
+                answer = process.stdout.readline()
+                assert answer, f"{line}: its process ended; what it said is above"
+                found = json.loads(answer)
+                if found["status"]:
+                    pytest.fail(f"{line}: {found['status']}\n{found['stderr'][-4000:]}")
+                return found["stdout"]
+
+            return run
+
+        yield start
+
+
+@pytest.fixture(scope="module")
+def command_line(programs, project_path):
+    """`command_line(name)` -> `run("export", ...)`: stdout of this project's command there."""
+    return lambda name: partial(programs(name, PYTHONPATH=str(project_path)), "qalora_plugin")

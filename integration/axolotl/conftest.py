@@ -72,7 +72,7 @@ def axolotl(env_python, project_path, work):
         "PYTHONPATH": str(project_path),
         "HF_HUB_OFFLINE": "1",
         "AXOLOTL_DO_NOT_TRACK": "1",
-        "OMP_WAIT_POLICY": "PASSIVE",
+        "OMP_NUM_THREADS": "1",
     }
     return Axolotl(python, environment, work)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from qalora_plugin import verify_merge
 from qalora_plugin.tuner.parameter_groups import SCALE_LR_RATIO
 
 Axolotl = Any  # the fixture's class, in conftest.py
@@ -177,35 +178,39 @@ def test_wrong_configs_are_refused(driven, key, allowed):
     assert allowed in message
 
 
-@pytest.mark.parametrize("deepspeed", [None, "recipes/deepspeed/zero3.json"])
-def test_two_ranks(axolotl, work, small, deepspeed):
-    """DDP and ZeRO-3: one quantized base, for both runs, and one merged directory each."""
-    out = work / "ranks" / ("zero3" if deepspeed else "ddp")
-    settings = json.dumps({"output_dir": str(out), "max_steps": 2, "deepspeed": deepspeed})
-    torchrun = [axolotl.python.parent / "torchrun", "--nproc_per_node", 2]
-    axolotl.run(out.name, *torchrun, HERE / "two_ranks.py", small, settings)
-    bases = [path for path in out.with_name("quantized_bases").iterdir() if path.is_dir()]
-    assert len(bases) == 1
-    assert sorted(path.name for path in out.glob("*merged*")) == ["merged"]
-    state = json.loads((out / "checkpoint-2" / "trainer_state.json").read_text())
-    assert state["log_history"][-1]["qalora/offset_change"] > 0
-    assert state["epoch"] > 0.15  # of 43 rows, two steps of two rows on each of two ranks
-    axolotl.verify(out)
-
-
-def test_fsdp2_reaches_the_adapter_of_one_rank(axolotl, work, small, even, driven):
-    out = work / "ranks" / "fsdp2"
+@pytest.fixture(scope="session")
+def ranks(axolotl, work, small, even):
+    """The folder of what two ranks trained: DDP and ZeRO-3 on one base, and FSDP2."""
+    folder = work / "ranks"
     sharding = {
         "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
         "state_dict_type": "SHARDED_STATE_DICT",
         "reshard_after_forward": True,
         "cpu_ram_efficient_loading": False,
     }
-    settings = even | {"output_dir": str(out), "micro_batch_size": 2}
-    settings |= {"fsdp_version": 2, "fsdp_config": sharding}
-    torchrun = [axolotl.python.parent / "torchrun", "--nproc_per_node", 2]
-    axolotl.run("fsdp2", *torchrun, HERE / "two_ranks.py", small, json.dumps(settings))
-    name = "adapter_model.safetensors"
+    fsdp2 = even | {"micro_batch_size": 2, "fsdp_version": 2, "fsdp_config": sharding}
+    zero3 = {"max_steps": 2, "deepspeed": "recipes/deepspeed/zero3.json"}
+    runs = {"ddp": {"max_steps": 2}, "zero3": zero3, "fsdp2": fsdp2}
+    settings = [values | {"output_dir": str(folder / name)} for name, values in runs.items()]
+    axolotl.run("ranks", axolotl.python, HERE / "two_ranks.py", small, json.dumps(settings))
+    return folder
+
+
+@pytest.mark.parametrize("mode", ["ddp", "zero3"])
+def test_two_ranks(ranks, mode):
+    """One quantized base, for both runs, and one merged directory each."""
+    out = ranks / mode
+    bases = [path for path in (ranks / "quantized_bases").iterdir() if path.is_dir()]
+    assert len(bases) == 1
+    assert sorted(path.name for path in out.glob("*merged*")) == ["merged"]
+    state = json.loads((out / "checkpoint-2" / "trainer_state.json").read_text())
+    assert state["log_history"][-1]["qalora/offset_change"] > 0
+    assert state["epoch"] > 0.15  # of 43 rows, two steps of two rows on each of two ranks
+    assert verify_merge(out / "merged", out).layers == 28
+
+
+def test_fsdp2_reaches_the_adapter_of_one_rank(ranks, work, driven):
+    out, name = ranks / "fsdp2", "adapter_model.safetensors"
     one, two = (load_file(folder / name) for folder in (work / "one_rank", out))
     assert one.keys() == two.keys()
     difference = sum((one[key] - two[key]).square().sum() for key in one).sqrt()
@@ -213,7 +218,7 @@ def test_fsdp2_reaches_the_adapter_of_one_rank(axolotl, work, small, even, drive
     assert max(one[key].abs().max() for key in one if "qalora_B" in key) > 1e-3  # it was trained
     state = json.loads((out / "checkpoint-3" / "trainer_state.json").read_text())
     assert state["log_history"][-1]["qalora/offset_change"] > 0
-    assert axolotl.verify(out)["layers"] == 28
+    assert verify_merge(out / "merged", out).layers == 28
 
 
 def diff_lines(prefix):

@@ -1,15 +1,7 @@
-"""Trainings on CPU ranks, one after the other: drive.py BASE_16BIT WORK_DIR [STEP...] -> JSON
-
-The ranks of a run are forked from this process, since importing TRL and DeepSpeed takes longer
-than any of the runs; like `srun` or `mpirun`, nothing here ends the ranks that outlive another.
-"""
+"""Trainings on CPU ranks, one after the other: drive.py BASE_16BIT WORK_DIR [STEP...] -> JSON"""
 
 import json
-import multiprocessing
-import os
 import shutil
-import signal
-import socket
 import sys
 import time
 import traceback
@@ -17,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ranks import launch
 from safetensors.torch import load_file
 from support.mixtures import mixture
 from train import SHARDED, Job, run
@@ -26,70 +19,19 @@ from qalora_plugin import quantize_model, verify_merge
 STEPS = 20
 MODES = [("one", 1, "ddp"), *((mode, 2, mode) for mode in SHARDED)]
 """Name, ranks and mode of each run of `straight`."""
-FORK = multiprocessing.get_context("fork")
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
-
-
-def rank_main(number, ranks, port, log, work):
-    """Run one rank with its environment, log and exit status; with port 0 it is alone."""
-    place = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
-    if port:
-        os.environ |= {key: str(value) for key, value in place.items()}
-        os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    with open(f"{log}.{number}", "wb", buffering=0) as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    try:
-        work()
-    except BaseException:
-        traceback.print_exc()
-        os._exit(1)
-    sys.stdout.flush()
-    os._exit(0)
 
 
 class Runs:
-    """Starts ranks, and keeps what became of them."""
+    """Trains, and compares what became of it."""
 
     def __init__(self, dense, base, work):
         self.dense, self.base, self.work = dense, base, work
-
-    def launch(self, name, ranks, work, *, grouped=False):
-        """Run `work` in every rank; return how each ended, and how long the last outlived a kill.
-
-        One rank alone has no process group, unless it is `grouped`.
-        """
-        log, port = self.work / f"{name}.log", free_port() if ranks > 1 or grouped else 0
-        processes = [
-            FORK.Process(target=rank_main, args=(number, ranks, port, log, work))
-            for number in range(ranks)
-        ]
-        for process in processes:
-            process.start()
-        killed, deadline = None, time.monotonic() + 240
-        while any(process.is_alive() for process in processes) and time.monotonic() < deadline:
-            if killed is None and any(p.exitcode == -signal.SIGKILL for p in processes):
-                killed = time.monotonic()
-            time.sleep(0.02)
-        seconds = None if killed is None else round(time.monotonic() - killed, 1)
-        hung = [number for number, process in enumerate(processes) if process.is_alive()]
-        for process in processes:
-            process.kill()
-            process.join()
-        texts = [Path(f"{log}.{number}").read_text(errors="replace") for number in range(ranks)]
-        codes = [process.exitcode for process in processes]
-        return {"codes": codes, "hung": hung, "seconds_after_kill": seconds, "logs": texts}
 
     def train(self, name, ranks, mode, *, must_end=True, **job):
         """Train; return what result.json says, or how the ranks ended unless they `must_end`."""
         out = self.work / name
         settings = {"base": str(self.base), "out": str(out), "mode": mode, "steps": STEPS} | job
-        ended = self.launch(name, ranks, lambda: run(Job(**settings)))
+        ended = launch(self.work / f"{name}.log", ranks, lambda: run(Job(**settings)))
         if must_end:
             if ended["codes"] != [0] * ranks:
                 raise SystemExit(f"{name}: {ended['codes']}\n" + "\n".join(ended["logs"])[-6000:])

@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from drive import Runs
+from ranks import launch
 from support.random_model import random_checkpoint
 from train import ROOT, Job, make_trainer, use_cpu_ranks
 from transformers import AutoTokenizer, LlamaConfig
@@ -116,13 +116,12 @@ def main():
         work = Path(folder)
         base = work / "base"
         make_base(base, layers)
-        runs = Runs(base, base, work)
         found: dict[str, Any] = {"layers": layers, "bits": 4, "group_size": 32, "ranks": {}}
         for count in counts:
             run = work / f"ranks{count}"
             start = time.monotonic()
             work_in = partial(measure, base, run, count)
-            ended = runs.launch(run.name, count, work_in, grouped=True)
+            ended = launch(f"{run}.log", count, work_in, grouped=True)
             if ended["codes"] != [0] * count:
                 raise SystemExit("\n".join(ended["logs"])[-5000:])
             parts = [json.loads(path.read_text()) for path in sorted(work.glob(f"{run.name}-*"))]

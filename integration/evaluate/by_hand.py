@@ -1,8 +1,8 @@
 """Run tasks by lm-evaluation-harness itself, in the environment that has it.
 
-    PYTHON integration/evaluate/by_hand.py MODEL_ARGS FOLDER TASK...
+    PYTHON integration/evaluate/by_hand.py FOLDER TASKS MODEL_ARGS...
 
-Prints {task: {metric: value}} as JSON. MODEL_ARGS are those of `lm_eval --model hf`.
+Prints {MODEL_ARGS: {task: {metric: value}}} as JSON. MODEL_ARGS are those of `lm_eval --model hf`.
 """
 
 import json
@@ -14,14 +14,17 @@ from lm_eval.tasks import TaskManager
 import qalora_plugin
 
 qalora_plugin.register()
-arguments, folder, *tasks = sys.argv[1:]
-found = lm_eval.simple_evaluate(
-    model="hf",
-    model_args=arguments,
-    tasks=tasks,
-    batch_size=4,
-    device="cpu",
-    task_manager=TaskManager(include_path=folder),
-    log_samples=False,
-)
-print(json.dumps(found["results"], default=str))
+folder, tasks, *models = sys.argv[1:]
+found = {
+    arguments: lm_eval.simple_evaluate(
+        model="hf",
+        model_args=arguments,
+        tasks=tasks.split(","),
+        batch_size=4,
+        device="cpu",
+        task_manager=TaskManager(include_path=folder),
+        log_samples=False,
+    )["results"]
+    for arguments in models
+}
+print(json.dumps(found, default=str))

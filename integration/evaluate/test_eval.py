@@ -75,26 +75,23 @@ def models(tmp_path_factory):
 
 
 def test_the_harness_run_by_hand_gives_the_same_numbers(
-    models, folder, env_python, project_path, run_json, run_python
+    models, folder, programs, command_line, project_path
 ):
-    python, paths = env_python("axolotl"), {"PYTHONPATH": project_path}
-
-    def ours(*arguments):
-        options = ["--tasks", ",".join(TASKS), "--include", folder, "--batch-size", "4", "--json"]
-        return run_json(python, "-m", "qalora_plugin", "eval", *arguments, *options, **paths)
-
-    def theirs(arguments):
-        return run_json(python, BY_HAND, arguments, folder, *TASKS, **paths)
-
     base, adapter, merged = (models / name for name in ("base", "adapter", "merged"))
     original = base_model_path()
+    cases = {
+        "quantized": ([merged], f"pretrained={merged}"),
+        "adapter": ([adapter, "--base", base], f"pretrained={base},peft={adapter}"),
+        "16-bit": ([original], f"pretrained={original}"),
+    }
+    names = ",".join(TASKS)
+    by_hand = (BY_HAND, folder, names, *(arguments for _, arguments in cases.values()))
+    printed = programs("axolotl", PYTHONPATH=str(project_path))(*by_hand)
+    truths, qalora = json.loads(printed.splitlines()[-1]), command_line("axolotl")
     found = {}
-    for kind, arguments, by_hand in (
-        ("quantized", [merged], f"pretrained={merged}"),
-        ("adapter", [adapter, "--base", base], f"pretrained={base},peft={adapter}"),
-        ("16-bit", [original], f"pretrained={original}"),
-    ):
-        report, truth = ours(*arguments), theirs(by_hand)
+    for kind, (arguments, model) in cases.items():
+        options = ["--tasks", names, "--include", folder, "--batch-size", "4", "--json"]
+        report, truth = json.loads(qalora("eval", *arguments, *options)), truths[model]
         assert report["kind"] == kind
         found[kind] = report["results"]
         for row in report["results"]:
@@ -111,8 +108,5 @@ def test_the_harness_run_by_hand_gives_the_same_numbers(
         assert report["results"][-1]["value"] == pytest.approx(sum(singles) / 2)
     # the merged model computes what base and adapter compute, and neither is the original
     assert found["quantized"] == found["adapter"] != found["16-bit"]
-    table = run_python(
-        python, "-m", "qalora_plugin", "eval", merged, "--tasks", "our_text", "--include", folder,
-        **paths,
-    )  # fmt: skip
+    table = qalora("eval", merged, "--tasks", "our_text", "--include", folder)
     assert "bits_per_byte" in table and "few-shot" in table.splitlines()[0]
