@@ -18,8 +18,8 @@ quickstart: $(VENV)/.installed-core $(if $(findstring --model,$(ARGS)),,$(VENV)/
 test: $(VENV)/.installed-dev
 	@OMP_NUM_THREADS=1 $(BIN)/pytest tests -n 2 --dist worksteal $(ARGS)
 
-# Two files at a time, on a thread each: two that wait for one another's cores took twice the CPU time. In their own
-# order: files with one long test would come last otherwise, and one process would wait for them.
+# Two files at a time, on a thread each: two that wait for one another's cores took twice the CPU time. In the order of
+# integration/conftest.py: xdist's own has files with one long test last, and one process would wait for them.
 # Each test builds the environment that it needs (integration/envs/build.py) and finds it cached later.
 integration: $(VENV)/.installed-dev $(VENV)/.installed-smollm2
 	@OMP_NUM_THREADS=1 $(BIN)/pytest integration -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)

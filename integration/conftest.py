@@ -14,6 +14,13 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def pytest_collection_modifyitems(items):
+    """Put the files that start other systems first: they are the long ones, and of two processes
+    none should wait for the other's last file."""
+    starting = {item.path for item in items if "env_python" in item.fixturenames}
+    items.sort(key=lambda item: item.path not in starting)
+
+
 @pytest.fixture(scope="session")
 def env_python():
     """`env_python("gptqmodel")` -> interpreter of that environment, built on first use."""
@@ -78,9 +85,10 @@ def run_json(run_python):
 
 @pytest.fixture(scope="module")
 def programs(env_python):
-    """`programs(name, **environment)` -> `run(program, ...)`: its stdout. The programs of an
-    environment run in one process (programs.py), those of another, or with other variables, in
-    another."""
+    """`programs(name, **environment)` -> `run(program, ...)`: its stdout.
+
+    The programs of an environment, with the same variables, run in one process (programs.py).
+    """
     with contextlib.ExitStack() as running:
 
         @cache

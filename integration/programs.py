@@ -14,10 +14,12 @@ import traceback
 
 answers = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)  # what libraries print by themselves is no answer
-here = os.getcwd()
+here, path = os.getcwd(), list(sys.path)
 for line in sys.stdin:
     sys.argv = json.loads(line)
-    run = runpy.run_path if sys.argv[0].endswith(".py") else runpy.run_module
+    is_file = sys.argv[0].endswith(".py")
+    sys.path[:] = [os.path.dirname(sys.argv[0]), *path] if is_file else path
+    run = runpy.run_path if is_file else runpy.run_module
     stdout, stderr, status = io.StringIO(), io.StringIO(), 0
     with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
         try:

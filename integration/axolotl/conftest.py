@@ -44,7 +44,7 @@ class Axolotl:
         """Run one to its end and return its output; fail the test where it fails."""
         process = self.start(name, *command)
         try:
-            code = process.wait(600)
+            code = process.wait(900)
         finally:
             process.kill()
         text = self.log(name).read_text(errors="replace")

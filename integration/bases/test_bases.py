@@ -19,13 +19,13 @@ OTHERS = ("ct_", "awq_", "autoround_")
 NAMES = sorted(path.name for path in FIXTURES.iterdir() if path.name.startswith(OTHERS))
 
 
-@pytest.fixture(scope="session")
-def dequantize(env_python, run_python, tmp_path_factory):
+@pytest.fixture(scope="module")
+def dequantize(programs, tmp_path_factory):
     """`dequantize(name, directory)` -> the weights as the owner of the format has them."""
 
     def run(name, directory):
         out = tmp_path_factory.mktemp("weights") / "weights.safetensors"
-        run_python(env_python("bases"), HERE / "dequantize.py", name, directory, out)
+        programs("bases")(HERE / "dequantize.py", name, directory, out)
         return load_file(out)
 
     return run

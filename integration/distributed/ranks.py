@@ -52,7 +52,7 @@ def launch(log, ranks, work, *, grouped=False):
     ]
     for process in processes:
         process.start()
-    killed, deadline = None, time.monotonic() + 240
+    killed, deadline = None, time.monotonic() + 480
     while any(process.is_alive() for process in processes) and time.monotonic() < deadline:
         if killed is None and any(p.exitcode == -signal.SIGKILL for p in processes):
             killed = time.monotonic()

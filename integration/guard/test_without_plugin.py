@@ -1,6 +1,7 @@
 """Without the plugin, transformers must refuse our checkpoints: never a model of random layers."""
 
 import itertools
+import json
 import shutil
 from pathlib import Path
 
@@ -49,20 +50,14 @@ def quantized(tmp_path_factory):
         *zip(["bare", "newest"], MIXTURES, strict=True),
     ],
 )
-def test_stock_transformers_refuses(
-    environment,
-    name,
-    quantized,
-    env_python,
-    run_json,
-):
+def test_stock_transformers_refuses(environment, name, quantized, programs):
     auto_class = name if name in CLASSES else "AutoModelForCausalLM"
-    result = run_json(env_python(environment), LOADER, quantized[name], auto_class)
+    result = json.loads(programs(environment)(LOADER, quantized[name], auto_class))
     assert result["raised"], f"transformers {result['transformers']} returned a model"
     assert "mismatch" in result["raised"], result["raised"]
 
 
-def test_a_dense_model_still_loads_there(env_python, run_json):
+def test_a_dense_model_still_loads_there(programs):
     # otherwise the refusals above could come from a broken environment
-    result = run_json(env_python("bare"), LOADER, base_model_path(), "AutoModelForCausalLM")
+    result = json.loads(programs("bare")(LOADER, base_model_path(), "AutoModelForCausalLM"))
     assert result["raised"] is None

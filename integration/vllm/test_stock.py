@@ -1,5 +1,7 @@
 """Exports in vLLM as it is, without this project's plugin: run exactly, refused, or misread."""
 
+import shutil
+
 import pytest
 import torch
 from support.random_adapter import random_adapter
@@ -130,11 +132,11 @@ def test_vllm_refuses_torchao_exports(quickstart, env_python, run_json, vllm_env
         (libraries / path.name).symlink_to(path)
     assert {path.name.partition("-")[0] for path in libraries.iterdir()} == {"torchao"}
     out = export_model(quickstart / "merged", tmp_path / "torchao", "torchao").out
-    arguments = (env_python("vllm"), "integration/vllm/torchao_layers.py", out)
-    environment = vllm_environment | {"PYTHONPATH": libraries}
-    found = run_json(*arguments, **environment)
+    other = shutil.copytree(out, tmp_path / "other")
+    path = other / "config.json"
+    path.write_text(path.read_text().replace('"int7"', '"int4"'))  # the type that the layers have
+    arguments = (env_python("vllm"), "integration/vllm/torchao_layers.py", out, other)
+    found, taken = run_json(*arguments, **vllm_environment | {"PYTHONPATH": libraries})
     assert set(found) == set("qkvo")
     assert all("metadata mismatch" in str(raised) for raised in found.values()), found
-    path = out / "config.json"
-    path.write_text(path.read_text().replace('"int7"', '"int4"'))  # the type that the layers have
-    assert set(run_json(*arguments, **environment).values()) == {None}
+    assert set(taken.values()) == {None}

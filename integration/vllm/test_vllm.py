@@ -1,6 +1,7 @@
 """Merged checkpoints in vLLM, fp32 on the CPU, against transformers on the same directory."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from qalora_plugin import QALoRAQuantConfig, quantize_model
 from qalora_plugin.checkpoint.checkpoint import open_quantized
 
+HERE = Path(__file__).resolve().parent
 TOKENS = 96
 GENERATOR = torch.Generator().manual_seed(0)
 PROMPTS = [torch.randint(3, 256, (n,), generator=GENERATOR).tolist() for n in (5, 40, 23)]
@@ -106,14 +108,13 @@ def test_vllm_computes_what_transformers_computes(name, models, served):
         "8 bits, minima, biases",
     ],
 )
-def test_every_rank_has_the_bits_of_its_part(
-    name, models, env_python, run_json, vllm_environment, tmp_path
-):
+def test_every_rank_has_the_bits_of_its_part(name, models, programs, vllm_environment, tmp_path):
     checkpoint = open_quantized(models[name])
     dense = {layer: checkpoint.layer(layer).dequantize() for layer in checkpoint.layers}
     save_file(dense, tmp_path / "dense.safetensors")
-    arguments = ("integration/vllm/ranks.py", models[name], tmp_path / "dense.safetensors")
-    found = run_json(env_python("vllm"), *arguments, **vllm_environment)
+    run = programs("vllm", **vllm_environment)
+    printed = run(HERE / "ranks.py", models[name], tmp_path / "dense.safetensors")
+    found = json.loads(printed.splitlines()[-1])
     assert found["wrong"] == found["stale"] == [] and found["compared"] == 2 * 4 * (1 + 2 + 4)
     assert found["experts"].startswith(
         "model.layers.0.mlp.experts: experts quantized by qalora are"

@@ -1,6 +1,7 @@
 """Load a torchao export's first attention layers by vLLM's own code; run in the environment `vllm`.
 
-    python torchao_layers.py MODEL_DIR -> one line of JSON: what is raised for each layer, or null
+    python torchao_layers.py MODEL_DIR... -> one line of JSON: of each directory, what is raised for
+                                             each layer, or null
 
 Needs torchao beside vLLM. The layers are made and filled as vLLM does for any model; no engine is
 started.
@@ -21,15 +22,15 @@ from vllm.model_executor.layers.quantization.torchao import TorchAOConfig
 ATTENTION = "model.layers.0.self_attn"
 
 
-def outcome(load):
+def outcome(call):
     try:
-        load()
+        call()
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return None
 
 
-def main(directory):
+def load(directory):
     config = json.loads(Path(directory, "config.json").read_text())
     quantization = TorchAOConfig.from_config(config["quantization_config"])
     with safe_open(Path(directory, "model.safetensors"), "pt") as file:
@@ -47,11 +48,11 @@ def main(directory):
         for part in "qkv"
     }
     found["o"] = outcome(lambda: output.weight_loader(output.weight, parts["o"]))
-    print(json.dumps(found))
+    return found
 
 
 if __name__ == "__main__":
     with set_current_vllm_config(VllmConfig()):
         init_distributed_environment(1, 0, "tcp://127.0.0.1:0", 0, "gloo")
         initialize_model_parallel(1, 1)
-        main(*sys.argv[1:])
+        print(json.dumps([load(directory) for directory in sys.argv[1:]]))
