@@ -1,6 +1,7 @@
 """Training on several ranks with the real TRL, Accelerate and DeepSpeed, on CPU ranks over gloo."""
 
 import json
+import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,13 @@ Found = dict[str, Any]
 @pytest.fixture(scope="session")
 def run_script(env_python, run_json, project_path):
     """`run_script(name, *arguments)` -> the last line that a script of this folder prints."""
-    path = f"{project_path}:{ROOT / 'tests'}"
+    python, path = env_python("axolotl"), f"{project_path}:{ROOT / 'tests'}"
     environment = {"PYTHONPATH": path, "OMP_NUM_THREADS": 1, "OMP_WAIT_POLICY": "PASSIVE"}
+    # as for integration/axolotl: another ninja would compile DeepSpeed's C++ again, for a minute
+    environment["PATH"] = f"{python.parent}{os.pathsep}{os.environ['PATH']}"
 
     def run(script, *arguments):
-        command = [env_python("axolotl"), HERE / script, *arguments]
-        return run_json(*command, timeout=900, **environment)
+        return run_json(python, HERE / script, *arguments, timeout=900, **environment)
 
     return run
 
