@@ -23,18 +23,14 @@ class _Refused(ValueError):
     """A value that JSON allows and we do not."""
 
 
-def read_json(path: Path, directory: Path | None = None) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Args:
-        path: the file.
-        directory: that it has to lie in, links followed; by default its own.
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object from a file that lies in its directory, links followed.
 
     Raises:
         CheckpointError: the file is missing, unreadable, too large, not JSON, not an object, or
             holds what nothing of ours writes (see above).
     """
-    with open_regular(path, directory) as file:
+    with open_regular(path) as file:
         raw = file.read(MAX_JSON_BYTES + 1)
     if len(raw) > MAX_JSON_BYTES:
         raise CheckpointError(
@@ -108,6 +104,6 @@ def json_text(value: Any, *, sort_keys: bool = True) -> str:
     return json.dumps(value, indent=2, sort_keys=sort_keys) + "\n"
 
 
-def write_json(path: Path, value: Any, *, sort_keys: bool = True) -> None:
+def write_json(path: Path, value: Any) -> None:
     """Write `value` to `path` in the form of `json_text`."""
-    path.write_text(json_text(value, sort_keys=sort_keys), encoding="utf-8")
+    path.write_text(json_text(value), encoding="utf-8")

@@ -194,25 +194,19 @@ class Card(TypedDict, total=False):
     license: str | None
 
 
-def read_as(
-    path: Path,
-    schema: Any,
-    directory: Path | None = None,
-    error: type[QALoRAError] = CheckpointError,
-) -> dict[str, Any]:
+def read_as(path: Path, schema: Any, error: type[QALoRAError] = CheckpointError) -> dict[str, Any]:
     """Read a JSON object whose keys have the types of one of the classes above.
 
     Args:
         path: the file.
         schema: the class.
-        directory: as `read_json` takes it.
         error: what to raise for a value of another type.
 
     Raises:
         CheckpointError: see `read_json`.
         QALoRAError: of the class `error`: names the key, the type that was expected, and the value.
     """
-    value = read_json(path, directory)
+    value = read_json(path)
     check_types(value, schema, str(path), error)
     return value
 

@@ -27,7 +27,7 @@ from qalora_kernels.groups import expand
 from ..checkpoint.checkpoint import QuantizedCheckpoint, open_quantized
 from ..errors import VerificationError
 from ..files.manifest import check_manifest
-from ..files.names import MANIFEST_FILE
+from ..files.names import CONFIG_FILE, MANIFEST_FILE
 from ..formats.weights import ExactWeight
 from ..merge.adapter import open_adapter, open_base
 from ..merge.pairing import LayerMerge
@@ -154,6 +154,7 @@ def verify_merge(
     plan = make_plan(opened, open_base(opened, base), opened.convention(used))
     hashes = check_manifest(result.directory)
     _check_names(plan, result)
+    _check_grids(plan, result)
     _check_dense(plan, result)
     error = change = 0.0
     for done, name in enumerate(plan.base.layers, start=1):
@@ -201,6 +202,19 @@ def _check_names(plan: MergePlan, result: QuantizedCheckpoint) -> None:
                 f": expected {expected} as base and adapter give, found {found}. It was merged "
                 "from others.",
             )
+
+
+def _check_grids(plan: MergePlan, result: QuantizedCheckpoint) -> None:
+    """Compare the grids that config.json gives: tensors of other groups may have the same shape."""
+    for name, spec in plan.base.layers.items():
+        wanted = plan.layers[name].merged_spec if name in plan.layers else spec
+        for field in ("bits", "group_size", "offsets_at"):
+            expected, found = (getattr(s, field) for s in (wanted, result.layers[name]))
+            if found != expected:
+                raise VerificationError(
+                    f"{result.directory / CONFIG_FILE}: {field} of {name}: expected {expected!r} "
+                    f"as base and adapter give, found {found!r}. It was changed: merge again."
+                )
 
 
 def _check_dense(plan: MergePlan, result: QuantizedCheckpoint) -> None:

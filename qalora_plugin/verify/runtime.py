@@ -138,6 +138,7 @@ class _Run:
             list(map(str, command)),
             capture_output=True,
             text=True,
+            errors="replace",  # what a crash prints may be anything
             env=environment,
             stdin=subprocess.DEVNULL,  # nothing may be asked there
         )
@@ -175,7 +176,10 @@ def _missing(runtime: Runtime, python: str) -> str | None:
     )
     try:
         done = subprocess.run(
-            [python, "-c", code, json.dumps(runtime.modules)], capture_output=True, text=True
+            [python, "-c", code, json.dumps(runtime.modules)],
+            capture_output=True,
+            text=True,
+            errors="replace",
         )
     except OSError as error:
         raise VerificationError(f"{python}: cannot be run ({error.strerror}).") from error

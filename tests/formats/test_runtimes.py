@@ -68,6 +68,16 @@ def test_what_is_no_interpreter(prints, message, tmp_path):
         check_runtime(tmp_path, tmp_path, format_named("torchao"), program)
 
 
+def test_a_crash_that_prints_bytes(family, tmp_path):
+    source, program = family(LlamaConfig(**BLOCKS_OF_32)).directory, tmp_path / "python"
+    program.write_text(
+        "#!/bin/sh\n[ $1 = -c ] && echo '[]' && exit\nprintf 'oh\\377' >&2\nexit 3\n"
+    )
+    program.chmod(0o755)
+    with pytest.raises(VerificationError, match=r"exit status 3\):\noh\ufffd"):
+        check_runtime(tmp_path, source, format_named("gguf"), program)
+
+
 def test_a_classifier_is_not_run(family, tmp_path):
     """Its export is verified; the programs that run one compute logits of causal models."""
     source = family(LlamaConfig(**BLOCKS_OF_32)).directory

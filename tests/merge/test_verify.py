@@ -108,6 +108,16 @@ def test_a_base_is_not_merged(base_dir, adapter_dir):
         verify_merge(base_dir, adapter_dir, base_dir)
 
 
+def test_other_groups_of_the_same_number(merged_dir, adapter_dir):
+    """Groups of 40 in 64 inputs are two, as those of 32; no adapter is on the layer."""
+    config = json.loads((unbound(merged_dir) / "config.json").read_text())
+    grid = {"model.layers.0.mlp.gate_proj": {"group_size": 40}}
+    config["quantization_config"]["dynamic"] = grid
+    (merged_dir / "config.json").write_text(json.dumps(config))
+    with pytest.raises(VerificationError, match=r"group_size of .*expected 32 .*found 40"):
+        verify_merge(merged_dir, adapter_dir)
+
+
 def test_several_adapters_that_were_merged_at_once(merged_dir, adapter_dir):
     config = json.loads((unbound(merged_dir) / "config.json").read_text())
     record = config["quantization_config"]["merged"]
