@@ -38,8 +38,11 @@ def layer_changes(model: nn.Module) -> dict[str, dict[str, float]]:
             if total is None:
                 continue
             if kind == "offset_change":
-                total = total / _scales(layer.base_layer)
-                total = total[total.isfinite()]  # a group of equal weights has no step
+                scales = _scales(layer.base_layer)
+                stepped = scales != 0  # a group of equal weights has no step
+                if not stepped.any():
+                    continue
+                total = total[stepped] / scales[stepped]
             value = total.square().mean().sqrt().item()
             plain = name.removeprefix("base_model.model.").removeprefix("model.")
             changes.setdefault(kind, {})[plain] = round(value, 6)

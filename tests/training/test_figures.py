@@ -1,5 +1,7 @@
 """How far the offsets have moved, in what a Trainer logs."""
 
+import math
+
 import pytest
 import torch
 from datasets import Dataset
@@ -65,6 +67,13 @@ def test_the_change_is_in_steps_of_the_grid(base):
     expected = (1.0 / layer.base_layer.scales.float()).square().mean().sqrt().item()
     found = layer_changes(model)["offset_change"]["layers.0.self_attn.q_proj"]
     assert found == pytest.approx(expected, rel=1e-4)
+    layer.base_layer.scales[0] = 0  # those have no step
+    assert math.isfinite(layer_changes(model)["offset_change"]["layers.0.self_attn.q_proj"])
+    with torch.no_grad():
+        layer.qalora_B["default"].weight[0] = math.nan  # a row has diverged, and is not left out
+    assert math.isnan(layer_changes(model)["offset_change"]["layers.0.self_attn.q_proj"])
+    layer.base_layer.scales.zero_()
+    assert layer_changes(model) == {}
 
 
 def test_rows_of_the_log(base, tmp_path):
