@@ -176,6 +176,7 @@ def _quantize_again(base: PreTrainedModel, directory: Path, fingerprint: str) ->
         offsets_at=stored.offsets_at,
         dynamic=stored.dynamic,
         modules_to_not_convert=stored.modules_to_not_convert,
+        revision=_commit(base),
     )
     found = open_quantized(directory).config.base["fingerprint"]
     if found != fingerprint:
@@ -184,6 +185,11 @@ def _quantize_again(base: PreTrainedModel, directory: Path, fingerprint: str) ->
             f"of the base that was trained, found {found}. Its files have changed, or another "
             "device rounds otherwise. Train on a base that `qalora quantize` wrote."
         )
+
+
+def _commit(base: PreTrainedModel) -> str | None:
+    """Return the commit of the Hub repository that a model was loaded from, None of a directory."""
+    return getattr(base.config, "_commit_hash", None)
 
 
 def _set(undo: ExitStack, target: object, name: str, value: Any) -> None:
@@ -213,7 +219,8 @@ def _narrow_to_dtype_on_disk(base: PreTrainedModel, undo: ExitStack) -> None:
     TRL loads in fp32 by default: without this, embeddings would take twice their room.
     """
     try:
-        config = read_json(resolve_model_dir(base.config.name_or_path) / CONFIG_FILE)
+        directory = resolve_model_dir(base.config.name_or_path, _commit(base))
+        config = read_json(directory / CONFIG_FILE)
     except CheckpointError:
         return
     name = str(config.get("dtype") or config.get("torch_dtype"))

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import constants
 from peft import get_peft_model
+from support.adapters import edit_tensors
 from transformers import AutoModelForCausalLM, TrainerCallback, TrainerState
 
 from qalora_plugin import (
@@ -114,6 +116,25 @@ def test_a_sharded_base_that_is_quantized_again_has_fp16_scales(bases, tmp_path,
     assert same(tmp_path / "base", model)
     with pytest.raises(ConfigError, match=r"scales_dtype: expected 'float16' .*found 'bfloat16'"):
         check_savable(adapted_on_loading(scales_dtype="bfloat16"))
+
+
+def test_a_base_is_quantized_again_from_the_revision_that_was_loaded(bases, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    repository = tmp_path / "hub" / "models--org--tiny"
+    for revision, commit in (("main", "a" * 40), ("v2", "b" * 40)):
+        (repository / "refs").mkdir(parents=True, exist_ok=True)
+        (repository / "refs" / revision).write_text(commit)
+        shutil.copytree(bases["dense"], repository / "snapshots" / commit)
+    edit_tensors(
+        repository / "snapshots" / ("a" * 40) / "model.safetensors",
+        lambda tensors: tensors["model.layers.0.mlp.up_proj.weight"].neg_(),
+    )
+    settings = QALoRAQuantConfig(bits=4, group_size=32)
+    model = load("org/tiny", revision="v2", quantization_config=settings)
+    save_base(get_peft_model(model, config()), tmp_path / "base")
+    assert same(tmp_path / "base", model)
 
 
 def test_search_for_hyperparameters_is_refused(bases, make_trainer, tmp_path):
