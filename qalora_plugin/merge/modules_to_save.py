@@ -76,6 +76,12 @@ def _check_keys(
                 "checkpoint cannot hold its 16-bit copy. Adapt it instead, or keep it out of the "
                 "quantization (modules_to_not_convert)."
             )
+        info = adapter.reader.info(key)
+        if name in base.reader and base.reader.info(name).is_float != info.is_float:
+            raise adapter.error(
+                f"{key}: expected {base.reader.info(name).dtype_name}, as in the base, or another "
+                f"width of it, found {info.dtype_name}. The file is damaged: save it again."
+            )
         if name not in embeddings and not adapter.asks_to_save(trained.in_model(name)):
             raise adapter.error(
                 f"extra key {key}: neither a matrix of the adapter nor named in modules_to_save, "

@@ -58,7 +58,7 @@ def compare_logits(plan: MergePlan, merged: QuantizedCheckpoint) -> LogitsReport
     Raises:
         VerificationError: they differ by more than rounding explains.
     """
-    model = load_model(merged)
+    model = load_model(merged, trained_class(plan))
     ids = random_ids(model, 1, _TOKENS)
     merged_logits = logits_of(model, ids)
     base = _load_base(plan)
@@ -126,7 +126,7 @@ def compare_reference(plan: MergePlan, merged: QuantizedCheckpoint, reference: R
         for convention in CONVENTIONS:
             with added(base, plan, convention):
                 distances[convention] = _distance(wanted, logits_of(base, ids))
-    distances["merged"] = _distance(wanted, logits_of(load_model(merged), ids))
+    distances["merged"] = _distance(wanted, logits_of(load_model(merged, trained_class(plan)), ids))
     best = min(distances, key=distances.__getitem__)
     found = ", ".join(f"{name} {value:.3g}" for name, value in distances.items())
     found += f"; the adapter's effect: {effect:.3g}"
@@ -205,22 +205,28 @@ def _put_saved_tensors(model: nn.Module, plan: MergePlan) -> None:
             module.get_parameter(leaf).data = value
 
 
+def trained_class(plan: MergePlan) -> str | None:
+    """Return the class in which the adapter's layers have their names; None if it is any."""
+    if plan.trained.architecture is not None:
+        return plan.trained.architecture.class_name
+    return next(iter(plan.config.get("architectures") or ()), None)
+
+
 def _load_base(plan: MergePlan) -> Any:
     """Load the base as it was trained: with the merged model's vocabulary and whole tensors."""
     before, after = plan.base.reader.config, plan.config
     options: dict[str, Any] = {}
     if after.get("id2label") != before.get("id2label"):
         options["num_labels"] = len(after["id2label"])
-    model: Any = load_model(
-        plan.base, next(iter(after.get("architectures") or ()), None), **options
-    )
-    if _vocabulary(after) != _vocabulary(before):
-        model.resize_token_embeddings(_vocabulary(after), mean_resizing=False)
+    model: Any = load_model(plan.base, trained_class(plan), **options)
+    if vocabulary(after) != vocabulary(before):
+        model.resize_token_embeddings(vocabulary(after), mean_resizing=False)
     _put_saved_tensors(model, plan)
     return model
 
 
-def _vocabulary(config: dict[str, Any]) -> Any:
+def vocabulary(config: dict[str, Any]) -> Any:
+    """Return the size of the vocabulary that a config.json states, None if it states none."""
     return config.get("text_config", config).get("vocab_size")
 
 

@@ -25,7 +25,7 @@ from ..errors import CheckpointError, VerificationError
 from ..files.json import write_json
 from ..hf.load import load_model
 from ..merge.plan import plan_merge
-from .logits import added, logits_of, random_ids
+from .logits import added, logits_of, random_ids, trained_class, vocabulary
 
 ROWS, TOKENS = 2, 24
 # of a logit, in units of the logits' spread where that is more than one
@@ -201,18 +201,18 @@ def _missing(runtime: Runtime, python: str) -> str | None:
     )
 
 
-def _unfit(config: dict[str, Any]) -> str | None:
-    """Say why the model of a config.json is not run: its class is no causal language model's."""
-    named = config.get("architectures") or ()
+def _unfit(class_name: str | None, config: dict[str, Any]) -> str | None:
+    """Say why a model is not run: its class is not that of a causal language model."""
     causal = auto_class_names(AutoModelForCausalLM, config.get("model_type"))
-    if not named or named[0] in causal:
+    if class_name is None or class_name in causal:
         return None
-    return f"only causal language models are run there, and this is a {named[0]}"
+    return f"only causal language models are run there, and this is a {class_name}"
 
 
 def _check(run: _Run, against: str | Path) -> RuntimeReport:
     source, format = open_quantized(against), run.format
-    unfit = _unfit(source.reader.config)
+    named = next(iter(source.reader.config.get("architectures") or ()), None)
+    unfit = _unfit(named, source.reader.config)
     if unfit is not None:
         return RuntimeReport(format.runtime.title, unfit)
     model = load_model(source)
@@ -240,7 +240,9 @@ def _below_best(model: torch.nn.Module, ids: torch.Tensor, generated: torch.Tens
 def _check_adapter(run: _Run, adapter: str | Path, base: str | Path | None) -> RuntimeReport:
     """Compare an adapter in its runtime, on a base exported for that, with base and adapter."""
     plan, written = plan_merge(adapter, base), run.scratch / "base"
-    unfit = _unfit(plan.config)
+    unfit, size = _unfit(trained_class(plan), plan.config), vocabulary(plan.config)
+    if size != vocabulary(plan.base.reader.config):
+        unfit = f"the adapter has {size} tokens, and its base has to be resized to that before"
     if unfit is not None:
         return RuntimeReport(run.format.runtime.title, unfit)
     assert run.format.runtime.on is not None  # every record of an adapter's format says it

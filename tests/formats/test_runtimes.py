@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from support.adapters import edit_json, rewrite
+from support.adapters import edit_json, edit_tensors, rewrite
 from support.random_adapter import random_adapter
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -83,12 +83,28 @@ def test_a_classifier_is_not_run(family, tmp_path):
     source = family(LlamaConfig(**BLOCKS_OF_32)).directory
     model = shutil.copytree(source, tmp_path / "model")
     edit_json(model / "config.json", architectures=["LlamaForSequenceClassification"])
-    interpreter = tmp_path / "python"  # that has every runtime, and would not run one
-    interpreter.write_text("#!/bin/sh\necho '[]'\n")
-    interpreter.chmod(0o755)
     (model / "qalora_manifest.json").unlink(missing_ok=True)
-    report = check_runtime(tmp_path, model, format_named("torchao"), interpreter)
+    report = check_runtime(tmp_path, model, format_named("torchao"), having_all(tmp_path))
     assert "only causal language models" in str(report.not_run)
+
+
+def test_an_adapter_with_new_tokens_is_not_run(family, tmp_path):
+    source = family(LlamaConfig(**BLOCKS_OF_32))
+    adapter = random_adapter(source, tmp_path / "adapter")
+    names = ("model.embed_tokens.weight", "lm_head.weight")
+    rows = {f"base_model.model.{name}": source.reader.get(name) for name in names}
+    larger = {key: torch.cat([value, value[:2]]) for key, value in rows.items()}
+    edit_tensors(adapter, lambda tensors: tensors.update(larger))
+    report = check_runtime(tmp_path, adapter, format_named("lora"), having_all(tmp_path))
+    assert "has to be resized" in str(report.not_run)
+
+
+def having_all(folder):
+    """Write an interpreter that says that it has every runtime, and would not run one."""
+    program = folder / "python"
+    program.write_text("#!/bin/sh\necho '[]'\n")
+    program.chmod(0o755)
+    return program
 
 
 def test_llama_cpp_computes_in_fp32_where_nothing_is_rounded(sources, tmp_path):

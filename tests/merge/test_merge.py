@@ -356,3 +356,5 @@ def test_encoder_trained_in_another_class_than_it_was_saved_from(
     merged = trained.from_pretrained(tmp_path / "merged").eval()
     ids = torch.arange(10)[None]
     assert torch.equal(merged(input_ids=ids)[0], model(input_ids=ids)[0])
+    logits = verify_merge(result.out, tmp_path / "adapter", logits=True).logits
+    assert logits is not None and logits.equal and logits.effect > 0

@@ -188,6 +188,13 @@ def test_tensor_that_belongs_to_nothing_is_refused(base_dir, make_adapter, tmp_p
         merge_adapter(adapter, tmp_path / "merged")
 
 
+def test_a_head_of_integers_is_refused(base_dir, make_adapter, tmp_path):
+    head = {f"{PREFIX}lm_head.weight": torch.ones(64, 64, dtype=torch.uint8)}
+    adapter = make_adapter(base_dir, extra=head, modules_to_save=["lm_head"])
+    with pytest.raises(AdapterError, match=r"lm_head.weight: expected bfloat16.*found uint8"):
+        merge_adapter(adapter, tmp_path / "merged")
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_lost_tensor_is_noticed(tied, base_dir, tied_base_dir, make_adapter, tmp_path):
     # a tied base has no lm_head.weight of its own: the class knows that there is one
