@@ -137,6 +137,7 @@ class SourceFacts(TypedDict, total=False):
     licence: str | None
     bits: Count | None
     group_size: Count | None
+    mixed: bool
     method: str | None
     fine_tuned: bool
     adapt: str | None

@@ -35,6 +35,7 @@ def describe_source(checkpoint: QuantizedCheckpoint) -> dict[str, Any]:
         "licence": licence_of(str(config.base.get("name_or_path") or "")),
         "bits": config.bits,
         "group_size": config.group_size,
+        "mixed": bool(config.dynamic),
         "method": config.method,
         "fine_tuned": config.merged is not None,
         **({"adapt": ", ".join(adapts)} if adapts else {}),
@@ -53,7 +54,12 @@ def _describe_adapter(exported: Path, adapter: str | Path) -> dict[str, Any]:
 
 
 def licence_of(base: str) -> str | None:
-    """Return the licence that a base on this disk names in its card, or in its config.json."""
+    """Return the licence that a base on this disk names in its card, or in its config.json.
+
+    None of a name that is no whole path: a directory of that name here may be another model's.
+    """
+    if not Path(base).is_absolute():
+        return None
     card, config = Path(base, CARD_FILE), Path(base, CONFIG_FILE)
     found = [read_front_matter(card).get("license")] if card.is_file() else []
     if config.is_file():

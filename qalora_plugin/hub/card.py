@@ -42,7 +42,7 @@ tokenizer = AutoTokenizer.from_pretrained("{repo_id}")
 _TUNED = " and fine-tuned with [QA-LoRA](https://arxiv.org/abs/2309.14717)"
 _TEXT = """# {title}
 
-{base}, quantized to INT{bits} (groups of {group_size}){tuned}.
+{base}, quantized to INT{bits} (groups of {group_size}){mixed}{tuned}.
 
 {exactness}
 
@@ -266,6 +266,7 @@ def make_card(
         base=f"`{subject.base}`" if subject.base else "A base model",
         bits=facts.get("bits", "-n"),
         group_size=facts.get("group_size"),
+        mixed=", some layers otherwise" if facts.get("mixed") else "",
         tuned=_TUNED if subject.tuned else ", not fine-tuned",
         exactness=subject.exactness,
         usage=usage.format(repo_id=repo_id, file=subject.path.name),
@@ -283,6 +284,7 @@ def _rows(subject: Subject, data: str | None) -> dict[str, Any]:
         "format": subject.format,
         "bits": facts.get("bits"),
         "group size": facts.get("group_size"),
+        "other layers": "some have other bits or groups" if facts.get("mixed") else None,
         "engines": "; ".join(engine.as_text() for engine in engines_of(subject.format)) or None,
         "quantized with": facts.get("method"),
         "adapted": facts.get("adapt"),

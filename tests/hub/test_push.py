@@ -15,6 +15,7 @@ from qalora_plugin.checkpoint.checkpoint import open_quantized
 from qalora_plugin.cli import main
 from qalora_plugin.errors import CheckpointError, OutputError
 from qalora_plugin.files.hub import public_name
+from qalora_plugin.formats.record import describe_source
 from qalora_plugin.hub.card import find_subject, make_card, subject_of
 from qalora_plugin.hub.push import push, push_merged
 
@@ -133,6 +134,17 @@ def test_licence_of_a_base_without_a_card_is_that_of_its_config(hub, merged_dir,
     assert card.data.license == "other"
 
 
+def test_a_licence_that_lies_about_is_not_the_bases(merged_dir, tmp_path, monkeypatch):
+    checkpoint = open_quantized(merged_dir)
+    for folder in (tmp_path, tmp_path / "base-3"):
+        folder.mkdir(exist_ok=True)
+        (folder / "README.md").write_text("---\nlicense: mit\n---\n")
+    monkeypatch.chdir(tmp_path)
+    for name in (None, "base-3"):
+        checkpoint.config.base["name_or_path"] = name
+        assert describe_source(checkpoint)["licence"] is None
+
+
 def test_refusals(hub, merged_dir, base_dir, monkeypatch):
     with pytest.raises(OutputError, match=r"is not a merged checkpoint\. Nothing was pushed"):
         push_merged(base_dir, "my-model")
@@ -198,6 +210,14 @@ def test_a_base_and_its_exports_are_not_called_fine_tuned(base_dir, tmp_path):
         assert "QA-LoRA" not in card and "training data" not in card and "exact:" not in card
         with pytest.raises(OutputError, match="--data"):
             push(path, "someone/base", data="gsm8k", dry_run=True)
+
+
+def test_other_bits_of_some_layers_are_told(merged_dir):
+    checkpoint = open_quantized(merged_dir)
+    assert "some layers" not in str(make_card(subject_of(checkpoint), "a/b", online=False))
+    checkpoint.config.dynamic = {"q_proj": {"bits": 8}}
+    card = make_card(subject_of(checkpoint), "a/b", online=False)
+    assert "quantized to INT3 (groups of 16), some layers otherwise and fine-tuned" in card.text
 
 
 def test_several_merged_adapters_are_fine_tuning_too(merged_dir):
