@@ -15,7 +15,6 @@ import os
 import subprocess
 import sys
 import tempfile
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -56,19 +55,13 @@ def load_case(name, device):
     """Return a case's method, `ModelShape` and `PlanSettings`."""
     model, method, *checkpointing = name.split("/")
     values = dict(zip(CONFIG + RUN, MODELS[model], strict=True))
+    config = {"model_type": model, "pad_token_id": 1, **{key: values[key] for key in CONFIG}}
     run = {key: values[key] for key in RUN}
     run["gradient_checkpointing"] = bool(checkpointing)
-    return method, load_model_shape(model), PlanSettings(r=RANK, device=device, **run)
-
-
-@cache
-def load_model_shape(model):
-    """Return the `ModelShape` of one of MODELS."""
-    values = dict(zip(CONFIG + RUN, MODELS[model], strict=True))
-    config = {"model_type": model, "pad_token_id": 1, **{key: values[key] for key in CONFIG}}
+    settings = PlanSettings(r=RANK, device=device, **run)
     with tempfile.TemporaryDirectory() as directory:
         Path(directory, "config.json").write_text(json.dumps(config))
-        return load_shape(directory, PlanSettings())
+        return method, load_shape(directory, settings), settings
 
 
 def predict(name, device):
