@@ -107,6 +107,7 @@ def test_connected_ranks_meet_when_the_process_group_is_gone(tmp_path):
 
 def test_ranks_without_a_process_group_make_one(tmp_path):
     def work(number):
+        PartialState._reset_state()  # of a training in the process that this one is a copy of
         PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_CPU)
         ranks.on_main_process(lambda: _note(tmp_path, number), "quantizing", "not quantized")
         assert (tmp_path / "notes").read_text() == "0"
