@@ -216,12 +216,7 @@ def _check(directory: Path) -> bool:
     path = directory / MANIFEST_FILE
     if not path.exists():
         return False
-    manifest = read_as(path, Manifest)
-    if manifest["version"] > MANIFEST_VERSION:
-        raise CheckpointError(
-            f"{path}: version {manifest['version']} is newer than the one that this release reads "
-            f"({MANIFEST_VERSION}). Update qalora-plugin."
-        )
+    manifest = _read(path)
     for name, stated in manifest.get("bound", {}).items():
         if name not in _CONFIGS:
             raise CheckpointError(f"{path}: bound: {name!a} is no config. {_AGAIN}")
@@ -247,6 +242,16 @@ def _check(directory: Path) -> bool:
                     f"changed after it was written. {advice}"
                 )
     return True
+
+
+def _read(path: Path) -> dict[str, Any]:
+    manifest = read_as(path, Manifest)
+    if manifest["version"] > MANIFEST_VERSION:
+        raise CheckpointError(
+            f"{path}: version {manifest['version']} is newer than the one that this release reads "
+            f"({MANIFEST_VERSION}). Update qalora-plugin."
+        )
+    return manifest
 
 
 def start_check(directory: Path) -> Future[bool]:
@@ -341,7 +346,7 @@ def accept_edits(directory: Path) -> list[str]:
     path = directory / MANIFEST_FILE
     if not path.exists():
         raise CheckpointError(f"{directory}: has no {MANIFEST_FILE}: there is nothing to accept.")
-    manifest = read_as(path, Manifest)
+    manifest = _read(path)
     old = manifest["files"]
     weights = {name: entry for name, entry in old.items() if name.endswith(_WEIGHTS)}
     _check_weights_listed(directory, old)

@@ -194,6 +194,15 @@ def test_hashes_can_be_left_out_and_it_is_said(directory, caplog, monkeypatch):
         check_manifest(directory)
 
 
+def test_a_manifest_of_a_newer_release_is_not_written_over(directory):
+    path = directory / "qalora_manifest.json"
+    text = json.dumps(json.loads(path.read_text()) | {"version": 3})
+    path.write_text(text)
+    with pytest.raises(CheckpointError, match="Update qalora-plugin"):
+        accept_edits(directory)
+    assert path.read_text() == text
+
+
 def test_edits_of_ones_own_are_accepted_but_never_of_weights(directory):
     (directory / "generation_config.json").write_text("{}")
     (directory / "tokenizer.json").unlink()
