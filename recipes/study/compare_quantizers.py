@@ -1,8 +1,8 @@
 """Held-out loss of one model under several quantizers.
 
     PYTHON recipes/study/compare_quantizers.py MODEL_DIR TOKENS.safetensors --engine gptqmodel \\
-        [--bits 4 3 2] [--draws 0 1 2 3 4] [--group-size 32] [--refine-rate R] \\
-        [--desc-act] [--sym] [--rows FILE]
+        [--bits 4 3 2] [--draws 0 1 2 3 4] [--group-size 32] [--desc-act] [--sym] \\
+        [--refine-rate R] [--refine-steps N] [--refine-norms] [--rows FILE]
 
 TOKENS holds `calibration`, int64 [draws, sequences, length], and `heldout`, int64 [sequences,
 length], with `labels` of that shape where only some tokens are judged (-100: not). Every engine
@@ -69,7 +69,7 @@ def quantize_qalora(source: Path, setting: Row, calibration: torch.Tensor) -> to
     if setting["engine"] == "qalora-minimum":
         options["offsets_at"] = "minimum"
     if setting["engine"] == "qalora-refined":
-        options |= {"refine": True, "refine_rate": setting["refine_rate"]}
+        options |= {"refine": True} | {k: v for k, v in setting.items() if k.startswith("refine_")}
     if setting["engine"] == "qalora-auto":
         options |= {"bits": "auto", "target_bits": float(setting["bits"])}
     quantize_model(source, "quantized", calibration=calibration, progress=False, **options)
@@ -153,6 +153,8 @@ def settings(arguments: argparse.Namespace) -> list[Row]:
         from qalora_plugin.quantize.refine import RefineSettings
 
         grid["refine_rate"] = arguments.refine_rate or RefineSettings.rate
+        grid["refine_steps"] = arguments.refine_steps or RefineSettings.steps
+        grid["refine_norms"] = arguments.refine_norms
     return [
         common | {"bits": bits} | grid | {"draw": draw}
         for draw in arguments.draws
@@ -169,7 +171,9 @@ def main() -> int:
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
     parser.add_argument("--draws", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--group-size", type=int, default=32)
-    parser.add_argument("--refine-rate", type=float, help="of qalora-refined")
+    parser.add_argument("--refine-rate", type=float, help="of qalora-refined, as the next two")
+    parser.add_argument("--refine-steps", type=int)
+    parser.add_argument("--refine-norms", action="store_true")
     parser.add_argument("--desc-act", action="store_true")
     parser.add_argument("--sym", action="store_true")
     arguments = parser.parse_args()

@@ -63,7 +63,9 @@ def real_model(rows: list[Row]) -> str:
         cost = f"{row['seconds'] / 60:.0f}" if name else ""
         group = str(row["group_size"] or "")
         quantizer = f"{name} {row['version']}" if name else "not quantized"
-        quantizer += f", rate {row['refine_rate']}" if "refine_rate" in row else ""
+        if "refine_rate" in row:
+            quantizer += f", {row['refine_steps']} steps at {row['refine_rate']}"
+            quantizer += ", norms too" if row["refine_norms"] else ""
         lines.append([f"{row['bits']}", group, quantizer, *figures, cost])
     head = [
         "bits",
