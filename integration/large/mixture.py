@@ -22,7 +22,7 @@ from qalora_plugin import QALoRAConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))  # for `models`
 from models import write_adapter
-from peak import peak_of
+from support.peak import peak_of
 
 CONFIG = Qwen3MoeConfig(
     vocab_size=32000,

@@ -7,9 +7,9 @@ import sys
 import time
 
 import pytest
+from support.peak import peak_of
 
 from .models import write_adapter
-from .peak import peak_of
 
 QUANTIZE_LIMIT = 2.5e9
 MERGE_LIMIT = 1.0e9

@@ -32,6 +32,7 @@ from ..architecture.places import places_problem
 from ..architecture.unfuse import split_experts, unfuse_experts
 from ..checkpoint.checkpoint import QuantizedCheckpoint, open_quantized
 from ..checkpoint.layout import guard_tensor, quantized_layers
+from ..checkpoint.source import describe_location
 from ..errors import CheckpointError, ConfigError
 from ..files.binding import bound_metadata
 from ..files.inside import check_regular
@@ -101,6 +102,10 @@ class QALoRAQuantizer(HfQuantizer):
                 raise CheckpointError(f"{files[0].parent}: {problem}.")
             self._layers = LayerQuantizer(model, self.quantization_config)
             self.quantization_config = self._layers.config
+            base, place = self.quantization_config.base, describe_location(files[0])
+            base.pop("revision", None)  # of another model
+            if "revision" in place:  # these files may have to be quantized again
+                base["revision"] = place["revision"]
             return
         directory = str(checkpoint.directory)
         routing.check_request(self.quantization_config, checkpoint.config, directory)

@@ -188,8 +188,9 @@ def _quantize_again(base: PreTrainedModel, directory: Path, fingerprint: str) ->
 
 
 def _commit(base: PreTrainedModel) -> str | None:
-    """Return the commit of the Hub repository that a model was loaded from, None of a directory."""
-    return getattr(base.config, "_commit_hash", None)
+    """Return the commit of the Hub that a base was quantized from as it loaded, None of files."""
+    revision: str | None = base.config.quantization_config.base.get("revision")
+    return revision
 
 
 def _set(undo: ExitStack, target: object, name: str, value: Any) -> None:

@@ -1,20 +1,22 @@
 """The peak of resident memory of a Python process, read while it runs."""
 
 import json
+import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 
-def peak_of(step, *arguments):
+def peak_of(step, *arguments, python=sys.executable, **environment):
     """Run Python, print how long it took, and return its peak of resident bytes.
 
     The peak is read while it runs: what `wait4` says of a child is no less than what this process
     had when it started the child.
     """
     started, peak = time.monotonic(), 0
-    process = subprocess.Popen([sys.executable, *map(str, arguments)])
+    command = [str(part) for part in (python, *arguments)]
+    process = subprocess.Popen(command, env=os.environ | environment)
     while process.poll() is None:
         status = Path(f"/proc/{process.pid}/status").read_text()
         found = [line for line in status.splitlines() if line.startswith("VmHWM")]
