@@ -7,8 +7,8 @@ Importing this package registers the transformers quantizer "qalora" and the PEF
 from typing import TYPE_CHECKING
 
 import qalora_command
+from qalora_kernels.lazy import lazy_names
 
-from ._lazy import lazy_names
 from ._version import __version__
 from .errors import QALoRAError
 from .formats import register as _register_formats

@@ -9,6 +9,7 @@ says, `reference` the oracle.
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from .lazy import lazy_names
 from .spec import OFFSETS_AT, SUPPORTED_BITS, QuantSpec
 
 if TYPE_CHECKING:
@@ -55,11 +56,11 @@ __all__ = [
 ]
 
 
+_lazy = lazy_names(__name__, _LAZY)
+
+
 def __getattr__(name: str) -> Any:
     """Import a public name on first use, the operators with it: `PackedWeight` calls them."""
-    if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = _lazy(name)
     importlib.import_module(".ops", __name__)
-    value = getattr(importlib.import_module(_LAZY[name], __name__), name)
-    globals()[name] = value
     return value

@@ -6,7 +6,8 @@ The modules in the order of the work: `settings` (the run), `shapes` (the models
 
 from typing import TYPE_CHECKING
 
-from .._lazy import lazy_names
+from qalora_kernels.lazy import lazy_names
+
 from .settings import PlanSettings
 
 if TYPE_CHECKING:
