@@ -28,6 +28,7 @@ def stored(env_python, run_python, tmp_path_factory):
 @pytest.mark.parametrize("tracker", ["tensorboard", "trackio", "wandb"])
 def test_a_tracker_has_our_figures(tracker, stored):
     found = stored[tracker]
+    assert "train/qalora/offset_change" in found, sorted(found)
     mean, largest = (found[f"train/qalora/offset_change{part}"] for part in ("", "_max"))
     assert len(mean) == len(found["train/loss"]) == 3
     assert 0 < mean[0] < mean[1] < mean[2]

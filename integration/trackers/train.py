@@ -9,6 +9,7 @@ on this machine]}.
 import json
 import struct
 import sys
+import time
 from pathlib import Path
 
 packages, folder = sys.argv[1:]
@@ -87,21 +88,32 @@ def of_trackio():
 def of_wandb():
     """Read the file that wandb leaves where it is offline."""
     import wandb
+
+    wandb.finish()  # its own process writes the rest of the file, on a busy machine after this
+    [file] = Path(folder).rglob("*.wandb")
+    end = time.monotonic() + 60
+    while True:
+        rows = _history(file.read_bytes())
+        if sum("train/loss" in row for row in rows) == STEPS or time.monotonic() > end:
+            return _columns(rows)
+        time.sleep(0.5)
+
+
+def _history(data):
+    """Return what was logged, a row a step."""
     from wandb.proto.wandb_internal_pb2 import Record
 
-    wandb.finish()  # the rest of the file is written now
-    [file] = Path(folder).rglob("*.wandb")
     rows = []
-    for data in _records(file.read_bytes()):
+    for part in _records(data):
         record = Record()
-        record.ParseFromString(data)
+        record.ParseFromString(part)
         if record.WhichOneof("record_type") == "history":
             items = record.history.item
             rows.append({
                 item.key or "/".join(item.nested_key): json.loads(item.value_json)
                 for item in items
             })  # fmt: skip
-    return _columns(rows)
+    return rows
 
 
 def _records(data):
@@ -113,6 +125,8 @@ def _records(data):
             at += rest
             continue
         _, length, kind = struct.unpack_from("<IHB", data, at)
+        if at + 7 + length > len(data):
+            return  # it is being written
         record += data[at + 7 : at + 7 + length]
         at += 7 + length
         if kind in (1, 4):  # whole, or its last part
