@@ -3,11 +3,12 @@
 WORK is a directory with room for four times the models, which have Llama-2-7B's widths, and its 32
 layers unless fewer are asked for. They are made there, or found from an earlier run:
 
-    base, adapter    in our format: copied with fsync, merged, and loaded, with and without hashes
+    base, adapter    in our format: copied with fsync, merged, and loaded, with and without hashes:
+                     alone, which maps the file and reads little of it, and until the first token
     model.gguf       copied with fsync, imported, and written back with the adapter of the import
 
-Prints, of every repetition, wall seconds and CPU seconds (user and system) of each step; then the
-medians of the ratios to copying the same bytes.
+Prints, of every repetition, wall seconds and CPU seconds (user and system) of each step; then, as
+a comment, the medians of the ratios to copying the same bytes. results/checking.jsonl has the rows.
 """
 
 import json
@@ -22,17 +23,18 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "tests"), str(Path(__file__).parent)]
 
+import torch  # noqa: E402
 from models import write_adapter, write_base, write_gguf  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
 from qalora_plugin import export_model, merge_adapter  # noqa: E402
 from qalora_plugin.checkpoint.convert import import_model  # noqa: E402
-from qalora_plugin.files import manifest  # noqa: E402
+from qalora_plugin.files import digests, manifest  # noqa: E402
 
 
 def seconds(action):
     """Return wall and CPU seconds of a call in which no file's hash is known."""
-    manifest._hashes.clear()
+    digests._known.clear()
     before, started = resource.getrusage(resource.RUSAGE_SELF), time.monotonic()
     action()
     wall, after = time.monotonic() - started, resource.getrusage(resource.RUSAGE_SELF)
@@ -64,7 +66,11 @@ def steps_of_a_base(work, layers):
         write_adapter(write_base(base, layers), adapter)
 
     def load():
-        AutoModelForCausalLM.from_pretrained(base)
+        return AutoModelForCausalLM.from_pretrained(base)
+
+    def first_token():
+        with torch.no_grad():
+            load()(torch.tensor([[1]]))
 
     def unchecked(action):
         with manifest.unchecked_hashes():
@@ -75,6 +81,8 @@ def steps_of_a_base(work, layers):
         "merge": lambda: merge_adapter(adapter, out, base),
         "load": load,
         "load unchecked": lambda: unchecked(load),
+        "first token": first_token,
+        "first token unchecked": lambda: unchecked(first_token),
     }
 
 
@@ -95,7 +103,7 @@ def steps_of_gguf(work, layers):
 
 
 def measure(steps, out, repetitions):
-    """Print the seconds of each repetition, and the medians of the ratios to the first step."""
+    """Print a row of each repetition, and the medians of the ratios to the first step."""
     rows = []
     for _ in range(repetitions):
         rows.append({})
@@ -104,14 +112,12 @@ def measure(steps, out, repetitions):
             if out.exists():
                 remove(out)
         print(json.dumps({"busy": round(os.getloadavg()[0], 1), **rows[-1]}), flush=True)
-    against = {name: "load unchecked" if name == "load" else next(iter(steps)) for name in steps}
-    for name in steps:
-        if name not in (against[name], "load unchecked"):
-            wall, cpu = (
-                [row[name][kind] / row[against[name]][kind] for row in rows] for kind in (0, 1)
-            )
+    for name in list(steps)[1:]:
+        if not name.endswith("unchecked"):
+            other = name + " unchecked" if name + " unchecked" in steps else next(iter(steps))
+            wall, cpu = ([row[name][kind] / row[other][kind] for row in rows] for kind in (0, 1))
             print(
-                f"{name} / {against[name]}: {statistics.median(wall):.2f} of the time "
+                f"# {name} / {other}: {statistics.median(wall):.2f} of the time "
                 f"({min(wall):.2f} to {max(wall):.2f}), {statistics.median(cpu):.2f} of the CPU's",
                 flush=True,
             )

@@ -7,8 +7,8 @@ merged from it:
     path          where it lies on this machine
     repo, revision, file  where it lies on the Hub, if it came from there; no file: all of it
     frozen        by mode of `adapt`, the layers that cannot take its result back; "*" for all
-    files         {name: {size, sha256}} of its files, from the import or the merge on; of earlier
-                  releases' of the weights alone
+    files         {name: {size, xxh3_128}} of its files, from the import or the merge on; earlier
+                  releases wrote `sha256`, or that of the weights alone
 """
 
 import copy
@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError
+from ..files.digests import changed, check_entries, file_entry
 from ..files.hub import public_name
-from ..files.manifest import file_sha256
 
 if TYPE_CHECKING:
     from .checkpoint import QuantizedCheckpoint
@@ -39,11 +39,8 @@ def describe_location(path: Path) -> dict[str, Any]:
 
 
 def hash_files(checkpoint: "QuantizedCheckpoint") -> dict[str, dict[str, Any]]:
-    """Return size and SHA-256 of every file that writing back copies; each is read once."""
-    return {
-        name: {"size": path.stat().st_size, "sha256": file_sha256(path)}
-        for name, path in source_files(checkpoint).items()
-    }
+    """Return size and hash of every file that writing back copies; each is read once."""
+    return {name: file_entry(path) for name, path in source_files(checkpoint).items()}
 
 
 def source_files(checkpoint: "QuantizedCheckpoint") -> dict[str, Path]:
@@ -92,6 +89,7 @@ def check_source(record: dict[str, Any], checkpoint: "QuantizedCheckpoint") -> N
         CheckpointError: a file is missing or has changed, or a weight file is surplus.
     """
     known, found = record.get("files") or {}, source_files(checkpoint)
+    check_entries(known, "quantization_config.base.source.files")
     weights = {path.name for path in checkpoint.reader.files}
     if not weights <= known.keys() or not known.keys() <= found.keys():
         listed = sorted(known.keys() - found.keys()) or sorted(known)
@@ -101,10 +99,11 @@ def check_source(record: dict[str, Any], checkpoint: "QuantizedCheckpoint") -> N
             "was trained on with --original."
         )
     for name, stated in known.items():
-        path = found[name]
-        if path.stat().st_size != stated["size"] or file_sha256(path) != stated["sha256"]:
+        path, difference = found[name], ""
+        if (size := path.stat().st_size) != stated["size"]:
+            difference = f"{size} bytes, the base says {stated['size']}"
+        if difference := difference or changed(path, stated, "the base"):
             raise CheckpointError(
-                f"{path}: has changed since the base was read from it (expected SHA-256 "
-                f"{stated['sha256']}). Restore the file, or name a copy of the original one with "
-                "--original."
+                f"{path}: has changed since the base was read from it ({difference}). Restore the "
+                "file, or name a copy of the original one with --original."
             )

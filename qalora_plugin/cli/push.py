@@ -15,7 +15,7 @@ def add_parser(subparsers: Any) -> None:
         "push",
         help="upload a quantized model or an export to the Hub, with a model card",
         description="Upload a merged checkpoint, a quantized base, or what `qalora export` wrote, "
-        "in one commit, after comparing its weights with their SHA-256. A "
+        "in one commit, after comparing its files with their hashes. A "
         "model card says what it is, how exact, and how it is loaded; a README.md that is there "
         "already is kept. The token is the one of `hf auth login` or HF_TOKEN.",
     )

@@ -1,41 +1,36 @@
 """qalora_manifest.json: what is in a directory, so that nearly any flipped bit is found.
 
-    files   size in bytes and SHA-256 of every file: weights, tokenizer, chat template, generation
+    files   size in bytes and XXH3-128 of every file: weights, tokenizer, chat template, generation
             config, licence, code. Not of README.md and hidden files, which no program reads.
     bound   of config.json and adapter_config.json the part that can change numbers (`binding`),
             as their harmless keys may be edited
 
-Version 1, of earlier releases, has the hashes of weights alone. A directory without a manifest was
-written by another program, or by `save_pretrained`.
+Earlier releases wrote SHA-256 instead (version 2), or that of weights alone (version 1). A
+directory without a manifest was written by another program, or by `save_pretrained`.
 """
 
-import errno
-import hashlib
 import logging
 import os
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from io import FileIO
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import Any
 
 from ..errors import CheckpointError
 from .binding import compare, numbers_in
-from .inside import check_inside, check_regular, in_hub_cache, open_regular
+from .digests import changed, check_entries, file_entry
+from .inside import check_inside, check_regular, in_hub_cache
 from .json import json_text, read_json
 from .names import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, CARD_FILE, CONFIG_FILE, MANIFEST_FILE
 from .schemas import Manifest, read_as
 
-MANIFEST_VERSION = 2
+MANIFEST_VERSION = 3
 SKIP_VARIABLE = "QALORA_NO_HASH_CHECK"
 _CONFIGS = (CONFIG_FILE, ADAPTER_CONFIG_FILE)
 _WEIGHTS = ".safetensors"
-_PIECE = 4 << 20  # of a file, hashed at a time: each has to wait for the interpreter's lock
-_RACY = 50_000_000  # ns: a file so young may change again without a newer time stamp
 _AGAIN = "Write or copy it again."
 _ACCEPT = (
     "Copy it again, or, if you changed it yourself, accept it with "
@@ -44,95 +39,9 @@ _ACCEPT = (
 _log = logging.getLogger(__name__)
 _skipped = 0
 
-_Key = tuple[int, int, int, int]
-_hashes: dict[_Key, str] = {}
 _beside: ContextVar[Mapping[Path, Future[Any]]] = ContextVar(
     "checks beside the work", default=MappingProxyType({})
 )
-
-
-def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file, as hex digits; a file that has not changed is read once."""
-    key = _key(path)
-    if key not in _hashes:
-        young = time.time_ns() - key[-1] < _RACY
-        digest, buffer = hashlib.sha256(), memoryview(bytearray(min(key[2] + 1, _PIECE)))
-        with open_regular(path) as file:
-            while count := file.raw.readinto(buffer):
-                digest.update(buffer[:count])
-        if young:
-            return digest.hexdigest()
-        _hashes[key] = digest.hexdigest()
-    return _hashes[key]
-
-
-class WrittenHash:
-    """The SHA-256 of a file that is being written: a thread hashes what is complete so far.
-
-    Pieces may come in any order; those behind a gap wait until it is filled.
-    """
-
-    def __init__(self, file: FileIO) -> None:
-        """Begin at the file's start; it has to be open for reading too, until `finish` or `drop`.
-
-        Args:
-            file: the file, unbuffered.
-        """
-        self._file = file
-        self._digest = hashlib.sha256()
-        self._pool = ThreadPoolExecutor(1)
-        self._buffer = memoryview(bytearray(_PIECE))
-        self._jobs: list[Future[None]] = []
-        self._behind: dict[int, int] = {}  # end of each piece behind a gap, by its start
-        self._written = self._given = 0
-
-    def wrote(self, start: int, stop: int) -> None:
-        """Take note of a piece that has been written, and will not be written again."""
-        if start < stop:
-            self._behind[start] = stop
-        while self._written in self._behind:
-            self._written = self._behind.pop(self._written)
-        if self._written - self._given >= _PIECE:
-            self._give()
-
-    def _give(self) -> None:
-        self._jobs.append(self._pool.submit(self._update, self._given, self._written))
-        self._given = self._written
-
-    def _update(self, start: int, stop: int) -> None:
-        while start < stop:
-            view = self._buffer[: min(_PIECE, stop - start)]
-            count = os.preadv(self._file.fileno(), [view], start)
-            if not count:
-                raise OSError(errno.EIO, "it became shorter while it was written")
-            self._digest.update(view[:count])
-            start += count
-
-    def finish(self, path: Path) -> None:
-        """Wait for the thread, and remember the hash for the manifest.
-
-        Args:
-            path: the file's name now; a rename keeps what is remembered.
-
-        Raises:
-            OSError: the file cannot be read back.
-        """
-        self._give()
-        with self._pool:
-            for job in self._jobs:
-                job.result()
-        key = _key(path)
-        if key[2] == self._written:  # else the file has a gap, and is read once it is asked for
-            _hashes[key] = self._digest.hexdigest()
-
-    def drop(self) -> None:
-        """Stop the thread; the file may be closed then."""
-        self._pool.shutdown(cancel_futures=True)
-
-
-def _key(path: Path) -> _Key:
-    found = check_regular(path)
-    return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
 
 
 @contextmanager
@@ -176,8 +85,7 @@ def write_manifest(directory: Path, names: Iterable[str] | None = None) -> None:
         if name in _CONFIGS:
             bound[name] = numbers_in(read_json(file), name)
         else:
-            digest = file_sha256(file)
-            files[name] = {"size": file.stat().st_size, "sha256": digest}
+            files[name] = file_entry(file)
     value = {"version": MANIFEST_VERSION, "bound": bound, "files": dict(sorted(files.items()))}
     replace_text(path, json_text(value, sort_keys=False))
 
@@ -232,14 +140,14 @@ def _check(directory: Path) -> bool:
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         # the largest first: the others fit beside it
         present.sort(key=lambda name: -files[name]["size"])
-        digests = pool.map(lambda name: file_sha256(directory / name), present)
-        for name, digest in zip(present, digests, strict=True):
-            stated = files[name]["sha256"]
-            if digest != stated:
+        differences = pool.map(
+            lambda name: changed(directory / name, files[name], MANIFEST_FILE), present
+        )
+        for name, difference in zip(present, differences, strict=True):
+            if difference:
                 advice = _AGAIN if name.endswith(_WEIGHTS) else _ACCEPT.format(directory=directory)
                 raise CheckpointError(
-                    f"{directory / name}: SHA-256 {digest}, {MANIFEST_FILE} says {stated!a}. It "
-                    f"changed after it was written. {advice}"
+                    f"{directory / name}: {difference}. It changed after it was written. {advice}"
                 )
     return True
 
@@ -251,6 +159,7 @@ def _read(path: Path) -> dict[str, Any]:
             f"{path}: version {manifest['version']} is newer than the one that this release reads "
             f"({MANIFEST_VERSION}). Update qalora-plugin."
         )
+    check_entries(manifest["files"], f"{path}: files")
     return manifest
 
 
@@ -352,7 +261,7 @@ def accept_edits(directory: Path) -> list[str]:
     _check_weights_listed(directory, old)
     for name, entry in weights.items():
         _check_size(directory, name, entry["size"])
-        if file_sha256(directory / name) != entry["sha256"]:
+        if changed(directory / name, entry, MANIFEST_FILE):
             raise CheckpointError(f"{directory / name}: differs from {MANIFEST_FILE}. {_AGAIN}")
     for name, stated in manifest.get("bound", {}).items():
         found = numbers_in(read_json(directory / name), name)

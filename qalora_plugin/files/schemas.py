@@ -49,10 +49,11 @@ class MergedEntry(TypedDict, total=False):
 
 
 class ManifestEntry(TypedDict):
-    """One file in our manifest, or of the source of a base."""
+    """One file in our manifest, or of the source of a base; it has one of the two hashes."""
 
     size: Size
-    sha256: str
+    xxh3_128: NotRequired[str]
+    sha256: NotRequired[str]
 
 
 class SourceEntry(TypedDict, total=False):

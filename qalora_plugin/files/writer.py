@@ -7,6 +7,7 @@ that are there can be kept.
 
 import json
 import os
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
@@ -18,10 +19,10 @@ import torch
 
 from .atomic import cannot_write, check_space, replace_file
 from .binding import bound_metadata
+from .digests import WrittenHash
 from .json import write_json
-from .manifest import WrittenHash
 from .names import CONFIG_FILE, INDEX_FILE, SINGLE_FILE
-from .reader import CheckpointReader
+from .reader import COPY_BYTES, CheckpointReader
 from .safetensors import DTYPES, LENGTH_BYTES, TensorInfo, dtype_code, tensor_nbytes
 
 Plan = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -32,6 +33,7 @@ MAX_SHARD_BYTES = 5 << 30
 DEFAULT_METADATA = {"format": "pt"}  # what transformers asks of a file
 _ALIGNMENT = 8
 _HASHING = 2  # threads beside the work: one hashes what is read, one what is written
+_MAKERS = 2  # threads that make layers: each may have a layer in memory
 
 
 def bound_to(config: Mapping[str, Any]) -> dict[str, str]:
@@ -250,20 +252,20 @@ def write_weights(
     metadata: Mapping[str, str] = DEFAULT_METADATA,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Write all weight files of a directory; while a layer is written, a thread makes the next one.
+    """Write all weight files of a directory; while a layer is written, threads make the next ones.
 
     Args:
         directory: where the files go, usually a partial directory.
         plan: every tensor, in the order of the files; those of a layer follow each other.
         copies: of the tensors that are copied, where from: a checkpoint, and the name there.
         layer_tensors: returns the tensors <layer>.<part> by name, given the name of the layer;
-            called in a thread.
+            called in threads, for two layers at once.
         metadata: `__metadata__` of every shard's header.
         progress: called with (tensors written, tensors in all).
     """
     writer = CheckpointWriter(directory, split_plan(plan), metadata)
     names = (name.rpartition(".")[0] for name in plan if name not in copies)
-    layers = one_ahead(layer_tensors, list(dict.fromkeys(names)))
+    layers = made_ahead(layer_tensors, list(dict.fromkeys(names)))
     layer: Mapping[str, torch.Tensor] = {}
     done = 0
     with closing(layers), cores_left():
@@ -293,16 +295,16 @@ def cores_left() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def one_ahead(make: Callable[[str], _Made], names: Sequence[str]) -> Generator[_Made]:
-    """Yield what is made of each name, in order; a thread makes the next one meanwhile."""
-    with ThreadPoolExecutor(1) as pool:
-        coming: Future[_Made] | None = None
+def made_ahead(make: Callable[[str], _Made], names: Sequence[str]) -> Generator[_Made]:
+    """Yield what is made of each name, in order; threads make the next ones meanwhile."""
+    with ThreadPoolExecutor(_MAKERS) as pool:
+        coming: deque[Future[_Made]] = deque()
         for name in names:
-            made, coming = coming, pool.submit(make, name)
-            if made is not None:
-                yield made.result()
-        if coming is not None:
-            yield coming.result()
+            coming.append(pool.submit(make, name))
+            if len(coming) > _MAKERS:
+                yield coming.popleft().result()
+        while coming:
+            yield coming.popleft().result()
 
 
 def _layout(
@@ -331,5 +333,5 @@ def _layout(
 def _write_all(descriptor: int, view: memoryview, start: int) -> None:
     view = view.cast("B")
     while view:
-        count = os.pwrite(descriptor, view, start)
+        count = os.pwrite(descriptor, view[:COPY_BYTES], start)
         view, start = view[count:], start + count

@@ -6,7 +6,7 @@ its grid moved, and a copy of a directory whose tensors are overwritten in place
 """
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from ..checkpoint.format import Format
 from ..checkpoint.source import source_files
 from ..errors import CheckpointError
 from ..files.atomic import AtomicDirectory, cannot_write
-from ..files.reader import CheckpointReader
+from ..files.reader import CheckpointReader, in_pieces
 from .export import ExportResult, Progress
 
 _TUNED_ANOTHER = "It was merged into another base, or its base was quantized again."
@@ -57,12 +57,16 @@ def check_same_model(source: QuantizedCheckpoint, merged: QuantizedCheckpoint) -
 
 def _equal(source: CheckpointReader, merged: CheckpointReader, name: str) -> bool:
     one, other = source.info(name), merged.info(name)  # merged is in our format
-    if (one.dtype, one.shape) != (other.dtype, other.shape):
-        return False
-    with other.file.open("rb") as file:
-        file.seek(other.start)
+    same = (one.dtype, one.shape) == (other.dtype, other.shape)
+    return same and _same_bytes(source.chunks(name), merged, name)
+
+
+def _same_bytes(pieces: Iterable[memoryview], merged: CheckpointReader, name: str) -> bool:
+    info = merged.info(name)
+    with info.file.open("rb") as file:
+        file.seek(info.start)
         # views are compared one by one, bytes at once
-        return all(bytes(piece) == file.read(len(piece)) for piece in source.chunks(name))
+        return all(bytes(piece) == file.read(len(piece)) for piece in pieces)
 
 
 def _another(merged: QuantizedCheckpoint, name: str, how: str) -> CheckpointError:
@@ -75,17 +79,42 @@ def changed_layer(
     """Read one layer of both; integers and groups are the source's.
 
     Returns:
-        The source's and the merged one.
+        The source's and the merged one, whose `qweight` has a shape alone.
+
+    Raises:
+        CheckpointError: see `check_layer`.
+    """
+    before, after = source.layer(name), merged.layer(name, integers=False)
+    check_layer(source, merged, name, before, after)
+    return before, after
+
+
+def check_layer(
+    source: QuantizedCheckpoint,
+    merged: QuantizedCheckpoint,
+    name: str,
+    before: PackedWeight,
+    after: PackedWeight,
+) -> None:
+    """Check that a merged layer is the source's with its grid moved, as far as it may move.
+
+    Args:
+        source: the base.
+        merged: what became of it.
+        name: of the layer.
+        before: the source's layer.
+        after: the merged one, which needs no `qweight`; scales and offsets as in `before`, in the
+            stored dtypes or wider ones.
 
     Raises:
         CheckpointError: the integers are others, or the layer is one that takes nothing back and
             has changed.
     """
-    before, after = source.layer(name), merged.layer(name)
     same_groups = (before.g_idx is None) == (after.g_idx is None) and (
         before.g_idx is None or torch.equal(before.g_idx, after.g_idx)  # type: ignore[arg-type]
     )
-    if not same_groups or not torch.equal(before.qweight, after.qweight):
+    integers = in_pieces([before.qweight])
+    if not same_groups or not _same_bytes(integers, merged.reader, f"{name}.{merged.integers}"):
         raise _another(merged, name, f"has other integers than in {source.directory}")
     modes = source.takes_back(name)
     scales = torch.equal(before.scales, after.scales)
@@ -94,7 +123,6 @@ def changed_layer(
         raise _frozen(merged, name, "scales")
     if not zeros and not modes:
         raise _frozen(merged, name, "offsets")
-    return before, after
 
 
 def _frozen(merged: QuantizedCheckpoint, name: str, part: str) -> CheckpointError:

@@ -16,6 +16,7 @@ from ..architecture.selection import refuse_read_weights
 from ..checkpoint.checkpoint import QuantizedCheckpoint
 from ..checkpoint.validate import check_values
 from ..errors import CheckpointError
+from ..files.reader import all_finite
 from ..layers.absent import is_loaded, mark_loaded
 from ..layers.linear import QuantLinear
 from .sharded_loading import PendingLayer, load_layers
@@ -129,7 +130,7 @@ def check_finite(model: nn.Module, where: str) -> None:
     """Refuse a loaded model with NaN or infinity in a parameter; quantized layers have checks."""
     for name, parameter in model.named_parameters():
         has_numbers = parameter.is_floating_point() and not parameter.is_meta
-        if has_numbers and not parameter.isfinite().all():
+        if has_numbers and not all_finite(parameter.detach()):
             raise CheckpointError(
                 f"{where}: {name} holds NaN or infinity: the file is damaged, or training "
                 "diverged. Copy it again, or use an earlier checkpoint."

@@ -24,7 +24,8 @@ from ..checkpoint.layout import pack_layer
 from ..checkpoint.merged import MergedAdapter, merged_from_files
 from ..checkpoint.validate import bad_values
 from ..errors import QALoRAError
-from ..files.manifest import file_sha256, start_check
+from ..files.digests import SHA256, file_digest
+from ..files.manifest import start_check
 from ..files.reader import CheckpointReader
 from .adapter import Adapter, open_adapter, open_base
 from .inherit import with_special_tokens
@@ -156,7 +157,7 @@ def make_plan(adapter: Adapter, base: QuantizedCheckpoint, convention: str) -> M
         tensors[name] = adapter.reader.plan([key])[key]
     record = MergedAdapter(
         adapter=adapter.directory.resolve().name,
-        adapter_sha256=file_sha256(adapter.reader.files[0]),
+        adapter_sha256=file_digest(adapter.reader.files[0], SHA256),
         peft_type=adapter.peft_type,
         convention=convention,
         adapt=adapter.adapt,

@@ -11,8 +11,8 @@ import torch
 from ..checkpoint.checkpoint import QuantizedCheckpoint, open_quantized
 from ..checkpoint.kind import find_kind
 from ..errors import ConfigError, QALoRAError
+from ..files.digests import file_digest
 from ..files.json import read_json
-from ..files.manifest import file_sha256
 from ..files.names import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_WEIGHTS_FILE,
@@ -133,7 +133,7 @@ def peak_memory() -> dict[str, int]:
 def _mark(adapter: Path, merged: Path) -> list[str]:
     """Return hashes that tell this adapter and this merge from any other."""
     files = (adapter / ADAPTER_WEIGHTS_FILE, merged / MANIFEST_FILE)
-    return [file_sha256(file) for file in files if file.is_file()]
+    return [file_digest(file) for file in files if file.is_file()]
 
 
 def _of_base(adapter: Path, merged: Path) -> dict[str, Any]:

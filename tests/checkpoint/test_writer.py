@@ -138,7 +138,7 @@ def test_hashes_find_a_flipped_bit(tmp_path):
     data[-1] ^= 1
     path.write_bytes(data)
     CheckpointReader(tmp_path)  # nothing else would notice
-    with pytest.raises(CheckpointError, match="SHA-256"):
+    with pytest.raises(CheckpointError, match="XXH3-128"):
         check_manifest(tmp_path)
     path.write_bytes(data[:-1])
     with pytest.raises(CheckpointError, match="bytes"):

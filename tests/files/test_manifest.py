@@ -2,21 +2,18 @@
 
 import hashlib
 import json
-import os
 import shutil
 
 import pytest
 from support.adapters import edit_json
 
 from qalora_plugin.errors import CheckpointError
-from qalora_plugin.files import manifest
+from qalora_plugin.files import digests, manifest
 from qalora_plugin.files.atomic import AtomicDirectory, atomic_file
 from qalora_plugin.files.manifest import (
-    WrittenHash,
     accept_edits,
     check_manifest,
     checked_beside,
-    file_sha256,
     start_check,
     unchecked_hashes,
     write_manifest,
@@ -63,7 +60,7 @@ def flip(path, at=3, bit=1):
 def test_a_flipped_bit_is_found_in_every_file(name, directory):
     assert check_manifest(directory)
     flip(directory / name)
-    with pytest.raises(CheckpointError, match=f"{name}: SHA-256"):
+    with pytest.raises(CheckpointError, match=f"{name}: XXH3-128 .*, qalora_manifest.json says"):
         check_manifest(directory)
 
 
@@ -91,10 +88,10 @@ NOT_COMPLETE = {
     "above, later": (lambda d, m: m["files"].update({"a/../../x": ENTRY}), "not a file of this"),
     "empty name": (lambda d, m: m["files"].update({"": ENTRY}), "not a file of this"),
     "a directory": (lambda d, m: m["files"].update({".": ENTRY}), "not a file of this|a directory"),
-    "no digest": (lambda d, m: m["files"].update({"x": {"size": 1}}), "x.sha256: missing"),
+    "no digest": (lambda d, m: m["files"].update({"x": {"size": 1}}), "xxh3_128 or sha256, found"),
     "size as text": (lambda d, m: m["files"]["tokenizer.json"].update(size="28"), "valid integer"),
     "entry is a list": (lambda d, m: m["files"].update({"x": []}), "expected a valid dict"),
-    "newer": (lambda d, m: m.update(version=3), "Update qalora-plugin"),
+    "newer": (lambda d, m: m.update(version=4), "Update qalora-plugin"),
     "no version": (lambda d, m: m.pop("version"), "version: missing"),
     "bound to something else": (lambda d, m: m["bound"].update({"x.json": {}}), "is no config"),
     "config changed": (lambda d, m: edit_json(d / "config.json", model_type="gpt2"), "model_type"),
@@ -115,14 +112,31 @@ def test_a_manifest_that_does_not_fit_is_refused(case, directory):
 
 def test_sizes_are_compared_before_anything_is_hashed(directory, monkeypatch):
     (directory / "tokenizer.json").write_text("x")
-    monkeypatch.setattr(manifest, "file_sha256", lambda path: pytest.fail("hashed"))
+    monkeypatch.setattr(digests, "file_digest", lambda *_: pytest.fail("hashed"))
     with pytest.raises(CheckpointError, match="1 bytes"):
         check_manifest(directory)
 
 
+def sha256_entry(path):
+    data = path.read_bytes()
+    return {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def test_version_2_has_sha256(directory):
+    stated = json.loads((directory / MANIFEST_FILE).read_text())
+    stated |= {"version": 2, "files": {n: sha256_entry(directory / n) for n in stated["files"]}}
+    (directory / MANIFEST_FILE).write_text(json.dumps(stated))
+    assert check_manifest(directory)
+    flip(directory / "tokenizer.json")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: SHA-256"):
+        check_manifest(directory)
+    assert accept_edits(directory) == sorted(stated["files"])  # all have the new hash now
+    assert check_manifest(directory)
+
+
 def test_version_1_lists_weights_alone(directory):
     weights = directory / "model.safetensors"
-    entry = {"size": weights.stat().st_size, "sha256": file_sha256(weights)}
+    entry = sha256_entry(weights)
     value = {"version": 1, "files": {weights.name: entry}}
     (directory / MANIFEST_FILE).write_text(json.dumps(value))
     flip(directory / "tokenizer.json")
@@ -130,51 +144,6 @@ def test_version_1_lists_weights_alone(directory):
     flip(weights)
     with pytest.raises(CheckpointError, match="SHA-256"):
         check_manifest(directory)
-
-
-def test_each_file_is_read_once_as_long_as_it_does_not_change(directory, monkeypatch):
-    path = directory / "model.safetensors"
-    old = path.stat().st_mtime_ns - 10**9
-    os.utime(path, ns=(old, old))
-    first = file_sha256(path)
-    monkeypatch.setattr(manifest, "open_regular", lambda *_: pytest.fail("read again"))
-    assert file_sha256(path) == first
-    monkeypatch.undo()
-    flip(path)
-    assert file_sha256(path) != first
-
-
-def test_a_file_that_was_just_written_is_read_again(directory):
-    path = directory / "model.safetensors"
-    stamp = path.stat().st_mtime_ns
-    flip(path)
-    before = file_sha256(path)
-    flip(path)
-    os.utime(path, ns=(stamp, path.stat().st_mtime_ns))
-    assert file_sha256(path) != before
-
-
-def test_a_file_is_hashed_while_it_is_written_in_any_order(tmp_path, monkeypatch):
-    monkeypatch.setattr(manifest, "_PIECE", 1000)
-    path, data = tmp_path / "model.safetensors", os.urandom(16000)
-    with path.open("w+b", buffering=0) as file:
-        written = WrittenHash(file)
-        for start in (4000, 0, 12000, 2000, 2000 + 4000, 8000, 10000, 14000):
-            os.pwrite(file.fileno(), data[start : start + 2000], start)
-            written.wrote(start, start + 2000)
-        written.finish(path)
-    monkeypatch.setattr(manifest, "open_regular", lambda *_: pytest.fail("read again"))
-    assert file_sha256(path) == hashlib.sha256(data).hexdigest()
-
-
-def test_a_file_with_a_gap_is_read_whole(tmp_path):
-    path = tmp_path / "model.safetensors"
-    with path.open("w+b", buffering=0) as file:
-        written = WrittenHash(file)
-        os.pwrite(file.fileno(), b"end", 5)
-        written.wrote(5, 8)
-        written.finish(path)
-    assert file_sha256(path) == hashlib.sha256(bytes(5) + b"end").hexdigest()
 
 
 def test_hashes_can_be_left_out_and_it_is_said(directory, caplog, monkeypatch):
@@ -196,7 +165,7 @@ def test_hashes_can_be_left_out_and_it_is_said(directory, caplog, monkeypatch):
 
 def test_a_manifest_of_a_newer_release_is_not_written_over(directory):
     path = directory / "qalora_manifest.json"
-    text = json.dumps(json.loads(path.read_text()) | {"version": 3})
+    text = json.dumps(json.loads(path.read_text()) | {"version": 4})
     path.write_text(text)
     with pytest.raises(CheckpointError, match="Update qalora-plugin"):
         accept_edits(directory)
@@ -229,7 +198,7 @@ def test_no_manifest(directory):
 def test_a_check_in_the_background_raises_when_it_is_asked(directory):
     assert start_check(directory).result() is True
     flip(directory / "model.safetensors")
-    with pytest.raises(CheckpointError, match="SHA-256"):
+    with pytest.raises(CheckpointError, match="XXH3-128"):
         start_check(directory).result()
 
 
@@ -244,7 +213,7 @@ def test_nothing_gets_its_name_before_a_check_beside_the_work_has_passed(directo
                 with atomic_file(outputs[1]) as partial:
                     partial.write_text("written meanwhile")
         except CheckpointError as error:
-            assert "tokenizer.json: SHA-256" in str(error) and target == "bad"
+            assert "tokenizer.json: XXH3-128" in str(error) and target == "bad"
         assert [path.exists() for path in outputs] == [target == "good"] * 2
         assert not list(tmp_path.glob(".*"))
         flip(directory / "tokenizer.json")
@@ -254,7 +223,7 @@ def test_a_damaged_file_explains_what_fails_beside_its_check(directory):
     with pytest.raises(ValueError, match="of its own"), checked_beside(directory):
         raise ValueError("of its own")
     flip(directory / "tokenizer.json")
-    with pytest.raises(CheckpointError, match="SHA-256"), checked_beside(directory):
+    with pytest.raises(CheckpointError, match="XXH3-128"), checked_beside(directory):
         raise ValueError("a number that is not finite")
     assert not manifest._beside.get()
 

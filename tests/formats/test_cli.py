@@ -40,7 +40,7 @@ def test_inspect_says_what_an_export_is(
     weights = out / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x7f")
     assert main(["inspect", str(out)]) == 1
-    assert "FAILED" in (printed := capsys.readouterr().out) and "SHA-256" in printed
+    assert "FAILED" in (printed := capsys.readouterr().out) and "XXH3-128" in printed
     assert main(["inspect", str(out), "--quick"]) == 0
 
 

@@ -95,7 +95,7 @@ def test_onnx(source, tmp_path):
     data = np.memmap(tmp_path / "model" / "model.onnx.data", dtype=np.uint8, mode="r+")
     data[:] ^= 1
     data.flush()
-    with pytest.raises(CheckpointError, match=r"model\.onnx\.data: SHA-256"):
+    with pytest.raises(CheckpointError, match=r"model\.onnx\.data: XXH3-128"):
         verify_export(tmp_path / "model", source.directory)
     (tmp_path / "model" / "qalora_manifest.json").unlink()
     with pytest.raises(VerificationError, match="differ by more than the rounding"):

@@ -249,7 +249,7 @@ def test_a_damaged_checkpoint_is_not_pushed(hub, merged_dir, tmp_path):
     data[-1000] ^= 1
     path.write_bytes(data)
     for dry_run in (True, False):
-        with pytest.raises(OutputError, match=r"^(?!.*neither).*SHA-256 .*Nothing was pushed"):
+        with pytest.raises(OutputError, match=r"^(?!.*neither).*XXH3-128 .*Nothing was pushed"):
             push(damaged, "my-model", dry_run=dry_run)
     assert hub.repos == {}
 

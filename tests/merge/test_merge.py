@@ -26,7 +26,8 @@ from transformers import (
 from qalora_plugin import QALoRAConfig, export_model, merge_adapter
 from qalora_plugin.checkpoint.checkpoint import open_quantized
 from qalora_plugin.errors import AdapterError, CheckpointError, OutputError
-from qalora_plugin.files.manifest import check_manifest, file_sha256
+from qalora_plugin.files.digests import SHA256, file_digest
+from qalora_plugin.files.manifest import check_manifest
 from qalora_plugin.files.reader import CheckpointReader
 from qalora_plugin.merge.adapter import open_adapter
 from qalora_plugin.verify.merge import verify_merge
@@ -109,7 +110,7 @@ def test_result_is_a_model_directory(base_dir, make_adapter, tmp_path):
     merged = json.loads((out / "config.json").read_text())["quantization_config"]["merged"]
     assert merged["convention"] == "sum" and merged["adapt"] == "zeros"
     assert (merged["r"], merged["lora_alpha"], merged["layers"]) == (4, 6, 14)
-    assert merged["adapter_sha256"] == file_sha256(adapter / "adapter_model.safetensors")
+    assert merged["adapter_sha256"] == file_digest(adapter / "adapter_model.safetensors", SHA256)
     assert not adapter.with_name(".merged").exists()
 
 

@@ -8,7 +8,7 @@ and 32-bit tensors as they are stored, others as gguf-py dequantizes them, in fp
 The tokenizer, the chat template and config.json are rebuilt from the file's metadata.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -142,24 +142,38 @@ class GGUFCheckpoint(GGUFGrids):
         self.reader.vocabulary.save(target)
 
     def _read_layer(self, name: str) -> PackedWeight:
+        words, scales, minima = self.decode(name, self.reader.blocks(f"{name}.weight"))
+        wide, spec = scales.float(), self.layers[name]
+        return PackedWeight(words, wide, load_offsets(minima, wide, spec).float(), None, spec)
+
+    def decode(
+        self, name: str, blocks: Iterable[tuple[slice, torch.Tensor]]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return one layer as it is stored: `qweight`, and scales and minima [G, N] in their dtype.
+
+        Those are fp16, of a K-quant fp32.
+
+        Args:
+            name: of the layer.
+            blocks: its bytes, see `GGUFReader.blocks`.
+        """
         spec, kind = self.layers[name], self.block_type(name)
         groups = (spec.num_groups, spec.out_features)
         words = torch.empty(spec.packed_rows, spec.out_features, dtype=torch.int32)
         scales, minima = (torch.empty(groups, dtype=spec.scales_dtype) for _ in range(2))
-        for rows, raw in self.reader.blocks(f"{name}.weight"):
+        for rows, raw in blocks:
             if kind is None:
-                parts = read_k(self.reader.kind(f"{name}.weight"), raw)
-                words[:, rows], scales[:, rows], minima[:, rows] = (part.t() for part in parts)
+                read = read_k(self.reader.kind(f"{name}.weight"), raw)
+                words[:, rows], scales[:, rows], minima[:, rows] = (part.t() for part in read)
                 continue
-            blocks = raw.view(len(raw), spec.num_groups, kind.nbytes)
-            write_words(kind, blocks, words[:, rows])
-            scales[:, rows] = read_scales(kind, blocks).t()
-            minima[:, rows] = read_minima(kind, blocks).t()
+            parts = raw.view(len(raw), spec.num_groups, kind.nbytes)
+            write_words(kind, parts, words[:, rows])
+            scales[:, rows] = read_scales(kind, parts).t()
+            minima[:, rows] = read_minima(kind, parts).t()
         order = self.reader.row_order(f"{name}.weight")
         if order is not None:
             words, scales, minima = (part[:, order] for part in (words, scales, minima))
-        wide = scales.float()
-        return PackedWeight(words, wide, load_offsets(minima, wide, spec).float(), None, spec)
+        return words, scales, minima
 
     def qweight(self, name: str) -> torch.Tensor:
         """Return one layer's integers in our packing, int32 [ceil(K/32)*bits, N]."""

@@ -19,6 +19,7 @@ import torch
 from ...checkpoint.checkpoint import QuantizedCheckpoint, open_quantized
 from ...errors import CheckpointError, ConfigError
 from ...files.atomic import atomic_file, check_space, check_target
+from ...files.reader import all_finite
 from ..directory import dense_weight
 from ..export import ExportResult, Progress, obstacles
 from ..record import describe_source
@@ -127,7 +128,7 @@ class _Export:
             value = q4_1(self.source.layer(layer))
         else:
             value = dense_weight(self.source.layer(layer)).to(self.dense_dtype)
-            if not value.isfinite().all():
+            if not all_finite(value):
                 raise CheckpointError(
                     f"{self.source.directory}: {layer}: a weight is out of the range of f16"
                 )

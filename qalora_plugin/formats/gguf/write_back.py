@@ -9,22 +9,22 @@ every other tensor as it was.
 import struct
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
 import torch
 
-from qalora_kernels import store_offsets
+from qalora_kernels import PackedWeight, store_offsets
 
 from ...checkpoint.checkpoint import QuantizedCheckpoint
+from ...checkpoint.validate import check_values
 from ...errors import CheckpointError
 from ...files.atomic import atomic_file, cannot_write, check_target
-from ...files.reader import COPY_BYTES
-from ...files.writer import one_ahead
+from ...files.reader import COPY_BYTES, in_pieces
+from ...files.writer import made_ahead
 from ..export import ExportResult, Progress
-from ..write_back import changed_layer, check_same_model
+from ..write_back import check_layer, check_same_model
 from . import FORMAT
 from .decode import minima_of, read_minima
 from .file import open_gguf
@@ -35,19 +35,17 @@ from .read import GGUFCheckpoint
 _EXACT = "Exact: minima and scales are written back, everything else is the source's."
 
 
-@dataclass(frozen=True)
-class _Change:
-    """The new numbers of one layer, in the file's order of rows, and where they differ.
+class _Layer(NamedTuple):
+    """A layer of the source, and what is new in it.
 
     Args:
-        scales, minima: fp16 [N, B].
-        scales_changed, minima_changed: bool [N, B].
+        blocks: its bytes as they lie in the file, see `GGUFReader.blocks`.
+        new: by half of a block's head (0: d, 1: m), where anything is new: the numbers fp16 [N, B],
+            in the file's order of rows, and where they differ, bool [N, B].
     """
 
-    scales: torch.Tensor
-    minima: torch.Tensor
-    scales_changed: torch.Tensor
-    minima_changed: torch.Tensor
+    blocks: list[tuple[slice, torch.Tensor]]
+    new: dict[int, tuple[torch.Tensor, torch.Tensor]]
 
 
 def write_back(
@@ -75,19 +73,34 @@ def write_back(
     return ExportResult(target, FORMAT.name, len(base.layers), exactness)
 
 
-def _change(base: GGUFCheckpoint, merged: QuantizedCheckpoint, name: str) -> _Change:
-    """Compare a layer with the merged one; where nothing changed, the file's bytes stay."""
-    before, after = changed_layer(base, merged, name)
-    scales = after.scales != before.scales
-    parts = (
-        after.scales.to(torch.float16),
-        store_offsets(after.offsets, after.scales, before.spec),
-        scales,
-        scales | (after.offsets != before.offsets),
-    )
+def _change(base: GGUFCheckpoint, merged: QuantizedCheckpoint, name: str) -> _Layer:
+    """Compare a layer with the merged one, both as they are stored; the rest of the file stays."""
+    spec = base.layers[name]
+    if merged.layers[name] != spec:
+        raise CheckpointError(
+            f"{merged.directory}: {name} has another grid than in {base.directory}: expected "
+            f"{spec}, found {merged.layers[name]}. Export to another format."
+        )
+    blocks = list(base.reader.blocks(f"{name}.weight"))
+    words, scales, minima = base.decode(name, blocks)
+    before = PackedWeight(words, scales, minima, None, spec)
+    scales, minima = (merged.reader.get(f"{name}.{part}") for part in ("scales", "offsets"))
+    after = PackedWeight(words, scales, minima, merged.g_idx(name), spec)
+    check_values(merged.where(name), after)
+    check_layer(base, merged, name, before, after)
     heads = base.reader.heads(f"{name}.weight")
-    rows = (part.t() if heads is None else interleave(part.t(), heads) for part in parts)
-    return _Change(*(part.contiguous() for part in rows))
+
+    def rows(part: torch.Tensor) -> torch.Tensor:
+        return (part.t() if heads is None else interleave(part.t(), heads)).contiguous()
+
+    new = {}
+    changed = after.scales != before.scales
+    if changed.any():
+        new[0] = rows(scales), rows(changed)
+    changed = changed | (after.offsets != before.offsets)
+    if changed.any():
+        new[1] = rows(minima), rows(changed)
+    return _Layer(blocks, new)
 
 
 def _grows(base: GGUFCheckpoint, merged: QuantizedCheckpoint, name: str) -> bool:
@@ -113,25 +126,22 @@ def _grows(base: GGUFCheckpoint, merged: QuantizedCheckpoint, name: str) -> bool
 
 
 def _blocks(
-    base: GGUFCheckpoint, name: str, change: _Change, grown: BlockType | None
-) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Yield a layer's rows as they are written: (rows, uint8 [rows, bytes of a row])."""
+    base: GGUFCheckpoint, name: str, layer: _Layer, grown: BlockType | None
+) -> Iterator[torch.Tensor]:
+    """Yield a layer's rows as they are written, uint8 [rows, bytes of a row]."""
     kind = own = _affine(base, name)
-    for rows, raw in base.reader.blocks(f"{name}.weight"):
+    for rows, raw in layer.blocks:
         blocks = raw.view(len(raw), -1, kind.nbytes)
         if grown is not None:
             wider = torch.empty(*blocks.shape[:2], grown.nbytes, dtype=torch.uint8)
             wider[..., :2], wider[..., 4:] = blocks[..., :2], blocks[..., 2:]
             wider.view(torch.float16)[..., 1] = read_minima(kind, blocks)
             blocks, kind = wider, grown
-        places = [(0, change.scales, change.scales_changed)]
-        if kind.zero is None:
-            places.append((1, change.minima, change.minima_changed))
         halves = blocks.view(torch.float16)
-        for at, numbers, changed in places:
-            old = halves[..., at]
-            halves[..., at] = torch.where(changed[rows], numbers[rows], old)
-        yield rows, blocks.reshape(len(raw), -1)
+        for at, (numbers, changed) in layer.new.items():
+            if at == 0 or kind.zero is None:  # else there is no m
+                halves[..., at] = torch.where(changed[rows], numbers[rows], halves[..., at])
+        yield blocks.reshape(len(raw), -1)
         kind = own
 
 
@@ -147,16 +157,16 @@ def _patch_copy(
     """Write the source's bytes with new ones where layers have changed, each once and in order."""
     places = {name: base.reader.place(f"{name}.weight") for name in base.layers}
     names = sorted(places, key=places.__getitem__)
-    changes = one_ahead(lambda name: _change(base, merged, name), names)
+    layers = made_ahead(lambda name: _change(base, merged, name), names)
     done = 0  # bytes
     try:
-        with base.directory.open("rb") as old, partial.open("wb") as new, closing(changes):
-            for count, (name, change) in enumerate(zip(names, changes, strict=True), start=1):
-                if change.scales_changed.any() or change.minima_changed.any():
+        with base.directory.open("rb") as old, partial.open("wb") as new, closing(layers):
+            for count, (name, layer) in enumerate(zip(names, layers, strict=True), start=1):
+                if layer.new:
                     start, (rows, width) = places[name]
                     _copy(old, new, done, start)
-                    for _, data in _blocks(base, name, change, None):
-                        new.write(memoryview(data.numpy()).cast("B"))  # type: ignore[arg-type]
+                    for piece in in_pieces(_blocks(base, name, layer, None)):
+                        new.write(piece)
                     done = start + rows * width
                 if progress is not None:
                     progress(count, len(places))
@@ -207,7 +217,7 @@ def _write_grown(
         else:
             wider = BLOCK_TYPES[str(_affine(base, name).grown)] if name in grown else None
             pieces = _blocks(base, name, _change(base, merged, name), wider)
-            data = torch.cat([piece for _, piece in pieces]).numpy()
+            data = torch.cat(list(pieces)).numpy()
         writer.write_tensor_data(data)
         if progress is not None:
             progress(done, len(source.tensors))
