@@ -2,7 +2,9 @@
 
 import importlib
 import importlib.util
+import json
 import re
+import statistics
 from pathlib import Path
 
 import pytest
@@ -94,3 +96,26 @@ def test_troubleshooting_quotes_messages_that_exist():
     quoted = re.findall(r"^- `([^`]+)`", text, re.MULTILINE)
     assert len(quoted) > 10
     assert [quote for quote in quoted if quote not in known] == []
+
+
+@pytest.mark.parametrize(
+    ("title", "step", "beside"),
+    [
+        ("merge", "merge", "copy"),
+        ("import of GGUF", "import", "copy"),
+        ("write back into GGUF", "write back", "copy"),
+        ("loading", "load", "load unchecked"),
+        ("loading, until the first token", "first token", "first token unchecked"),
+    ],
+)
+def test_what_checking_costs_is_measured(title, step, beside):
+    lines = (ROOT / "integration/large/results/checking.jsonl").read_text().splitlines()
+    rows = [row for row in map(json.loads, lines) if step in row]
+    mine, others = ([row[name][0] for row in rows] for name in (step, beside))
+    times = [one / other for one, other in zip(mine, others, strict=True)]
+    name = "copying" if beside == "copy" else "without hashes"
+    median = statistics.median
+    assert (
+        f"| {title} | {median(mine):.1f} s | {name}: {median(others):.1f} s | {median(times):.1f} "
+        f"({min(times):.1f} to {max(times):.1f}) |"
+    ) in (ROOT / "docs" / "checks.md").read_text()
