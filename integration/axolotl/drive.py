@@ -151,41 +151,89 @@ def best(driver):
     return found
 
 
-def dpo(driver):
-    """Preferences, made of the first rows: the trainer makes the adapter from a config."""
+def rows_of(driver, name, make):
+    """Write a data set of what is made of the first rows' prompts and completions; its settings."""
     rows = Path(driver.values["datasets"][0]["path"]).read_text().splitlines()[:12]
-    pairs = [json.loads(row) for row in rows]
-    path = driver.work / "preferences.jsonl"
-    path.write_text(
-        "\n".join(
-            json.dumps({"prompt": p["prompt"], "chosen": p["completion"], "rejected": "pass\n"})
-            for p in pairs
-        )
-    )
-    parts = ("prompt", "chosen", "rejected")
-    fields = {f"field_{part}": part for part in parts}
+    path = driver.work / f"{name}.jsonl"
+    lines = [make(row["prompt"], row["completion"]) for row in map(json.loads, rows)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return {"path": str(path), "ds_type": "json", "split": "train"}
+
+
+def fields(*parts):
+    """Return a type of Axolotl's whose fields are used as they are."""
     formats = {f"{part}_format": f"{{{part}}}" for part in parts}
-    data = {"path": str(path), "ds_type": "json", "split": "train", "type": fields | formats}
+    return {f"field_{part}": part for part in parts} | formats
+
+
+def preferences(driver, method, data, **settings):
+    """Train ten steps by a method of TRL's: the trainer makes the adapter from a config."""
     block = {"quantize_method": "rtn"}
-    return driver.train(
-        "dpo", rl="dpo", max_steps=10, val_set_size=0, qalora=block, datasets=[data]
+    values = {"rl": method, "max_steps": 10, "val_set_size": 0, "save_steps": 10}
+    return driver.train(method, qalora=block, datasets=[data], **values | settings)
+
+
+def dpo(driver):
+    """Preferences, made of the first rows."""
+    data = rows_of(driver, "dpo", lambda q, a: {"prompt": q, "chosen": a, "rejected": "pass\n"})
+    return preferences(driver, "dpo", data | {"type": fields("prompt", "chosen", "rejected")})
+
+
+def kto(driver):
+    """Completions that are wanted, or not."""
+    data = rows_of(
+        driver, "kto", lambda q, a: {"prompt": q, "completion": a, "label": len(a) % 2 == 0}
     )
+    kind = fields("prompt", "completion") | {"field_label": "label"}
+    return preferences(driver, "kto", data | {"type": kind}, remove_unused_columns=False)
+
+
+def orpo(driver):
+    """Two conversations, without a reference."""
+
+    def make(prompt, completion):
+        asked = {"role": "user", "content": prompt}
+        answers = {"chosen": completion, "rejected": "pass"}
+        return {
+            key: [asked, {"role": "assistant", "content": text}] for key, text in answers.items()
+        }
+
+    data = rows_of(driver, "orpo", make) | {"type": "chat_template.argilla"}
+    return preferences(driver, "orpo", data, chat_template="chatml", remove_unused_columns=False)
+
+
+REWARDS = """
+def transform(cfg, *args, **kwargs):
+    return lambda row, tokenizer=None: row
+
+
+def spaces(completions, **kwargs):
+    return [float(text.count(" ")) for text in completions]
+"""
+
+
+def grpo(driver):
+    """Completions are drawn by the very layers that are trained, and rewarded by a function."""
+    (driver.work / "drive_rewards.py").write_text(REWARDS)
+    sys.path.insert(0, str(driver.work))
+    data = rows_of(driver, "grpo", lambda q, a: {"prompt": q})
+    trl = {"beta": 0.0, "use_vllm": False, "num_generations": 2, "max_completion_length": 8}
+    trl |= {"reward_funcs": ["drive_rewards.spaces"]}
+    return preferences(driver, "grpo", data | {"type": "drive_rewards.transform"}, trl=trl)
 
 
 def reward(driver):
     """A reward model, whose head is trained whole; and a base that is changed while it loads."""
-    rows = Path(driver.values["datasets"][0]["path"]).read_text().splitlines()[:12]
-    pairs = [json.loads(row) for row in rows]
-    path = driver.work / "pairs_with_system.jsonl"
-    keys = {"system": "", "rejected": "pass\n"}
-    lines = [{**keys, "input": p["prompt"], "chosen": p["completion"]} for p in pairs]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    kind = "bradley_terry.chat_template"
-    data = {"path": str(path), "ds_type": "json", "split": "train", "type": kind}
+    data = rows_of(
+        driver,
+        "reward",
+        lambda q, a: {"system": "", "input": q, "chosen": a, "rejected": "pass\n"},
+    )
+    data["type"] = "bradley_terry.chat_template"
     rtn = {"quantize_method": "rtn"}
     settings = {"reward_model": True, "chat_template": "llama3", "remove_unused_columns": False}
     settings |= {"sequence_len": 1024, "val_set_size": 0, "dataset_num_proc": 1}
-    found = driver.train("reward", max_steps=2, datasets=[data], qalora=rtn, **settings)
+    found = driver.train("reward", max_steps=10, datasets=[data], qalora=rtn, **settings)
     rope = {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}
     other = {"overrides_of_model_config": rope, "qalora": rtn}
     return found | {"changed": refusal(lambda: driver.train("changed", **other))}
@@ -234,7 +282,21 @@ def refused(driver):
 
 STEPS = {
     step.__name__: step
-    for step in (refused, bits2, packed, stock, mlx, best, dpo, reward, one_rank, resumed)
+    for step in (
+        refused,
+        bits2,
+        packed,
+        stock,
+        mlx,
+        best,
+        dpo,
+        kto,
+        orpo,
+        grpo,
+        reward,
+        one_rank,
+        resumed,
+    )
 }
 
 

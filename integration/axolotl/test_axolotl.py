@@ -115,11 +115,21 @@ def test_the_best_adapter_is_merged_or_refused(driven):
     assert "Axolotl has dropped it" in found["dropped"]
 
 
-def test_dpo(driven):
-    found = driven["dpo"]
+@pytest.mark.parametrize(
+    ("method", "logged"),
+    [
+        ("dpo", "rewards/margins"),
+        ("kto", "rewards/chosen"),
+        ("orpo", "log_odds_ratio"),
+        ("grpo", "rewards/spaces/mean"),
+    ],
+)
+def test_preferences(driven, method, logged):
+    found = driven[method]
     check_merged(found, layers=28)
     assert "model.safetensors" not in found["files"]
-    assert any("rewards/margins" in row for row in found["log"])
+    assert max(row["step"] for row in found["log"]) == 10
+    assert any(logged in row for row in found["log"]), found["log"]
 
 
 def test_a_reward_models_head_is_merged(driven):

@@ -91,6 +91,15 @@ def merge(cfg: Any, adapter: Path) -> None:
     """
     result = merge_adapter(adapter, merged_dir(cfg))
     LOG.info("qalora: merged %d layers into %s", result.layers, result.out)
+    tasks = cfg.get("lm_eval_tasks")
+    if tasks:
+        names = [task.partition(":")[0] for task in ([tasks] if isinstance(tasks, str) else tasks)]
+        LOG.info(
+            "qalora: `axolotl lm-eval` loads no plugin, and so not this model: type `qalora eval "
+            "%s --tasks %s`",
+            result.out,
+            ",".join(names),
+        )
 
 
 def merged_before(cfg: Any, adapter: Path) -> str | None:

@@ -160,11 +160,14 @@ def test_pushing_needs_a_hub_model_id(monkeypatch, tmp_path):
     assert pushed == [(tmp_path, "me/m-merged", {"data": "d", "log_history": history})]
 
 
-def test_merged_already_is_said_or_another_result_refused(tmp_path):
+def test_merged_already_is_said_or_another_result_refused(tmp_path, caplog):
     base = open_quantized(STOCK)
-    cfg = Config(output_dir=str(random_adapter(base, tmp_path / "run")))
+    tasks = {"lm_eval_tasks": ["arc_easy:5", "mmlu"]}
+    cfg = Config(output_dir=str(random_adapter(base, tmp_path / "run")), **tasks)
     assert finish.merged_before(cfg, tmp_path / "run") is None
-    finish.merge(cfg, tmp_path / "run")
+    with caplog.at_level("INFO"):
+        finish.merge(cfg, tmp_path / "run")
+    assert f"type `qalora eval {tmp_path / 'run' / 'merged'} --tasks arc_easy,mmlu`" in caplog.text
     said = finish.merged_before(cfg, tmp_path / "run")
     assert f"all {len(base.layers)} layers are the same" in said and "\n" not in said
     other = random_adapter(base, tmp_path / "other", size=0.05)
