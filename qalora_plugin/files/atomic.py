@@ -4,6 +4,7 @@ import errno
 import fcntl
 import glob
 import os
+import re
 import secrets
 import shutil
 import time
@@ -294,6 +295,32 @@ def cannot_write(path: Path, error: OSError) -> OutputError:
     if error.errno is None or error.errno in _FULL:  # None: numpy, after writing a part
         why += f"; {_free_bytes(path)} bytes are free there"
     return OutputError(f"{path}: cannot be written ({why}). Free space or choose another place.")
+
+
+@contextmanager
+def saved_by_others(path: Path) -> Iterator[None]:
+    """Have a full disk end in our error while another library writes.
+
+    Those in Rust (tokenizers, safetensors) raise errors that are no OSError, and have its number in
+    their text: "No space left on device (os error 28)".
+
+    Raises:
+        OutputError: the disk is full, or a quota or limit was reached.
+    """
+    try:
+        yield
+    except OutputError:
+        raise
+    except OSError as error:
+        if error.errno is None or error.errno in _FULL:
+            raise cannot_write(path, error) from error
+        raise
+    except Exception as error:
+        said = re.search(r"\(os error (\d+)\)", str(error))
+        if said is None or int(said[1]) not in _FULL:
+            raise
+        number = int(said[1])
+        raise cannot_write(path, OSError(number, os.strerror(number))) from error
 
 
 @contextmanager

@@ -24,7 +24,14 @@ from .binding import compare, numbers_in
 from .digests import changed, check_entries, file_entry
 from .inside import check_inside, check_regular, in_hub_cache
 from .json import json_text, read_json
-from .names import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, CARD_FILE, CONFIG_FILE, MANIFEST_FILE
+from .names import (
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_WEIGHTS_FILE,
+    CARD_FILE,
+    CONFIG_FILE,
+    INDEX_FILE,
+    MANIFEST_FILE,
+)
 from .schemas import Manifest, read_as
 
 MANIFEST_VERSION = 3
@@ -145,11 +152,33 @@ def _check(directory: Path) -> bool:
         )
         for name, difference in zip(present, differences, strict=True):
             if difference:
-                advice = _AGAIN if name.endswith(_WEIGHTS) else _ACCEPT.format(directory=directory)
-                raise CheckpointError(
-                    f"{directory / name}: {difference}. It changed after it was written. {advice}"
-                )
+                raise _changed(directory, name, difference)
     return True
+
+
+def check_index(directory: Path) -> None:
+    """Compare the index of sharded weights with its hash: transformers reads it by itself.
+
+    A directory without an index, or without a manifest, is let through.
+
+    Raises:
+        CheckpointError: the manifest is damaged, or the index differs.
+    """
+    path = directory / MANIFEST_FILE
+    if _skips() or not (path.exists() and (directory / INDEX_FILE).exists()):
+        return
+    entry = _read(path)["files"].get(INDEX_FILE)
+    if entry is None or not _check_size(directory, INDEX_FILE, entry["size"]):
+        return
+    if difference := changed(directory / INDEX_FILE, entry, MANIFEST_FILE):
+        raise _changed(directory, INDEX_FILE, difference)
+
+
+def _changed(directory: Path, name: str, difference: str) -> CheckpointError:
+    advice = _AGAIN if name.endswith(_WEIGHTS) else _ACCEPT.format(directory=directory)
+    return CheckpointError(
+        f"{directory / name}: {difference}. It changed after it was written. {advice}"
+    )
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -235,11 +264,7 @@ def _check_size(directory: Path, name: str, stated: int) -> bool:
         )
     size = check_regular(file, directory).st_size
     if size != stated:
-        advice = _AGAIN if name.endswith(_WEIGHTS) else _ACCEPT.format(directory=directory)
-        raise CheckpointError(
-            f"{file}: {size} bytes, {MANIFEST_FILE} says {stated} bytes. It changed after it was "
-            f"written. {advice}"
-        )
+        raise _changed(directory, name, f"{size} bytes, {MANIFEST_FILE} says {stated} bytes")
     return True
 
 

@@ -14,6 +14,7 @@ from ..checkpoint.config import QALoRAQuantConfig
 from ..checkpoint.convert import cached_import
 from ..checkpoint.format import formats
 from ..checkpoint.kind import find_model
+from ..files.manifest import check_index
 
 _INSTALLED = "_qalora_original"
 
@@ -53,15 +54,17 @@ def install() -> None:
         # every Auto class has a copy of its own
         original: Any = vars(owner).get("from_pretrained")
         if original is not None and not hasattr(original.__func__, _INSTALLED):
-            owner.from_pretrained = _wrapped(original.__func__)
+            owner.from_pretrained = _wrapped(original.__func__, owner is PreTrainedModel)
 
 
-def _wrapped(original: Any) -> Any:
+def _wrapped(original: Any, loads_weights: bool) -> Any:
     @functools.wraps(original)
     def from_pretrained(
         cls: Any, pretrained_model_name_or_path: Any, *args: Any, **options: Any
     ) -> Any:
         name = directory_of(pretrained_model_name_or_path, options)
+        if loads_weights and isinstance(name, str | Path):
+            check_index(Path(name))
         return original(cls, name, *args, **options)
 
     setattr(from_pretrained, _INSTALLED, original)

@@ -23,7 +23,7 @@ from ..checkpoint.format import format_named
 from ..checkpoint.kind import find_model
 from ..checkpoint.side_files import copy_side_files, load_tokenizer
 from ..errors import ConfigError
-from ..files.atomic import AtomicDirectory, ScratchDirectory, replace_text
+from ..files.atomic import AtomicDirectory, ScratchDirectory, replace_text, saved_by_others
 from ..files.json import json_text, read_json, write_json
 from ..files.names import CHOSEN_BITS_FILE, CONFIG_FILE, REFINE_STATE_FILE, REPORT_FILE
 from ..files.progress import progress_meter
@@ -152,9 +152,10 @@ def _on_disk(
     with ScratchDirectory(out) as scratch:
         named = Path(model.name_or_path).resolve().name if model.name_or_path else ""
         directory = scratch / (named or type(model).__name__)
-        model.save_pretrained(directory)
-        if options.tokenizer is not None:
-            options.tokenizer.save_pretrained(directory)
+        with saved_by_others(directory):
+            model.save_pretrained(directory)
+            if options.tokenizer is not None:
+                options.tokenizer.save_pretrained(directory)
         yield directory
 
 

@@ -15,7 +15,13 @@ from ..checkpoint.format import format_named
 from ..distributed.ranks import connect, on_main_process
 from ..distributed.sharding import fsdp_enabled
 from ..errors import ConfigError
-from ..files.atomic import AtomicDirectory, ScratchDirectory, check_target, hold
+from ..files.atomic import (
+    AtomicDirectory,
+    ScratchDirectory,
+    check_target,
+    hold,
+    saved_by_others,
+)
 from ..formats.export import (
     ExportResult,
     check_format,
@@ -323,9 +329,10 @@ class MergeCallback(TrainerCallback):
         assert self._model is not None
         if alone:
             remove_inherited(adapter)
-        if self._processing_class is not None:
-            self._processing_class.save_pretrained(adapter)
-        write_generation_config(self._model.get_base_model(), adapter)
+        with saved_by_others(adapter):
+            if self._processing_class is not None:
+                self._processing_class.save_pretrained(adapter)
+            write_generation_config(self._model.get_base_model(), adapter)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from ..checkpoint.kind import find_kind, find_model
 from ..distributed.ranks import rank
 from ..distributed.sharding import gathered, is_sharded, plain_name
 from ..errors import CheckpointError, ConfigError, printable
+from ..files.atomic import saved_by_others
 from ..files.hub import resolve_model_dir
 from ..files.json import read_json, write_json
 from ..files.names import CONFIG_FILE
@@ -74,7 +75,8 @@ def save_base(model: PeftModel, directory: Path) -> None:
         generation = getattr(base, "generation_config", None)
         if generation is not None:  # it may be one that save_pretrained refuses
             _set(undo, base, "generation_config", type(generation)())
-        base.save_pretrained(directory)
+        with saved_by_others(directory):
+            base.save_pretrained(directory)
     write_generation_config(base, directory)
 
 
@@ -155,7 +157,8 @@ def save_adapter(model: PeftModel, directory: Path, name: str) -> Path:
             if rank() == 0:
                 state[key] = whole.cpu()
     if rank() == 0:
-        model.save_pretrained(str(directory), selected_adapters=[name], state_dict=state)
+        with saved_by_others(directory):
+            model.save_pretrained(str(directory), selected_adapters=[name], state_dict=state)
     return adapter_directory(name, directory)
 
 

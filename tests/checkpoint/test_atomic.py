@@ -3,13 +3,18 @@
 import errno
 import multiprocessing
 import os
+import resource
 import shutil
 import time
 from collections import namedtuple
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from qalora_plugin.errors import OutputError
 from qalora_plugin.files import atomic
@@ -20,6 +25,7 @@ from qalora_plugin.files.atomic import (
     check_space,
     check_target,
     hold,
+    saved_by_others,
 )
 from qalora_plugin.files.writer import write_weights
 from qalora_plugin.formats.export import export_model
@@ -164,6 +170,40 @@ def test_a_disk_that_fills_up_is_one_error_that_names_bytes(kind, code, tmp_path
     with pytest.raises(OutputError, match=r"\d+ bytes are free"), kind(target):
         raise OSError(code, os.strerror(code))
     assert not any(tmp_path.iterdir())
+
+
+@pytest.fixture
+def limited():
+    """No file may grow beyond 1,000 bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+SAVED = {
+    "numpy": lambda path: np.save(path, np.zeros(1000)),
+    "safetensors": lambda path: save_file({"a": torch.zeros(1000)}, path),
+    "tokenizers": lambda path: tokenizer().save(str(path)),
+}
+
+
+def tokenizer():
+    return Tokenizer(WordLevel({f"word{number}": number for number in range(1000)}, "word0"))
+
+
+@pytest.mark.parametrize("library", SAVED)
+def test_a_full_disk_is_our_error_where_a_library_writes(library, tmp_path, limited):
+    with (
+        pytest.raises(OutputError, match=r"\d+ bytes are free"),
+        saved_by_others(tmp_path),
+    ):
+        SAVED[library](tmp_path / "file")
+
+
+def test_other_errors_of_a_library_stay_what_they_are(tmp_path):
+    with pytest.raises(ValueError, match="os error 2"), saved_by_others(tmp_path):
+        raise ValueError("No such file or directory (os error 2)")
 
 
 @pytest.mark.parametrize("call", ["rename", "fsync"])

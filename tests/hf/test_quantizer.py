@@ -27,7 +27,9 @@ from qalora_plugin.checkpoint.checkpoint import open_quantized
 from qalora_plugin.errors import CheckpointError, ConfigError, QuantizationError
 from qalora_plugin.hf.quantizer import QALoRAQuantizer, register
 from qalora_plugin.layers.linear import QuantLinear
+from qalora_plugin.quantize.pipeline import quantize_model
 from qalora_plugin.quantize.rtn import rtn
+from qalora_plugin.quickstart.embedded import base_model_path
 
 LAYER = "model.layers.0.mlp.down_proj"
 IDS = torch.arange(12)[None]
@@ -356,3 +358,13 @@ def test_a_model_that_carries_an_adapter_is_not_saved_as_a_base(base_dir, tmp_pa
     model.set_submodule(LAYER, wrapper)
     with pytest.raises(CheckpointError, match="carries an adapter"):
         model.save_pretrained(tmp_path / "out")
+
+
+@pytest.mark.parametrize("change", [('"weight_map"', '"weight_map'), ("-00002-of", "-00009-of")])
+def test_a_damaged_index_is_our_error(change, tmp_path):
+    """transformers reads it by itself, before anything is checked."""
+    quantize_model(base_model_path(), tmp_path / "out", method="rtn", progress=False)
+    index = tmp_path / "out" / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace(*change))
+    with pytest.raises(CheckpointError, match=r"model\.safetensors\.index\.json: .* says"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
