@@ -119,12 +119,17 @@ def peak_memory() -> dict[str, int]:
     """Return the largest resident memory so far, in bytes.
 
     That is of this process, of the largest program that it started and that has ended (such as
-    llama.cpp), and of its GPU if it has one.
+    llama.cpp) where it took more than this process, and of its GPU if it has one.
     """
     unit = 1 if sys.platform == "darwin" else 1024
-    found = {"peak of the process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
-    if other := resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss:
-        found["peak of a program that it started"] = other * unit
+    own, other = (
+        resource.getrusage(who).ru_maxrss * unit
+        for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    )
+    found = {"peak of the process": own}
+    # what is said of a child is no less than what this process had when it started the child
+    if other > own:
+        found["peak of a program that it started"] = other
     if torch.cuda.is_available():
         found["peak of the GPU"] = torch.cuda.max_memory_allocated()
     return found
