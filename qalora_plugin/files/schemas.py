@@ -86,6 +86,19 @@ class QuantizationConfig(TypedDict, total=False):
     merged: MergedEntry | None
 
 
+class CompressedTensors(TypedDict, total=False):
+    """`quantization_config` of compressed-tensors, as far as its reader does not check it."""
+
+    sparsity_config: Object | None
+    transform_config: Object | None
+
+
+class CompressedGroup(TypedDict, total=False):
+    """One of its `config_groups`."""
+
+    targets: list[str] | None
+
+
 class AdapterConfig(TypedDict, total=False):
     """adapter_config.json, of a QALORA or a LORA adapter."""
 

@@ -18,6 +18,7 @@ from ...checkpoint.checkpoint import QuantizedCheckpoint
 from ...checkpoint.config import QALoRAQuantConfig
 from ...errors import CheckpointError, ConfigError
 from ...files.names import CONFIG_FILE
+from ...files.schemas import CompressedGroup, CompressedTensors, check_types
 from ..packings import QUANTIZE_AGAIN
 from . import FORMAT
 from .layout import G_IDX, PARTS, SCALE, SHAPE, WEIGHT, ZERO_POINT, unpack_columns_of, words
@@ -67,6 +68,7 @@ def _schemes(raw: dict[str, Any], path: Path) -> list[Scheme]:
         raise CheckpointError(
             f"{path}: config_groups: expected an object, found {groups!r}. {_DAMAGED}"
         )
+    check_types(raw, CompressedTensors, str(path), CheckpointError)
     sparsity = (raw.get("sparsity_config") or {}).get("format", "dense")
     if sparsity != "dense":
         raise CheckpointError(
@@ -88,6 +90,7 @@ def _scheme(where: str, group: Any, usual_format: Any) -> Scheme:
     weights = group.get("weights") if isinstance(group, dict) else None
     if not isinstance(weights, dict):
         raise CheckpointError(f"{where}weights: expected an object, found {weights!r}. {_DAMAGED}")
+    check_types(group, CompressedGroup, where.removesuffix(": "), CheckpointError)
     format, type = group.get("format") or usual_format, weights.get("type", "int")
     if format != PACKED or type != "int":
         raise CheckpointError(
