@@ -49,7 +49,7 @@ def import_model(
     revision: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> ImportResult:
-    """Convert a quantized base in a foreign format to our own, one layer in memory at a time.
+    """Convert a quantized base in a foreign format to our own, a few layers in memory at a time.
 
     Nothing is rounded. The result remembers the source and its hash, so that what is merged later
     can be written back into a copy of it (`qalora export --format original`).

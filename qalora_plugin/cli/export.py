@@ -18,7 +18,7 @@ def add_parser(subparsers: Any) -> None:
         "export",
         help="write a merged model for another runtime",
         description="Write a merged model as another runtime reads it: the same integers, scales "
-        "and offsets, one layer in memory at a time. What a format cannot hold is written dense "
+        "and offsets, a few layers in memory at a time. What a format cannot hold is written dense "
         "and named, or refused before anything is written. `qalora verify OUT --against MODEL` "
         "proves the result.",
         epilog="Formats: " + "; ".join(f"{f.name} for {f.runs_in}" for f in known) + ".",

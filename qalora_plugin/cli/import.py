@@ -15,7 +15,7 @@ def add_parser(subparsers: Any) -> None:
         "import",
         help="make a base of a file that is quantized already",
         description="Convert a base in a foreign format to our own: the same integers, scales and "
-        "offsets, one layer in memory, nothing rounded. The result remembers the source and its "
+        "offsets, a few layers in memory, nothing rounded. The result remembers the source and its "
         "hash: what is merged into it is written back into a copy of the source with `qalora "
         "export MERGED --format original`.",
     )

@@ -16,7 +16,7 @@ def add_parser(subparsers: Any) -> None:
         "merge",
         help="fold an adapter into its INT-n base",
         description="Fold an adapter into its quantized base and write the merged checkpoint. "
-        "Works on files alone, one layer in memory; the integers stay as they are. Nothing that "
+        "Works on files alone, a few layers in memory; the integers stay as they are. Nothing that "
         "exists is overwritten, and the output appears only when it is complete.",
     )
     add = parser.add_argument

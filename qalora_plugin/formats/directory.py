@@ -1,4 +1,4 @@
-"""Write a model as a directory of safetensors, one layer in memory at a time.
+"""Write a model as a directory of safetensors, a few layers in memory at a time.
 
 A format says how such a directory holds one quantized layer (`DenseLayers`, and what derives from
 it); `write_directory` does the rest.

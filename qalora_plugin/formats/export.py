@@ -206,7 +206,7 @@ def export_model(
     progress: Progress | None = None,
     **options: Any,
 ) -> ExportResult:
-    """Write a quantized model for another runtime, one layer in memory at a time.
+    """Write a quantized model for another runtime, a few layers in memory at a time.
 
     Args:
         source: the merged model: a directory in our format or stock GPTQ, or a Hub id. For "lora",

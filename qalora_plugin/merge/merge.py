@@ -1,7 +1,7 @@
 """Merge an adapter into its quantized base: integers stay, offsets (and scales) change.
 
-Works on files alone, one layer in memory at a time. What is folded in is what the training forward
-computed, since both call `qalora_kernels.fold`.
+Works on files alone, a few layers in memory at a time. What is folded in is what the training
+forward computed, since both call `qalora_kernels.fold`.
 """
 
 from collections.abc import Callable, Iterator
