@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.config import QALoRAQuantConfig
-from ..checkpoint.kind import Kind, find_kind
+from ..checkpoint.convert import cached_import
+from ..checkpoint.kind import Kind, find_kind, find_model
 from ..checkpoint.side_files import load_tokenizer
 from ..errors import CheckpointError, ConfigError
-from ..files.hub import resolve_model_dir
+from ..files.hub import locate
 from ..files.json import read_json
 from ..files.names import ADAPTER_CONFIG_FILE
+from ..hf.config import QALoRAQuantConfig
 from ..quantize.options import usable_device
 
 SETS = {
@@ -68,8 +69,8 @@ def evaluate(
     """Run tasks on a model, and return their results as JSON-ready rows.
 
     Args:
-        model: directory or Hub id: a merged or quantized model, a 16-bit one, or an adapter, which
-            is then run beside its base, not merged.
+        model: directory, Hub id or GGUF file: a merged or quantized model, a 16-bit one, or an
+            adapter, which is then run beside its base, not merged.
         tasks: names of tasks and groups of the harness, or of `SETS`.
         base: of an adapter; by default what its config names.
         options: see there.
@@ -85,7 +86,7 @@ def evaluate(
         CheckpointError: the model cannot be read.
     """
     options = options or EvalOptions()
-    directory = resolve_model_dir(model)
+    directory = _directory(model)
     kind = find_kind(directory)
     _check(kind, directory, base)
     usable_device(options.device)
@@ -120,6 +121,12 @@ def evaluate(
         "options": settings | {"dtype": str(loaded.dtype).removeprefix("torch.")},
         "results": rows_of(found),
     }
+
+
+def _directory(name: str | Path, revision: str | None = None) -> Path:
+    """Return where a model or an adapter lies; of one file, the directory of its import."""
+    found = find_model(name, revision)
+    return cached_import(found) if found.is_file() else found
 
 
 def _check(kind: Kind, directory: Path, base: str | Path | None) -> None:
@@ -182,18 +189,23 @@ def _load(
 
     source, base_directory = directory, None
     if kind.is_adapter:
-        named = base or read_json(directory / ADAPTER_CONFIG_FILE).get("base_model_name_or_path")
-        if not named:
+        config = read_json(directory / ADAPTER_CONFIG_FILE)
+        named = str(config.get("base_model_name_or_path") or "")
+        if not (base or named):
             raise CheckpointError(
                 f"{directory / ADAPTER_CONFIG_FILE}: names no base (base_model_name_or_path); "
                 "give it with --base DIR"
             )
-        source = base_directory = resolve_model_dir(named)
+        if base:
+            base_directory = _directory(base)
+        else:
+            base_directory = _directory(locate(named, directory), config.get("revision"))
+        source = base_directory
     settings: dict[str, Any] = {"dtype": options.dtype}
     foreign = find_kind(source).base
     if foreign is not None:
-        config = foreign.module("read").open_checkpoint(source).config
-        settings["quantization_config"] = QALoRAQuantConfig(config.bits, config.group_size)
+        grid = foreign.module("read").open_checkpoint(source).config
+        settings["quantization_config"] = QALoRAQuantConfig(grid.bits, grid.group_size)
     model = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False, **settings)
     if base_directory is not None:
         model = PeftModel.from_pretrained(model, directory)

@@ -3,10 +3,17 @@
 import importlib.util
 
 import pytest
+import torch
+from peft import get_peft_model
 from support.architectures import save
+from support.models import llama
+from transformers import AutoModelForCausalLM
 
+from qalora_plugin import QALoRAConfig, quantize_model
+from qalora_plugin.checkpoint.kind import find_kind
 from qalora_plugin.cli import main
-from qalora_plugin.evaluate.run import rows_of, table
+from qalora_plugin.evaluate.run import EvalOptions, _load, rows_of, table
+from qalora_plugin.layers.linear import QuantLinear
 
 FOUND = {
     "results": {
@@ -57,3 +64,26 @@ def test_what_is_refused_before_anything_is_loaded(tmp_path, capsys):
     if importlib.util.find_spec("lm_eval") is None:
         assert main(["eval", str(llama_dir), "--tasks", "x"]) == 1
         assert "pip install '.[eval]', in a clone" in capsys.readouterr().err
+
+
+def test_a_foreign_base_is_loaded_as_ours(tmp_path):
+    llama(intermediate_size=128).save_pretrained(tmp_path / "llama")
+    stock = tmp_path / "gptq"
+    quantize_model(
+        tmp_path / "llama", stock, method="rtn", format="gptq", group_size=32, progress=False
+    )
+    model, base = _load(stock, find_kind(stock), None, EvalOptions())
+    assert isinstance(model.model.layers[0].mlp.up_proj, QuantLinear) and base is None
+
+
+def test_an_adapter_that_was_moved_with_its_base_finds_it(tmp_path):
+    llama().save_pretrained(tmp_path / "llama")
+    made, here = tmp_path / "made", tmp_path / "here"
+    quantize_model(tmp_path / "llama", made / "int4", method="rtn", progress=False)
+    model = AutoModelForCausalLM.from_pretrained(made / "int4")
+    get_peft_model(model, QALoRAConfig(r=2)).save_pretrained(made / "adapter")
+    made.rename(here)
+    loaded, base = _load(here / "adapter", find_kind(here / "adapter"), None, EvalOptions())
+    assert base == here / "int4"
+    ids = torch.arange(12).unsqueeze(0)
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
