@@ -210,12 +210,13 @@ class NF4Linear(nn.Linear):
 
 
 def _empty_model(shape: ModelShape, settings: PlanSettings) -> transformers.PreTrainedModel:
-    """Build the dense model on the meta device, frozen, with sdpa attention."""
+    """Build the dense model on the meta device, frozen, with sdpa attention where it has that."""
     names = getattr(shape.config, "architectures", None) or [None]
     model_class = getattr(transformers, str(names[0]), transformers.AutoModelForCausalLM)
     build = getattr(model_class, "_from_config", None) or model_class.from_config
+    attention = "sdpa" if getattr(model_class, "_supports_sdpa", True) else "eager"
     with torch.device("meta"):
-        model = build(shape.config, dtype=settings.torch_dtype, attn_implementation="sdpa")
+        model = build(shape.config, dtype=settings.torch_dtype, attn_implementation=attention)
         unfuse_all(model)
     for name, experts in find_experts(model).items():
         model.set_submodule(name, OneExpert(experts))

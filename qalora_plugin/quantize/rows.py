@@ -43,7 +43,8 @@ def read_row(row: Any, where: str, tokenizer: Any = None) -> dict[str, str]:
         {"prompt": str, "completion": str}, or {"text": str} where the row does not tell them apart.
 
     Raises:
-        QuantizationError: the row has none of these fields, or holds messages in another form.
+        QuantizationError: the row has none of these fields, or holds messages in another form, or
+            ones that the chat template refuses.
     """
     if isinstance(row, str):
         return {"text": row}
@@ -77,7 +78,13 @@ def _conversation(parts: list[Any], where: str, tokenizer: Any) -> str:
             f'{where}: expected messages of the form {{"role": ..., "content": "text"}}'
         )
     if getattr(tokenizer, "chat_template", None):
-        return tokenizer.apply_chat_template(messages, tokenize=False)
+        try:
+            return tokenizer.apply_chat_template(messages, tokenize=False)
+        except Exception as error:  # of a template, which may refuse a role or an order
+            raise QuantizationError(
+                f"{where}: expected messages that the tokenizer's chat template takes, found ones "
+                f"that it refuses ({error}). Change them, or give the text itself as `text`"
+            ) from error
     return "\n".join(message["content"] for message in messages)
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 
 from ..checkpoint.describe import describe
 from ..checkpoint.side_files import load_tokenizer
@@ -174,13 +175,21 @@ def _check_model(source: Path, settings: Settings) -> None:
 def _chat(row: dict[str, str], tokenizer: Any, task: str | None) -> dict[str, str]:
     """Put a prompt into the model's chat template, if it has one; `task` is the system's message.
 
+    A template without a system role, such as Gemma's, gets the task before the prompt.
     What a template writes at the very start and the tokenizer adds to every text is left to it.
     """
     if "text" in row or not tokenizer.chat_template:
         return row
-    messages = [{"role": "system", "content": task}] if task else []
-    messages.append({"role": "user", "content": row["prompt"].rstrip("\n")})
-    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    asked = {"role": "user", "content": row["prompt"].rstrip("\n")}
+    messages = [{"role": "system", "content": task}, asked] if task else [asked]
+    settings = {"tokenize": False, "add_generation_prompt": True}
+    try:
+        prompt = tokenizer.apply_chat_template(messages, **settings)
+    except TemplateError:
+        if not task:
+            raise
+        asked["content"] = f"{task}\n\n{asked['content']}"
+        prompt = tokenizer.apply_chat_template([asked], **settings)
     start = tokenizer.decode(special_tokens(tokenizer)[0])
     return row | {"prompt": prompt.removeprefix(start)}
 

@@ -5,7 +5,7 @@ from dataclasses import asdict
 
 import pytest
 from support.gguf_files import write_gguf
-from transformers import GraniteMoeConfig, LlamaConfig, MixtralConfig
+from transformers import BloomConfig, GraniteMoeConfig, LlamaConfig, MixtralConfig
 
 from qalora_plugin.checkpoint.describe import describe
 from qalora_plugin.cli import build_parser, main
@@ -252,6 +252,13 @@ def test_active_parameters(experts, capsys):
 def test_all_routed_tokens_are_kept_for_the_backward(experts):
     one, two = (planned(experts, seq_len=n, adapt="scales").memory for n in (512, 1024))
     assert 1.99 * one["activations"] < two["activations"] < 2.01 * one["activations"]
+
+
+def test_a_model_without_sdpa_is_planned(tmp_path):
+    sizes = {"hidden_size": 32, "n_layer": 1, "n_head": 2, "vocab_size": 64}
+    config = BloomConfig(**sizes, architectures=["BloomForCausalLM"])
+    config.save_pretrained(tmp_path)
+    assert planned(tmp_path, seq_len=TOKENS).memory["activations"] > 0
 
 
 def test_a_path_that_depends_on_data_is_refused(tmp_path):

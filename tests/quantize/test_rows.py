@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from jinja2 import TemplateError
 
 from qalora_plugin.errors import QuantizationError
 from qalora_plugin.quantize.rows import file_rows, read_row
@@ -113,3 +114,12 @@ def test_text_beside_messages_is_not_lost(row):
 def test_any_input_is_kept(value):
     row = {"instruction": "add", "input": value, "output": "sum"}
     assert read_row(row, "row 0") == {"prompt": f"add\n{value}", "completion": "sum"}
+
+
+def test_messages_that_a_template_refuses_name_their_row():
+    class Strict(WithTemplate):
+        def apply_chat_template(self, messages, tokenize):
+            raise TemplateError("System role not supported")
+
+    with pytest.raises(QuantizationError, match=r"rows.jsonl:3: .*System role not supported"):
+        read_row({"messages": TURNS}, "rows.jsonl:3", Strict())

@@ -77,6 +77,15 @@ def test_a_chat_begins_once(with_start):
     assert row["prompt"] == "<|bos|>add|"  # which nothing else would write
 
 
+def test_a_template_without_a_system_role_gets_the_task_before_the_prompt(with_start):
+    refuse = "{{ raise_exception('System role not supported') }}"
+    with_start.chat_template = (
+        "{% if messages[0].role == 'system' %}" + refuse + "{% endif %}<{{ messages[0].content }}>"
+    )
+    row = _chat({"prompt": "add\n", "completion": "x"}, with_start, "Say what it does.")
+    assert row == {"prompt": "<Say what it does.\n\nadd>", "completion": "x"}
+
+
 def test_rows_without_a_token_to_predict_are_refused():
     tokenizer = AutoTokenizer.from_pretrained(base_model_path())
     ids, labels = encode(tokenizer, ROWS[-1])
