@@ -5,15 +5,17 @@ import shutil
 import pytest
 import torch
 from support.random_adapter import random_adapter
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qalora_plugin import export_model, merge_adapter, quantize_model
 from qalora_plugin.checkpoint.checkpoint import open_quantized
 from qalora_plugin.quickstart.embedded import base_model_path
 
 TOKENS = 48
-GENERATOR = torch.Generator().manual_seed(0)
-PROMPTS = [torch.randint(3, 2048, (n,), generator=GENERATOR).tolist() for n in (5, 40, 23)]
+# what the quickstart's model is asked
+TEXT = "### Task\nReturn the absolute value of a number.\nName: fabs\n### Answer\n"
+IDS = AutoTokenizer.from_pretrained(base_model_path())(TEXT)["input_ids"]
+PROMPTS = [IDS[:n] for n in (5, 40, 23)]
 STOCK = {"PYTHONPATH": ""}
 
 # name: (format, bits, zero-points of the base, act-order)
@@ -98,7 +100,7 @@ def test_vllm_runs_it_exactly(name, served, merged, fp16_alone):
     difference = max(differences(model, found))
     print(f"{name}: log-probabilities differ by {difference:.1e}, in 16 bits by {fp16_alone:.1e}")
     assert difference < 1.5 * fp16_alone
-    if name == "compressed-tensors, 4 bits":
+    if "4 bits" in name:
         assert difference < 0.01  # the documentation promises it
     for prompt, chosen in zip(PROMPTS, found["tokens"], strict=True):
         out = model.generate(
