@@ -22,7 +22,7 @@ from ...checkpoint.config import QALoRAQuantConfig
 from ...errors import CheckpointError
 from ...files.json import read_json
 from ...files.names import CONFIG_FILE
-from ...files.reader import COPY_BYTES, CheckpointReader, in_pieces
+from ...files.reader import CheckpointReader, in_pieces
 from ...files.safetensors import TensorInfo
 from . import FORMAT, GROUP_SIZES, QUANTIZATION
 
@@ -34,6 +34,7 @@ if TYPE_CHECKING:  # headers are checked without it
 _BITS = (2, 3, 4, 5, 6, 8)
 _FLOATS = ("float16", "bfloat16")
 _PARTS = ("weight", "scales", "biases")
+_ROWS_BYTES = 2 << 20  # of an embedding, dequantized at a time
 _WHOLE = "Download or copy the model again."
 _ANOTHER = (
     "Convert the 16-bit model again with `mlx_lm.convert -q --q-mode affine`, or quantize it with "
@@ -203,7 +204,7 @@ class MLXReader(CheckpointReader):
 
         grid, parts = self._embeddings[name.removesuffix(".weight")]
         count, k = self.info(name).shape
-        step = max(1, COPY_BYTES // (4 * k))
+        step = max(1, _ROWS_BYTES // (4 * k))
         for start in range(0, count, step):
             stop = min(start + step, count)
             words, scales, biases = (self._read_rows(parts[p], start, stop) for p in _PARTS)
