@@ -191,6 +191,39 @@ class TokenizerConfig(TypedDict, total=False):
     chat_template: list[NamedTemplate] | str | None
 
 
+class AddedToken(TypedDict):
+    """A token in tokenizer.json that is split off before anything else."""
+
+    id: Size
+    content: str
+    special: NotRequired[bool]
+
+
+class Step(TypedDict, total=False):
+    """One step of splitting or normalizing in tokenizer.json."""
+
+    type: str
+    pattern: dict[str, str]
+    pretokenizers: list["Step"]
+    normalizers: list["Step"]
+
+
+class TokenizerFile(TypedDict):
+    """tokenizer.json, as far as GGUF is made of it."""
+
+    model: Object
+    added_tokens: NotRequired[list[AddedToken]]
+    pre_tokenizer: NotRequired[Step | None]
+    normalizer: NotRequired[Step | None]
+
+
+class BPE(TypedDict):
+    """`model` in tokenizer.json, of a BPE."""
+
+    vocab: dict[str, Size]
+    merges: list[str] | list[list[str]]
+
+
 class LayerReport(TypedDict, total=False):
     """One layer in quantization_report.json, as far as it is read."""
 

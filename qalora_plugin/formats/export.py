@@ -265,7 +265,7 @@ def _write(
         return result
     directory = AtomicDirectory(out)
     with directory as partial:  # the record appears with what it is of
-        inner = partial / Path(out).name
+        inner = partial / directory.target.name  # `out` may be "."
         result = write(source, inner, **options)
         record = result.as_dict() | ({"written_back": True} if format.of_source else {})
         del record["out"]

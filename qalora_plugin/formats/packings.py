@@ -21,6 +21,7 @@ from qalora_kernels import QuantSpec
 from ..checkpoint.checkpoint import QuantizedCheckpoint
 from ..checkpoint.config import QALoRAQuantConfig
 from ..errors import CheckpointError, ConfigError
+from ..files.reader import CheckpointReader
 
 if TYPE_CHECKING:  # headers are checked without it
     import torch
@@ -93,6 +94,18 @@ def _in_order(packed: "torch.Tensor", spec: QuantSpec) -> "torch.Tensor":
     return codes.flatten(1)
 
 
+def scales_dtype(reader: CheckpointReader, part: str = "scales") -> str:
+    """Return the dtype that holds all scales of a base, to which training rounds: fp16 or bf16.
+
+    Args:
+        reader: of the base.
+        part: last part of the name of a layer's scales.
+    """
+    suffix = f".{part}"
+    stored = {i.dtype_name for name, i in reader.tensors.items() if name.endswith(suffix)}
+    return "bfloat16" if stored == {"bfloat16"} else "float16"
+
+
 def integer_config(bits: Any, group_size: Any, path: Path) -> QALoRAQuantConfig:
     """Return our config of a base with integer zero-points; offsets are held in fp32, exactly.
 
@@ -134,19 +147,19 @@ def check_integers(
     names = [n.removesuffix(".qweight") for n in reader.tensors if n.endswith(".qweight")]
     if not names:
         raise CheckpointError(f"{reader.directory}: no tensor is a qweight. {_DAMAGED}")
-    return {name: _check_layer(checkpoint, packing, name, *grid_of(name)) for name in names}
+    dtype = scales_dtype(reader)
+    return {name: _check_layer(reader, packing, name, *grid_of(name), dtype) for name in names}
 
 
 def _check_layer(
-    checkpoint: QuantizedCheckpoint, packing: Packing, name: str, bits: int, group_size: int
+    reader: CheckpointReader, packing: Packing, name: str, bits: int, group_size: int, dtype: str
 ) -> QuantSpec:
-    reader = checkpoint.reader
     info = reader.info(f"{name}.qweight")
     if len(info.shape) != 2:
         raise CheckpointError(
             f"{info.file}: {info.name}: expected two sizes, found {info.shape}. {_DAMAGED}"
         )
-    spec = QuantSpec(bits, group_size, *packing.sizes(info.shape, bits), "float32")
+    spec = QuantSpec(bits, group_size, *packing.sizes(info.shape, bits), "float32", dtype)
     if spec.out_features * bits % 32 or (spec.in_features % 32 and not packing.along_outputs):
         raise CheckpointError(
             f"{info.file}: {name}: expected sizes that fill whole words of 32 bits, found "

@@ -27,6 +27,7 @@ from qalora_plugin.errors import CheckpointError, ConfigError, OutputError, Veri
 from qalora_plugin.formats.export import export_model
 from qalora_plugin.formats.gguf.blocks import Rounding, least_rounding
 from qalora_plugin.formats.gguf.metadata import Metadata
+from qalora_plugin.formats.gguf.tokenizer import Tokenizer
 from qalora_plugin.hub.card import find_subject, make_card
 from qalora_plugin.verify.export import verify_export
 
@@ -346,6 +347,26 @@ def test_inspect_reads_gguf(
     (tmp_path / "m.gguf").write_bytes(b"x" * 64)
     assert main(["inspect", str(tmp_path / "m.gguf")]) == 1
     assert "cannot be read as GGUF" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "tokenizer.json: not valid JSON"),
+        ("{}", "tokenizer.json: model: missing"),
+        ('{"model": {"type": "BPE", "merges": [], "vocab": {"a": "b"}}}', "vocab.a: expected"),
+        ('{"model": {"type": "BPE", "merges": [], "vocab": {"a": -1}}}', "vocab.a: expected"),
+        ('{"model": {}, "added_tokens": [{}]}', "added_tokens.0.id: missing"),
+        (
+            '{"model": {"merges": [], "vocab": {}}, "pre_tokenizer": {"type": "Split"}}',
+            "splits text by",
+        ),
+    ],
+)
+def test_a_damaged_tokenizer_is_refused_by_name(text, message, tmp_path):
+    (tmp_path / "tokenizer.json").write_text(text)
+    with pytest.raises(CheckpointError, match=message):
+        Tokenizer(tmp_path, 8)
 
 
 def test_tokenizers_of_transformers_own_conversion_are_mended(family, tmp_path, caplog):

@@ -336,6 +336,10 @@ def test_an_export_of_the_file_itself_brings_the_tokenizer(tmp_path):
         ({"llama.block_count": 3}, r"no tensor blk.2.*The file is incomplete"),
         ({"llama.block_count": 1 << 20}, r"block_count: expected at most .*found 1048576"),
         ({"tokenizer.ggml.token_type": [1]}, r"token_type: expected a value for each .*found 1\."),
+        ({"llama.attention.head_count": 0}, r"no llama model .*ZeroDivisionError"),
+        ({"llama.attention.head_count_kv": [2, 2]}, r"no llama model .*num_key_value_heads"),
+        ({"llama.context_length": "x"}, r"no llama model .*max_position_embeddings.*got str"),
+        ({"tokenizer.ggml.eot_token_id": [1]}, r"eot_token_id: expected the number .*found \[1\]"),
     ],
 )
 def test_refused_by_name(fields, message, tmp_path):

@@ -1,12 +1,13 @@
 """An adapter that pools, as plain LoRA in PEFT's own LoRA code."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from huggingface_hub import constants
 from peft import LoraConfig, PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from support.random_adapter import PREFIX, random_adapter
 from transformers import AutoModelForCausalLM
 
@@ -14,11 +15,12 @@ from qalora_plugin.checkpoint.checkpoint import open_quantized
 from qalora_plugin.cli import main
 from qalora_plugin.errors import AdapterError, OutputError
 from qalora_plugin.formats.export import export_model
+from qalora_plugin.formats.lora.weights import compare
 from qalora_plugin.hf.load import load_model
 from qalora_plugin.merge.plan import plan_merge
 from qalora_plugin.verify.logits import added, logits_of
 
-from .weights import ACT_ORDER, exact_weight
+from .weights import ACT_ORDER, FIXTURES, exact_weight
 
 RANK = 4
 
@@ -80,6 +82,17 @@ def test_changed_scales_are_refused(adapt, quantized, tmp_path):
     with pytest.raises(AdapterError, match="no low-rank change"):
         export_model(adapter, tmp_path / "lora", "lora")
     assert not (tmp_path / "lora").exists()
+
+
+def test_an_adapter_in_bf16_of_another_convention_is_exact(tmp_path):
+    """B times 3/32, of PEFT's mean over 3 groups of 32, has more digits than bf16 holds."""
+    adapter, base = tmp_path / "adapter", FIXTURES / "gptq_4bit_g32_sym"
+    shutil.copytree(FIXTURES / "use_qalora_adapter", adapter)
+    stored = load_file(adapter / "adapter_model.safetensors")
+    stored = {key: value.bfloat16() for key, value in stored.items()}
+    save_file(stored, adapter / "adapter_model.safetensors")
+    out = export_model(adapter, tmp_path / "lora", "lora", base=base).out
+    assert compare(out, adapter, base, None)[2] < 1e-6
 
 
 def test_nothing_is_overwritten(quantized, tmp_path):

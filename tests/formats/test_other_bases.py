@@ -148,6 +148,36 @@ def changed(tmp_path):
     return make
 
 
+@pytest.mark.parametrize(
+    "name", ["gptq_4bit_g32_sym", "awq_4bit_g32_asym", "autoround_3bit_g32_sym"]
+)
+def test_scales_in_bf16_are_trained_in_bf16_and_given_back(name, changed, tmp_path):
+    base = changed(name, scales=lambda scales: scales.bfloat16())
+    module = AutoModelForCausalLM.from_pretrained(base).model.layers[0].mlp.down_proj
+    assert module.scales.dtype == torch.bfloat16
+    adapter = random_adapter(open_quantized(base), tmp_path / "adapter", "scales", size=0.05)
+    merged = merge_adapter(adapter, tmp_path / "merged", base).out
+    out = export_model(merged, tmp_path / "out", "original").out
+    found, before = (load_file(path / "model.safetensors") for path in (out, base))
+    for layer, _ in open_quantized(merged).layers.items():
+        scales = found[f"{layer}.scales"]
+        assert torch.equal(scales.float(), open_quantized(merged).layer(layer).scales)
+        assert not torch.equal(scales, before[f"{layer}.scales"])
+
+
+@pytest.mark.parametrize("size", [0, 5, 128])
+def test_groups_of_another_number_of_inputs_are_refused(size, changed):
+    """As far as they go they are k // group_size, as without act-order."""
+    base = changed("ct_4bit_g32_asym")
+    state = load_file(base / "model.safetensors")
+    state["model.layers.0.mlp.down_proj.weight_g_idx"] = torch.arange(size, dtype=torch.int32) // 32
+    save_file(state, base / "model.safetensors")
+    with pytest.raises(
+        CheckpointError, match=rf"weight_g_idx: expected int32 .96.*found.*.{size}."
+    ):
+        open_quantized(base)
+
+
 def _group(**weights):
     known = {"num_bits": 4, "group_size": 32, "strategy": "group", "symmetric": False}
     return {"targets": ["Linear"], "weights": known | {"type": "int"} | weights}

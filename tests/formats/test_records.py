@@ -13,11 +13,19 @@ from qalora_kernels.stored import QUANT_METHOD
 from qalora_plugin.checkpoint.format import exports, foreign_config, format_named, formats
 from qalora_plugin.checkpoint.kind import Kind, find_kind
 from qalora_plugin.formats import FOLDERS
+from qalora_plugin.formats.export import export_model
 from qalora_plugin.hub.card import engines_of
 
 from .weights import ACT_ORDER, STOCK
 
 ROOT = Path(__file__).parents[2]
+
+
+def test_an_export_into_the_current_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert export_model(STOCK, ".", "torchao").out == tmp_path
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {"model.safetensors", "config.json", "qalora_export.json"} <= names
 
 
 def test_importing_the_package_imports_records_alone():

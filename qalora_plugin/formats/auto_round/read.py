@@ -25,6 +25,7 @@ from ..packings import (
     check_integers,
     integer_config,
     read_integers,
+    scales_dtype,
 )
 from . import FORMAT
 
@@ -81,6 +82,7 @@ class AutoRoundCheckpoint(QuantizedCheckpoint):
     def _read_config(self) -> tuple[QALoRAQuantConfig, dict[str, QuantSpec]]:
         raw, path = self.reader.config["quantization_config"], self.directory / CONFIG_FILE
         config, self._packed = parse_config(raw, path), _packing(raw, path)
+        config.scales_dtype = scales_dtype(self.reader)
         overrides = raw.get("extra_config") or {}
 
         def grid_of(name: str) -> tuple[int, int]:

@@ -16,6 +16,7 @@ from ..packings import (
     check_integers,
     integer_config,
     read_integers,
+    scales_dtype,
 )
 from . import FORMAT
 
@@ -52,6 +53,7 @@ class AWQCheckpoint(QuantizedCheckpoint):
     def _read_config(self) -> tuple[QALoRAQuantConfig, dict[str, QuantSpec]]:
         raw = self.reader.config["quantization_config"]
         config = parse_config(raw, self.directory / CONFIG_FILE)
+        config.scales_dtype = scales_dtype(self.reader)
         config.base = {"name_or_path": self.directory.name, "format": self.format}
         grid = (config.bits, config.group_size)
         return config, check_integers(self, ALONG_OUTPUTS, lambda name: grid)

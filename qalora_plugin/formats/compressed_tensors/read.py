@@ -19,7 +19,7 @@ from ...checkpoint.config import QALoRAQuantConfig
 from ...errors import CheckpointError, ConfigError
 from ...files.names import CONFIG_FILE
 from ...files.schemas import CompressedGroup, CompressedTensors, check_types
-from ..packings import QUANTIZE_AGAIN
+from ..packings import QUANTIZE_AGAIN, scales_dtype
 from . import FORMAT
 from .layout import G_IDX, PARTS, SCALE, SHAPE, WEIGHT, ZERO_POINT, unpack_columns_of, words
 
@@ -168,10 +168,7 @@ class CompressedTensorsCheckpoint(QuantizedCheckpoint):
 
     @cached_property
     def _scales_dtype(self) -> str:
-        """The dtype that holds every scale: that of the stored ones, fp16 of fp32 ones."""
-        suffix = f".{SCALE}"
-        stored = {i.dtype_name for n, i in self.reader.tensors.items() if n.endswith(suffix)}
-        return "bfloat16" if stored == {"bfloat16"} else "float16"
+        return scales_dtype(self.reader, SCALE)
 
     def _scheme_of(self, name: str) -> Scheme:
         """Return how a layer is quantized: as its name says, or else its class."""
@@ -200,18 +197,21 @@ class CompressedTensorsCheckpoint(QuantizedCheckpoint):
         n, k = shape
         spec = QuantSpec(scheme.bits, scheme.group_size, k, n, "float32", self._scales_dtype)
         groups = spec.num_groups
-        expected = {
+        expected: dict[str, list[tuple[int, ...]]] = {
             WEIGHT: [(n, width) for width in _widths(k, spec.bits)],
             SCALE: [(n, groups)],
             ZERO_POINT: [(width, groups) for width in _widths(n, spec.bits)],
+            G_IDX: [(k,)],
         }
-        for part in needed:
+        for part, shapes in expected.items():
+            if part not in needed and (part != G_IDX or f"{name}.{part}" not in reader):
+                continue
             info = reader.info(f"{name}.{part}")
             fits = info.is_float if part == SCALE else info.dtype_name == "int32"
-            if part != SHAPE and (not fits or info.shape not in expected[part]):
+            if not fits or info.shape not in shapes:
                 raise CheckpointError(
                     f"{info.file}: {info.name}: expected {'floats' if part == SCALE else 'int32'} "
-                    f"{list(expected[part][0])} for num_bits={spec.bits}, group_size="
+                    f"{list(shapes[0])} for num_bits={spec.bits}, group_size="
                     f"{scheme.group_size} and a weight {shape}, found {info.dtype_name} "
                     f"{list(info.shape)}. The config contradicts the tensors. {_DAMAGED}"
                 )
@@ -234,7 +234,7 @@ class CompressedTensorsCheckpoint(QuantizedCheckpoint):
         size = self._scheme_of(name).group_size
         plain = np.arange(len(g_idx)) // (len(g_idx) if size == -1 else size)
         never_set = (g_idx == -1).any()
-        return None if never_set or np.array_equal(g_idx, plain) else g_idx.astype(np.int32)
+        return None if never_set or np.array_equal(g_idx, plain) else g_idx.copy()
 
     def qweight(self, name: str) -> "torch.Tensor":
         """Return one layer's integers in our packing, int32 [ceil(K/32)*bits, N]."""

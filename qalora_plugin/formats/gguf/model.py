@@ -8,7 +8,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ...architecture.model import empty_model
 from ...architecture.selection import linears_in_blocks
-from ...errors import CheckpointError
+from ...errors import CheckpointError, QALoRAError
 from . import FORMAT
 from .headers import MODEL_TYPES, model_class
 from .metadata import ARCHITECTURES, Architecture, llama3_factors
@@ -53,8 +53,17 @@ class Model:
         self._path, self._family, self._fields, self._tensors = path, family, fields, tensors
         model_type = MODEL_TYPES[family]
         self.architecture: Architecture = ARCHITECTURES[model_type]
-        self.config = self._config(model_type)
-        self.names, self.linears = self._find_names()
+        try:
+            self.config = self._config(model_type)
+            self.names, self.linears = self._find_names()
+        except QALoRAError:
+            raise
+        except Exception as error:  # of transformers' code, which trusts a config
+            raise CheckpointError(
+                f"{path}: its key-values describe no {family} model that transformers can build "
+                f"({type(error).__name__}: {' '.join(str(error).split()):.200}). Download or copy "
+                "it again."
+            ) from error
 
     def _get(self, key: str, default: Any = None) -> Any:
         return self._fields.get(f"{self._family}.{key}", default)

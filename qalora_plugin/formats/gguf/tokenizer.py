@@ -8,7 +8,6 @@ Two kinds are read from tokenizer.json, as llama.cpp's convert_hf_to_gguf.py kno
         SentencePiece's score of a merged token is minus the rank of its merge
 """
 
-import json
 import logging
 import re
 from pathlib import Path
@@ -19,6 +18,7 @@ from ...checkpoint.side_files import chat_templates
 from ...errors import CheckpointError
 from ...files.json import read_json
 from ...files.names import CONFIG_FILE
+from ...files.schemas import BPE, TokenizerFile, check_types, read_as
 
 _log = logging.getLogger(__name__)
 TOKENIZER_FILE = "tokenizer.json"
@@ -53,17 +53,18 @@ class Tokenizer:
                 "AutoTokenizer.from_pretrained(...).save_pretrained(...)."
             )
         self.directory, self.path, self.vocab_size = directory, path, vocab_size
-        self._json: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        self._json = read_as(path, TokenizerFile)
         model = self._json["model"]
         if model.get("type", "BPE") != "BPE" or "merges" not in model:
             raise CheckpointError(
                 f"{path}: a tokenizer of type {model.get('type')}; only BPE (Llama, Qwen, Mistral, "
                 "Gemma) can be written to GGUF."
             )
+        check_types(model, BPE, f"{path}: model", CheckpointError)
         self.is_bpe = self._is_byte_level(model)
         self.pre = self._split() if self.is_bpe else "default"
         self.added = {token["id"]: token for token in self._json.get("added_tokens", [])}
-        largest = max([*model["vocab"].values(), *self.added])
+        largest = max([0, *model["vocab"].values(), *self.added])
         if largest >= vocab_size:
             raise CheckpointError(
                 f"{path}: has a token {largest}, the model's vocabulary {vocab_size} rows."
@@ -98,7 +99,7 @@ class Tokenizer:
         steps = self._steps()
         kinds = [step.get("type") for step in steps]
         splits = [
-            step["pattern"].get("Regex", step["pattern"].get("String"))
+            step.get("pattern", {}).get("Regex", step.get("pattern", {}).get("String"))
             for step in steps
             if step.get("type") == "Split"
         ]

@@ -62,6 +62,14 @@ class Vocabulary:
                     f"tokens, found {len(found)}. The file is damaged: download it again."
                 )
 
+        for name in (*_SPECIAL, "eot"):
+            index = self._get(f"{name}_token_id")
+            if index is not None and not isinstance(index, int):
+                raise CheckpointError(
+                    f"{path}: tokenizer.ggml.{name}_token_id: expected the number of a token, "
+                    f"found {index!a:.80}. The file is damaged: download it again."
+                )
+
     def _get(self, key: str, default: Any = None) -> Any:
         return self._fields.get(f"tokenizer.ggml.{key}", default)
 

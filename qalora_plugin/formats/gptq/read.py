@@ -23,7 +23,7 @@ from ...checkpoint.config import QALoRAQuantConfig
 from ...errors import CheckpointError, ConfigError
 from ...files.json import read_json
 from ...files.names import CONFIG_FILE, QUANTIZE_CONFIG_FILE
-from ..packings import QUANTIZE_AGAIN
+from ..packings import QUANTIZE_AGAIN, scales_dtype
 from .limits import VERSIONS
 
 if TYPE_CHECKING:  # headers are checked without it
@@ -69,7 +69,9 @@ class StockConfig:
             self.bits, self.group_size, offsets_dtype="float32", method="gptq", **more
         )
 
-    def spec_for(self, name: str, in_features: int, out_features: int) -> QuantSpec:
+    def spec_for(
+        self, name: str, in_features: int, out_features: int, scales_dtype: str
+    ) -> QuantSpec:
         """Return the grid of one layer, with GPTQModel's override if one matches its name."""
         bits, group_size = self.bits, self.group_size
         for pattern, override in self.dynamic.items():
@@ -77,7 +79,7 @@ class StockConfig:
                 bits = override.get("bits", bits)
                 group_size = override.get("group_size", group_size)
                 break
-        return QuantSpec(bits, group_size, in_features, out_features, "float32")
+        return QuantSpec(bits, group_size, in_features, out_features, "float32", scales_dtype)
 
 
 def _parse(raw: dict[str, Any], path: Path) -> StockConfig:
@@ -175,7 +177,8 @@ class GPTQCheckpoint(QuantizedCheckpoint):
                 f"{self.directory}: no qweight: not a GPTQ checkpoint. The weights belong to "
                 "another one: copy config and weights from one."
             )
-        layers = {name: self._check_layer(name) for name in names}
+        dtype = scales_dtype(self.reader)
+        layers = {name: self._check_layer(name, dtype) for name in names}
         dynamic = {
             name: {"bits": spec.bits, "group_size": spec.group_size}
             for name, spec in layers.items()
@@ -189,9 +192,10 @@ class GPTQCheckpoint(QuantizedCheckpoint):
             "producer": stock.producer,
         }
         desc_act = self._has_act_order(layers)
-        return stock.as_ours(desc_act=desc_act, dynamic=dynamic, base=base), layers
+        config = stock.as_ours(desc_act=desc_act, dynamic=dynamic, base=base, scales_dtype=dtype)
+        return config, layers
 
-    def _check_layer(self, name: str) -> QuantSpec:
+    def _check_layer(self, name: str, dtype: str) -> QuantSpec:
         """Check a layer's tensors against the config, from the headers, and return its grid."""
         for part in _TENSORS:
             if f"{name}.{part}" not in self.reader:
@@ -205,7 +209,7 @@ class GPTQCheckpoint(QuantizedCheckpoint):
                 f"{qweight.file}: {name}: expected qweight [rows, out_features] and g_idx "
                 f"[in_features], found shapes {qweight.shape} and {g_idx.shape}. {QUANTIZE_AGAIN}"
             )
-        spec = self.stock.spec_for(name, g_idx.shape[0], qweight.shape[1])
+        spec = self.stock.spec_for(name, g_idx.shape[0], qweight.shape[1], dtype)
         expected = {
             qweight: (spec.packed_rows, spec.out_features),
             qzeros: (spec.num_groups, -(-spec.out_features * spec.bits // 32)),

@@ -23,6 +23,7 @@ from ...files.json import write_json
 from ...files.names import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
 from ...files.writer import ShardWriter
 from ...merge.adapter import PREFIX
+from ...merge.pairing import LayerMerge
 from ...merge.plan import MergePlan, plan_merge
 from ..export import ExportResult, Progress, refuse_experts
 from . import FORMAT
@@ -111,7 +112,7 @@ def _plan(plan: MergePlan) -> TensorPlan:
         key_a, key_b = layer_keys(plan, name)
         a, b = (adapter.reader.info(key) for key in merge.layer.keys["zeros"])
         tensors[key_a] = (a.dtype, (merge.layer.rank, merge.spec.in_features))
-        tensors[key_b] = (b.dtype, b.shape)
+        tensors[key_b] = (_dtype_of_b(merge, b.dtype), b.shape)
     for key in saved_keys(plan):
         tensors[key] = (adapter.reader.info(key).dtype, adapter.reader.info(key).shape)
     return tensors
@@ -122,8 +123,18 @@ def _expand(plan: MergePlan, name: str) -> tuple[torch.Tensor, torch.Tensor]:
     merge = plan.layers[name]
     a, b = plan.adapter.get_pair(merge.layer.keys["zeros"])
     expanded = merge.regrouping.spread(a).index_select(1, groups_of_inputs(plan, name))
-    factor = merge.factor / merge.layer.scaling
-    return expanded.contiguous(), b.clone() if factor == 1 else (b.double() * factor).to(b.dtype)
+    factor = _own_factor(merge)
+    scaled = b.clone() if factor == 1 else (b.double() * factor).to(_dtype_of_b(merge, b.dtype))
+    return expanded.contiguous(), scaled
+
+
+def _own_factor(merge: LayerMerge) -> float:
+    return merge.factor / merge.layer.scaling
+
+
+def _dtype_of_b(merge: LayerMerge, stored: torch.dtype) -> torch.dtype:
+    """Return the dtype of B: times a factor its numbers have more digits than 16 bits hold."""
+    return stored if _own_factor(merge) == 1 else torch.promote_types(stored, torch.float32)
 
 
 def _config(plan: MergePlan, base: str) -> dict[str, Any]:
