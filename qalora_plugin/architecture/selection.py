@@ -67,6 +67,20 @@ def refuse_read_weights(model: nn.Module, names: Iterable[str]) -> None:
         )
 
 
+def _refuse_shared(model: nn.Module, names: Iterable[str]) -> None:
+    """Refuse layers to quantize whose weight is another's too, as in Zamba's repeated blocks."""
+    tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", {})
+    others = {**{original: copy for copy, original in tied.items()}, **tied}
+    for name in names:
+        other = others.get(f"{name}.weight")
+        if other is not None:
+            raise ConfigError(
+                f"{type(model).__name__}: {name}.weight and {other} are one tensor, which "
+                "quantized layers cannot share. Quantize it with "
+                f"{name.rpartition('.')[2]!r}, or what it lies in, in modules_to_not_convert."
+            )
+
+
 def check_overrides(overrides: Mapping[str, Any], names: Iterable[str]) -> None:
     """Refuse a `dynamic` that no layer to quantize matches, or that would mean another one on disk.
 
@@ -184,6 +198,7 @@ def linears_to_quantize(
     }
     if chosen:
         refuse_read_weights(model, chosen)
+        _refuse_shared(model, chosen)
         problem = experts_alone(model, chosen)
         if problem is not None:
             raise ConfigError(f"{problem}.")

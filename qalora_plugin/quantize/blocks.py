@@ -59,17 +59,18 @@ def record(
 
     Raises:
         ConfigError: the model does not call its blocks one after the other, each once, on the
-            hidden states that the one before returned.
+            hidden states that the one before returned, or hands one more that depends on these.
     """
     recording = Recording([[] for _ in blocks], [])
     advice = "GPTQ cannot go through this architecture block by block: use method rtn"
     output: Any = None  # of the first block
+    elsewhere: Any = None  # the same on other hidden states
     shared: list[torch.Tensor] = []
     expected: torch.Tensor | None = None
     called = 0
 
     def run(index: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        nonlocal output, expected, called
+        nonlocal output, elsewhere, expected, called
         hidden = kwargs.get("hidden_states", args[0] if args else None)
         in_order = called == index and (index == 0 or hidden is expected)
         if not in_order or not isinstance(hidden, torch.Tensor):
@@ -83,6 +84,14 @@ def record(
             recording.hidden.append(hidden)
             if output is None:
                 output = forward(*args, **kwargs)
+                if isinstance(output, tuple) and len(output) > 1:
+                    other = Call(args, kwargs).with_hidden(hidden.flip(-2))
+                    elsewhere = forward(*other.args, **other.kwargs)
+        elif _reads_more(output, elsewhere, (*args, *kwargs.values())):
+            raise ConfigError(
+                f"{type(model).__name__}: expected each of its blocks to read of the one before "
+                f"the hidden states alone; block {index} reads more that depends on them. {advice}"
+            )
         if index == len(blocks) - 1:
             raise _StopForwardError
         # a new object, so that the next block is seen to get this one
@@ -106,6 +115,24 @@ def record(
         for block in blocks:
             del block.forward  # the class's own again
     return recording
+
+
+def _reads_more(output: Any, elsewhere: Any, given: tuple[Any, ...]) -> bool:
+    """Say whether a block is given part of the first one's output that hidden states change.
+
+    What they do not change, such as T5's position bias, is the same for all that a block is run on.
+
+    Args:
+        output: of the first block.
+        elsewhere: the same on other hidden states; None where it is the hidden states alone.
+        given: arguments of a later block.
+    """
+    return elsewhere is not None and any(
+        isinstance(part, torch.Tensor)
+        and any(part is value for value in given)
+        and not torch.equal(part, other)
+        for part, other in zip(output[1:], elsewhere[1:], strict=True)
+    )
 
 
 def _share(call: Call, seen: list[torch.Tensor]) -> Call:

@@ -213,6 +213,19 @@ def test_a_model_that_computes_with_weights_itself(config, kept, tmp_path, monke
         whole.eval()(ids)
 
 
+def test_layers_that_share_a_weight_are_refused():
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "attention_head_dim": 16}
+    sizes |= {"mamba_headdim": 16, "n_mamba_heads": 4, "mamba_ngroups": 1, "num_mem_blocks": 1}
+    layers = {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2}
+    layers["hybrid_layer_ids"] = [1, 3]
+    config = tf.Zamba2Config(num_attention_heads=4, vocab_size=96, **sizes, **layers)
+    with torch.device("meta"):
+        model = tf.Zamba2ForCausalLM(config)
+    with pytest.raises(ConfigError, match=r"and \S+layers.3\S+ are one tensor"):
+        selection.linears_to_quantize(model)
+    assert len(selection.linears_to_quantize(model, ["shared_transformer"])) == 10
+
+
 @pytest.mark.parametrize("name", ["gpt_j", "modernbert"])
 def test_loading_layer_by_layer_initialises_the_parents_too(name, tmp_path, monkeypatch):
     dense = make(name)

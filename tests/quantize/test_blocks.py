@@ -116,6 +116,31 @@ def test_other_ways_of_calling_blocks_are_refused(run):
     assert all("forward" not in vars(layer) for layer in model.layers)
 
 
+class _Chosen(nn.Linear):
+    """A block that hands its choice of tokens on, as the sparse attention of GLM-5.2 does."""
+
+    def forward(self, hidden_states, chosen=None, bias=None):
+        own = hidden_states.sum(-1).topk(2).indices if chosen is None else chosen
+        return super().forward(hidden_states), own, torch.ones(1)
+
+
+def test_a_block_that_reads_what_another_chose_is_refused():
+    model = _Odd(None)
+    model.layers = nn.ModuleList(_Chosen(8, 8) for _ in range(2))
+
+    def hand_on(part):
+        def run(self, x):
+            out = self.layers[0](x)
+            return self.layers[1](out[0], **{part: out[1 if part == "chosen" else 2]})[0]
+
+        model.run = run
+        return record(model, model.layers, [token_ids()], torch.device("cpu"))
+
+    with pytest.raises(ConfigError, match="block 1 reads more that depends on them"):
+        hand_on("chosen")
+    assert hand_on("bias").calls[1][0].kwargs["bias"] == 1  # like T5's, which hidden states leave
+
+
 def test_no_blocks():
     with pytest.raises(ConfigError, match="ModuleList"):
         find_blocks(nn.Sequential(nn.Linear(4, 4)))
