@@ -56,16 +56,16 @@ class ManifestEntry(TypedDict):
     sha256: NotRequired[str]
 
 
-class SourceEntry(TypedDict, total=False):
+class SourceEntry(TypedDict):
     """`source` of `base`: where a base in a foreign format was read from."""
 
     format: str
     path: str
-    repo: str
-    revision: str
-    file: str
     frozen: dict[str, list[str]]
-    files: dict[str, ManifestEntry]
+    repo: NotRequired[str]
+    revision: NotRequired[str]
+    file: NotRequired[str]
+    files: NotRequired[dict[str, ManifestEntry]]
 
 
 class BaseEntry(TypedDict, total=False):

@@ -9,6 +9,7 @@ from support.adapters import edit_tensors
 from support.random_adapter import random_adapter
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from qalora_kernels import packing
 from qalora_plugin import merge_adapter, quantize_model, verify_merge
 from qalora_plugin.checkpoint.checkpoint import QuantizedCheckpoint, open_quantized
 from qalora_plugin.checkpoint.convert import import_model
@@ -52,6 +53,30 @@ def test_negative_scales_are_held_exactly(name, format, tmp_path):
         assert torch.equal(found.codes() - found.spec.mid, wanted.codes() - wanted.spec.mid)
         assert torch.equal(found.scales, wanted.scales)
         assert torch.equal(found.offsets, wanted.offsets)
+
+
+def test_one_group_of_all_inputs_is_no_override(tmp_path):
+    """GPTQModel loads group_size -1, and no number of inputs but those that it has kernels for."""
+    base = tmp_path / "base"
+    shutil.copytree(STOCK.with_name("gptq_4bit_g-1_asym"), base)
+
+    def widen(tensors):
+        for name in [n.removesuffix(".qweight") for n in tensors if n.endswith("v_proj.qweight")]:
+            (rows, n), part = tensors[f"{name}.qweight"].shape, f"{name}.qzeros"
+            codes = packing.unpack(tensors[f"{name}.qweight"], 4, 8 * rows)
+            tensors[f"{name}.qweight"] = packing.pack(codes, 8)
+            zeros = packing.unpack_columns(tensors[part], 4, n)
+            tensors[part] = packing.pack_columns(zeros.int(), 8)
+
+    edit_tensors(base / "model.safetensors", widen)
+    config = json.loads((base / "config.json").read_text())
+    config["quantization_config"]["dynamic"] = {"+:.*v_proj": {"bits": 8}}
+    (base / "config.json").write_text(json.dumps(config))
+    out = export_model(base, tmp_path / "out", "gptq", checkpoint_format="gptq_v2").out
+    found = json.loads((out / "quantize_config.json").read_text())
+    (name,) = found["dynamic"]
+    assert "v_proj" in name and found["dynamic"][name] == {"bits": 8, "group_size": -1}
+    assert open_quantized(out).layers == open_quantized(base).layers
 
 
 def test_merged_scales_keep_integers_and_zero_points(tmp_path):

@@ -15,6 +15,7 @@ from qalora_plugin.checkpoint.checkpoint import open_quantized
 from qalora_plugin.checkpoint.convert import import_model
 from qalora_plugin.cli import main as cli
 from qalora_plugin.errors import CheckpointError, ConfigError
+from qalora_plugin.formats.export import check_format
 from qalora_plugin.tuner.targets import resolve_targets
 
 from .weights import STOCK
@@ -133,6 +134,18 @@ def test_a_record_of_other_types_is_refused(files, key, base, tmp_path):
     config["quantization_config"]["base"]["source"]["files"] = files
     (merged / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=f"base.{key}: expected"):
+        export_model(merged, tmp_path / "out", "original")
+
+
+@pytest.mark.parametrize("key", ["format", "path", "frozen"])
+def test_a_record_without_a_key_is_refused(key, base, tmp_path):
+    merged = unbound(_merged(base, tmp_path))
+    config = json.loads((merged / "config.json").read_text())
+    del config["quantization_config"]["base"]["source"][key]
+    (merged / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=f"base.source.{key}: missing"):
+        check_format(merged, "original", "scales")
+    with pytest.raises(CheckpointError, match=f"base.source.{key}: missing"):
         export_model(merged, tmp_path / "out", "original")
 
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 
-from qalora_kernels import SCALES_DTYPE
+from qalora_kernels import SCALES_DTYPE, QuantSpec
 from qalora_kernels.packing import pack_columns
 from qalora_kernels.stored import TensorPlan
 
@@ -155,6 +155,12 @@ def _stock_layer(source: QuantizedCheckpoint, name: str, version: str) -> dict[s
     }
 
 
+def _grid(spec: QuantSpec, usual: int) -> tuple[int, int]:
+    """Return bits and group_size as GPTQModel has them: -1 for one group of all inputs."""
+    whole = spec.group_size == spec.in_features and spec.group_size != usual
+    return spec.bits, -1 if whole else spec.group_size
+
+
 def _configs(
     source: QuantizedCheckpoint, checkpoint_format: str, symmetric: bool
 ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -178,10 +184,11 @@ def _configs(
         "meta": {"quantizer": producers},
     }
     if ours.dynamic:
+        grids = {name: _grid(spec, ours.group_size) for name, spec in source.layers.items()}
         quantize_config["dynamic"] = {
-            f"+:^{re.escape(name)}$": {"bits": spec.bits, "group_size": spec.group_size}
-            for name, spec in source.layers.items()
-            if (spec.bits, spec.group_size) != (ours.bits, ours.group_size)
+            f"+:^{re.escape(name)}$": {"bits": bits, "group_size": group_size}
+            for name, (bits, group_size) in grids.items()
+            if (bits, group_size) != (ours.bits, ours.group_size)
         }
     config = copy.deepcopy(source.reader.config)
     config["quantization_config"] = quantize_config

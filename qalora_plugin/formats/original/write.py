@@ -115,7 +115,7 @@ def _open(
         return open_quantized(path)
     if "repo" in record:
         name = "/".join(filter(None, (record["repo"], record.get("file"))))
-        return open_quantized(name, record["revision"])
+        return open_quantized(name, record.get("revision"))
     raise CheckpointError(
         f"{record['path']}: the base of {merged.directory} was read from it, and it is not there. "
         "Name a copy of it with --original."
