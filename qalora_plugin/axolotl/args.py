@@ -63,7 +63,9 @@ class QALoRABlock(BaseModel):
     )
     calibration_samples: int = Field(default=128, ge=1, description="Sequences for GPTQ.")
     calibration_seq_len: int | None = Field(
-        default=None, ge=8, description="Their tokens; default: sequence_len, at most 2048."
+        default=None,
+        ge=8,
+        description="Their tokens; default: sequence_len, at most what the model takes, and 2048.",
     )
     refine: bool = Field(
         default=False,

@@ -11,6 +11,7 @@ import torch
 
 from qalora_kernels.stored import QUANT_METHOD
 
+from ..architecture.model import read_hf_config
 from ..checkpoint.kind import find_kind
 from ..distributed.ranks import on_main_process
 from ..errors import CheckpointError, ConfigError, QuantizationError
@@ -18,7 +19,7 @@ from ..files.hub import resolve_model_dir
 from ..files.manifest import check_manifest
 from ..files.names import CONFIG_FILE
 from ..files.reader import CheckpointReader
-from ..quantize.calibration import cut_windows, join_tokens
+from ..quantize.calibration import cut_windows, join_tokens, longest_row
 from ..quantize.options import QuantizeOptions
 from ..quantize.rows import fields_of
 from .args import options_of
@@ -128,8 +129,8 @@ def quantized_base(cfg: Any, train_dataset: Any, tokenize: Callable[[str], list[
     calibration: Any = None
     if settings["method"] == "gptq":
         samples = block["calibration_samples"]
-        longest = min(int(cfg.sequence_len or _MAX_SEQ_LEN), _MAX_SEQ_LEN)
-        seq_len = block.get("calibration_seq_len") or longest
+        limits = (cfg.sequence_len, longest_row(read_hf_config(source)), _MAX_SEQ_LEN)
+        seq_len = block.get("calibration_seq_len") or min(int(limit) for limit in limits if limit)
         if block.get("calibration"):
             check_calibration(cfg)
             calibration = Path(block["calibration"]).expanduser()

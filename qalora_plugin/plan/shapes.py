@@ -29,6 +29,7 @@ from ..files.json import read_json
 from ..files.names import ADAPTER_CONFIG_FILE, CONFIG_FILE
 from ..files.schemas import ConfigFile, read_as
 from ..layers.linear import QuantLinear
+from ..quantize.calibration import longest_row
 from ..tuner.config import QALoRAConfig
 from .settings import PlanSettings
 
@@ -53,7 +54,7 @@ class ModelShape:
     @property
     def max_tokens(self) -> int | None:
         """Return the longest row that the model takes in tokens, None if its config names none."""
-        return getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        return longest_row(self.config)
 
 
 def load_shape(

@@ -30,13 +30,19 @@ def check_sizes(samples: int, seq_len: int) -> None:
         )
 
 
+def longest_row(model_config: Any) -> int | None:
+    """Return the tokens that a model takes in a row, None where its config names no limit."""
+    limit: int | None = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    return limit
+
+
 def fitting_length(model_config: Any, seq_len: int | None) -> int:
     """Return the tokens in a calibration window: those asked for, or a default that fits.
 
     Raises:
         ConfigError: more than the model takes.
     """
-    limit = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    limit = longest_row(model_config)
     if seq_len is None:
         return min(DEFAULT_SEQ_LEN, limit or DEFAULT_SEQ_LEN)
     if limit is not None and seq_len > limit:

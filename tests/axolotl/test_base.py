@@ -109,6 +109,17 @@ def test_a_base_is_quantized_once(dense, tmp_path):
     assert quantized_base(chosen, [], tokenize) == tmp_path / "mine" / first.name
 
 
+def test_windows_are_no_longer_than_the_base_takes(tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    llama(**sizes, max_position_embeddings=16).save_pretrained(tmp_path / "short")
+    settings = cfg(tmp_path / "short", tmp_path, quantize_method="gptq", calibration_samples=4)
+    settings.sequence_len = 64  # Axolotl then tells the model that it takes so many
+    rows = [{"input_ids": list(range(60))}] * 4
+    made = quantized_base(settings, rows, tokenize)
+    stored = json.loads((made / "config.json").read_text())["quantization_config"]
+    assert stored["base"]["seq_len"] == 16
+
+
 def test_calibration_data_are_part_of_the_key(dense, tmp_path):
     gptq = cfg(dense, tmp_path, quantize_method="gptq", calibration_samples=2)
     rows = [{"input_ids": [1, 2, 3, 4] * 8}]
