@@ -22,6 +22,7 @@ _CHOICES = {
     "zero_points": (None, *get_args(ZeroPoints)),
     "format": ("qalora", "gptq", "gptq_v2"),
     "ordering": (None, "groups", "none"),
+    "dtype": (None, torch.float32, torch.bfloat16, torch.float16),
 }
 
 

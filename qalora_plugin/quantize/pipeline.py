@@ -140,9 +140,14 @@ def _on_disk(
     model: str | Path | PreTrainedModel, out: str | Path, options: QuantizeOptions
 ) -> Iterator[Path]:
     """Give the model's directory; a model in memory is saved beside its output for as long."""
-    if not isinstance(model, PreTrainedModel):
+    if isinstance(model, str | Path):
         yield find_model(model, options.revision)
         return
+    if not isinstance(model, PreTrainedModel):
+        raise ConfigError(
+            "model: expected a directory, a Hub id or a transformers model, found a "
+            f"{type(model).__name__}. Of a PEFT model give merge_and_unload()"
+        )
     reads_text = options.method == "gptq" and not isinstance(options.calibration, torch.Tensor)
     if reads_text and options.tokenizer is None:
         raise ConfigError(

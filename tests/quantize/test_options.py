@@ -19,6 +19,7 @@ TEXT = ["some text"]
         ({"group_size": -2}, "^group_size must be a positive integer"),
         ({"method": "awq"}, "^method must be one of"),
         ({"ordering": "act"}, "^ordering must be one of"),
+        ({"dtype": "float32"}, "^dtype must be one of .* found 'float32'"),
         ({"damp": 0.0}, "^damp must lie between 0 and 1"),
         ({"samples": 0}, "samples of 1 or more and seq_len of 2 or more, found 0 and 512"),
         ({"seq_len": 1}, "samples of 1 or more and seq_len of 2 or more, found 128 and 1"),

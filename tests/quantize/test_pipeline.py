@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import transformers
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from support.architectures import ARCHITECTURES, save, token_ids
 from support.models import llama
@@ -216,6 +217,13 @@ def test_a_model_in_memory(llama_dir, tmp_path):
     with pytest.raises(QuantizationError, match="NaN"):
         _quantize(model, tmp_path / "damaged", method="rtn")
     assert {path.name for path in tmp_path.iterdir()} == {"disk", "memory"}
+
+
+def test_a_peft_model_is_refused(llama_dir, tmp_path):
+    adapted = get_peft_model(_load(llama_dir), LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ConfigError, match="found a PeftModel"):
+        _quantize(adapted, tmp_path / "out", method="rtn")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_model_in_memory_that_came_from_above(llama_dir, tmp_path, monkeypatch):
