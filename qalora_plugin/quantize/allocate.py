@@ -13,8 +13,9 @@ Shoham and Gersho allocate bits (IEEE Trans. ASSP 36(9), 1988).
 """
 
 import heapq
+import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -24,6 +25,7 @@ from torch import nn
 
 from qalora_kernels import SUPPORTED_BITS, QuantSpec
 
+from ..errors import ConfigError
 from ..files.progress import progress_meter
 from .gptq import gptq
 from .options import QuantizeOptions
@@ -60,7 +62,7 @@ def allocate(layers: Mapping[str, Sequence[Candidate]], budget: float) -> dict[s
 
     Args:
         layers: the candidates of each layer.
-        budget: bits of all layers together; the smallest candidates are taken where they exceed it.
+        budget: bits of all layers together, see `check_target`.
     """
     hulls = {name: _hull(candidates) for name, candidates in layers.items()}
     place = dict.fromkeys(hulls, 0)
@@ -119,6 +121,34 @@ def grids_by_layer(
     return {"bits": bits, "group_size": group_size}, dynamic
 
 
+def _budget(specs: Mapping[str, QuantSpec], target: float) -> float:
+    """Return the bits that layers take with `target` bits a weight everywhere."""
+    total = 0.0
+    for spec in specs.values():
+        weights = spec.in_features * spec.out_features
+        total += stored_bits(spec) + (target - spec.bits) * weights
+    return total
+
+
+def check_target(specs: Mapping[str, QuantSpec], fixed: Collection[str], target: float) -> None:
+    """Refuse a `target_bits` that the layers whose bits `dynamic` gives leave no room for.
+
+    Raises:
+        ConfigError: says how large the model gets with the least bits in all others.
+    """
+    least = min(SUPPORTED_BITS)
+    smallest = {n: s if n in fixed else replace(s, bits=least) for n, s in specs.items()}
+    room = _budget(specs, target) - sum(map(stored_bits, smallest.values()))
+    if room < 0:
+        weights = sum(spec.in_features * spec.out_features for spec in specs.values())
+        needed = math.ceil((target - room / weights) * 100) / 100
+        raise ConfigError(
+            f"target_bits: expected {needed:.2f} or more, found {target}: so much "
+            f"the {len(fixed)} layers take whose bits dynamic gives, with {least} bits everywhere "
+            "else. Raise it, or fix fewer layers"
+        )
+
+
 class BitChooser:
     """Measures every layer of a model and chooses its bits.
 
@@ -152,7 +182,8 @@ class BitChooser:
 
         The budget is the size that all layers would have with `target_bits` everywhere.
         """
-        assert self._options.target_bits is not None
+        target = self._options.target_bits
+        assert target is not None
         layers: dict[str, list[Candidate]] = {}
         hidden = not self._options.progress
         total = len(self._specs)
@@ -160,24 +191,16 @@ class BitChooser:
             for name, candidates in self._measure(fixed):
                 layers[name] = candidates
                 bar.update()
-        chosen = allocate(layers, self._budget())
+        chosen = allocate(layers, _budget(self._specs, target))
         weights = sum(s.in_features * s.out_features for s in self._specs.values())
         specs = {name: chosen[name].spec for name in self._specs}
         record = {
-            "target_bits": self._options.target_bits,
+            "target_bits": target,
             "stored_bits_a_weight": round(sum(map(stored_bits, specs.values())) / weights, 4),
             "predicted_kl": round(sum(c.divergence for c in chosen.values()), 6),
             "layers_by_bits": dict(sorted(Counter(s.bits for s in specs.values()).items())),
         }
         return specs, record
-
-    def _budget(self) -> float:
-        target, total = self._options.target_bits, 0.0
-        assert target is not None
-        for spec in self._specs.values():
-            overhead = stored_bits(spec) - spec.bits * spec.in_features * spec.out_features
-            total += target * spec.in_features * spec.out_features + overhead
-        return total
 
     def _measure(self, fixed: set[str]) -> Iterator[tuple[str, list[Candidate]]]:
         information = self._information()

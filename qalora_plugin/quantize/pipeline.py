@@ -27,7 +27,7 @@ from ..files.atomic import AtomicDirectory, ScratchDirectory, replace_text, save
 from ..files.json import json_text, read_json, write_json
 from ..files.names import CHOSEN_BITS_FILE, CONFIG_FILE, REFINE_STATE_FILE, REPORT_FILE
 from ..files.progress import progress_meter
-from .allocate import BitChooser, grids_by_layer
+from .allocate import BitChooser, check_target, grids_by_layer
 from .calibration import calibration_windows, check_token_ids, fitting_length
 from .divergence import check_predicts
 from .options import QuantizeOptions, read_options, usable_device
@@ -115,6 +115,8 @@ def quantize_model(
         config.base = _origin(name, options, windows)
         resumable = not isinstance(model, PreTrainedModel)
         job = _Job(source, config, specs, options, windows, resumable)
+        if options.target_bits is not None:
+            check_target(specs, job._settled(), options.target_bits)
         return job.run(out) if options.format == "qalora" else job.run_stock(out)
 
 

@@ -129,6 +129,17 @@ def test_overrides_with_bits_keep_their_grid(source, tmp_path):
     assert {s.group_size for name, s in layers.items() if "o_proj" not in name} == {16}
 
 
+def test_a_target_that_fixed_layers_leave_no_room_for_is_refused(source, tmp_path):
+    fixed = {"dynamic": {"mlp": {"bits": 8}}}
+    with pytest.raises(ConfigError, match=r"expected \d\.\d\d or more, found 2\.2"):
+        _run(source, tmp_path / "out", target_bits=2.2, **fixed)
+    assert not list(tmp_path.iterdir())
+    specs = {"a": _spec(8), "b": _spec(3)}
+    allocating.check_target(specs, {"a"}, 5.0)
+    with pytest.raises(ConfigError, match=r"expected 5\.00 or more, found 4\.99"):
+        allocating.check_target(specs, {"a"}, 4.99)
+
+
 def test_an_interrupted_run_does_not_measure_again(source, tmp_path, monkeypatch):
     whole = _run(source, tmp_path / "whole", target_bits=2.5).out
 
