@@ -8,6 +8,7 @@ from transformers import LlamaConfig
 from qalora_plugin.errors import CheckpointError
 from qalora_plugin.formats.export import export_model
 from qalora_plugin.formats.onnx.write import matmul_nbits
+from qalora_plugin.verify.export import verify_export
 
 from .weights import ACT_ORDER, SIZES, error_in_steps
 
@@ -62,6 +63,19 @@ def test_every_product_is_replaced(family, tmp_path):
     assert len(products) == 8  # two for the v_proj of 8 bits
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
     assert not (tmp_path / "out" / "build").exists()
+
+
+def test_what_is_computed_with_a_dense_layer_is_dense(family, tmp_path):
+    for module in ("onnxruntime_genai", "onnx_ir"):
+        pytest.importorskip(module, reason=REASON)
+    source = family(LlamaConfig(**SIZES), 4, 32, (4, 24))
+    result = export_model(source.directory, tmp_path / "out", "onnx")
+    dense = {name.rpartition(".")[2]: why for name, why in result.dense.items()}
+    assert result.layers == 4 and dense.keys() == {"q_proj", "k_proj", "v_proj"}
+    assert "groups of 24" in dense["v_proj"]
+    assert "with model.layers.0.self_attn.v_proj, which is dense" in dense["q_proj"]
+    report = verify_export(tmp_path / "out", source.directory)
+    assert report.layers == 7 and report.largest_error < 1e-5
 
 
 def test_what_blocks_cannot_hold_is_refused(quantized, tmp_path):

@@ -29,6 +29,7 @@ class Graph:
 
     Attributes:
         layers: the layers that have a product.
+        dense: those whose product also computes a layer that is not wanted, and which that is.
     """
 
     def __init__(self, directory: Path, wanted: set[str]) -> None:
@@ -43,11 +44,14 @@ class Graph:
             str(directory / MODEL_FILE), load_external_data=False
         )
         self._replaced: dict[str, list[str]] = {}  # initializer -> layers
+        self.dense: dict[str, str] = {}
         for node in self._model.graph.node:
-            names = _layers_of(node.name) if node.op_type == "MatMul" else []
-            # a fused product with one dense part stays dense as a whole
-            if names and wanted.issuperset(names):
+            names = layers_of(node.name) if node.op_type == "MatMul" else []
+            others = [name for name in names if name not in wanted]
+            if names and not others:
                 self._replaced[node.input[1]] = names
+            elif others:  # a fused product with one dense part stays dense as a whole
+                self.dense |= {name: others[0] for name in names if name in wanted}
         self.layers = {name for names in self._replaced.values() for name in names}
 
     def write(
@@ -83,7 +87,7 @@ class Graph:
         (out / MODEL_FILE).write_bytes(self._model.SerializeToString())
 
 
-def _layers_of(node_name: str) -> list[str]:
+def layers_of(node_name: str) -> list[str]:
     """Return the layers whose outputs, side by side, a product of the builder's graph computes."""
     match = _PRODUCT.match(node_name)
     if match is None:

@@ -9,11 +9,11 @@ import torch
 from ...checkpoint.checkpoint import QuantizedCheckpoint
 from ..weights import ExportedWeights
 from . import FORMAT, MODEL_FILE
-from .graph import DOMAIN
+from .graph import DOMAIN, layers_of
 
 
 class Weights(ExportedWeights):
-    """Weights by products of the identity with the nodes of a layer."""
+    """Weights by products of the identity with a layer's nodes; constants of dense ones."""
 
     def __init__(self, exported: Path, source: QuantizedCheckpoint) -> None:
         super().__init__(exported, source)
@@ -25,11 +25,34 @@ class Weights(ExportedWeights):
             if node.op_type == "MatMulNBits":
                 layer = node.name.rpartition("/")[0].removeprefix("/")
                 self._nodes.setdefault(layer, []).append(node)
+        self._dense = {
+            layer: (node.input[1], layers_of(node.name))
+            for node in graph.node
+            if node.op_type == "MatMul"
+            for layer in layers_of(node.name)
+        }
 
     def get(self, name: str) -> torch.Tensor | None:
-        """Return W of a quantized layer, None of every other tensor."""
-        terms = self._nodes.get(name.removesuffix(".weight"))
-        return torch.stack([self._product(node) for node in terms]).sum(0) if terms else None
+        """Return W of a layer that is quantized in the source, None of every other tensor."""
+        layer = name.removesuffix(".weight")
+        if layer not in self.source.layers:
+            return None
+        if terms := self._nodes.get(layer):
+            return torch.stack([self._product(node) for node in terms]).sum(0)
+        return self._columns(layer) if layer in self._dense else None
+
+    def _columns(self, layer: str) -> torch.Tensor:
+        """Return W [N, K] of a layer that stayed dense, of the constant of its product."""
+        constant, names = self._dense[layer]
+        whole = self._onnx.numpy_helper.to_array(self._constants[constant], str(self.exported))
+        start = sum(self._outputs(name) for name in names[: names.index(layer)])
+        return torch.from_numpy(whole[:, start : start + self._outputs(layer)].copy()).t()
+
+    def _outputs(self, name: str) -> int:
+        spec = self.source.layers.get(name)
+        return (
+            spec.out_features if spec else int(self.source.reader.info(f"{name}.weight").shape[0])
+        )
 
     def _product(self, node: Any) -> torch.Tensor:
         """Run one node alone: W [N, K] of its term."""

@@ -109,18 +109,20 @@ def export(source: str | Path, out: str | Path, *, progress: Progress | None) ->
         work = partial / "build"
         _build(checkpoint, config, work)
         graph = Graph(work / "graph", wanted)
-        lost = wanted - graph.layers
-        if lost:
+        lost = wanted - graph.layers - graph.dense.keys()
+        if lost or not graph.layers:
             raise CheckpointError(
                 f"{checkpoint.directory}: onnxruntime-genai's graph has no product of its own for "
-                f"{min(lost)}: this model cannot be exported to onnx."
+                f"{min(lost or wanted)}: this model cannot be exported to onnx."
             )
         graph.write(partial, lambda name: matmul_nbits(checkpoint.layer(name)), progress)
         for path in (work / "graph").iterdir():
             if path.name not in (MODEL_FILE, DATA_FILE):
                 shutil.move(path, partial / path.name)
         shutil.rmtree(work)
-    return ExportResult(directory.target, FORMAT.name, len(wanted), EXACTNESS, reasons)
+    fused = "computed in one product with {}, which is dense; written in fp32"
+    reasons |= {name: fused.format(other) for name, other in graph.dense.items()}
+    return ExportResult(directory.target, FORMAT.name, len(graph.layers), EXACTNESS, reasons)
 
 
 def _build(source: QuantizedCheckpoint, config: Any, work: Path) -> None:
