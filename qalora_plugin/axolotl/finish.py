@@ -164,6 +164,7 @@ def push(cfg: Any, merged: Path, log_history: list[dict[str, Any]]) -> None:
 def drop_torn_checkpoint(cfg: Any) -> None:
     """With `auto_resume_from_checkpoints`, resume from the newest checkpoint that is complete.
 
+    Where none is, training starts over.
     A trainer that is killed while it saves leaves a directory without trainer_state.json, the file
     that it writes last; Axolotl would take that one and fail.
     """
@@ -176,6 +177,9 @@ def drop_torn_checkpoint(cfg: Any) -> None:
     if complete and max(complete) != max(found):
         cfg["resume_from_checkpoint"] = str(max(complete)[1])
         LOG.warning("qalora: %s is incomplete, resuming from %s", max(found)[1], max(complete)[1])
+    elif found and not complete:
+        cfg["auto_resume_from_checkpoints"] = False
+        LOG.warning("qalora: %s is incomplete and there is no other: starting over", max(found)[1])
 
 
 def _is_complete(checkpoint: Path) -> bool:

@@ -51,6 +51,13 @@ def test_the_newest_complete_checkpoint_is_resumed_from(tmp_path):
     assert cfg.resume_from_checkpoint == str(tmp_path / "checkpoint-10")
 
 
+def test_without_a_complete_checkpoint_training_starts_over(tmp_path):
+    checkpoint(tmp_path, 9, None)
+    cfg = Config(output_dir=str(tmp_path), auto_resume_from_checkpoints=True)
+    finish.drop_torn_checkpoint(cfg)
+    assert not cfg.auto_resume_from_checkpoints and not cfg.resume_from_checkpoint
+
+
 @pytest.mark.parametrize(
     "settings",
     [{}, {"auto_resume_from_checkpoints": True, "resume_from_checkpoint": "checkpoint-1"}],
