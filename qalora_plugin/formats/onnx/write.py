@@ -129,6 +129,7 @@ def _build(source: QuantizedCheckpoint, config: Any, work: Path) -> None:
     """Let the builder make a graph in fp32 under `work`/graph."""
     settings = with_legacy_rope(all_settings(config))
     settings["layer_types"] = layer_kinds(config)  # Mistral's class has no such key
+    settings["dtype"] = "float32"  # the builder loads the weights in it
     write_directory(source, work / "dense", DenseLayers(), settings, {})
     command = [sys.executable, "-m", "onnxruntime_genai.models.builder"]
     paths = ["-i", work / "dense", "-o", work / "graph", "-c", work / "cache"]
