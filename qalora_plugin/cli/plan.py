@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import sys
 from dataclasses import asdict, fields, replace
 from typing import Any
@@ -91,8 +92,9 @@ def main(args: argparse.Namespace) -> int:
     from ..plan.table import table
 
     sizes = tuple(args.gpu_memory or (USUAL_GPU_MEMORY if args.device == "cuda" else ()))
-    if min(sizes, default=1) <= 0:
-        raise ConfigError(f"--gpu-memory: expected GiB above 0, found {min(sizes):g}")
+    bad = [size for size in sizes if not 0 < size < math.inf]
+    if bad:
+        raise ConfigError(f"--gpu-memory: expected GiB above 0, found {bad[0]:g}")
     chosen = {field.name: getattr(args, field.name) for field in fields(PlanSettings)}
     if args.target_modules is not None:
         chosen["target_modules"] = tuple(args.target_modules)

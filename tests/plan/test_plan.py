@@ -305,6 +305,7 @@ def test_table(tiny, capsys):
         (["--offload", "all"], "needs ZeRO stage 3"),
         (["--target-modules", "nothing"], "matches no module"),
         (["--gpu-memory", "-1"], "expected GiB above 0"),
+        (["--gpu-memory", "80", "nan"], "expected GiB above 0, found nan"),
     ],
 )
 def test_bad_input_is_one_line(tiny, arguments, message, capsys):

@@ -112,7 +112,7 @@ def _grows(base: GGUFCheckpoint, merged: QuantizedCheckpoint, name: str) -> bool
     kind = base.block_type(name)
     if kind is None or kind.zero is None:
         return False
-    after = merged.layer(name)
+    after = merged.layer(name, integers=False)
     minima = store_offsets(after.offsets, after.scales, after.spec)
     if torch.equal(minima, minima_of(kind, after.scales.to(torch.float16))):
         return False
