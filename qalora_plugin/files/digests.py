@@ -1,7 +1,7 @@
-"""Hashes of whole files: XXH3-128, about as fast as memory; SHA-256 of what earlier releases wrote.
+"""Hashes of whole files: XXH3-128, and SHA-256 of what earlier releases wrote.
 
-XXH3 (of the `xxhash` library) finds accidents as surely as SHA-256 does, at a sixth of the cost. It
-is no signature: who can replace a file on purpose can replace the hash beside it too.
+XXH3 (of the `xxhash` library) finds accidents as surely as SHA-256 does, and costs less. It is
+no signature: who can replace a file on purpose can replace the hash beside it too.
 """
 
 import errno

@@ -103,8 +103,8 @@ def check_layer(
         merged: what became of it.
         name: of the layer.
         before: the source's layer.
-        after: the merged one, which needs no `qweight`; scales and offsets as in `before`, in the
-            stored dtypes or wider ones.
+        after: the merged one, whose `qweight` needs a shape alone; scales and offsets as in
+            `before`, in the stored dtypes or wider ones.
 
     Raises:
         CheckpointError: the integers are others, or the layer is one that takes nothing back and
@@ -113,8 +113,9 @@ def check_layer(
     same_groups = (before.g_idx is None) == (after.g_idx is None) and (
         before.g_idx is None or torch.equal(before.g_idx, after.g_idx)  # type: ignore[arg-type]
     )
-    integers = in_pieces([before.qweight])
-    if not same_groups or not _same_bytes(integers, merged.reader, f"{name}.{merged.integers}"):
+    same_shape = before.qweight.shape == after.qweight.shape
+    integers, stored = in_pieces([before.qweight]), f"{name}.{merged.integers}"
+    if not (same_groups and same_shape and _same_bytes(integers, merged.reader, stored)):
         raise _another(merged, name, f"has other integers than in {source.directory}")
     modes = source.takes_back(name)
     scales = torch.equal(before.scales, after.scales)

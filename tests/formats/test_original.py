@@ -3,8 +3,10 @@
 import filecmp
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from support.adapters import RANK, qalora_tensors, write_adapter
 from support.directories import unbound
@@ -16,6 +18,7 @@ from qalora_plugin.checkpoint.convert import import_model
 from qalora_plugin.cli import main as cli
 from qalora_plugin.errors import CheckpointError, ConfigError
 from qalora_plugin.formats.export import check_format
+from qalora_plugin.formats.write_back import changed_layer, check_layer
 from qalora_plugin.tuner.targets import resolve_targets
 
 from .weights import STOCK
@@ -147,6 +150,16 @@ def test_a_record_without_a_key_is_refused(key, base, tmp_path):
         check_format(merged, "original", "scales")
     with pytest.raises(CheckpointError, match=f"base.source.{key}: missing"):
         export_model(merged, tmp_path / "out", "original")
+
+
+def test_integers_of_another_shape_are_refused(base, tmp_path):
+    """Though those of the source are the first of them."""
+    source, merged = open_quantized(base), open_quantized(_merged(base, tmp_path))
+    name = min(source.layers)
+    before, after = changed_layer(source, merged, name)
+    more = torch.empty(len(after.qweight) + 1, after.spec.out_features, device="meta")
+    with pytest.raises(CheckpointError, match=f"{name} has other integers"):
+        check_layer(source, merged, name, before, replace(after, qweight=more))
 
 
 def test_a_model_without_a_source_is_refused(quantized, tmp_path):
